@@ -1,0 +1,217 @@
+"""Rows of local `.jsonl` / `.jsonl.gz` files, read strictly, and single files of the Hugging Face hub.
+
+Everything that can be wrong with a file ends in one UserError of the form ``file:line:column: what``; nothing is skipped.
+"""
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tiltmeter.errors import UserError
+
+SUFFIXES = (".jsonl", ".jsonl.gz")
+EXPECTED = "expected .jsonl, .jsonl.gz or a folder of them"
+METADATA_TIMEOUT_S = 5.0
+
+_GZIP_MAGIC = b"\x1f\x8b"
+_LFS_POINTER = b"version https://git-lfs"
+_UTF8_BOM = b"\xef\xbb\xbf"
+
+
+def stem(path: Path) -> str:
+    """File name without ``.jsonl`` or ``.jsonl.gz``.
+
+    >>> stem(Path("hh/harmless-base_test.jsonl.gz"))
+    'harmless-base_test'
+    """
+    for suffix in reversed(SUFFIXES):
+        if path.name.endswith(suffix):
+            return path.name.removesuffix(suffix)
+    return path.name
+
+
+def list_files(path: str | Path, key: str = "data.path") -> list[Path]:
+    """The file itself, or every ``.jsonl`` / ``.jsonl.gz`` directly in a folder, sorted by name; hidden files left out.
+
+    Args:
+        path: One file or one folder; ``~`` is expanded.
+        key: Configuration key named in errors.
+
+    Raises:
+        UserError: Nothing there, another kind of file, a folder without such files, or one name both plain and gzipped.
+    """
+    root = Path(path).expanduser()
+    if root.is_dir():
+        files = sorted(f for f in root.iterdir() if _is_jsonl(f))
+        if not files:
+            raise UserError(f"{key}: no .jsonl or .jsonl.gz file in folder {path}")
+    elif not root.exists():
+        raise UserError(f"{key}: no such file: {path} ({EXPECTED})")
+    elif not root.name.endswith(SUFFIXES):
+        raise UserError(f"{key}: not a JSONL file by its name: {path} ({EXPECTED})")
+    else:
+        files = [root]
+    twins = sorted({stem(f) for f in files if sum(stem(f) == stem(g) for g in files) > 1})
+    if twins:
+        raise UserError(f"{key}: {path} has {twins[0]}.jsonl and {twins[0]}.jsonl.gz, the same data twice? Keep one")
+    return files
+
+
+def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields (line number from 1, object) for every line of one file; gzip exactly when the name ends in ``.gz``.
+
+    A byte-order mark, CRLF line ends and empty lines are accepted; empty lines count in the numbering.
+
+    Raises:
+        UserError: ``file:line:column: what`` for bad JSON, a row that is no object, invalid UTF-8 or half a surrogate
+            pair; ``file: what`` for an empty, unreadable or damaged file, a wrong suffix, or a Git LFS pointer.
+    """
+    n_rows = 0
+    for line_number, raw in enumerate(_raw_lines(Path(path)), start=1):
+        if raw.strip():
+            n_rows += 1
+            yield line_number, _parse(raw, f"{path}:{line_number}")
+    if n_rows == 0:
+        raise UserError(f"{path}: empty file (expected one JSON object per line)")
+
+
+def hub_file(repo: str, filename: str, revision: str | None, key: str) -> Path:
+    """Local path of one file of a data set on the Hugging Face hub, downloaded on first use.
+
+    One metadata request without retries comes first, so that a machine without network answers in seconds instead of
+    after the client's six attempts. Without network an already downloaded copy is used.
+
+    Args:
+        repo: Data set, for example ``Anthropic/hh-rlhf``.
+        filename: Path inside the data set.
+        revision: Branch, tag or commit; None for the newest.
+        key: Configuration key that offers local files instead, named in errors.
+
+    Raises:
+        UserError: Any failure: no network, offline mode, unknown or gated data set, unknown file or revision.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+
+    url = hf_hub_url(repo, filename, repo_type="dataset", revision=revision)
+    try:
+        get_hf_file_metadata(url, timeout=METADATA_TIMEOUT_S)
+    except Exception as problem:  # the client raises its own, httpx's and OSErrors; each must become one line
+        if not _may_use_cache(problem):
+            raise UserError(_hub_failure(repo, filename, revision, key, problem)) from problem
+        try:
+            cached = hf_hub_download(repo, filename, repo_type="dataset", revision=revision, local_files_only=True)
+        except Exception:
+            raise UserError(_hub_failure(repo, filename, revision, key, problem)) from problem
+        return Path(cached)
+    try:
+        downloaded = hf_hub_download(
+            repo, filename, repo_type="dataset", revision=revision, etag_timeout=METADATA_TIMEOUT_S
+        )
+    except Exception as problem:
+        raise UserError(_hub_failure(repo, filename, revision, key, problem)) from problem
+    return Path(downloaded)
+
+
+def hub_location(repo: str, path: Path, revision: str | None) -> str:
+    """``hub:REPO@COMMIT`` of a file that ``hub_file`` returned; the asked revision where the commit is not in the path.
+
+    >>> hub_location("a/b", Path("hub/datasets--a--b/snapshots/09be8c5/train.jsonl.gz"), None)
+    'hub:a/b@09be8c5'
+    """
+    parts = path.parts
+    commit = parts[parts.index("snapshots") + 1] if "snapshots" in parts[:-1] else revision or "main"
+    return f"hub:{repo}@{commit}"
+
+
+def _is_jsonl(path: Path) -> bool:
+    return path.is_file() and path.name.endswith(SUFFIXES) and not path.name.startswith(".")
+
+
+def _raw_lines(path: Path) -> Iterator[bytes]:
+    """Lines as bytes without their end and without the byte-order mark; every way of not being readable is named."""
+    line_number = 0
+    try:
+        with path.open("rb") as file:
+            head = file.read(len(_LFS_POINTER))
+        _check_head(path, head)
+        with gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb") as lines:
+            for line_number, raw in enumerate(lines, start=1):
+                line = raw.rstrip(b"\r\n")
+                yield line.removeprefix(_UTF8_BOM) if line_number == 1 else line
+    except FileNotFoundError as problem:
+        raise UserError(f"data.path: no such file: {path} ({EXPECTED})") from problem
+    except (gzip.BadGzipFile, EOFError, zlib.error) as problem:
+        raise UserError(
+            f"{path}: damaged gzip data after line {line_number} ({problem}); get the file again"
+        ) from problem
+    except OSError as problem:
+        raise UserError(f"{path}: can't be read: {problem.strerror or problem}") from problem
+
+
+def _check_head(path: Path, head: bytes) -> None:
+    if head.startswith(_LFS_POINTER):
+        raise UserError(f"{path}: is a Git LFS pointer, not the data; run `git lfs pull` where it came from")
+    is_gzip = head.startswith(_GZIP_MAGIC)
+    if head and path.name.endswith(".gz") and not is_gzip:
+        raise UserError(f"{path}: is not gzip data (if it is plain text, name it {stem(path)}.jsonl)")
+    if is_gzip and not path.name.endswith(".gz"):
+        raise UserError(f"{path}: is gzip data; name it {path.name}.gz")
+
+
+def _parse(raw: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(raw.decode("utf-8"))
+        if b"\\u" in raw:  # an escaped half of a surrogate pair decodes here and fails later, in the tokenizer
+            json.dumps(row, ensure_ascii=False).encode("utf-8")
+    except UnicodeDecodeError as problem:
+        raise UserError(
+            f"{where}:{problem.start + 1}: invalid UTF-8, byte 0x{raw[problem.start]:02x}; save the file as UTF-8"
+        ) from problem
+    except UnicodeEncodeError as problem:
+        raise UserError(f"{where}: half a surrogate pair (\\ud8xx escape), which is not valid text") from problem
+    except json.JSONDecodeError as problem:
+        raise UserError(f"{where}:{problem.colno}: bad JSON: {problem.msg}") from problem
+    except (ValueError, RecursionError) as problem:
+        raise UserError(f"{where}: bad JSON: {problem}") from problem
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: expected a JSON object, got {_json_type(row)}")
+    return row
+
+
+def _json_type(value: Any) -> str:
+    names = {list: "an array", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+    return names.get(type(value), "null")
+
+
+def _may_use_cache(problem: Exception) -> bool:
+    """True when the hub could not be asked; false when it answered that there is no such thing."""
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError
+
+    if isinstance(problem, HfHubHTTPError):
+        return problem.response is None or problem.response.status_code >= 500
+    return not isinstance(problem, HFValidationError)
+
+
+def _hub_failure(repo: str, filename: str, revision: str | None, key: str, problem: Exception) -> str:
+    from huggingface_hub import errors
+
+    instead = f"or give local files: {key}=FILE_OR_FOLDER"
+    at = f"{repo}@{revision}" if revision else repo
+    start = f"{key}: can't get {filename} of {at} from the Hugging Face hub"
+    if isinstance(problem, errors.OfflineModeIsEnabled):
+        return f"{start}: offline mode is on (HF_HUB_OFFLINE) and there is no downloaded copy; unset it {instead}"
+    if isinstance(problem, errors.GatedRepoError):
+        return f"{start}: access is gated; accept its terms on the hub and log in (hf auth login), {instead}"
+    if isinstance(problem, errors.RevisionNotFoundError):
+        return f"{start}: no such revision; correct data.revision {instead}"
+    if isinstance(problem, errors.EntryNotFoundError) and isinstance(problem, errors.HfHubHTTPError):
+        return f"{start}: no such file there; check data.revision {instead}"
+    if isinstance(problem, errors.RepositoryNotFoundError):
+        return f"{start}: no such data set, or not visible without logging in (hf auth login), {instead}"
+    first_line = (str(problem).strip().splitlines() or [type(problem).__name__])[0].rstrip(". ")
+    if isinstance(problem, errors.HfHubHTTPError | errors.HFValidationError):
+        return f"{start}: {first_line}; try later {instead}"
+    return f"{start}: no network and no downloaded copy ({first_line}); connect {instead}"

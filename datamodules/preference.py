@@ -1,0 +1,219 @@
+"""PreferenceDataModule: one data module over every source; splits, tokenises and serves optimizer steps."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from datamodules.records import LoadReport, PreferencePair, PreferenceSource
+from datamodules.sampler import StepPlan, StepSampler
+from datamodules.splits import LabelControl, Split, control_labels, split_by_group
+from datamodules.tokenization import PairTokenizer, TextFormat, TokenizationReport, Truncation
+from tiltmeter.batch import LAYOUTS, Layout, StepBatch, TokenizedPair, collate_pairs, row_length
+from tiltmeter.errors import UserError
+
+Objective = Literal["preference", "chosen"]
+
+
+@dataclass
+class TokenizedSplit:
+    """One split: its records and their token ids, row by row."""
+
+    records: list[PreferencePair]
+    pairs: list[TokenizedPair]
+    report: TokenizationReport
+
+    @property
+    def groups(self) -> list[str]:
+        """Group (prompt) of each row, the unit of resampling for confidence intervals."""
+        return [record.group for record in self.records]
+
+    def digest(self) -> str:
+        """sha256 over all token ids in order."""
+        state = hashlib.sha256()
+        for pair in self.pairs:
+            for ids in pair:
+                state.update(np.asarray(ids, dtype=np.int64).tobytes() + b"|")
+        return state.hexdigest()
+
+
+class StepDataset(Dataset[StepBatch]):
+    """Maps the plan of an optimizer step to its batches."""
+
+    def __init__(self, pairs: Sequence[TokenizedPair], *, layout: Layout, pad_id: int, predict_prompt: bool) -> None:
+        self.pairs = pairs
+        self.layout = layout
+        self.pad_id = pad_id
+        self.predict_prompt = predict_prompt
+
+    def __getitem__(self, plan: StepPlan) -> StepBatch:
+        """Collate the micro-batches of one step."""
+        n_real = len(plan.micro_batches) - plan.n_fillers
+        batches = [
+            collate_pairs(
+                [self.pairs[row] for row in rows],
+                pair_index=rows,
+                layout=self.layout,
+                weights=[float(i < n_real)] * len(rows),
+                pad_id=self.pad_id,
+                predict_prompt=self.predict_prompt,
+            )
+            for i, rows in enumerate(plan.micro_batches)
+        ]
+        n_prompt = sum(len(self.pairs[row].prompt_ids) for row in plan.rows)
+        n_response = sum(self._n_response(self.pairs[row]) for row in plan.rows)
+        n_targets = n_response + (n_prompt - len(plan.rows) if self.predict_prompt else 0)
+        return StepBatch(batches, n_pairs=len(plan.rows), n_targets=n_targets, n_tokens=n_prompt + n_response)
+
+    def _n_response(self, pair: TokenizedPair) -> int:
+        return len(pair.chosen_ids) + (0 if self.layout == "chosen_only" else len(pair.rejected_ids))
+
+
+class PreferenceDataModule(LightningDataModule):
+    """Preference pairs from one source, split by prompt, tokenised, laid out as optimizer steps.
+
+    A batch is a whole optimizer step (:class:`~tiltmeter.batch.StepBatch`); the module splits it into micro-batches
+    itself, so gradients are exact means over pairs whatever the split.
+
+    Args:
+        source: where pairs come from (config group ``data``).
+        max_length: longest prompt + response in tokens.
+        max_response_length, truncation, text_format: see :class:`~datamodules.tokenization.PairTokenizer`.
+        train_pairs: number of training pairs, None: all that remain.
+        val_pairs: number of held-out pairs for validation.
+        probe_pairs: number of held-out pairs for measuring hidden states; disjoint from both.
+        pairs_per_step: pairs of one optimizer step, over all processes.
+        tokens_per_micro_batch: padded tokens of one forward pass on one process.
+        layout: ``shared_prefix`` (fast) or ``concatenated`` (plain); same numbers.
+        labels: ``given``, or a control: ``swapped`` (all training labels reversed), ``shuffled`` (reversed with
+            probability ½). Held-out pairs always keep their clean labels.
+        split_seed: which prompts are held out; apart from the run's seed, so that seeds are comparable.
+        seed: order of the training pairs.
+        num_workers: DataLoader workers.
+    """
+
+    def __init__(
+        self,
+        source: PreferenceSource,
+        *,
+        max_length: int = 512,
+        max_response_length: int | None = None,
+        truncation: Truncation = "keep_end",
+        text_format: TextFormat = "transcript",
+        train_pairs: int | None = None,
+        val_pairs: int = 500,
+        probe_pairs: int = 256,
+        pairs_per_step: int = 32,
+        tokens_per_micro_batch: int = 4096,
+        layout: Layout = "shared_prefix",
+        labels: LabelControl = "given",
+        split_seed: int = 0,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        _check_positive(pairs_per_step=pairs_per_step, tokens_per_micro_batch=tokens_per_micro_batch, val_pairs=val_pairs)
+        if layout not in LAYOUTS[:2]:
+            raise UserError(f"datamodule.layout: expected shared_prefix or concatenated, got {layout}")
+        self.source = source
+        self.max_length = max_length
+        self.max_response_length = max_response_length
+        self.truncation: Truncation = truncation
+        self.text_format: TextFormat = text_format
+        self.sizes = {"train": train_pairs, "val": val_pairs, "probe": probe_pairs}
+        self.pairs_per_step = pairs_per_step
+        self.tokens_per_micro_batch = tokens_per_micro_batch
+        self.layout: Layout = layout
+        self.labels: LabelControl = labels
+        self.split_seed = split_seed
+        self.seed = seed
+        self.num_workers = num_workers
+        self.objective: Objective = "preference"
+        self.predict_prompt = False
+        self.reports: list[LoadReport] = []
+        self.records: dict[Split, list[PreferencePair]] = {}
+        self.splits: dict[Split, TokenizedSplit] = {}
+        self.tokenizer: Tokenizer | None = None
+
+    def load(self) -> None:
+        """Read the source and split it by prompt. Cheap; runs before any model is touched. Raises UserError."""
+        pairs, self.reports = self.source.load()
+        if not pairs:
+            dropped = sum((r.dropped for r in self.reports), start=type(self.reports[0].dropped)()) if self.reports else {}
+            reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.items()) or "the source is empty"
+            raise UserError(f"data: no preference pair is left after filtering ({reasons})")
+        self.records = split_by_group(pairs, sizes=self.sizes, seed=self.split_seed)
+
+    def tokenize(self, tokenizer: Tokenizer) -> None:
+        """Turn all splits into token ids. Raises UserError."""
+        encode = PairTokenizer(tokenizer, self.max_length, self.max_response_length, self.truncation, self.text_format)
+        self.splits = {name: TokenizedSplit(*encode(records)) for name, records in self.records.items()}
+        self.tokenizer = tokenizer
+
+    def training_texts(self) -> list[str]:
+        """Both transcripts of every training pair, to train a tokenizer on."""
+        return [r.prompt_text + text for r in self.records["train"] for text in (r.chosen_text, r.rejected_text)]
+
+    @property
+    def sources(self) -> list[str]:
+        """Names of the sources of the pairs, sorted."""
+        return sorted({record.source for split in self.splits.values() for record in split.records})
+
+    def source_index(self, split: Split) -> list[int]:
+        """Index into :attr:`sources` of each row of a split."""
+        names = self.sources
+        return [names.index(record.source) for record in self.splits[split].records]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of one epoch."""
+        return -(-len(self.splits["train"].pairs) // self.pairs_per_step)
+
+    def train_dataloader(self) -> DataLoader[StepBatch]:
+        """Shuffled steps; resumes inside an epoch from the trainer's step count."""
+        start = self.trainer.global_step % self.steps_per_epoch if self.trainer is not None else 0
+        return self.loader("train", shuffle=True, start_step=start)
+
+    def val_dataloader(self) -> DataLoader[StepBatch]:
+        """Held-out pairs in a fixed order."""
+        return self.loader("val")
+
+    def loader(self, split: Split, *, shuffle: bool = False, start_step: int = 0) -> DataLoader[StepBatch]:
+        """Steps over one split for this process; every pair appears exactly once over all processes."""
+        layout: Layout = self.layout if self.objective == "preference" else "chosen_only"
+        pairs = self.splits[split].pairs
+        if split == "train" and self.labels != "given":
+            pairs = control_labels(pairs, self.labels, seed=self.seed)
+        assert self.tokenizer is not None, "tokenize() comes first"
+        pad_id = self.tokenizer.pad_token_id or 0
+        dataset = StepDataset(pairs, layout=layout, pad_id=pad_id, predict_prompt=self.predict_prompt)
+        trainer = self.trainer
+        sampler = StepSampler(
+            [row_length(pair, layout) for pair in pairs],
+            pairs_per_step=self.pairs_per_step,
+            tokens_per_micro_batch=self.tokens_per_micro_batch,
+            shuffle=shuffle,
+            seed=self.seed,
+            rank=0 if trainer is None else trainer.global_rank,
+            world_size=1 if trainer is None else trainer.world_size,
+            start_step=start_step,
+        )
+        return DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=sampler,  # type: ignore[arg-type]  # yields plans, which the data set takes as its index
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=trainer is not None and trainer.strategy.root_device.type == "cuda",
+        )
+
+
+def _check_positive(**options: int) -> None:
+    for name, value in options.items():
+        if value < 1:
+            raise UserError(f"datamodule.{name}: expected at least 1, got {value}")

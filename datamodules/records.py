@@ -1,0 +1,78 @@
+"""The one shape that every source of preferences yields, and the account of what a source dropped."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+Role = Literal["user", "assistant", "system"]
+AttributeValue = str | int | float | bool
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a dialogue; ``content`` carries no role marker and no surrounding white space."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True)
+class PreferencePair:
+    """One prompt and two responses of which ``chosen`` was preferred.
+
+    The same pair in two forms. As messages: ``prompt`` (ends with a user turn), ``chosen`` and ``rejected`` (the
+    assistant's words). As exact text: ``prompt_text + chosen_text`` and ``prompt_text + rejected_text`` are the two
+    transcripts, character for character as the source has them (or, where the source has no transcript form, in the
+    ``\n\nHuman: … \n\nAssistant:`` form of Anthropic HH, see :func:`transcript`).
+    """
+
+    pair_id: str
+    """Unique within the source and stable across runs, for example ``hh/harmless-base_test/00017``."""
+    source: str
+    """Name used for metrics per source, for example ``hh/harmless-base_test``, ``oasst1`` or ``synthetic``."""
+    group: str
+    """Pairs with equal group never fall on two sides of the train/validation split (same prompt, same tree)."""
+    prompt: tuple[Message, ...]
+    chosen: Message
+    rejected: Message
+    prompt_text: str
+    chosen_text: str
+    rejected_text: str
+    attributes: Mapping[str, AttributeValue] = field(default_factory=dict)
+    """What the source knows beyond the text: rank gap, planted attributes, whether the label was flipped …"""
+
+
+@dataclass
+class LoadReport:
+    """What a source read, kept and dropped; printed as one table before training starts."""
+
+    source: str
+    location: str
+    """Where it was read from: a path, or ``hub:NAME@REVISION``, or ``seed 0``."""
+    n_rows: int = 0
+    n_kept: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    """Reason → number of rows; reasons are short phrases such as ``identical responses``."""
+    notes: dict[str, str] = field(default_factory=dict)
+    """Anything else worth a line, for example ``revision`` or ``label noise: 10 % of training pairs``."""
+
+
+class PreferenceSource(Protocol):
+    """Where pairs come from: Anthropic HH, OASST1, the synthetic world, or a mixture of them."""
+
+    name: str
+
+    def load(self) -> tuple[list[PreferencePair], list[LoadReport]]:
+        """All pairs in a fixed order, with one report per file or subset. Raises UserError on bad input."""
+        ...
+
+
+def transcript(prompt: tuple[Message, ...], response: str) -> tuple[str, str]:
+    r"""Exact text of a dialogue in the form of Anthropic HH: (prompt text, response text).
+
+    >>> transcript((Message("user", "Hi"),), "Hello.")
+    ('\n\nHuman: Hi\n\nAssistant:', ' Hello.')
+    """
+    marker = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "system": "\n\nSystem: "}
+    return "".join(marker[m.role] + m.content for m in prompt) + "\n\nAssistant:", " " + response

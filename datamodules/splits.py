@@ -1,0 +1,91 @@
+"""Train, validation and probe splits that share no prompt, and controls on the training labels."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+
+from datamodules.records import PreferencePair
+from tiltmeter.batch import TokenizedPair
+from tiltmeter.errors import UserError
+
+Split = Literal["train", "val", "probe"]
+LabelControl = Literal["given", "swapped", "shuffled"]
+
+
+def split_by_group(
+    pairs: Sequence[PreferencePair], *, sizes: Mapping[str, int | None], seed: int
+) -> dict[Split, list[PreferencePair]]:
+    """Deal whole groups (prompts, trees) to validation, probe and training, in a seeded order.
+
+    Validation and probe take groups until they hold at least their size and are then cut to it; training takes what is
+    left, cut to its own size. Held-out pairs whose label was flipped on purpose get their clean label back.
+
+    Args:
+        pairs: all pairs of a source.
+        sizes: pairs wanted in ``train`` (None: all that remain), ``val`` and ``probe``.
+        seed: of the order of groups.
+
+    Raises:
+        UserError: not enough pairs for the sizes asked for.
+    """
+    by_group: dict[str, list[PreferencePair]] = {}
+    for pair in pairs:
+        by_group.setdefault(pair.group, []).append(pair)
+    names = sorted(by_group)
+    order = [names[i] for i in np.random.default_rng(seed).permutation(len(names))]
+    splits: dict[Split, list[PreferencePair]] = {"train": [], "val": [], "probe": []}
+    position = 0
+    held_out: tuple[Split, ...] = ("val", "probe")
+    for split in held_out:
+        wanted = sizes[split] or 0
+        while len(splits[split]) < wanted and position < len(order):
+            splits[split] += by_group[order[position]]
+            position += 1
+        splits[split] = [with_clean_label(pair) for pair in splits[split][:wanted]]
+    for name in order[position:]:
+        splits["train"] += by_group[name]
+    available = len(splits["train"])
+    wanted_train = sizes["train"]
+    splits["train"] = splits["train"][:wanted_train]
+    if not splits["train"] or len(splits["train"]) < (wanted_train or 1):
+        raise UserError(
+            f"datamodule: {len(pairs)} pairs in {len(names)} prompts are too few for train_pairs={wanted_train}, "
+            f"val_pairs={sizes['val']}, probe_pairs={sizes['probe']}: only {available} are left to train on; ask for fewer"
+        )
+    return splits
+
+
+def with_clean_label(pair: PreferencePair) -> PreferencePair:
+    """Undo a deliberate label flip (``attributes["label_flipped"]``)."""
+    if not pair.attributes.get("label_flipped"):
+        return pair
+    attributes = {_other_side(key): value for key, value in pair.attributes.items()} | {"label_flipped": False}
+    if isinstance(gap := attributes.get("utility_gap"), int | float):
+        attributes["utility_gap"] = -gap
+    return replace(
+        pair,
+        chosen=pair.rejected,
+        rejected=pair.chosen,
+        chosen_text=pair.rejected_text,
+        rejected_text=pair.chosen_text,
+        attributes=attributes,
+    )
+
+
+def _other_side(key: str) -> str:
+    for side, other in (("chosen/", "rejected/"), ("rejected/", "chosen/")):
+        if key.startswith(side):
+            return other + key.removeprefix(side)
+    return key
+
+
+def control_labels(pairs: Sequence[TokenizedPair], control: LabelControl, *, seed: int) -> list[TokenizedPair]:
+    """Training pairs with all labels reversed (``swapped``) or reversed with probability ½ (``shuffled``)."""
+    if control not in ("given", "swapped", "shuffled"):
+        raise UserError(f"datamodule.labels: expected given, swapped or shuffled, got {control}")
+    if control == "given":
+        return list(pairs)
+    flip = np.ones(len(pairs), bool) if control == "swapped" else np.random.default_rng((seed, 1)).random(len(pairs)) < 0.5
+    return [TokenizedPair(p.prompt_ids, p.rejected_ids, p.chosen_ids) if f else p for p, f in zip(pairs, flip, strict=True)]

@@ -1,0 +1,1 @@
+"""What is trained: supervised fine-tuning and direct preference optimisation, as Lightning modules around tiltmeter's functions."""

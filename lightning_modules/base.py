@@ -1,0 +1,255 @@
+"""What SFT and DPO share: the optimizer step over micro-batches, exact means over pairs and processes, logging."""
+
+import math
+import time
+from abc import abstractmethod
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from datamodules.preference import Objective, PreferenceDataModule
+from datamodules.splits import Split
+from lightning_modules.policy import Policy, PolicyBuilder, freeze_embeddings, shard
+from tiltmeter.batch import PreferenceBatch, StepBatch
+from tiltmeter.errors import UserError
+from tiltmeter.log_probs import DEFAULT_CHUNK_TOKENS
+
+Schedule = Literal["constant", "linear", "cosine"]
+
+
+class PairResults(NamedTuple):
+    """What one micro-batch yields."""
+
+    objective: Tensor
+    """Scalar to minimise: a SUM over real pairs (or tokens); the step divides it."""
+    columns: Tensor
+    """[pair, len(module.columns)] detached figures per pair, float32."""
+
+
+class LogProbModule(LightningModule):
+    """Base of everything trained on sequence log-probs with whole optimizer steps as batches.
+
+    Optimization is manual: a batch is an optimizer step, cut into micro-batches by length, and gradients are the exact
+    mean over its pairs for any cut and any number of processes (Lightning's accumulation would average micro-batch means).
+
+    Args:
+        learning_rate: peak learning rate of AdamW.
+        weight_decay, betas: of AdamW.
+        warmup_share: share of all steps with a rising learning rate.
+        schedule: after warm-up: ``constant``, ``linear`` or ``cosine`` down to 0.
+        gradient_clip_norm: largest gradient norm; null: no clipping.
+        freeze_embeddings: keep token and position embeddings and the unembedding fixed, the paper's setting.
+        chunk_tokens: tokens whose logits exist at a time.
+    """
+
+    objective: Objective
+    columns: tuple[str, ...]
+    """Names of the per-pair figures, which are also the metric names behind the stage."""
+
+    def __init__(
+        self,
+        *,
+        learning_rate: float,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        warmup_share: float = 0.1,
+        schedule: Schedule = "linear",
+        gradient_clip_norm: float | None = 1.0,
+        freeze_embeddings: bool = True,
+        chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
+    ) -> None:
+        super().__init__()
+        if not learning_rate > 0:
+            raise UserError(f"module.learning_rate: expected a number above 0, got {learning_rate}")
+        if schedule not in ("constant", "linear", "cosine"):
+            raise UserError(f"module.schedule: expected constant, linear or cosine, got {schedule}")
+        if not 0 <= warmup_share <= 1:
+            raise UserError(f"module.warmup_share: expected 0 … 1, got {warmup_share}")
+        self.automatic_optimization = False
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.betas = betas
+        self.warmup_share = warmup_share
+        self.schedule: Schedule = schedule
+        self.gradient_clip_norm = gradient_clip_norm
+        self.freeze_embeddings = freeze_embeddings
+        self.chunk_tokens = chunk_tokens
+        self.policy: Policy | None = None
+        self.validation_table: Tensor | None = None
+        """[row of the validation split, column] of the last validation, the same on every process."""
+        self._build_model: PolicyBuilder | None = None
+        self._validation_rows: list[tuple[Tensor, Tensor]] = []
+        self._source_cache: dict[Split, Tensor] = {}
+        self._step_started = 0.0
+
+    @abstractmethod
+    def pair_results(self, batch: PreferenceBatch, split: Split) -> PairResults:
+        """Objective and per-pair figures of one micro-batch."""
+
+    @abstractmethod
+    def divisor(self, step: StepBatch) -> int:
+        """What the step's summed objective is divided by."""
+
+    def attach_model(self, build: PolicyBuilder) -> None:
+        """Say how the model is built; it is built in :meth:`configure_model`, once the process group exists."""
+        self._build_model = build
+
+    @property
+    def data(self) -> PreferenceDataModule:
+        """The data module of the current fit."""
+        return cast(PreferenceDataModule, self.trainer.datamodule)  # type: ignore[attr-defined]
+
+    @property
+    def trained_policy(self) -> Policy:
+        """The model, once built."""
+        assert self.policy is not None, "configure_model() comes first"
+        return self.policy
+
+    def configure_model(self) -> None:
+        """Build, freeze and shard the model; does nothing the second time."""
+        if self.policy is not None:
+            return
+        assert self._build_model is not None, "attach_model() comes first"
+        model = self._build_model()
+        if self.freeze_embeddings:
+            freeze_embeddings(model)
+        self.policy = Policy(model, chunk_tokens=self.chunk_tokens)
+        self.policy.train()  # no dropout anywhere; train mode only lets activation checkpointing work
+        if self.device_mesh is not None:
+            shard(self.policy, self.device_mesh["data_parallel"])
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with warm-up and a schedule over all optimizer steps."""
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            parameters, lr=self.learning_rate, betas=tuple(self.betas), weight_decay=self.weight_decay
+        )
+        factor = _LearningRateFactor(self.total_steps(), self.warmup_share, self.schedule)
+        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, factor)}
+
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole fit."""
+        per_epoch = self.data.steps_per_epoch
+        limit = self.trainer.limit_train_batches
+        per_epoch = min(per_epoch, limit) if isinstance(limit, int) else max(1, int(per_epoch * limit))
+        by_epochs = math.inf if self.trainer.max_epochs in (None, -1) else cast(int, self.trainer.max_epochs) * per_epoch
+        by_steps = math.inf if self.trainer.max_steps == -1 else self.trainer.max_steps
+        return int(min(by_epochs, by_steps))
+
+    def on_train_start(self) -> None:
+        """Start the clock of the throughput metrics."""
+        self._step_started = time.perf_counter()
+
+    def training_step(self, step: StepBatch, batch_idx: int) -> None:
+        """One optimizer step: all micro-batches backward, one all-reduce, clip, update."""
+        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
+        assert not isinstance(optimizer, list) and isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler)
+        scale = self.trainer.world_size / self.divisor(step)  # DDP and FSDP2 average gradients over processes
+        tables: list[Tensor] = []
+        for i, batch in enumerate(step.micro_batches):
+            is_last = i == len(step.micro_batches) - 1
+            with nullcontext() if is_last else self._no_gradient_sync():
+                results = self.pair_results(batch, "train")
+                self.manual_backward(results.objective * scale)
+            tables.append(self._sums_by_source(batch, results.columns, "train"))
+        norm = self._clip_gradients()
+        optimizer.step()
+        optimizer.zero_grad()
+        learning_rate = scheduler.get_last_lr()[0]
+        scheduler.step()
+        metrics = self._metrics_by_source(self._reduce(torch.stack(tables).sum(0)), "train")
+        metrics |= {"train/gradient_norm": norm, "train/learning_rate": learning_rate}
+        self.log_dict(metrics | self._throughput(step), batch_size=step.n_pairs)
+
+    def validation_step(self, step: StepBatch, batch_idx: int) -> None:
+        """Collect per-pair figures; they are averaged over the whole split at the end."""
+        for batch in step.micro_batches:
+            results = self.pair_results(batch, "val")
+            real = batch.weights > 0
+            self._validation_rows.append((batch.pair_index[real], results.columns[real]))
+
+    def on_validation_epoch_end(self) -> None:
+        """Means over all held-out pairs, each counted once, whatever batches and processes."""
+        n_rows = len(self.data.splits["val"].pairs)
+        table = torch.zeros(n_rows, len(self.columns) + 1, device=self.device)
+        for rows, values in self._validation_rows:
+            table[rows, :-1] = values
+            table[rows, -1] = 1.0
+        self._validation_rows.clear()
+        table = self._reduce(table)
+        if self.trainer.sanity_checking:
+            return
+        self.validation_table = table[:, :-1].cpu()
+        sums = table.new_zeros(len(self.data.sources), table.shape[1]).index_add(0, self._source_of("val"), table)
+        self.log_dict(self._metrics_by_source(sums, "val"), batch_size=n_rows)
+
+    def metrics_from_sums(self, sums: Tensor) -> dict[str, Tensor]:
+        """Metric → value from [column + 1] sums over pairs, the last of which counts them. Default: means over pairs."""
+        return {name: sums[i] / sums[-1] for i, name in enumerate(self.columns)}
+
+    def _sums_by_source(self, batch: PreferenceBatch, columns: Tensor, split: Split) -> Tensor:
+        """[source, column + count]: sums over the batch's real pairs, by source."""
+        source = self._source_of(split)[batch.pair_index]
+        values = torch.cat([columns, torch.ones_like(columns[:, :1])], dim=1) * batch.weights[:, None]
+        return values.new_zeros(len(self.data.sources), values.shape[1]).index_add(0, source, values)
+
+    def _source_of(self, split: Split) -> Tensor:
+        if split not in self._source_cache:
+            self._source_cache[split] = torch.tensor(self.data.source_index(split), device=self.device)
+        return self._source_cache[split]
+
+    def _metrics_by_source(self, sums: Tensor, stage: str) -> dict[str, Tensor]:
+        """Metrics over all pairs and, where pairs come from several sources, over each source's."""
+        metrics = {f"{stage}/{name}": value for name, value in self.metrics_from_sums(sums.sum(0)).items()}
+        if len(sums) > 1:
+            for source, row in zip(self.data.sources, sums, strict=True):
+                if row[-1] > 0:
+                    metrics |= {f"{stage}/{name}/{source}": value for name, value in self.metrics_from_sums(row).items()}
+        return metrics
+
+    def _throughput(self, step: StepBatch) -> dict[str, float]:
+        now = time.perf_counter()
+        seconds, self._step_started = now - self._step_started, now
+        return {
+            "throughput/pairs_per_second": step.n_pairs / seconds,
+            "throughput/tokens_per_second": step.n_tokens / seconds,
+        }
+
+    def _clip_gradients(self) -> Tensor:
+        parameters = [p for p in self.parameters() if p.grad is not None]
+        limit = math.inf if self.gradient_clip_norm is None else self.gradient_clip_norm
+        norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def _no_gradient_sync(self) -> AbstractContextManager[Any]:
+        """DDP exchanges gradients once a step; FSDP2 reduces each micro-batch, since it keeps no whole gradient."""
+        wrapped = self.trainer.strategy.model
+        return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) else nullcontext()
+
+    def _reduce(self, tensor: Tensor) -> Tensor:
+        """Sum over processes."""
+        if self.trainer.world_size == 1:
+            return tensor
+        return cast(Tensor, self.trainer.strategy.reduce(tensor, reduce_op="sum"))
+
+
+class _LearningRateFactor:
+    """Linear rise over the warm-up, then constant, linear or cosine; step 0 already trains."""
+
+    def __init__(self, total_steps: int, warmup_share: float, schedule: Schedule) -> None:
+        self.total = max(total_steps, 1)
+        self.warmup = round(warmup_share * self.total)
+        self.schedule = schedule
+
+    def __call__(self, step: int) -> float:
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        progress = min(1.0, (step - self.warmup) / max(1, self.total - self.warmup))
+        if self.schedule == "constant":
+            return 1.0
+        return 1.0 - progress if self.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))

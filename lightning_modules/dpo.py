@@ -1,0 +1,118 @@
+"""Direct preference optimisation and its relatives, with a reference that is computed once."""
+
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch import Tensor
+
+from datamodules.preference import Objective
+from datamodules.splits import Split
+from lightning_modules.base import LogProbModule, PairResults
+from tiltmeter.batch import PreferenceBatch, StepBatch
+from tiltmeter.errors import UserError
+from tiltmeter.preference_losses import PairLogProbs, make_preference_loss
+
+REFERENCE_SPLITS: tuple[Split, ...] = ("train", "val")
+
+
+class DPOModule(LogProbModule):
+    """Minimises a preference loss averaged over the pairs of the step.
+
+    The reference is the model as it is before the first step. Its log-probs are computed once, by the same code in the same
+    precision as training, kept by row of the data set and saved in checkpoints, so that no second model is ever in memory
+    and a resumed run never takes its trained weights for the reference.
+
+    Args:
+        loss: a name of :data:`~tiltmeter.preference_losses.PREFERENCE_LOSSES`.
+        beta, label_smoothing, gamma_beta_ratio: options of the loss; null takes its default, one that the loss does
+            not have is refused.
+        learning_rate and the rest: see :class:`~lightning_modules.base.LogProbModule`.
+    """
+
+    objective: Objective = "preference"
+    columns = (
+        "loss",
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/margins",
+        "rewards/accuracies",
+        "logps/chosen",
+        "logps/rejected",
+    )
+
+    def __init__(
+        self,
+        *,
+        loss: str = "sigmoid",
+        beta: float | None = None,
+        label_smoothing: float | None = None,
+        gamma_beta_ratio: float | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.loss = make_preference_loss(loss, beta=beta, label_smoothing=label_smoothing, gamma_beta_ratio=gamma_beta_ratio)
+        self.reference: dict[str, Tensor] = {}
+        """Split → [row, 2] log π₀ of chosen and rejected, nats, float32."""
+
+    def setup(self, stage: str) -> None:
+        """Tell the data module which rows are wanted."""
+        self.data.objective = self.objective
+        self.data.predict_prompt = False
+
+    def divisor(self, step: StepBatch) -> int:
+        """Pairs of the step."""
+        return step.n_pairs
+
+    def on_fit_start(self) -> None:
+        """Compute the reference log-probs that were not loaded from a checkpoint.
+
+        Also for losses without a reference: rewards are always β·log(π/π₀).
+        """
+        for split in REFERENCE_SPLITS:
+            if split not in self.reference:
+                self.reference[split] = self.sequence_log_probs_of(split).cpu()
+            self.reference[split] = self.reference[split].to(self.device)
+
+    @torch.no_grad()
+    def sequence_log_probs_of(self, split: Split) -> Tensor:
+        """[row, 2] log-probs of chosen and rejected of a whole split under the current weights, on every process."""
+        n_rows = len(self.data.splits[split].pairs)
+        table = torch.zeros(n_rows, 2, device=self.device)
+        loader = self.data.loader(split)
+        quiet = not self.trainer.is_global_zero or self.trainer.progress_bar_callback is None
+        for step in track(loader, f"reference log-probs ({split})", transient=True, disable=quiet):
+            for batch in step.to(self.device).micro_batches:
+                with self.trainer.precision_plugin.forward_context():
+                    logps = self.trained_policy(batch).float()
+                real = batch.weights > 0
+                table[batch.pair_index[real]] = logps.view(2, -1).T[real]
+        return self._reduce(table)
+
+    def pair_results(self, batch: PreferenceBatch, split: Split) -> PairResults:
+        """Preference loss and TRL's reward metrics; rewards are β·log(π/π₀) whatever the loss."""
+        chosen, rejected = self.trained_policy(batch).chunk(2)
+        chosen_tokens, rejected_tokens = batch.target_counts.chunk(2)
+        reference_chosen, reference_rejected = self.reference[split][batch.pair_index].unbind(1)
+        pairs = PairLogProbs(chosen, rejected, reference_chosen, reference_rejected, chosen_tokens, rejected_tokens)
+        losses = self.loss(pairs)
+        with torch.no_grad():
+            rewards = [self.loss.beta * log_ratio for log_ratio in pairs.log_ratios()]
+            margins = rewards[0] - rewards[1]
+            figures = [losses, *rewards, margins, (margins > 0).float(), chosen, rejected]
+            columns = torch.stack([f.detach().float() for f in figures], dim=1)
+        return PairResults((losses * batch.weights).sum(), columns)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the reference, and which data it belongs to, with the run."""
+        checkpoint["data_digests"] = self._data_digests()
+        checkpoint["reference_log_probs"] = {split: table.cpu() for split, table in self.reference.items()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the reference of the run that is resumed; refuse it for other data."""
+        if checkpoint["data_digests"] != self._data_digests():
+            raise UserError("ckpt_path: the checkpoint was trained on other data or another tokenisation; resume with the same data options")
+        self.reference = {split: table.to(self.device) for split, table in checkpoint["reference_log_probs"].items()}
+
+    def _data_digests(self) -> dict[str, str]:
+        return {split: self.data.splits[split].digest() for split in REFERENCE_SPLITS}

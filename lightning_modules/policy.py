@@ -1,0 +1,43 @@
+"""The trained model as one nn.Module whose forward gives sequence log-probs, and how it is sharded."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from transformers import PreTrainedModel
+
+from tiltmeter.batch import PreferenceBatch
+from tiltmeter.layers import decoder_blocks, embedding_parameters
+from tiltmeter.log_probs import sequence_log_probs
+
+PolicyBuilder = Callable[[], PreTrainedModel]
+
+
+class Policy(nn.Module):
+    """A causal language model seen as log π(y|x). Its forward is the unit that DDP and FSDP2 wrap."""
+
+    def __init__(self, model: PreTrainedModel, *, chunk_tokens: int) -> None:
+        super().__init__()
+        self.model = model
+        self.chunk_tokens = chunk_tokens
+
+    def forward(self, batch: PreferenceBatch) -> Tensor:
+        """Summed log-probs of every sequence of a batch, in nats."""
+        return sequence_log_probs(self.model, batch, chunk_tokens=self.chunk_tokens)
+
+
+def freeze_embeddings(model: PreTrainedModel) -> int:
+    """Freeze token and position embeddings and the unembedding; returns the number of frozen parameters."""
+    n_frozen = 0
+    for parameter in embedding_parameters(model):
+        parameter.requires_grad_(False)
+        n_frozen += parameter.numel()
+    return n_frozen
+
+
+def shard(policy: Policy, mesh: DeviceMesh) -> None:
+    """FSDP2 over the data-parallel dimension: each decoder block is a unit, everything else (embeddings, norm, head) the root."""
+    for block in decoder_blocks(policy.model):
+        fully_shard(block, mesh=mesh)
+    fully_shard(policy, mesh=mesh)

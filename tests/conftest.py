@@ -1,0 +1,22 @@
+"""What all tests share: where the real data is, and a world without network or accounts."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+os.environ["WANDB_SILENT"] = "true"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of real data; unset: skip with the reason; set but missing: fail."""
+    root = os.environ.get("TILTMETER_SHARED")
+    if not root:
+        pytest.skip("TILTMETER_SHARED is not set (docs/data.md says where the real data comes from)")
+    folder = Path(root) / "data"
+    assert folder.is_dir(), f"TILTMETER_SHARED={root}: no folder {folder}"
+    return folder

@@ -1,0 +1,147 @@
+"""Causal language models and tokenizers by hub id, by folder or from scratch: safetensors only, no code from elsewhere."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from tiltmeter.errors import UserError
+
+T = TypeVar("T")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
+
+
+@dataclass(frozen=True)
+class CausalLM:
+    """Which model to use; building it is a separate step, so that this can be checked and passed around for free.
+
+    Args:
+        name_or_path: hub id or folder with safetensors weights; None for ``init=random``.
+        revision: commit or tag on the hub; pin it for runs that are to be remade.
+        init: ``pretrained`` loads weights, ``random`` makes a model from ``architecture``.
+        architecture: for ``init=random``: ``model_type`` and the fields of that family's configuration.
+        tokenizer: hub id or folder; None: the model's own. For ``init=random`` None means: train a BPE on the data.
+        vocab_size: size of a trained BPE.
+        dtype: of the weights. float32 weights with ``trainer.precision=bf16-mixed`` is the usual choice.
+        attn_implementation: ``sdpa`` or ``eager``.
+    """
+
+    name_or_path: str | None = None
+    revision: str | None = None
+    init: Literal["pretrained", "random"] = "pretrained"
+    architecture: Mapping[str, Any] | None = None
+    tokenizer: str | None = None
+    vocab_size: int = 4096
+    dtype: str = "float32"
+    attn_implementation: str = "sdpa"
+
+    def __post_init__(self) -> None:
+        """Check that the options fit together."""
+        if self.init not in ("pretrained", "random"):
+            raise UserError(f"model.init: expected pretrained or random, got {self.init}")
+        if self.init == "pretrained" and not self.name_or_path:
+            raise UserError("model.name_or_path: expected a hub id or a folder, got none (or set model.init=random)")
+        if self.init == "pretrained" and self.architecture:
+            raise UserError("model.architecture: only for model.init=random; a pretrained model brings its own")
+        if self.init == "random" and self.name_or_path:
+            raise UserError("model.name_or_path: not with model.init=random; choose one of the two")
+        if self.init == "random" and "model_type" not in (self.architecture or {}):
+            raise UserError("model.architecture: model.init=random needs model_type (for example llama) and its sizes")
+        if self.dtype not in DTYPES:
+            raise UserError(f"model.dtype: expected one of {', '.join(DTYPES)}, got {self.dtype}")
+        if self.attn_implementation not in ("sdpa", "eager"):
+            raise UserError(f"model.attn_implementation: expected sdpa or eager, got {self.attn_implementation}")
+
+    @property
+    def trains_tokenizer(self) -> bool:
+        """True when the tokenizer is to be trained on the run's own texts."""
+        return self.init == "random" and self.tokenizer is None
+
+    def load_tokenizer(self) -> Tokenizer:
+        """The model's tokenizer, with a padding token (EOS where it has none: padding is masked by length).
+
+        Raises:
+            UserError: not found, no network, gated.
+        """
+        if self.trains_tokenizer:
+            raise ValueError("this model's tokenizer is trained on the data, not loaded")
+        where = self.tokenizer or str(self.name_or_path)
+        revision = self.revision if where == self.name_or_path else None
+        tokenizer = _load("model.tokenizer", where, lambda: AutoTokenizer.from_pretrained(where, revision=revision))
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    def load_config(self, tokenizer: Tokenizer | None = None) -> PretrainedConfig:
+        """The model's configuration with all dropout off; ``init=random`` takes vocabulary and special ids from a tokenizer."""
+        if self.init == "random":
+            fields = dict(self.architecture or {})
+            if tokenizer is not None:
+                fields |= {"vocab_size": len(tokenizer)}
+                fields |= {name: getattr(tokenizer, name) for name in SPECIAL_TOKENS}
+            config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        else:
+            where = str(self.name_or_path)
+            config = _load("model.name_or_path", where, lambda: AutoConfig.from_pretrained(where, revision=self.revision))
+        return without_dropout(config)
+
+    def build(self, tokenizer: Tokenizer) -> PreTrainedModel:
+        """The model itself; a random one draws from torch's global generator.
+
+        Raises:
+            UserError: weights not found, no network, gated, no safetensors, a tokenizer larger than the vocabulary.
+        """
+        config = self.load_config(tokenizer)
+        dtype = DTYPES[self.dtype]
+        if self.init == "random":
+            model = AutoModelForCausalLM.from_config(config, attn_implementation=self.attn_implementation, dtype=dtype)
+        else:
+            where = str(self.name_or_path)
+            model = _load(
+                "model.name_or_path",
+                where,
+                lambda: AutoModelForCausalLM.from_pretrained(
+                    where,
+                    revision=self.revision,
+                    config=config,
+                    dtype=dtype,
+                    attn_implementation=self.attn_implementation,
+                    use_safetensors=True,
+                    trust_remote_code=False,
+                ),
+            )
+        size = model.get_input_embeddings().num_embeddings
+        if len(tokenizer) > size:
+            raise UserError(f"model: its vocabulary has {size} tokens but its tokenizer {len(tokenizer)}; they don't belong together")
+        model.config.use_cache = False
+        return model
+
+
+def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
+    """Set every dropout rate of a configuration to 0: policy and reference must be the same function."""
+    for name, value in config.to_dict().items():
+        if ("dropout" in name or "pdrop" in name) and isinstance(value, float):
+            setattr(config, name, 0.0)
+    return config
+
+
+def _load(key: str, where: str, load: Callable[[], T]) -> T:
+    """Call a from_pretrained and turn what goes wrong into one line."""
+    looks_local = where.startswith((".", "/", "~")) or Path(where).exists()
+    if looks_local and not Path(where).is_dir():
+        raise UserError(f"{key}: no such folder: {where} (expected a hub id or a folder with config.json and safetensors)")
+    try:
+        return load()
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if looks_local:
+            raise UserError(f"{key}: cannot load {where}: {reason}") from error
+        raise UserError(
+            f"{key}: cannot load {where} from the Hugging Face hub ({reason}); check the name, the network and, for a gated "
+            "model, your licence and login (`hf auth login`), or give a local folder"
+        ) from error
