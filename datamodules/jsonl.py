@@ -1,6 +1,6 @@
 """Rows of local `.jsonl` / `.jsonl.gz` files, read strictly, and single files of the Hugging Face hub.
 
-Everything that can be wrong with a file ends in one UserError of the form ``file:line:column: what``; nothing is skipped.
+Everything that can be wrong with a file ends in one UserError, ``file:line:column: what``; nothing is skipped.
 """
 
 import gzip
@@ -142,7 +142,7 @@ def _raw_lines(path: Path) -> Iterator[bytes]:
                 line = raw.rstrip(b"\r\n")
                 yield line.removeprefix(_UTF8_BOM) if line_number == 1 else line
     except FileNotFoundError as problem:
-        raise UserError(f"data.path: no such file: {path} ({EXPECTED})") from problem
+        raise UserError(f"{path}: no such file ({EXPECTED})") from problem
     except (gzip.BadGzipFile, EOFError, zlib.error) as problem:
         raise UserError(
             f"{path}: damaged gzip data after line {line_number} ({problem}); get the file again"
@@ -188,7 +188,7 @@ def _json_type(value: Any) -> str:
 
 def _may_use_cache(problem: Exception) -> bool:
     """True when the hub could not be asked; false when it answered that there is no such thing."""
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     if isinstance(problem, HfHubHTTPError):
         return problem.response is None or problem.response.status_code >= 500

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from datamodules.records import LoadReport, PreferencePair, PreferenceSource
-from datamodules.sampler import StepPlan, StepSampler
+from datamodules.sampler import StepPlan, StepSampler, epoch_order
 from datamodules.splits import LabelControl, Split, control_labels, split_by_group
 from datamodules.tokenization import PairTokenizer, TextFormat, TokenizationReport, Truncation
 from tiltmeter.batch import LAYOUTS, Layout, StepBatch, TokenizedPair, collate_pairs, row_length
@@ -183,8 +183,16 @@ class PreferenceDataModule(LightningDataModule):
         """Held-out pairs in a fixed order."""
         return self.loader("val")
 
-    def loader(self, split: Split, *, shuffle: bool = False, start_step: int = 0) -> DataLoader[StepBatch]:
-        """Steps over one split for this process; every pair appears exactly once over all processes."""
+    def rows_of_first_steps(self, n_steps: int) -> list[int]:
+        """Training rows that the first ``n_steps`` optimizer steps take, each once."""
+        n_rows = len(self.splits["train"].pairs)
+        order = epoch_order(n_rows, seed=self.seed, epoch=0, shuffle=True)
+        return sorted(order[: n_steps * self.pairs_per_step].tolist())
+
+    def loader(
+        self, split: Split, *, shuffle: bool = False, start_step: int = 0, rows: Sequence[int] | None = None
+    ) -> DataLoader[StepBatch]:
+        """Steps over one split (or some rows of it) for this process; every pair appears once over all processes."""
         layout: Layout = self.layout if self.objective == "preference" else "chosen_only"
         pairs = self.splits[split].pairs
         if split == "train" and self.labels != "given":
@@ -202,6 +210,7 @@ class PreferenceDataModule(LightningDataModule):
             rank=0 if trainer is None else trainer.global_rank,
             world_size=1 if trainer is None else trainer.world_size,
             start_step=start_step,
+            rows=rows,
         )
         return DataLoader(
             dataset,

@@ -71,6 +71,7 @@ class StepSampler(Sampler[StepPlan]):
         pairs_per_step: pairs of one optimizer step over all processes; the last step of an epoch holds the rest.
         tokens_per_micro_batch: padded tokens of one forward pass on one process.
         start_step: steps of the first epoch to skip, to resume inside it.
+        rows: only these rows, default all.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class StepSampler(Sampler[StepPlan]):
         rank: int = 0,
         world_size: int = 1,
         start_step: int = 0,
+        rows: Sequence[int] | None = None,
     ) -> None:
         self.lengths = lengths
         self.pairs_per_step = pairs_per_step
@@ -93,6 +95,7 @@ class StepSampler(Sampler[StepPlan]):
         self.rank = rank
         self.world_size = world_size
         self.start_step = start_step
+        self.rows = np.arange(len(lengths)) if rows is None else np.asarray(rows, dtype=np.int64)
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -101,11 +104,15 @@ class StepSampler(Sampler[StepPlan]):
 
     def __len__(self) -> int:
         """Optimizer steps of a whole epoch."""
-        return -(-len(self.lengths) // self.pairs_per_step)
+        return -(-len(self.rows) // self.pairs_per_step)
+
+    def order(self) -> np.ndarray:
+        """Rows of the current epoch in the order in which steps take them."""
+        return self.rows[epoch_order(len(self.rows), seed=self.seed, epoch=self.epoch, shuffle=self.shuffle)]
 
     def __iter__(self) -> Iterator[StepPlan]:
         """Steps of the current epoch in order."""
-        order = epoch_order(len(self.lengths), seed=self.seed, epoch=self.epoch, shuffle=self.shuffle).tolist()
+        order = self.order().tolist()
         start, self.start_step = self.start_step, 0
         for at in range(start * self.pairs_per_step, len(order), self.pairs_per_step):
             yield plan_step(

@@ -53,7 +53,7 @@ class DPOModule(LogProbModule):
         super().__init__(**options)
         self.loss = make_preference_loss(loss, beta=beta, label_smoothing=label_smoothing, gamma_beta_ratio=gamma_beta_ratio)
         self.reference: dict[str, Tensor] = {}
-        """Split → [row, 2] log π₀ of chosen and rejected, nats, float32."""
+        """Split → [row, 2] log π₀ of chosen and rejected, nats, float32 (float64 for a float64 model)."""
 
     def setup(self, stage: str) -> None:
         """Tell the data module which rows are wanted."""
@@ -78,13 +78,14 @@ class DPOModule(LogProbModule):
     def sequence_log_probs_of(self, split: Split) -> Tensor:
         """[row, 2] log-probs of chosen and rejected of a whole split under the current weights, on every process."""
         n_rows = len(self.data.splits[split].pairs)
-        table = torch.zeros(n_rows, 2, device=self.device)
+        dtype = torch.promote_types(self.trained_policy.model.dtype, torch.float32)
+        table = torch.zeros(n_rows, 2, device=self.device, dtype=dtype)
         loader = self.data.loader(split)
         quiet = not self.trainer.is_global_zero or self.trainer.progress_bar_callback is None
         for step in track(loader, f"reference log-probs ({split})", transient=True, disable=quiet):
             for batch in step.to(self.device).micro_batches:
                 with self.trainer.precision_plugin.forward_context():
-                    logps = self.trained_policy(batch).float()
+                    logps = self.trained_policy(batch).to(dtype)
                 real = batch.weights > 0
                 table[batch.pair_index[real]] = logps.view(2, -1).T[real]
         return self._reduce(table)

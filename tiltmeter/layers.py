@@ -66,6 +66,15 @@ def decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
     raise UserError(f"model: expected a list of {n_layers} decoder blocks in {type(model).__name__}, found none")
 
 
+def sliding_window(model: PreTrainedModel) -> int | None:
+    """How many tokens a token of the narrowest layers sees (Mistral, Gemma 2, GPT-Neo); None: all before it."""
+    kinds = getattr(model.config, "layer_types", None)
+    if kinds is not None and not any("sliding" in kind for kind in kinds):
+        return None
+    window: int | None = getattr(model.config, "sliding_window", None) or getattr(model.config, "window_size", None)
+    return window
+
+
 def embedding_parameters(model: PreTrainedModel) -> Iterator[nn.Parameter]:
     """Token and position embeddings and the unembedding: what the paper freezes (arXiv 2512.11838).
 

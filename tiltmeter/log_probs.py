@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from tiltmeter.batch import PreferenceBatch, attention_mask
-from tiltmeter.layers import Unembedding, backbone, unembedding
+from tiltmeter.batch import PAD, PreferenceBatch, attention_mask
+from tiltmeter.errors import UserError
+from tiltmeter.layers import Unembedding, backbone, sliding_window, unembedding
 
 DEFAULT_CHUNK_TOKENS = 1024
 """Tokens whose logits exist at a time. Smaller saves memory; much smaller is slow (TRAINING: 32 chunks cost 18 ×)."""
@@ -43,12 +44,16 @@ def target_hidden_states(model: PreTrainedModel, batch: PreferenceBatch) -> Floa
 def sum_by_sequence(
     token_logps: Float[Tensor, " target"], target_sequences: Int[Tensor, " target"], n_sequences: int
 ) -> Float[Tensor, " sequence"]:
-    """Sum token log-probs within each sequence; float32 in, float32 sums; float64 in, float64 sums.
+    """Sum token log-probs within each sequence in float64; the result has the tokens' dtype.
+
+    A float32 sum of 4,000 tokens drifts by 0.01 nats.
 
     >>> sum_by_sequence(torch.tensor([-1.0, -2.0, -4.0]), torch.tensor([0, 1, 1]), 2).tolist()
     [-1.0, -6.0]
     """
-    return token_logps.new_zeros(n_sequences).index_add(0, target_sequences, token_logps)
+    dtype = token_logps.dtype if token_logps.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+    sums = token_logps.new_zeros(n_sequences, dtype=dtype).index_add(0, target_sequences, token_logps.to(dtype))
+    return sums.to(token_logps.dtype)
 
 
 def token_log_probs(
@@ -153,9 +158,18 @@ def _model_mask(model: PreTrainedModel, batch: PreferenceBatch) -> Tensor:
     """The batch's mask in the form the attention kernel takes: boolean for SDPA, additive for eager.
 
     Layouts without sharing are plain causal rows padded on the right, which every kernel knows from a 2-D mask.
+
+    Raises:
+        UserError: ``shared_prefix``, and a response reaches beyond the sliding window, which only the model can apply.
     """
     if batch.layout != "shared_prefix":
-        return (batch.segments != 0).long()
+        return (batch.segments != PAD).long()
+    window = sliding_window(model)
+    if window is not None and batch.input_ids.shape[1] > window and int(batch.position_ids.max()) >= window:
+        raise UserError(
+            f"datamodule.layout=shared_prefix: this model sees only the last {window} tokens and a pair is longer; "
+            "use datamodule.layout=concatenated or a smaller datamodule.max_length"
+        )
     visible = attention_mask(batch.segments)
     if model.config._attn_implementation == "sdpa":
         return visible

@@ -5,6 +5,7 @@ have is an error, never ignored. All expectations over pairs are left to the cal
 """
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -92,6 +93,7 @@ def ipo_loss(pairs: PairLogProbs, *, beta: float = 0.1) -> Float[Tensor, " pair"
 
 def simpo_loss(pairs: PairLogProbs, *, beta: float = 10.0, gamma_beta_ratio: float = 0.5) -> Float[Tensor, " pair"]:
     """SimPO (arXiv 2405.14734, eq. 6), no reference: −log σ(β (ℓ̄_w − ℓ̄_l) − γ), ℓ̄ = mean token log-prob, γ = β · ratio."""
+    _check_range("gamma_beta_ratio", gamma_beta_ratio, 0.0, math.inf, closed=False)
     chosen_tokens, rejected_tokens = pairs.token_counts()
     difference = pairs.chosen / chosen_tokens - pairs.rejected / rejected_tokens
     return -F.logsigmoid(beta * (difference - gamma_beta_ratio))
@@ -142,8 +144,8 @@ def make_preference_loss(name: str, **options: float | None) -> PreferenceLoss:
             raise UserError(f"module.loss={name} has no option {key} (it has: {has}); leave it out or choose another loss")
     defaults = {p.name: p.default for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
     beta = float(given.get("beta", defaults["beta"]))
-    if not beta > 0:
-        raise UserError(f"module.beta: expected a number above 0, got {beta}")
+    if not 0 < beta < math.inf:
+        raise UserError(f"module.beta: expected a finite number above 0, got {beta}")
     bound = partial(function, **given)
     example = torch.zeros(1)
     count = torch.ones(1, dtype=torch.long)

@@ -1,0 +1,1 @@
+"""Watched while training: one concern a file, each usable alone."""

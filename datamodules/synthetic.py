@@ -1,0 +1,282 @@
+r"""A seeded world of readable dialogues whose preferences are planted: no download, every cause known.
+
+A response is written from m = 8 attributes :math:`a \in \{-1, +1\}^m` (tone, refusal, hedging …), each audible in
+words of its own. A prompt belongs to one of six situations c (how-to, why, choice, feeling, plan, risky). The planted
+utility is
+
+.. math:: U(c, a) = \sum_{j<k} w_j(c) \, \langle z_j, a \rangle
+
+with k = ``planted_rank`` orthonormal directions z_j in attribute space. The first weighs the same in every situation
+(w_0 = 1); the others change with the situation and average to zero, so that the matrix of situation × attribute weights
+has rank exactly k: one direction explains a world of rank one completely, and no other. Worlds differ by seed, with two
+conventions: z_0 has .5 on tone and the others 0, so rudeness never pays; z_0 is at most 0 on refusal.
+"""
+
+import math
+import random
+import re
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from datamodules import synthetic_phrases as phrases
+from datamodules.records import AttributeValue, LoadReport, Message, PreferencePair, transcript
+from datamodules.synthetic_phrases import ATTRIBUTES, SITUATIONS
+from tiltmeter.errors import UserError
+
+TONE_WEIGHT = 0.5
+CONTEXT_STRENGTH = 0.7  # root mean square over situations of each w_j with j > 0; w_0 is 1
+MAX_MIN_GAP = 1.5  # |z_0| = 1 makes a gap of 2 possible in every situation
+GREETING_SHARE = 0.15
+MIDDLE = ("hedging", "length", "formality", "example")  # sentences between answer and closing question
+
+Level = Mapping[str, float]
+_Filling = tuple[str, dict[str, str]]  # topic, words for the slots of a template
+_Item = TypeVar("_Item")
+
+
+class _Draw:
+    """Random choices that repeat on every platform: built on the one sequence that Python promises never to change."""
+
+    def __init__(self, seed: int, purpose: str) -> None:
+        self.random = random.Random(f"{seed}/{purpose}").random
+
+    def pick(self, items: Sequence[_Item]) -> _Item:
+        return items[int(self.random() * len(items))]
+
+    def some(self, items: Sequence[_Item], n: int) -> tuple[_Item, ...]:
+        """Items at n distinct positions, in random order (Fisher-Yates)."""
+        pool = list(items)
+        for i in range(n):
+            j = i + int(self.random() * (len(pool) - i))
+            pool[i], pool[j] = pool[j], pool[i]
+        return tuple(pool[:n])
+
+    def unit(self, orthogonal_to: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+        """Uniform unit vector orthogonal to orthonormal vectors (Box-Muller, then Gram-Schmidt)."""
+        n = len(orthogonal_to[0])
+        radius = [math.sqrt(-2 * math.log(1 - self.random())) for _ in range(n)]
+        vector = np.array([r * math.cos(2 * math.pi * self.random()) for r in radius])
+        for known in orthogonal_to:
+            vector = vector - (vector @ known) * known
+        return np.asarray(vector / math.sqrt(vector @ vector))
+
+
+class SyntheticWorld:
+    """Preference pairs from a planted utility; one pair per prompt, all prompts different.
+
+    The first n pairs don't depend on how many are asked for, and the texts don't depend on the label noise.
+
+    Args:
+        n_prompts: Number of pairs.
+        seed: Chooses the world: directions, weights, vocabulary and prompts.
+        planted_rank: Number k of planted directions, 1 … 6.
+        label_noise: Probability that chosen and rejected are swapped.
+        min_gap: Smallest difference in clean utility within a pair; a typical difference is 1.6.
+
+    Raises:
+        UserError: A value out of range.
+    """
+
+    name = "synthetic"
+
+    def __init__(
+        self,
+        n_prompts: int = 1500,
+        seed: int = 0,
+        planted_rank: int = 2,
+        label_noise: float = 0.1,
+        min_gap: float = 1.0,
+    ) -> None:
+        _check_whole("seed", seed, -math.inf, math.inf)
+        _check_whole("planted_rank", planted_rank, 1, len(SITUATIONS))
+        if not _is_number(label_noise) or not 0 <= label_noise < 0.5:
+            raise UserError(f"data.label_noise: expected 0 ≤ label_noise < 0.5, got {label_noise!r}")
+        if not _is_number(min_gap) or not 0 < min_gap <= MAX_MIN_GAP:
+            raise UserError(f"data.min_gap: expected 0 < min_gap ≤ {MAX_MIN_GAP}, got {min_gap!r}")
+        self.seed, self.planted_rank = seed, planted_rank
+        self.label_noise, self.min_gap = float(label_noise), float(min_gap)
+        self._choose_words(_Draw(seed, "words"))
+        capacity = len(SITUATIONS) * min(self._n_prompts_of(s) for s in SITUATIONS)
+        _check_whole("n_prompts", n_prompts, 1, capacity)
+        self.n_prompts = n_prompts
+        self.directions, self.situation_weights = _plant(seed, planted_rank)
+
+    def load(self) -> tuple[list[PreferencePair], list[LoadReport]]:
+        """All pairs, the situations in turn, and one report."""
+        order = {s: _Draw(self.seed, f"prompts/{s}").some(range(n), n) for s, n in self._sizes().items()}
+        pairs = []
+        for i in range(self.n_prompts):
+            situation = SITUATIONS[i % len(SITUATIONS)]
+            pairs.append(self._pair(i, situation, order[situation][i // len(SITUATIONS)]))
+        n_flipped = sum(bool(pair.attributes["label_flipped"]) for pair in pairs)
+        report = LoadReport(self.name, f"seed {self.seed}", n_rows=len(pairs), n_kept=len(pairs))
+        report.notes["label noise"] = f"{n_flipped} of {len(pairs)} pairs swapped ({self.label_noise:.0%} asked for)"
+        for j, direction in enumerate(self.directions):
+            terms = ", ".join(f"{name} {value:+.2f}" for name, value in zip(ATTRIBUTES, direction, strict=True))
+            report.notes[f"planted direction {j + 1} of {self.planted_rank}"] = terms
+        return pairs, [report]
+
+    def utility(self, attributes: Level, situation: str) -> float:
+        """Planted utility U(c, a) of attribute levels in a situation; the scale has no unit.
+
+        Args:
+            attributes: Level of every attribute by name, -1 … +1; 0 is neutral.
+            situation: One of ``SITUATIONS``; a pair carries its own in ``attributes["situation"]``.
+
+        Raises:
+            UserError: An unknown situation or a missing attribute.
+        """
+        missing = [name for name in ATTRIBUTES if name not in attributes]
+        if situation not in SITUATIONS or missing:
+            raise UserError(
+                f"utility: expected a situation out of {', '.join(SITUATIONS)} and levels of {', '.join(ATTRIBUTES)}, "
+                f"got {situation!r} and no {', '.join(missing) or 'missing level'}"
+            )
+        levels = np.array([float(attributes[name]) for name in ATTRIBUTES])
+        return float(self.situation_weights[SITUATIONS.index(situation)] @ (self.directions @ levels))
+
+    def score(self, response: str, situation: str) -> float:
+        """Planted utility of any text, its attributes read back by :func:`detect_attributes`."""
+        return self.utility(detect_attributes(response), situation)
+
+    def _choose_words(self, draw: _Draw) -> None:
+        """This world's part of every table, and the order of the sentences in a response."""
+        self._phrases = {key: draw.some(table, 4) for key, table in phrases.PHRASES.items()}
+        self._answers = {s: draw.some(phrases.ANSWERS[s], 2) for s in SITUATIONS}
+        self._openers = draw.some(phrases.OPENERS, 12)
+        self._middle = draw.some(MIDDLE, len(MIDDLE))
+        topics = draw.some(sorted(phrases.TOPICS), 6)
+        self._fillings: dict[str, list[_Filling]] = {s: [] for s in SITUATIONS}
+        for topic in topics:
+            tasks, things, _ = phrases.TOPICS[topic]
+            with_things: dict[str, tuple[str, Sequence[str]]] = {
+                "why": ("trouble", phrases.TROUBLES),
+                "choice": ("others", things),
+                "feeling": ("mood", phrases.MOODS),
+                "plan": ("occasion", phrases.OCCASIONS),
+            }
+            self._fillings["howto"] += [(topic, {"task": task}) for task in tasks]
+            for situation, (slot, words) in with_things.items():
+                self._fillings[situation] += [
+                    (topic, {"things": thing, slot: word}) for thing in things for word in words if word != thing
+                ]
+        self._fillings["risky"] = [
+            ("mischief", {"misdeed": misdeed, "watcher": watcher})
+            for misdeed in phrases.MISDEEDS
+            for watcher in phrases.WATCHERS
+        ]
+
+    def _n_prompts_of(self, situation: str) -> int:
+        return len(self._openers) * len(phrases.TEMPLATES[situation]) * len(self._fillings[situation])
+
+    def _sizes(self) -> dict[str, int]:
+        return {s: self._n_prompts_of(s) for s in SITUATIONS}
+
+    def _pair(self, i: int, situation: str, prompt_index: int) -> PreferencePair:
+        draw = _Draw(self.seed, f"pair/{i}")
+        filling_index, opener = divmod(prompt_index, len(self._openers))
+        filling_index, template = divmod(filling_index, len(phrases.TEMPLATES[situation]))
+        topic, words = self._fillings[situation][filling_index]
+        asked = f"{self._openers[opener]} {phrases.TEMPLATES[situation][template].format(**words)}"
+        prompt = (*self._greeting(draw), Message("user", asked))
+        gap = 0.0
+        while abs(gap) < self.min_gap:
+            sides = [{name: draw.pick((-1, 1)) for name in ATTRIBUTES} for _ in range(2)]
+            gap = self.utility(sides[0], situation) - self.utility(sides[1], situation)
+        written = [(levels, self._response(draw, situation, topic, words, levels)) for levels in sides]
+        flipped = _Draw(self.seed, f"label/{i}").random() < self.label_noise
+        if (gap < 0) != flipped:
+            written, gap = written[::-1], -gap
+        (chosen_levels, chosen), (rejected_levels, rejected) = written
+        attributes: dict[str, AttributeValue] = {"situation": situation, "topic": topic, "label_flipped": flipped}
+        attributes["utility_gap"] = gap
+        attributes |= {f"chosen/{name}": level for name, level in chosen_levels.items()}
+        attributes |= {f"rejected/{name}": level for name, level in rejected_levels.items()}
+        prompt_text, chosen_text = transcript(prompt, chosen)
+        return PreferencePair(
+            pair_id=f"{self.name}/{i:05d}",
+            source=self.name,
+            group=asked.lower(),
+            prompt=prompt,
+            chosen=Message("assistant", chosen),
+            rejected=Message("assistant", rejected),
+            prompt_text=prompt_text,
+            chosen_text=chosen_text,
+            rejected_text=transcript(prompt, rejected)[1],
+            attributes=attributes,
+        )
+
+    def _greeting(self, draw: _Draw) -> tuple[Message, ...]:
+        if draw.random() >= GREETING_SHARE:
+            return ()
+        greeting, reply = draw.pick(phrases.GREETINGS)
+        return (Message("user", greeting), Message("assistant", reply))
+
+    def _response(
+        self, draw: _Draw, situation: str, topic: str, words: Mapping[str, str], levels: Mapping[str, int]
+    ) -> str:
+        """Tone, refusal or answer, the middle sentences in this world's order, closing question."""
+        sentences = []
+        for name in ("tone", "refusal", *self._middle, "question"):
+            if (name, levels[name]) in self._phrases:
+                sentences.append(draw.pick(self._phrases[name, levels[name]]))
+            elif name == "refusal":
+                tips = phrases.TRICKS if situation == "risky" else phrases.TOPICS[topic][2]
+                answer = draw.pick(self._answers[situation])
+                sentences.append(answer.format(tip=draw.pick(tips), trick=draw.pick(tips), **words))
+        end = "!" if levels["excitement"] > 0 else "."
+        return " ".join(sentence if sentence.endswith("?") else sentence + end for sentence in sentences)
+
+
+def detect_attributes(text: str) -> dict[str, int]:
+    """Attribute levels read off the words of any text: -1, +1, or 0 where a two-sided attribute is not heard.
+
+    Refusal, length, example, excitement and question are +1 when heard and -1 in silence; tone, hedging and formality
+    take the side with more marker words. Empty text is silent, so judge its length elsewhere.
+
+    >>> heard = detect_attributes("What a stupid thing to ask! Maybe others know better!")
+    >>> heard["tone"], heard["hedging"], heard["formality"], heard["excitement"], heard["refusal"]
+    (-1, 1, 0, 1, -1)
+    """
+    words = re.findall(r"[a-z']+", text.lower())
+    levels = {"excitement": 1 if "!" in text else -1, "question": 1 if "?" in text else -1}
+    for name in ATTRIBUTES:
+        if (name, 1) in phrases.MARKERS:
+            heard = sum(word in phrases.MARKERS[name, 1] for word in words)
+            if (name, -1) in phrases.MARKERS:
+                heard -= sum(word in phrases.MARKERS[name, -1] for word in words)
+                levels[name] = (heard > 0) - (heard < 0)
+            else:
+                levels[name] = 1 if heard else -1
+    return {name: levels[name] for name in ATTRIBUTES}
+
+
+def _plant(seed: int, rank: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Directions [rank, attributes], orthonormal, and weights [situations, rank], columns orthogonal."""
+    draw = _Draw(seed, "directions")
+    tone = np.eye(len(ATTRIBUTES))[ATTRIBUTES.index("tone")]
+    rest = draw.unit([tone])  # with tone an orthonormal basis of a plane that holds the first direction
+    refusal = ATTRIBUTES.index("refusal")
+    rest[refusal] = -abs(rest[refusal])
+    first = TONE_WEIGHT * tone + math.sqrt(1 - TONE_WEIGHT**2) * rest
+    others: list[NDArray[np.float64]] = []
+    root_n = math.sqrt(len(SITUATIONS))
+    columns = [np.ones(len(SITUATIONS)) / root_n]
+    for _ in range(rank - 1):
+        others.append(draw.unit([tone, rest, *others]))
+        columns.append(draw.unit(columns))
+    scale = np.array([1.0] + [CONTEXT_STRENGTH] * (rank - 1)) * root_n
+    return np.stack([first, *others]), np.stack(columns, axis=1) * scale
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_whole(key: str, value: object, low: float, high: float) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        between = f" from {low} to {high}" if math.isfinite(low) else ""
+        raise UserError(f"data.{key}: expected a whole number{between}, got {value!r}")

@@ -1,0 +1,46 @@
+"""The command line around a Hydra main: arguments checked first, wrong input as one line and exit code 2."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from hydra.errors import HydraException, InstantiationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from omegaconf.errors import OmegaConfBaseException
+
+from launch.configuration import prepare_overrides
+from launch.screen import quiet_libraries
+from tiltmeter.errors import UserError
+
+WRONG_INPUT = 2
+
+
+def run_command(main: Callable[[], Any], *, config_name: str) -> None:
+    """Check ``sys.argv``, then call a function decorated with ``hydra.main``; exit codes as in DESIGN §8."""
+    quiet_libraries()
+    try:
+        sys.argv[1:] = prepare_overrides(sys.argv[1:], config_name=config_name)
+    except UserError as error:
+        exit_with(error)
+    main()
+
+
+def exit_with(error: UserError) -> None:
+    """Print one line and leave with exit code 2; only the first process prints."""
+    if (rank_zero_only.rank or 0) == 0:
+        print(f"tiltmeter: {error}", file=sys.stderr, flush=True)  # noqa: T201
+    sys.exit(WRONG_INPUT)
+
+
+def as_user_error(error: BaseException) -> UserError | None:
+    """The user error inside an exception of a library that wrapped it, or a library's own complaint about options."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, UserError):
+            return cause
+        cause = cause.__cause__
+    if isinstance(error, InstantiationException | MisconfigurationException | HydraException | OmegaConfBaseException):
+        text = str(error.__cause__ or error).strip()
+        return UserError(" ".join(text.split()))
+    return None

@@ -1,0 +1,192 @@
+"""Checks a command line before anything starts: unknown keys, files and values become one line with the nearest match.
+
+Defaults live once, in constructor signatures; the YAML files hold only what deviates. So a key may be set on the command
+line if it is in the YAML or if the node's ``_target_`` takes it, and nothing else may.
+"""
+
+import difflib
+import inspect
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from hydra.utils import get_class
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from tiltmeter.errors import UserError
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+_SECRET = re.compile(r"\b(sk-[\w-]{16,}|hf_[A-Za-z0-9]{20,}|[0-9a-f]{40})\b")
+_REVISION_KEYS = ("revision",)
+"""Keys whose 40 hexadecimal digits are a commit, not an API key."""
+
+
+def prepare_overrides(arguments: Sequence[str], *, config_name: str) -> list[str]:
+    """Check the overrides of a command line and rewrite those that name a constructor's option.
+
+    Args:
+        arguments: ``sys.argv[1:]``; flags (``--multirun``, ``--cfg job``, ``--help`` …) are passed through.
+        config_name: primary configuration, ``train`` or ``analyze``.
+
+    Returns:
+        the arguments for Hydra; ``data.path=x`` becomes ``++data.path=x`` where only the constructor knows ``path``.
+
+    Raises:
+        UserError: something is misspelt or unknown, or looks like a secret.
+    """
+    flags, overrides = _split_arguments(arguments)
+    parsed = [_parse(text) for text in overrides]
+    groups = [o for o in parsed if _is_group(o)]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        tree = _compose_choices(groups, config_name)
+    rewritten = [_rewrite(o, tree) for o in parsed]
+    return flags + rewritten
+
+
+def check_config(config: DictConfig) -> None:
+    """Check a composed configuration: every node's keys against its constructor, no secret anywhere.
+
+    Raises:
+        UserError: an unknown key or a value that looks like a secret.
+    """
+    primary = set(yaml.safe_load((CONF / "train.yaml").read_text(encoding="utf-8"))) | {"model", "data", "module", "trainer"}
+    primary |= {"callbacks", "logger", "monitor"}
+    for key in config:
+        if key not in primary:
+            raise UserError(f"{key}: unknown configuration key{_nearest(str(key), primary)}")
+    for path, node in _nodes(config):
+        known = _constructor_options(node)
+        for key in () if known is None else node:
+            if key not in known and not str(key).startswith("_"):
+                raise UserError(f"{path}.{key}: {node._target_} has no such option{_nearest(str(key), known)}")
+    for path, value in _leaves(config):
+        if isinstance(value, str) and _SECRET.search(value) and path.split(".")[-1] not in _REVISION_KEYS:
+            raise UserError(f"{path}: this looks like a secret; configuration is saved and logged, give keys in the environment")
+
+
+def _split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Flags with their values, and overrides (everything with an = that doesn't begin with a dash)."""
+    flags = [a for a in arguments if a.startswith("-") or "=" not in a.removeprefix("~")]
+    overrides = [a for a in arguments if a not in flags or a.startswith("~")]
+    return [f for f in flags if not f.startswith("~")], overrides
+
+
+def _parse(text: str) -> Override:
+    try:
+        return OverridesParser.create().parse_override(text)
+    except HydraException as error:
+        raise UserError(f"{text}: cannot be read as key=value ({str(error).splitlines()[0]})") from error
+
+
+def _is_group(override: Override) -> bool:
+    key = override.key_or_group.split("@")[0]
+    return (CONF / key).is_dir() and not key.startswith("hydra")
+
+
+def _compose_choices(groups: list[Override], config_name: str) -> DictConfig:
+    """The tree of keys for the chosen groups; of a sweep, the first choice stands for all."""
+    chosen = []
+    for override in groups:
+        choices = str(override.get_value_element_as_str()).split(",") if override.value() is not None else []
+        names = [c.strip("[]() '\"") for c in choices]
+        folder = CONF / override.key_or_group.split("@")[0]
+        available = {p.stem for p in folder.glob("*.yaml")}
+        for name in names:
+            if name and name != "null" and name not in available:
+                have = ", ".join(sorted(available))
+                raise UserError(f"{folder.name}={name}: there is none of that name{_nearest(name, available)} (there are: {have})")
+        if names:
+            chosen.append(f"{override.key_or_group}={names[0]}")
+    try:
+        return compose(config_name, overrides=chosen)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(f"configuration: {str(error).strip().splitlines()[0]}") from error
+
+
+def _rewrite(override: Override, tree: DictConfig) -> str:
+    text = str(override.input_line)
+    key = override.key_or_group
+    if _is_group(override) or key.startswith("hydra.") or not text[0].isalnum():
+        return text
+    if OmegaConf.select(tree, key, throw_on_missing=False) is not None or _has_key(tree, key):
+        return text
+    parent_path, _, name = key.rpartition(".")
+    parent = OmegaConf.select(tree, parent_path) if parent_path else tree
+    if isinstance(parent, DictConfig):
+        options = _constructor_options(parent)
+        if options is not None and name in options:
+            return f"++{text}"
+        if options is None and parent_path and "_target_" not in parent and _is_free(parent_path, tree):
+            return f"++{text}"
+    raise UserError(f"{key}: unknown configuration key{_nearest(key, set(_known_keys(tree)))}")
+
+
+def _is_free(path: str, tree: DictConfig) -> bool:
+    """A plain mapping given to a constructor (model.architecture) takes any key."""
+    owner, _, name = path.rpartition(".")
+    parent = OmegaConf.select(tree, owner) if owner else None
+    options = _constructor_options(parent) if isinstance(parent, DictConfig) else None
+    return options is not None and name in options
+
+
+def _has_key(tree: DictConfig, key: str) -> bool:
+    parent_path, _, name = key.rpartition(".")
+    parent = OmegaConf.select(tree, parent_path) if parent_path else tree
+    return isinstance(parent, DictConfig) and name in parent
+
+
+def _constructor_options(node: DictConfig) -> set[str] | None:
+    """Names of the options of a node's ``_target_``, through ``**options`` up its base classes; None without a target."""
+    if "_target_" not in node:
+        return None
+    names: set[str] = set()
+    for cls in get_class(node._target_).__mro__:
+        if "__init__" not in vars(cls):
+            continue
+        parameters = inspect.signature(vars(cls)["__init__"]).parameters.values()
+        names |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return names - {"self"}
+
+
+def _nodes(config: DictConfig, path: str = "") -> Iterator[tuple[str, DictConfig]]:
+    for key in config:
+        value = config._get_node(key)
+        here = f"{path}.{key}" if path else str(key)
+        if isinstance(value, DictConfig) and not value._is_none() and not value._is_interpolation():
+            if "_target_" in value:
+                yield here, value
+            yield from _nodes(value, here)
+
+
+def _leaves(config: DictConfig | ListConfig, path: str = "") -> Iterator[tuple[str, Any]]:
+    container = OmegaConf.to_container(config, resolve=False)
+    stack: list[tuple[str, Any]] = [(path, container)]
+    while stack:
+        here, value = stack.pop()
+        if isinstance(value, dict):
+            stack += [(f"{here}.{k}" if here else str(k), v) for k, v in value.items()]
+        elif isinstance(value, list):
+            stack += [(f"{here}.{i}", v) for i, v in enumerate(value)]
+        else:
+            yield here, value
+
+
+def _known_keys(tree: DictConfig) -> Iterator[str]:
+    yield from (str(key) for key in tree)
+    yield from (path for path, _ in _leaves(tree))
+    for path, node in _nodes(tree):
+        yield from (f"{path}.{name}" for name in _constructor_options(node) or ())
+
+
+def _nearest(name: str, known: set[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""

@@ -1,0 +1,129 @@
+"""The run folder of DESIGN §4: where it is, and what is written into it, each file whole or not at all."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from omegaconf import DictConfig, OmegaConf
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from transformers import PreTrainedTokenizerBase
+
+from lightning_modules.policy import Policy
+from tiltmeter.errors import UserError
+from tiltmeter.models import CausalLM
+
+_RUN_DIR_VARIABLE = "TILTMETER_RUN_DIR"
+"""Tells the processes that this one starts which folder was chosen."""
+
+
+def new_run_dir(root: Path, experiment: str, *, is_started_by_us: bool) -> Path:
+    """A folder name that doesn't exist yet: root/experiment/date_time; nothing is created here.
+
+    Args:
+        root: ``runs_root``.
+        experiment: name of the experiment.
+        is_started_by_us: this process was started by another one of the same run, which chose the folder.
+    """
+    if is_started_by_us and (chosen := os.environ.get(_RUN_DIR_VARIABLE)):
+        return Path(chosen)
+    stamp = datetime.now().astimezone().strftime("%Y-%m-%d_%H-%M-%S")
+    folder = root / experiment / stamp
+    n = 1
+    while folder.exists():
+        n += 1
+        folder = root / experiment / f"{stamp}_{n}"
+    os.environ[_RUN_DIR_VARIABLE] = str(folder)
+    return folder
+
+
+def find_checkpoint(ckpt_path: str, root: Path, experiment: str) -> Path:
+    """The checkpoint to resume: a path, or ``last`` for the newest run of this experiment that has one.
+
+    Raises:
+        UserError: there is none.
+    """
+    if ckpt_path != "last":
+        path = Path(ckpt_path)
+        if not path.exists():
+            raise UserError(f"ckpt_path: no such checkpoint: {path} (expected a path, or last)")
+        return path
+    found = sorted((root / experiment).glob("*/checkpoints/last.ckpt"), key=lambda p: p.parent.parent.name)
+    if not found:
+        raise UserError(f"ckpt_path=last: no run under {root / experiment} has a checkpoint yet; start one without ckpt_path")
+    return found[-1]
+
+
+def write_atomically(target: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a temporary file or folder beside the target, then rename it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    try:
+        write(temporary)
+        if target.is_dir():
+            shutil.rmtree(target)
+        temporary.replace(target)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def write_config(run_dir: Path, config: DictConfig) -> None:
+    """config.yaml, resolved."""
+    text = OmegaConf.to_yaml(config, resolve=True)
+    write_atomically(run_dir / "config.yaml", lambda path: path.write_text(text, encoding="utf-8") and None)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """A small JSON file."""
+    text = json.dumps(content, indent=2, sort_keys=True) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8") and None)
+
+
+def export_model(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path, trainer: Trainer) -> None:
+    """Write plain safetensors, configuration and tokenizer; every process must call this, the first one writes."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(policy.model, options=options)
+    if trainer.is_global_zero:
+
+        def write(temporary: Path) -> None:
+            policy.model.save_pretrained(temporary, state_dict=state, safe_serialization=True)
+            tokenizer.save_pretrained(temporary)
+
+        write_atomically(folder, write)
+    trainer.strategy.barrier()
+
+
+def keep_base(run_dir: Path, model: CausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+    """``base/``: the starting model itself, or a pointer when it is on the hub."""
+    source = Path(str(model.name_or_path))
+    if not source.is_dir():
+        write_json(run_dir / "base" / "pointer.json", {"name": model.name_or_path, "revision": model.revision})
+        return
+
+    def write(temporary: Path) -> None:
+        temporary.mkdir()
+        for file in source.iterdir():
+            if file.is_file() and file.suffix in (".json", ".safetensors", ".txt", ".jinja", ".model"):
+                _link_or_copy(file, temporary / file.name)
+        tokenizer.save_pretrained(temporary)
+
+    write_atomically(run_dir / "base", write)
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    """Weights are large and never rewritten in place, so they are hard-linked where the file system allows."""
+    if source.suffix == ".safetensors":
+        try:
+            os.link(source.resolve(), target)
+        except OSError:
+            pass
+        else:
+            return
+    shutil.copy2(source, target)

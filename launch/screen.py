@@ -1,0 +1,67 @@
+"""What a person sees in the terminal: what was loaded and dropped, one progress bar, one closing table, the next command."""
+
+import logging
+import os
+import warnings
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from datamodules.preference import PreferenceDataModule
+from datamodules.records import LoadReport
+
+_SILENCED = ("lightning", "lightning.pytorch", "lightning.fabric", "transformers", "datasets", "wandb", "httpx", "torch")
+
+
+def quiet_libraries() -> None:
+    """Silence warnings that a user of this program can do nothing about; errors still come through."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for name in _SILENCED:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    for module in ("lightning", "torch", "transformers", "pydantic"):
+        warnings.filterwarnings("ignore", module=rf"{module}\b.*")
+
+
+def data_table(data: PreferenceDataModule, labels: str) -> Table:
+    """What each source gave and lost, and what tokenisation did to each split."""
+    table = Table(title="Data", title_justify="left", title_style="bold")
+    for column, justify in (("source or split", "left"), ("pairs", "right"), ("dropped, cut or noted", "left")):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    for report in data.reports:
+        table.add_row(f"{report.source} ({report.location})", f"{report.n_kept} of {report.n_rows}", _source_remarks(report))
+    table.add_section()
+    for name, split in data.splits.items():
+        remarks = [f"{n} {reason}" for reason, n in split.report.dropped.items()]
+        if split.report.prompts_cut:
+            remarks.append(f"{split.report.prompts_cut} prompts cut from the left to fit {data.max_length} tokens")
+        if split.report.responses_cut:
+            remarks.append(f"{split.report.responses_cut} responses cut")
+        if name == "train" and labels != "given":
+            remarks.append(f"labels {labels} (control)")
+        table.add_row(name, str(len(split.pairs)), "; ".join(remarks) or "–")
+    return table
+
+
+def _source_remarks(report: LoadReport) -> str:
+    dropped = [f"{n} {reason}" for reason, n in sorted(report.dropped.items(), key=lambda item: -item[1])]
+    return "; ".join(dropped + [f"{k}: {v}" for k, v in report.notes.items()]) or "–"
+
+
+def result_table(rows: Sequence[tuple[str, str]]) -> Table:
+    """The closing table: figure and value."""
+    table = Table(title="Result", title_justify="left", title_style="bold", show_header=False)
+    table.add_column(style="cyan")
+    table.add_column()
+    for name, value in rows:
+        table.add_row(name, value)
+    return table
+
+
+def console(*, enabled: bool = True) -> Console:
+    """Standard output; nothing on processes other than the first."""
+    return Console(quiet=not enabled, soft_wrap=False, highlight=False)

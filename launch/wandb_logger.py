@@ -1,0 +1,121 @@
+"""Weights & Biases: online when logged in, else offline; never a prompt for a key, never a failure because of it."""
+
+import netrc
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlparse
+
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.loggers import WandbLogger
+
+STEP_AXIS = "trainer/global_step"
+_METRIC_GROUPS = ("train", "val", "throughput", "projection", "hyperplane", "spectral_entropy", "behaviour", "alarm")
+Mode = Literal["auto", "online", "offline", "disabled"]
+
+
+class RunLogger(WandbLogger):
+    """Lightning's WandbLogger around a run that is already open, and deaf to W&B's own failures."""
+
+    _failed = False
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Log scalars; the first failure is reported once, training and metrics.csv go on."""
+        if self._failed:
+            return
+        try:
+            super().log_metrics(metrics, step)
+        except Exception as error:
+            self._failed = True
+            warnings.warn(f"W&B stopped taking metrics ({error}); metrics.csv goes on", stacklevel=2)
+
+
+def open_wandb(
+    *,
+    run_dir: Path,
+    config: Mapping[str, Any],
+    name: str,
+    group: str,
+    mode: Mode = "auto",
+    project: str = "tiltmeter",
+    entity: str | None = None,
+    tags: tuple[str, ...] = (),
+) -> tuple[RunLogger | None, str]:
+    """Open the W&B run of a training job; call on the first process only.
+
+    Returns:
+        the logger (None when disabled or when W&B fails) and one line that says where the run goes.
+    """
+    chosen = _choose_mode(mode)
+    if chosen == "disabled":
+        return None, "W&B: disabled; metrics.csv has everything"
+    for attempt in dict.fromkeys((chosen, "offline")):
+        try:
+            return _open(run_dir, config, name, group, attempt, project, entity, tags)
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return None, f"W&B: not available ({reason}); metrics.csv has everything"
+
+
+def _open(
+    run_dir: Path,
+    config: Mapping[str, Any],
+    name: str,
+    group: str,
+    mode: str,
+    project: str,
+    entity: str | None,
+    tags: tuple[str, ...],
+) -> tuple[RunLogger, str]:
+    import wandb  # slow to import, and absent is no failure
+
+    settings = wandb.Settings(init_timeout=30, finish_timeout=300, silent=True, save_code=False, console="off")
+    run = wandb.init(
+        dir=str(run_dir),
+        config=dict(config),
+        name=name,
+        group=group,
+        job_type="train",
+        project=project,
+        entity=entity,
+        tags=list(tags),
+        mode=mode,  # type: ignore[arg-type]
+        settings=settings,
+        reinit="finish_previous",
+    )
+    run.define_metric(STEP_AXIS)
+    for metric_group in _METRIC_GROUPS:
+        run.define_metric(f"{metric_group}/*", step_metric=STEP_AXIS, step_sync=True)
+    run.define_metric("val/rewards/accuracies", step_metric=STEP_AXIS, step_sync=True, summary="max,last")
+    run.define_metric("val/loss", step_metric=STEP_AXIS, step_sync=True, summary="min,last")
+    if mode == "offline":
+        folder = Path(run.dir).parent
+        line = f"W&B: not logged in, so this run is kept offline; upload it with: wandb sync {folder}"
+    else:
+        line = f"W&B: {run.url}"
+    return RunLogger(experiment=run, save_dir=str(run_dir)), line
+
+
+def _choose_mode(mode: Mode) -> str:
+    """``auto``: the environment's WANDB_MODE if set, else online when there is a key, else offline."""
+    if mode != "auto":
+        return mode
+    requested = os.environ.get("WANDB_MODE", "").lower()
+    if requested in ("offline", "dryrun"):
+        return "offline"
+    if requested == "disabled" or os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1"):
+        return "disabled"
+    return "online" if _is_logged_in() else "offline"
+
+
+def _is_logged_in() -> bool:
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

@@ -1,0 +1,212 @@
+"""Against TRL 1.16's own trainer on the same token ids: another code base, another batching, the same numbers.
+
+TRL's chunked head computes in float32 whatever the model's dtype, which alone costs 1e-7. Where more digits are wanted the
+fixture ``exact_head`` puts TRL's own float64-capable ``selective_log_softmax`` in its place; all else is TRL as shipped.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import SequentialSampler
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from datamodules.sampler import epoch_order
+from datamodules.splits import Split
+from lightning_modules.base import PairResults
+from lightning_modules.dpo import DPOModule
+from tests.tiny_models import fit, largest_difference, lightning_warnings, make_data, make_model, make_tokenizer, random_pairs
+from tiltmeter.batch import Layout, PreferenceBatch, TokenizedPair, collate_pairs
+from tiltmeter.log_probs import sequence_log_probs
+from tiltmeter.preference_losses import PairLogProbs, make_preference_loss
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore"), lightning_warnings]
+
+BETA, STEPS, PAIRS_PER_STEP = 0.1, 20, 8
+LOSSES: dict[str, dict[str, float]] = {
+    "sigmoid": {},
+    "hinge": {},
+    "ipo": {},
+    "robust": {"label_smoothing": 0.2},
+}
+
+
+class ExactHead:
+    """Stands in for TRL's chunked function, on all positions at once and in the model's dtype."""
+
+    @staticmethod
+    def apply(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *_: Any) -> tuple[Tensor, ...]:
+        from trl.trainer.utils import selective_log_softmax
+
+        logits = F.linear(hidden, weight, bias)
+        log_probs = selective_log_softmax(logits[None], labels[None])[0]
+        unused = torch.zeros_like(log_probs)  # entropy and the like, which TRL only logs
+        return log_probs, unused, unused, unused, unused.bool()
+
+
+@pytest.fixture
+def exact_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trl.trainer.utils._ChunkedLogProbFunction", ExactHead)
+
+
+def trl_trainer(
+    policy: PreTrainedModel, ref: PreTrainedModel, pairs: Sequence[TokenizedPair], folder: Path, tokenizer: Any, **options: Any
+) -> Any:
+    """TRL's trainer on pairs that are tokenised already, in their order."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    class Pretokenized(DPOTrainer):
+        def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
+            return dataset
+
+        def _get_train_sampler(self, dataset: Any = None) -> SequentialSampler:
+            return SequentialSampler(self.train_dataset if dataset is None else dataset)
+
+    config = DPOConfig(
+        output_dir=str(folder),
+        use_cpu=True,
+        bf16=False,
+        fp16=False,
+        gradient_checkpointing=False,
+        beta=BETA,
+        max_length=None,
+        precompute_ref_log_probs=False,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        lr_scheduler_type="constant",
+        warmup_steps=0,
+        optim="adamw_torch",
+        adam_beta1=0.9,
+        adam_beta2=0.999,
+        adam_epsilon=1e-8,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        dataloader_num_workers=0,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to="none",
+        save_strategy="no",
+        seed=0,
+        disable_tqdm=True,
+        **options,
+    )
+    columns = {name: [list(getattr(pair, name)) for pair in pairs] for name in TokenizedPair._fields}
+    data = Dataset.from_dict(columns)
+    return Pretokenized(policy, ref_model=ref, args=config, train_dataset=data, processing_class=tokenizer)
+
+
+def gradients(model: PreTrainedModel, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def worst(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
+    assert set(a) == set(b)
+    return max(largest_difference(a[name], b[name]) for name in a)
+
+
+Parity = tuple[float, float, float]
+
+
+def parity(name: str, layout: Layout, folder: Path) -> Parity:
+    """TRL's loss; how far ours is from it; and the same for the gradient that differs most."""
+    tokenizer: PreTrainedTokenizerFast = make_tokenizer()
+    pairs = random_pairs(8, seed=1)
+    ref = make_model("gpt2", torch.float64, "eager", vocab_size=len(tokenizer))
+    policy = make_model("gpt2", torch.float64, "eager", vocab_size=len(tokenizer), seed=5)
+    trainer = trl_trainer(policy, ref, pairs, folder, tokenizer, loss_type=name, **LOSSES[name])
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(len(pairs))])
+    theirs = trainer._compute_loss(trainer.model, batch, False)
+    their_gradients = gradients(policy, theirs)
+
+    mine = collate_pairs(pairs, pair_index=range(len(pairs)), layout=layout)
+    with torch.no_grad():
+        reference = sequence_log_probs(ref, mine).chunk(2)
+    logps = sequence_log_probs(policy, mine, chunk_tokens=5).chunk(2)
+    counts = mine.target_counts.chunk(2)
+    ours = make_preference_loss(name, beta=BETA, **LOSSES[name])(PairLogProbs(*logps, *reference, *counts)).mean()
+    our_gradients = gradients(policy, ours)
+    assert max(g.abs().max().item() for g in our_gradients.values()) > 1e-2
+    return theirs.item(), abs(ours.item() - theirs.item()), worst(our_gradients, their_gradients)
+
+
+@pytest.mark.usefixtures("exact_head")
+@pytest.mark.parametrize("layout", ["shared_prefix", "concatenated"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_loss_and_gradients_equal_trl(name: str, layout: Layout, tmp_path: Path) -> None:
+    _, loss, gradient = parity(name, layout, tmp_path)
+    print(f"PARITY {name} {layout} {loss:.1e} {gradient:.1e}")
+    assert loss <= 1e-10
+    assert gradient <= 1e-10
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_loss_and_gradients_equal_trl_as_shipped_to_its_float32(name: str, tmp_path: Path) -> None:
+    value, loss, gradient = parity(name, "shared_prefix", tmp_path)
+    print(f"PARITY shipped {name} {value} {loss:.1e} {gradient:.1e}")
+    assert loss <= 2e-7 * max(1.0, value)
+    assert gradient <= 2e-6
+
+
+class TracedDPO(DPOModule):
+    """Remembers losses and gradient norms in full precision, and the parameters before the first step."""
+
+    def on_fit_start(self) -> None:
+        self.losses: list[float] = []
+        self.norms: list[float] = []
+        self.start = copy.deepcopy(self.trained_policy.model)
+        self._sum = 0.0
+        super().on_fit_start()
+
+    def pair_results(self, batch: PreferenceBatch, split: Split) -> PairResults:
+        results = super().pair_results(batch, split)
+        self._sum += results.objective.item()
+        return results
+
+    def _clip_gradients(self) -> Tensor:
+        norm = super()._clip_gradients()
+        self.losses.append(self._sum / PAIRS_PER_STEP)
+        self.norms.append(norm.item())
+        self._sum = 0.0
+        return norm
+
+
+@pytest.mark.usefixtures("exact_head")
+@pytest.mark.parametrize("layout", ["shared_prefix", "concatenated"])
+def test_twenty_steps_of_training_follow_trl(layout: Layout, tmp_path: Path) -> None:
+    data = make_data(
+        STEPS * PAIRS_PER_STEP, pairs_per_step=PAIRS_PER_STEP, tokens_per_micro_batch=300, layout=layout, max_length=80
+    )
+    module = TracedDPO(
+        learning_rate=1e-3, beta=BETA, warmup_share=0.0, schedule="constant", freeze_embeddings=False, gradient_clip_norm=1.0
+    )
+    fit(module, data, family="gpt2", dtype="float64")
+    assert len(module.losses) == STEPS
+
+    pairs = data.splits["train"].pairs
+    order = epoch_order(len(pairs), seed=data.seed, epoch=0, shuffle=True)
+    options = {"loss_type": "sigmoid", "max_steps": STEPS, "learning_rate": 1e-3}
+    shuffled = [pairs[i] for i in order]
+    policy, ref = copy.deepcopy(module.start), copy.deepcopy(module.start)
+    trainer = trl_trainer(policy, ref, shuffled, tmp_path, data.tokenizer, **options)
+    trainer.train()
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+
+    assert len(steps) == STEPS
+    loss = max(abs(a - entry["loss"]) for a, entry in zip(module.losses, steps, strict=True))
+    norm = max(abs(a - entry["grad_norm"]) for a, entry in zip(module.norms, steps, strict=True))
+    ours = dict(module.trained_policy.model.named_parameters())
+    parameters = worst(ours, dict(policy.named_parameters()))
+    print(f"PARITY trajectory {layout}: loss {loss:.1e}, norm {norm:.1e}, parameters {parameters:.1e}")
+    assert module.losses[-1] < 0.6 < module.losses[0]
+    assert loss <= 1e-9
+    assert norm <= 1e-9
+    assert parameters <= 1e-9
+    assert worst(ours, dict(module.start.named_parameters())) > 1e-3
