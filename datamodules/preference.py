@@ -117,7 +117,9 @@ class PreferenceDataModule(LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        _check_positive(pairs_per_step=pairs_per_step, tokens_per_micro_batch=tokens_per_micro_batch, val_pairs=val_pairs)
+        _check_positive(
+            pairs_per_step=pairs_per_step, tokens_per_micro_batch=tokens_per_micro_batch, val_pairs=val_pairs
+        )
         if layout not in LAYOUTS[:2]:
             raise UserError(f"datamodule.layout: expected shared_prefix or concatenated, got {layout}")
         self.source = source
@@ -144,7 +146,9 @@ class PreferenceDataModule(LightningDataModule):
         """Read the source and split it by prompt. Cheap; runs before any model is touched. Raises UserError."""
         pairs, self.reports = self.source.load()
         if not pairs:
-            dropped = sum((r.dropped for r in self.reports), start=type(self.reports[0].dropped)()) if self.reports else {}
+            dropped = (
+                sum((r.dropped for r in self.reports), start=type(self.reports[0].dropped)()) if self.reports else {}
+            )
             reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.items()) or "the source is empty"
             raise UserError(f"data: no preference pair is left after filtering ({reasons})")
         self.records = split_by_group(pairs, sizes=self.sizes, seed=self.split_seed)
@@ -171,8 +175,15 @@ class PreferenceDataModule(LightningDataModule):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps of one epoch."""
-        return -(-len(self.splits["train"].pairs) // self.pairs_per_step)
+        """Optimizer steps of one epoch, as the trainer limits it (``trainer.limit_train_batches``)."""
+        n_steps = -(-len(self.splits["train"].pairs) // self.pairs_per_step)
+        limit = 1.0 if self.trainer is None else self.trainer.limit_train_batches
+        return min(n_steps, limit) if isinstance(limit, int) else int(n_steps * limit)
+
+    @property
+    def active_layout(self) -> Layout:
+        """Layout of the batches: the chosen rows alone when only they are trained."""
+        return self.layout if self.objective == "preference" else "chosen_only"
 
     def train_dataloader(self) -> DataLoader[StepBatch]:
         """Shuffled steps; resumes inside an epoch from the trainer's step count."""
@@ -184,16 +195,22 @@ class PreferenceDataModule(LightningDataModule):
         return self.loader("val")
 
     def rows_of_first_steps(self, n_steps: int) -> list[int]:
-        """Training rows that the first ``n_steps`` optimizer steps take, each once."""
-        n_rows = len(self.splits["train"].pairs)
-        order = epoch_order(n_rows, seed=self.seed, epoch=0, shuffle=True)
-        return sorted(order[: n_steps * self.pairs_per_step].tolist())
+        """Training rows that the first ``n_steps`` optimizer steps take, over as many epochs as they need, each once."""
+        n_rows, per_epoch = len(self.splits["train"].pairs), self.steps_per_epoch
+        rows: set[int] = set()
+        for epoch in range(-(-n_steps // per_epoch)):
+            n_here = min(per_epoch, n_steps - epoch * per_epoch)
+            order = epoch_order(n_rows, seed=self.seed, epoch=epoch, shuffle=True)
+            rows.update(order[: n_here * self.pairs_per_step].tolist())
+            if len(rows) == n_rows:
+                break
+        return sorted(rows)
 
     def loader(
         self, split: Split, *, shuffle: bool = False, start_step: int = 0, rows: Sequence[int] | None = None
     ) -> DataLoader[StepBatch]:
         """Steps over one split (or some rows of it) for this process; every pair appears once over all processes."""
-        layout: Layout = self.layout if self.objective == "preference" else "chosen_only"
+        layout = self.active_layout
         pairs = self.splits[split].pairs
         if split == "train" and self.labels != "given":
             pairs = control_labels(pairs, self.labels, seed=self.seed)
@@ -215,7 +232,7 @@ class PreferenceDataModule(LightningDataModule):
         return DataLoader(
             dataset,
             batch_size=None,
-            sampler=sampler,  # type: ignore[arg-type]  # yields plans, which the data set takes as its index
+            sampler=sampler,  # yields plans, which the data set takes as its index
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=trainer is not None and trainer.strategy.root_device.type == "cuda",

@@ -19,7 +19,7 @@ class Message:
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """One prompt and two responses of which ``chosen`` was preferred.
+    r"""One prompt and two responses of which ``chosen`` was preferred.
 
     The same pair in two forms. As messages: ``prompt`` (ends with a user turn), ``chosen`` and ``rejected`` (the
     assistant's words). As exact text: ``prompt_text + chosen_text`` and ``prompt_text + rejected_text`` are the two

@@ -108,7 +108,10 @@ class StepSampler(Sampler[StepPlan]):
 
     def order(self) -> np.ndarray:
         """Rows of the current epoch in the order in which steps take them."""
-        return self.rows[epoch_order(len(self.rows), seed=self.seed, epoch=self.epoch, shuffle=self.shuffle)]
+        order: np.ndarray = self.rows[
+            epoch_order(len(self.rows), seed=self.seed, epoch=self.epoch, shuffle=self.shuffle)
+        ]
+        return order
 
     def __iter__(self) -> Iterator[StepPlan]:
         """Steps of the current epoch in order."""

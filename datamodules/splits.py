@@ -87,5 +87,9 @@ def control_labels(pairs: Sequence[TokenizedPair], control: LabelControl, *, see
         raise UserError(f"datamodule.labels: expected given, swapped or shuffled, got {control}")
     if control == "given":
         return list(pairs)
-    flip = np.ones(len(pairs), bool) if control == "swapped" else np.random.default_rng((seed, 1)).random(len(pairs)) < 0.5
-    return [TokenizedPair(p.prompt_ids, p.rejected_ids, p.chosen_ids) if f else p for p, f in zip(pairs, flip, strict=True)]
+    flip = (
+        np.ones(len(pairs), bool) if control == "swapped" else np.random.default_rng((seed, 1)).random(len(pairs)) < 0.5
+    )
+    return [
+        TokenizedPair(p.prompt_ids, p.rejected_ids, p.chosen_ids) if f else p for p, f in zip(pairs, flip, strict=True)
+    ]

@@ -27,8 +27,8 @@ from datamodules.synthetic_phrases import ATTRIBUTES, SITUATIONS
 from tiltmeter.errors import UserError
 
 TONE_WEIGHT = 0.5
-CONTEXT_STRENGTH = 0.7  # root mean square over situations of each w_j with j > 0; w_0 is 1
-MAX_MIN_GAP = 1.5  # |z_0| = 1 makes a gap of 2 possible in every situation
+MAX_STRENGTH = 2.0
+MAX_MIN_GAP = 1.9  # a gap of 2 is possible in every situation, because |z_0| = 1
 GREETING_SHARE = 0.15
 MIDDLE = ("hedging", "length", "formality", "example")  # sentences between answer and closing question
 
@@ -74,7 +74,9 @@ class SyntheticWorld:
         seed: Chooses the world: directions, weights, vocabulary and prompts.
         planted_rank: Number k of planted directions, 1 … 6.
         label_noise: Probability that chosen and rejected are swapped.
-        min_gap: Smallest difference in clean utility within a pair; a typical difference is 1.6.
+        min_gap: Smallest difference in clean utility within a pair; at rank 2 the mean difference is 1.3 without it.
+        situation_strength: Root mean square over situations of each w_j with j > 0; w_0 is 1. At .5 the first direction
+            alone decides 98 % of the pairs of a rank-2 world, at 1 it decides 89 %.
 
     Raises:
         UserError: A value out of range.
@@ -88,7 +90,8 @@ class SyntheticWorld:
         seed: int = 0,
         planted_rank: int = 2,
         label_noise: float = 0.1,
-        min_gap: float = 1.0,
+        min_gap: float = 1.5,
+        situation_strength: float = 0.5,
     ) -> None:
         _check_whole("seed", seed, -math.inf, math.inf)
         _check_whole("planted_rank", planted_rank, 1, len(SITUATIONS))
@@ -96,13 +99,17 @@ class SyntheticWorld:
             raise UserError(f"data.label_noise: expected 0 ≤ label_noise < 0.5, got {label_noise!r}")
         if not _is_number(min_gap) or not 0 < min_gap <= MAX_MIN_GAP:
             raise UserError(f"data.min_gap: expected 0 < min_gap ≤ {MAX_MIN_GAP}, got {min_gap!r}")
+        if not _is_number(situation_strength) or not 0 < situation_strength <= MAX_STRENGTH:
+            raise UserError(
+                f"data.situation_strength: expected 0 < situation_strength ≤ {MAX_STRENGTH}, got {situation_strength!r}"
+            )
         self.seed, self.planted_rank = seed, planted_rank
         self.label_noise, self.min_gap = float(label_noise), float(min_gap)
         self._choose_words(_Draw(seed, "words"))
         capacity = len(SITUATIONS) * min(self._n_prompts_of(s) for s in SITUATIONS)
         _check_whole("n_prompts", n_prompts, 1, capacity)
         self.n_prompts = n_prompts
-        self.directions, self.situation_weights = _plant(seed, planted_rank)
+        self.directions, self.situation_weights = _plant(seed, planted_rank, float(situation_strength))
 
     def load(self) -> tuple[list[PreferencePair], list[LoadReport]]:
         """All pairs, the situations in turn, and one report."""
@@ -254,7 +261,7 @@ def detect_attributes(text: str) -> dict[str, int]:
     return {name: levels[name] for name in ATTRIBUTES}
 
 
-def _plant(seed: int, rank: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _plant(seed: int, rank: int, strength: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Directions [rank, attributes], orthonormal, and weights [situations, rank], columns orthogonal."""
     draw = _Draw(seed, "directions")
     tone = np.eye(len(ATTRIBUTES))[ATTRIBUTES.index("tone")]
@@ -268,7 +275,7 @@ def _plant(seed: int, rank: int) -> tuple[NDArray[np.float64], NDArray[np.float6
     for _ in range(rank - 1):
         others.append(draw.unit([tone, rest, *others]))
         columns.append(draw.unit(columns))
-    scale = np.array([1.0] + [CONTEXT_STRENGTH] * (rank - 1)) * root_n
+    scale = np.array([1.0] + [strength] * (rank - 1)) * root_n
     return np.stack([first, *others]), np.stack(columns, axis=1) * scale
 
 

@@ -25,9 +25,15 @@ class SegmentEncoder:
     Tokenizers of the SentencePiece family put a space in front of whatever they encode; a response would then begin with a
     space that the transcript doesn't have. Such segments are encoded behind a newline, which never merges with what
     follows, and the newline's ids are cut off again.
+
+    Args:
+        tokenizer: any Hugging Face tokenizer.
+        special_tokens: whether words such as ``</s>`` inside a text mean the token (rendered templates) or just
+            themselves (people's words).
     """
 
     tokenizer: PreTrainedTokenizerBase
+    special_tokens: bool = False
 
     def encode(self, text: str) -> list[int]:
         """Ids of a segment inside a transcript: no special tokens, no invented space."""
@@ -39,7 +45,9 @@ class SegmentEncoder:
         return ids[len(self._anchor_ids) :]
 
     def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        plain = not self.special_tokens
+        encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=plain, verbose=False)
+        return list(encoded["input_ids"])
 
     @cached_property
     def _anchor_ids(self) -> list[int] | None:
@@ -85,7 +93,9 @@ class PairTokenizer:
             raise UserError(f"datamodule.max_length: expected at least 8 tokens, got {self.max_length}")
         if not 1 <= self.response_budget < self.max_length:
             given = self.max_response_length
-            raise UserError(f"datamodule.max_response_length: expected 1 … max_length-1 = {self.max_length - 1}, got {given}")
+            raise UserError(
+                f"datamodule.max_response_length: expected 1 … max_length-1 = {self.max_length - 1}, got {given}"
+            )
         if self.text_format == "chat_template" and not getattr(self.tokenizer, "chat_template", None):
             raise UserError(
                 "datamodule.text_format=chat_template: this model's tokenizer has no chat template (base models rarely do); "
@@ -99,7 +109,9 @@ class PairTokenizer:
         """Tokens a response may keep when a pair is too long."""
         return self.max_length // 2 if self.max_response_length is None else self.max_response_length
 
-    def __call__(self, pairs: Sequence[PreferencePair]) -> tuple[list[PreferencePair], list[TokenizedPair], TokenizationReport]:
+    def __call__(
+        self, pairs: Sequence[PreferencePair]
+    ) -> tuple[list[PreferencePair], list[TokenizedPair], TokenizationReport]:
         """Tokenise pairs; pairs that can't be used are dropped and counted.
 
         Returns:
@@ -109,7 +121,7 @@ class PairTokenizer:
             UserError: no pair is left, or a pair is too long under ``truncation=error``.
         """
         report = TokenizationReport(n_pairs=len(pairs))
-        encoder = SegmentEncoder(self.tokenizer)
+        encoder = SegmentEncoder(self.tokenizer, special_tokens=self.text_format == "chat_template")
         records: list[PreferencePair] = []
         tokenized: list[TokenizedPair] = []
         for record in pairs:
@@ -119,7 +131,9 @@ class PairTokenizer:
                 tokenized.append(ids)
         if pairs and not tokenized:
             reasons = ", ".join(f"{n} {reason}" for reason, n in report.dropped.items())
-            raise UserError(f"data: no pair is left of {len(pairs)} after tokenisation ({reasons}); raise datamodule.max_length")
+            raise UserError(
+                f"data: no pair is left of {len(pairs)} after tokenisation ({reasons}); raise datamodule.max_length"
+            )
         return records, tokenized, report
 
     def _encode(self, record: PreferencePair, encoder: SegmentEncoder) -> TokenizedPair:
@@ -137,7 +151,9 @@ class PairTokenizer:
 
     def _render(self, messages: Iterable[Message], *, add_generation_prompt: bool) -> str:
         turns = [{"role": m.role, "content": m.content} for m in messages]
-        text: Any = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
+        text: Any = self.tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
         return str(text)
 
     def _response_text(self, record: PreferencePair, prompt: str, response: Message) -> str:

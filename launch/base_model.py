@@ -21,12 +21,14 @@ _FORMAT = 1
 """Part of the key; raise it when the same settings would give another base."""
 
 
-def base_folder(config: DictConfig, model: CausalLM, tokenizer: PreTrainedTokenizerBase, data: PreferenceDataModule) -> Path:
+def base_folder(
+    config: DictConfig, model: CausalLM, tokenizer: PreTrainedTokenizerBase, data: PreferenceDataModule
+) -> Path:
     """Where the base of these settings is kept: the name is a hash of everything that it depends on."""
     depends_on = {
         "format": _FORMAT,
         "architecture": model.load_config(tokenizer).to_dict(),
-        "tokenizer": tokenizer.backend_tokenizer.to_str(),  # type: ignore[attr-defined]
+        "tokenizer": tokenizer.backend_tokenizer.to_str(),
         "settings": OmegaConf.to_container(config.base, resolve=True),
         "data": data.splits["train"].digest(),
         "steps": [data.pairs_per_step, data.tokens_per_micro_batch],
@@ -76,5 +78,5 @@ def _train_base(
     if trainer.is_global_zero:
         write_json(folder / "made_from.json", {"base": OmegaConf.to_container(config.base, resolve=True)})
         if log.exists():
-            write_atomically(folder / "metrics.csv", lambda path: log.replace(path) and None)
+            write_atomically(folder / "metrics.csv", lambda path: log.replace(path))
     trainer.strategy.barrier()

@@ -6,10 +6,10 @@ from typing import Any
 
 from hydra.errors import HydraException, InstantiationException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from omegaconf.errors import OmegaConfBaseException
 
 from launch.configuration import prepare_overrides
+from launch.run_folder import is_first_process
 from launch.screen import quiet_libraries
 from tiltmeter.errors import UserError
 
@@ -28,7 +28,7 @@ def run_command(main: Callable[[], Any], *, config_name: str) -> None:
 
 def exit_with(error: UserError) -> None:
     """Print one line and leave with exit code 2; only the first process prints."""
-    if (rank_zero_only.rank or 0) == 0:
+    if is_first_process():
         print(f"tiltmeter: {error}", file=sys.stderr, flush=True)  # noqa: T201
     sys.exit(WRONG_INPUT)
 

@@ -24,6 +24,18 @@ from tiltmeter.errors import UserError
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 _SECRET = re.compile(r"\b(sk-[\w-]{16,}|hf_[A-Za-z0-9]{20,}|[0-9a-f]{40})\b")
+_FLAGS_WITH_VALUE = (
+    "--cfg",
+    "-c",
+    "--package",
+    "-p",
+    "--config-path",
+    "-cp",
+    "--config-name",
+    "-cn",
+    "--config-dir",
+    "-cd",
+)
 _REVISION_KEYS = ("revision",)
 """Keys whose 40 hexadecimal digits are a commit, not an API key."""
 
@@ -56,26 +68,40 @@ def check_config(config: DictConfig) -> None:
     Raises:
         UserError: an unknown key or a value that looks like a secret.
     """
-    primary = set(yaml.safe_load((CONF / "train.yaml").read_text(encoding="utf-8"))) | {"model", "data", "module", "trainer"}
+    primary = set(yaml.safe_load((CONF / "train.yaml").read_text(encoding="utf-8"))) | {
+        "model",
+        "data",
+        "module",
+        "trainer",
+    }
     primary |= {"callbacks", "logger", "monitor"}
     for key in config:
         if key not in primary:
             raise UserError(f"{key}: unknown configuration key{_nearest(str(key), primary)}")
     for path, node in _nodes(config):
-        known = _constructor_options(node)
-        for key in () if known is None else node:
+        known = _constructor_options(node) or set()
+        for key in node:
             if key not in known and not str(key).startswith("_"):
                 raise UserError(f"{path}.{key}: {node._target_} has no such option{_nearest(str(key), known)}")
     for path, value in _leaves(config):
         if isinstance(value, str) and _SECRET.search(value) and path.split(".")[-1] not in _REVISION_KEYS:
-            raise UserError(f"{path}: this looks like a secret; configuration is saved and logged, give keys in the environment")
+            raise UserError(
+                f"{path}: this looks like a secret; configuration is saved and logged, give keys in the environment"
+            )
 
 
 def _split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Flags with their values, and overrides (everything with an = that doesn't begin with a dash)."""
-    flags = [a for a in arguments if a.startswith("-") or "=" not in a.removeprefix("~")]
-    overrides = [a for a in arguments if a not in flags or a.startswith("~")]
-    return [f for f in flags if not f.startswith("~")], overrides
+    """Flags with their values, and overrides."""
+    flags: list[str] = []
+    overrides: list[str] = []
+    for i, argument in enumerate(arguments):
+        if argument.startswith("-") or (i and arguments[i - 1] in _FLAGS_WITH_VALUE):
+            flags.append(argument)
+        elif "=" in argument or argument.startswith("~"):
+            overrides.append(argument)
+        else:
+            raise UserError(f"{argument}: expected key=value, for example experiment=tiny_hh")
+    return flags, overrides
 
 
 def _parse(text: str) -> Override:
@@ -94,14 +120,15 @@ def _compose_choices(groups: list[Override], config_name: str) -> DictConfig:
     """The tree of keys for the chosen groups; of a sweep, the first choice stands for all."""
     chosen = []
     for override in groups:
-        choices = str(override.get_value_element_as_str()).split(",") if override.value() is not None else []
-        names = [c.strip("[]() '\"") for c in choices]
+        names = [name.strip("[]() '\"") for name in str(override.input_line).partition("=")[2].split(",")]
         folder = CONF / override.key_or_group.split("@")[0]
         available = {p.stem for p in folder.glob("*.yaml")}
         for name in names:
             if name and name != "null" and name not in available:
                 have = ", ".join(sorted(available))
-                raise UserError(f"{folder.name}={name}: there is none of that name{_nearest(name, available)} (there are: {have})")
+                raise UserError(
+                    f"{folder.name}={name}: there is none of that name{_nearest(name, available)} (there are: {have})"
+                )
         if names:
             chosen.append(f"{override.key_or_group}={names[0]}")
     try:

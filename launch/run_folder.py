@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
 from omegaconf import DictConfig, OmegaConf
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -54,11 +55,13 @@ def find_checkpoint(ckpt_path: str, root: Path, experiment: str) -> Path:
         return path
     found = sorted((root / experiment).glob("*/checkpoints/last.ckpt"), key=lambda p: p.parent.parent.name)
     if not found:
-        raise UserError(f"ckpt_path=last: no run under {root / experiment} has a checkpoint yet; start one without ckpt_path")
+        raise UserError(
+            f"ckpt_path=last: no run under {root / experiment} has a checkpoint yet; start one without ckpt_path"
+        )
     return found[-1]
 
 
-def write_atomically(target: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(target: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a temporary file or folder beside the target, then rename it."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.partial-{os.getpid()}")
@@ -77,13 +80,13 @@ def write_atomically(target: Path, write: Callable[[Path], None]) -> None:
 def write_config(run_dir: Path, config: DictConfig) -> None:
     """config.yaml, resolved."""
     text = OmegaConf.to_yaml(config, resolve=True)
-    write_atomically(run_dir / "config.yaml", lambda path: path.write_text(text, encoding="utf-8") and None)
+    write_atomically(run_dir / "config.yaml", lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """A small JSON file."""
     text = json.dumps(content, indent=2, sort_keys=True) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8") and None)
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def export_model(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path, trainer: Trainer) -> None:
@@ -127,3 +130,8 @@ def _link_or_copy(source: Path, target: Path) -> None:
         else:
             return
     shutil.copy2(source, target)
+
+
+def is_first_process() -> bool:
+    """True in the process that prints and writes; known before any process group exists."""
+    return (getattr(rank_zero_only, "rank", None) or 0) == 0

@@ -7,11 +7,21 @@ from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
 
 from datamodules.preference import PreferenceDataModule
 from datamodules.records import LoadReport
 
-_SILENCED = ("lightning", "lightning.pytorch", "lightning.fabric", "transformers", "datasets", "wandb", "httpx", "torch")
+_SILENCED = (
+    "lightning",
+    "lightning.pytorch",
+    "lightning.fabric",
+    "transformers",
+    "datasets",
+    "wandb",
+    "httpx",
+    "torch",
+)
 
 
 def quiet_libraries() -> None:
@@ -21,6 +31,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for name in _SILENCED:
         logging.getLogger(name).setLevel(logging.ERROR)
+    disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     for module in ("lightning", "torch", "transformers", "pydantic"):
@@ -33,7 +44,9 @@ def data_table(data: PreferenceDataModule, labels: str) -> Table:
     for column, justify in (("source or split", "left"), ("pairs", "right"), ("dropped, cut or noted", "left")):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     for report in data.reports:
-        table.add_row(f"{report.source} ({report.location})", f"{report.n_kept} of {report.n_rows}", _source_remarks(report))
+        table.add_row(
+            f"{report.source} ({report.location})", f"{report.n_kept} of {report.n_rows}", _source_remarks(report)
+        )
     table.add_section()
     for name, split in data.splits.items():
         remarks = [f"{n} {reason}" for reason, n in split.report.dropped.items()]

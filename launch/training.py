@@ -14,7 +14,6 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers.logger import Logger
 from omegaconf import DictConfig, OmegaConf
@@ -27,7 +26,7 @@ from launch.base_model import find_or_train_base
 from launch.command import as_user_error, exit_with
 from launch.configuration import check_config
 from launch.metrics_csv import MetricsCSV
-from launch.run_folder import export_model, find_checkpoint, keep_base, new_run_dir, write_config
+from launch.run_folder import export_model, find_checkpoint, is_first_process, keep_base, new_run_dir, write_config
 from launch.screen import console, data_table, quiet_libraries, result_table
 from launch.wandb_logger import open_wandb
 from lightning_modules.base import LogProbModule
@@ -67,7 +66,7 @@ def train(config: DictConfig) -> Path:
 
 def _train(config: DictConfig, created: list[Path]) -> Path:
     _check(config)
-    is_first = (rank_zero_only.rank or 0) == 0
+    is_first = is_first_process()
     screen = console(enabled=is_first)
     root = Path(config.runs_root)
     checkpoint = find_checkpoint(config.ckpt_path, root, config.name) if config.ckpt_path else None
@@ -92,7 +91,9 @@ def _train(config: DictConfig, created: list[Path]) -> Path:
         screen.print(line, soft_wrap=True)
     trainer = _make_trainer(config, loggers)
     started = time.perf_counter()
-    trainer.fit(parts.module, datamodule=parts.data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
+    trainer.fit(
+        parts.module, datamodule=parts.data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True
+    )
     seconds = time.perf_counter() - started
     run_dir = Path(trainer.strategy.broadcast(str(run_dir)))
     if trainer.is_global_zero:
@@ -117,9 +118,13 @@ def _check(config: DictConfig) -> None:
     precision = str(config.trainer.get("precision", "32-true"))
     if precision not in _PRECISIONS:
         raise UserError(f"trainer.precision: expected one of {', '.join(_PRECISIONS[:4])}, got {precision}")
+    if config.trainer.get("accelerator") in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise UserError(f"trainer.accelerator={config.trainer.accelerator}: no GPU was found here; use trainer=cpu")
     is_sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
     if is_sweep and config.trainer.get("devices", 1) not in (1, "1") and "LOCAL_RANK" not in os.environ:
-        raise UserError("--multirun with trainer.devices above 1: one process can't start several jobs; sweep with devices=1")
+        raise UserError(
+            "--multirun with trainer.devices above 1: one process can't start several jobs; sweep with devices=1"
+        )
 
 
 def _build_parts(config: DictConfig) -> Parts:
@@ -127,7 +132,9 @@ def _build_parts(config: DictConfig) -> Parts:
     module: LogProbModule = instantiate(config.module)
     model: CausalLM = instantiate(config.model)
     if config.base is None and model.init == "random":
-        raise UserError("model.init=random: a model from scratch needs a base trained by SFT first; set base (see conf/experiment)")
+        raise UserError(
+            "model.init=random: a model from scratch needs a base trained by SFT first; set base (see conf/experiment)"
+        )
     data: PreferenceDataModule = instantiate(config.datamodule, source=instantiate(config.data))
     data.load()
     if model.trains_tokenizer:
@@ -164,7 +171,9 @@ def git_commit() -> str | None:
     here = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        return subprocess.run(
+            ["git", *arguments], cwd=here, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
 
     try:
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
@@ -199,8 +208,8 @@ def _results(parts: Parts, trainer: Trainer, seconds: float) -> list[tuple[str, 
         interval = cluster_mean_interval(values, parts.data.splits["val"].groups)
         text = f"{interval.value:.3f}  (95 % CI {interval.low:.3f} … {interval.high:.3f}, {len(values)} pairs)"
         rows.append(("held-out preference accuracy", text))
-    pairs = len(parts.data.splits["train"].pairs) * (trainer.current_epoch or 1)
-    rows.append(("throughput", f"{pairs / seconds:.1f} pairs/s with reference and validation"))
+    if module.seconds_trained:
+        rows.append(("throughput", f"{module.pairs_trained / module.seconds_trained:.1f} pairs/s in training steps"))
     if torch.cuda.is_available():
         rows.append(("peak GPU memory", f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"))
     return rows

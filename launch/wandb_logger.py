@@ -93,7 +93,7 @@ def _open(
     run.define_metric("val/loss", step_metric=STEP_AXIS, step_sync=True, summary="min,last")
     if mode == "offline":
         folder = Path(run.dir).parent
-        line = f"W&B: not logged in, so this run is kept offline; upload it with: wandb sync {folder}"
+        line = f"W&B: kept offline (not logged in, or WANDB_MODE says so); upload it with: wandb sync {folder}"
     else:
         line = f"W&B: {run.url}"
     return RunLogger(experiment=run, save_dir=str(run_dir)), line

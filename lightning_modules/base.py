@@ -18,6 +18,7 @@ from lightning_modules.policy import Policy, PolicyBuilder, freeze_embeddings, s
 from tiltmeter.batch import PreferenceBatch, StepBatch
 from tiltmeter.errors import UserError
 from tiltmeter.log_probs import DEFAULT_CHUNK_TOKENS
+from tiltmeter.verification import verify_layout
 
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -73,7 +74,7 @@ class LogProbModule(LightningModule):
         self.automatic_optimization = False
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
-        self.betas = betas
+        self.betas = (betas[0], betas[1])
         self.warmup_share = warmup_share
         self.schedule: Schedule = schedule
         self.gradient_clip_norm = gradient_clip_norm
@@ -82,6 +83,8 @@ class LogProbModule(LightningModule):
         self.policy: Policy | None = None
         self.validation_table: Tensor | None = None
         """[row of the validation split, column] of the last validation, the same on every process."""
+        self.seconds_trained = 0.0
+        self.pairs_trained = 0
         self._build_model: PolicyBuilder | None = None
         self._validation_rows: list[tuple[Tensor, Tensor]] = []
         self._source_cache: dict[Split, Tensor] = {}
@@ -116,6 +119,7 @@ class LogProbModule(LightningModule):
             return
         assert self._build_model is not None, "attach_model() comes first"
         model = self._build_model()
+        verify_layout(model, self.data.active_layout)
         if self.freeze_embeddings:
             freeze_embeddings(model)
         self.policy = Policy(model, chunk_tokens=self.chunk_tokens)
@@ -127,7 +131,7 @@ class LogProbModule(LightningModule):
         """AdamW with warm-up and a schedule over all optimizer steps."""
         parameters = [p for p in self.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
-            parameters, lr=self.learning_rate, betas=tuple(self.betas), weight_decay=self.weight_decay
+            parameters, lr=self.learning_rate, betas=self.betas, weight_decay=self.weight_decay
         )
         factor = _LearningRateFactor(self.total_steps(), self.warmup_share, self.schedule)
         return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, factor)}
@@ -135,9 +139,8 @@ class LogProbModule(LightningModule):
     def total_steps(self) -> int:
         """Optimizer steps of the whole fit."""
         per_epoch = self.data.steps_per_epoch
-        limit = self.trainer.limit_train_batches
-        per_epoch = min(per_epoch, limit) if isinstance(limit, int) else max(1, int(per_epoch * limit))
-        by_epochs = math.inf if self.trainer.max_epochs in (None, -1) else cast(int, self.trainer.max_epochs) * per_epoch
+        max_epochs = self.trainer.max_epochs
+        by_epochs = math.inf if max_epochs is None or max_epochs == -1 else max_epochs * per_epoch
         by_steps = math.inf if self.trainer.max_steps == -1 else self.trainer.max_steps
         return int(min(by_epochs, by_steps))
 
@@ -145,10 +148,15 @@ class LogProbModule(LightningModule):
         """Start the clock of the throughput metrics."""
         self._step_started = time.perf_counter()
 
+    def on_validation_end(self) -> None:
+        """Validation is no part of a training step's time."""
+        self._step_started = time.perf_counter()
+
     def training_step(self, step: StepBatch, batch_idx: int) -> None:
         """One optimizer step: all micro-batches backward, one all-reduce, clip, update."""
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
-        assert not isinstance(optimizer, list) and isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler)
+        assert not isinstance(optimizer, list)
+        assert isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler)
         scale = self.trainer.world_size / self.divisor(step)  # DDP and FSDP2 average gradients over processes
         tables: list[Tensor] = []
         for i, batch in enumerate(step.micro_batches):
@@ -162,7 +170,7 @@ class LogProbModule(LightningModule):
         optimizer.zero_grad()
         learning_rate = scheduler.get_last_lr()[0]
         scheduler.step()
-        metrics = self._metrics_by_source(self._reduce(torch.stack(tables).sum(0)), "train")
+        metrics: dict[str, Any] = self._metrics_by_source(self._reduce(torch.stack(tables).sum(0)), "train")
         metrics |= {"train/gradient_norm": norm, "train/learning_rate": learning_rate}
         self.log_dict(metrics | self._throughput(step), batch_size=step.n_pairs)
 
@@ -209,12 +217,16 @@ class LogProbModule(LightningModule):
         if len(sums) > 1:
             for source, row in zip(self.data.sources, sums, strict=True):
                 if row[-1] > 0:
-                    metrics |= {f"{stage}/{name}/{source}": value for name, value in self.metrics_from_sums(row).items()}
+                    metrics |= {
+                        f"{stage}/{name}/{source}": value for name, value in self.metrics_from_sums(row).items()
+                    }
         return metrics
 
     def _throughput(self, step: StepBatch) -> dict[str, float]:
         now = time.perf_counter()
         seconds, self._step_started = now - self._step_started, now
+        self.seconds_trained += seconds
+        self.pairs_trained += step.n_pairs
         return {
             "throughput/pairs_per_second": step.n_pairs / seconds,
             "throughput/tokens_per_second": step.n_tokens / seconds,

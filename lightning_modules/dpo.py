@@ -1,5 +1,7 @@
 """Direct preference optimisation and its relatives, with a reference that is computed once."""
 
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -51,7 +53,9 @@ class DPOModule(LogProbModule):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        self.loss = make_preference_loss(loss, beta=beta, label_smoothing=label_smoothing, gamma_beta_ratio=gamma_beta_ratio)
+        self.loss = make_preference_loss(
+            loss, beta=beta, label_smoothing=label_smoothing, gamma_beta_ratio=gamma_beta_ratio
+        )
         self.reference: dict[str, Tensor] = {}
         """Split → [row, 2] log π₀ of chosen and rejected, nats, float32 (float64 for a float64 model)."""
 
@@ -69,26 +73,37 @@ class DPOModule(LogProbModule):
 
         Also for losses without a reference: rewards are always β·log(π/π₀).
         """
+        needed = {"train": self.data.rows_of_first_steps(self.total_steps()), "val": None}
         for split in REFERENCE_SPLITS:
             if split not in self.reference:
-                self.reference[split] = self.sequence_log_probs_of(split).cpu()
+                self.reference[split] = self.sequence_log_probs_of(split, rows=needed[split])
             self.reference[split] = self.reference[split].to(self.device)
+            if self.reference[split][needed[split] or slice(None)].isnan().any():
+                raise UserError(
+                    "ckpt_path: the checkpoint holds reference log-probs for fewer steps than this run takes, and its trained "
+                    "weights can't give the missing ones; resume with the trainer.max_steps and max_epochs it was started with"
+                )
 
     @torch.no_grad()
-    def sequence_log_probs_of(self, split: Split) -> Tensor:
-        """[row, 2] log-probs of chosen and rejected of a whole split under the current weights, on every process."""
+    def sequence_log_probs_of(self, split: Split, *, rows: Sequence[int] | None = None) -> Tensor:
+        """[row, 2] log-probs of chosen and rejected under the current weights, on every process; NaN for rows not asked for."""
         n_rows = len(self.data.splits[split].pairs)
         dtype = torch.promote_types(self.trained_policy.model.dtype, torch.float32)
         table = torch.zeros(n_rows, 2, device=self.device, dtype=dtype)
-        loader = self.data.loader(split)
-        quiet = not self.trainer.is_global_zero or self.trainer.progress_bar_callback is None
+        loader = self.data.loader(split, rows=rows)
+        quiet = not (self.trainer.is_global_zero and self.trainer.progress_bar_callback and sys.stdout.isatty())
         for step in track(loader, f"reference log-probs ({split})", transient=True, disable=quiet):
             for batch in step.to(self.device).micro_batches:
                 with self.trainer.precision_plugin.forward_context():
                     logps = self.trained_policy(batch).to(dtype)
                 real = batch.weights > 0
                 table[batch.pair_index[real]] = logps.view(2, -1).T[real]
-        return self._reduce(table)
+        table = self._reduce(table)
+        if rows is not None:
+            missing = torch.ones(n_rows, dtype=torch.bool, device=self.device)
+            missing[list(rows)] = False
+            table[missing] = torch.nan
+        return table
 
     def pair_results(self, batch: PreferenceBatch, split: Split) -> PairResults:
         """Preference loss and TRL's reward metrics; rewards are β·log(π/π₀) whatever the loss."""
@@ -112,7 +127,9 @@ class DPOModule(LogProbModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the reference of the run that is resumed; refuse it for other data."""
         if checkpoint["data_digests"] != self._data_digests():
-            raise UserError("ckpt_path: the checkpoint was trained on other data or another tokenisation; resume with the same data options")
+            raise UserError(
+                "ckpt_path: the checkpoint was trained on other data or another tokenisation; resume with the same data options"
+            )
         self.reference = {split: table.to(self.device) for split, table in checkpoint["reference_log_probs"].items()}
 
     def _data_digests(self) -> dict[str, str]:

@@ -76,7 +76,9 @@ class PreferenceBatch:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PreferenceBatch":
         """The same batch on another device (Lightning calls this)."""
         moved = {
-            f.name: getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self) if f.name != "layout"
+            f.name: getattr(self, f.name).to(device, non_blocking=non_blocking)
+            for f in fields(self)
+            if f.name != "layout"
         }
         return replace(self, **moved)
 
@@ -144,7 +146,9 @@ def collate_pairs(
     ([1, 2, 1, 4, 5], [6, 2, 7, 8, 2], [0, 0, 1, 1, 1])
     """
     if any(not len(ids) for pair in pairs for ids in pair):
-        raise ValueError("collate_pairs: expected at least one token in every prompt, chosen and rejected, got an empty one")
+        raise ValueError(
+            "collate_pairs: expected at least one token in every prompt, chosen and rejected, got an empty one"
+        )
     if predict_prompt and layout != "chosen_only":
         raise ValueError(f"collate_pairs: predict_prompt needs layout chosen_only, got {layout}")
     n = len(pairs)

@@ -39,7 +39,11 @@ def cluster_mean_interval(
     counts = np.bincount(index).astype(np.float64)
     mean = float(sums.sum() / counts.sum())
     if len(names) < 2:
-        return Interval(mean, mean, mean) if np.ptp(np.asarray(values)) == 0 else Interval(mean, float("-inf"), float("inf"))
+        return (
+            Interval(mean, mean, mean)
+            if np.ptp(np.asarray(values)) == 0
+            else Interval(mean, float("-inf"), float("inf"))
+        )
     result = bootstrap(
         (sums, counts),
         lambda s, c, axis: s.sum(axis) / c.sum(axis),

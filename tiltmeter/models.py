@@ -1,11 +1,14 @@
 """Causal language models and tokenizers by hub id, by folder or from scratch: safetensors only, no code from elsewhere."""
 
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -33,7 +36,7 @@ class CausalLM:
 
     name_or_path: str | None = None
     revision: str | None = None
-    init: Literal["pretrained", "random"] = "pretrained"
+    init: str = "pretrained"
     architecture: Mapping[str, Any] | None = None
     tokenizer: str | None = None
     vocab_size: int = 4096
@@ -84,10 +87,12 @@ class CausalLM:
             if tokenizer is not None:
                 fields |= {"vocab_size": len(tokenizer)}
                 fields |= {name: getattr(tokenizer, name) for name in SPECIAL_TOKENS}
-            config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+            config = _from_architecture(lambda: AutoConfig.for_model(fields.pop("model_type"), **fields))
         else:
             where = str(self.name_or_path)
-            config = _load("model.name_or_path", where, lambda: AutoConfig.from_pretrained(where, revision=self.revision))
+            config = _load(
+                "model.name_or_path", where, lambda: AutoConfig.from_pretrained(where, revision=self.revision)
+            )
         return without_dropout(config)
 
     def build(self, tokenizer: Tokenizer) -> PreTrainedModel:
@@ -99,7 +104,10 @@ class CausalLM:
         config = self.load_config(tokenizer)
         dtype = DTYPES[self.dtype]
         if self.init == "random":
-            model = AutoModelForCausalLM.from_config(config, attn_implementation=self.attn_implementation, dtype=dtype)
+            attention = self.attn_implementation
+            model = _from_architecture(
+                lambda: AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
+            )
         else:
             where = str(self.name_or_path)
             model = _load(
@@ -117,7 +125,9 @@ class CausalLM:
             )
         size = model.get_input_embeddings().num_embeddings
         if len(tokenizer) > size:
-            raise UserError(f"model: its vocabulary has {size} tokens but its tokenizer {len(tokenizer)}; they don't belong together")
+            raise UserError(
+                f"model: its vocabulary has {size} tokens but its tokenizer {len(tokenizer)}; they don't belong together"
+            )
         model.config.use_cache = False
         return model
 
@@ -134,10 +144,12 @@ def _load(key: str, where: str, load: Callable[[], T]) -> T:
     """Call a from_pretrained and turn what goes wrong into one line."""
     looks_local = where.startswith((".", "/", "~")) or Path(where).exists()
     if looks_local and not Path(where).is_dir():
-        raise UserError(f"{key}: no such folder: {where} (expected a hub id or a folder with config.json and safetensors)")
+        raise UserError(
+            f"{key}: no such folder: {where} (expected a hub id or a folder with config.json and safetensors)"
+        )
     try:
         return load()
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if looks_local:
             raise UserError(f"{key}: cannot load {where}: {reason}") from error
@@ -145,3 +157,11 @@ def _load(key: str, where: str, load: Callable[[], T]) -> T:
             f"{key}: cannot load {where} from the Hugging Face hub ({reason}); check the name, the network and, for a gated "
             "model, your licence and login (`hf auth login`), or give a local folder"
         ) from error
+
+
+def _from_architecture(make: Callable[[], T]) -> T:
+    """Make a configuration or a random model and turn what goes wrong into one line."""
+    try:
+        return make()
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise UserError(f"model.architecture: {textwrap.shorten(str(error), 200, placeholder=' …')}") from error

@@ -141,7 +141,9 @@ def make_preference_loss(name: str, **options: float | None) -> PreferenceLoss:
     for key in given:
         if key not in known:
             has = ", ".join(known)
-            raise UserError(f"module.loss={name} has no option {key} (it has: {has}); leave it out or choose another loss")
+            raise UserError(
+                f"module.loss={name} has no option {key} (it has: {has}); leave it out or choose another loss"
+            )
     defaults = {p.name: p.default for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
     beta = float(given.get("beta", defaults["beta"]))
     if not 0 < beta < math.inf:

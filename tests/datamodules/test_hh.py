@@ -119,7 +119,7 @@ def test_a_copy_of_the_hub_repository_is_read_like_the_hub(tmp_path: Path) -> No
     assert pairs[0].pair_id == "hh/harmless-base_train/00000"
     with pytest.raises(UserError, match=r"data\.path: no such file: .*harmless-base/test\.jsonl\.gz"):
         AnthropicHH(path=str(tmp_path), split="test").load()
-    with pytest.raises(UserError, match="unknown subset 'helpful-onlin' .*did you mean helpful-online"):
+    with pytest.raises(UserError, match=r"unknown subset 'helpful-onlin' .*did you mean helpful-online"):
         AnthropicHH(path=str(tmp_path), subsets=["helpful-onlin"]).load()
 
 
@@ -139,7 +139,9 @@ def test_without_a_path_the_paper_s_subsets_come_from_the_hub(tmp_path: Path, mo
 
 def test_wrong_options_are_named_by_key_with_the_nearest_match(tmp_path: Path) -> None:
     write_rows(tmp_path / "harmless-base_test.jsonl", GOOD)
-    with pytest.raises(UserError, match=r"^data\.subsets: unknown subset 'harmles-base' .*did you mean harmless-base\?"):
+    with pytest.raises(
+        UserError, match=r"^data\.subsets: unknown subset 'harmles-base' .*did you mean harmless-base\?"
+    ):
         AnthropicHH(subsets=["harmles-base"])
     with pytest.raises(UserError, match=r"^data\.subsets: no file with 'harmles-' .*did you mean harmless-base_test\?"):
         AnthropicHH(path=str(tmp_path), subsets=["harmless", "harmles-"]).load()
@@ -159,7 +161,7 @@ def test_wrong_options_are_named_by_key_with_the_nearest_match(tmp_path: Path) -
 
 def test_a_file_without_any_usable_pair_is_an_error_with_the_reasons(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "a.jsonl", (GOOD[0], GOOD[0]), (GOOD[0], HI))
-    with pytest.raises(UserError, match="no usable pair .*: 1 identical responses, 1 empty response"):
+    with pytest.raises(UserError, match=r"no usable pair .*: 1 identical responses, 1 empty response"):
         AnthropicHH(path=str(path)).load()
 
 

@@ -191,9 +191,7 @@ def test_trees_that_are_not_ready_are_left_out(tmp_path: Path) -> None:
         ({"message_id": 7}, "not an OASST message: expected an object with message_id"),
     ],
 )
-def test_a_malformed_message_is_named_by_file_line_and_id(
-    tmp_path: Path, change: dict[str, Any], words: str
-) -> None:
+def test_a_malformed_message_is_named_by_file_line_and_id(tmp_path: Path, change: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError) as caught:
         load(tmp_path, ask("fine", reply("x", 0), reply("y", 1)), ask("q", reply("a", 0) | change, reply("b", 1)))
     assert str(caught.value).startswith(f"{tmp_path / 'trees.jsonl'}:2: {words}")

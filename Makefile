@@ -1,0 +1,41 @@
+# Two commands, each doing all its own set-up: `make demo` and `make test`. PYTHON chooses the interpreter (3.11 or 3.12).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TILTMETER_SHARED ?=
+export TILTMETER_SHARED
+
+.PHONY: demo test lint fast clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed ## train the embedded default and draw its report
+	$(BIN)/python train.py
+	$(BIN)/python analyze.py run=last
+
+test: $(VENV)/.installed-dev lint ## everything that CI runs
+	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m slow
+
+fast: $(VENV)/.installed-dev ## the tests to run while working
+	$(BIN)/python -m pytest -q -x -m "not slow"
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v in ((3, 11), (3, 12)) else "tiltmeter needs Python 3.11 or 3.12, this is %d.%d; choose one with: make PYTHON=python3.11 ..." % v)'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) install -q -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) install -q -c constraints.txt -e '.[dev]'
+	@touch $@ $(VENV)/.installed
+
+clean: ## remove what can be made again (runs are kept)
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist *.egg-info

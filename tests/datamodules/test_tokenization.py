@@ -1,0 +1,237 @@
+from collections import Counter
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from datamodules.records import Message, PreferencePair, transcript
+from datamodules.tokenization import PairTokenizer, SegmentEncoder, train_bpe_tokenizer
+from tests.stories260k import read_tokenizer
+from tests.tiny_models import MemorySource
+from tiltmeter.batch import TokenizedPair
+from tiltmeter.errors import UserError
+
+CHATML = (
+    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+TEXTS = [
+    ("\n\nHuman: Hi there\n\nAssistant:", " Hello."),
+    ("\n\nHuman: Why?\n\nAssistant: Because.\n\nHuman: Tell me\n\nAssistant:", " Well, 3 > 2… ça va? 日本"),
+    ("Once upon a time", ", there was a girl"),
+    ("an unfin", "ished word"),
+    ("trailing space ", "word"),
+    ("double ", " space"),
+    ("newline\n", "\nnewline"),
+]
+
+
+@cache
+def bpe() -> PreTrainedTokenizerFast:
+    texts = [p.prompt_text + p.chosen_text for p in MemorySource(40).load()[0]]
+    return train_bpe_tokenizer(texts, vocab_size=300)
+
+
+def pair(prompt: str = "Hi", chosen: str = "yes", rejected: str = "no", name: str = "1") -> PreferencePair:
+    messages = (Message("user", prompt),)
+    (text, a), (_, b) = transcript(messages, chosen), transcript(messages, rejected)
+    sides = Message("assistant", chosen), Message("assistant", rejected)
+    return PreferencePair(f"test/{name}", "test", name, messages, *sides, text, a, b)
+
+
+def one(tokenizer: PreTrainedTokenizerBase, record: PreferencePair, **options: object) -> TokenizedPair:
+    _, tokenized, _ = PairTokenizer(tokenizer, **({"max_length": 512} | options))([record])
+    return tokenized[0]
+
+
+@pytest.fixture(params=["byte-level", "sentencepiece", "sentencepiece by AutoTokenizer", "stories260K"])
+def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
+    if request.param == "byte-level":
+        return bpe()
+    data: Path = request.getfixturevalue("shared_data")
+    if request.param == "stories260K":
+        return read_tokenizer(data / "models" / "stories260K" / "tok512.bin")
+    kind = LlamaTokenizer if request.param == "sentencepiece" else AutoTokenizer
+    return kind.from_pretrained(data / "tokenizers" / "open_llama_3b")
+
+
+@pytest.mark.parametrize(("prompt", "response"), TEXTS)
+def test_ids_of_segments_decode_to_the_exact_transcript(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, response: str
+) -> None:
+    encoder = SegmentEncoder(tokenizer)
+    first, second = encoder.encode(prompt), encoder.encode(response)
+    neighbour = encoder.encode("x\n")  # some decoders strip a space at the very front
+    text = tokenizer.decode([*neighbour, *first, *second], skip_special_tokens=True)
+    assert text == "x\n" + prompt + response
+
+
+@pytest.mark.parametrize(("prompt", "response"), TEXTS[:2])
+def test_a_transcript_cut_at_its_boundary_has_the_ids_of_the_whole(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, response: str
+) -> None:
+    encoder = SegmentEncoder(tokenizer)
+    assert encoder.encode(prompt) + encoder.encode(response) == encoder.encode(prompt + response)
+
+
+def test_no_segment_begins_with_an_invented_space(tokenizer: PreTrainedTokenizerBase) -> None:
+    encoder = SegmentEncoder(tokenizer)
+    bare, spaced = encoder.encode("word"), encoder.encode(" word")
+    assert bare != spaced
+    assert not tokenizer.convert_ids_to_tokens(bare)[0].startswith(("▁", "Ġ"))
+    assert tokenizer.convert_ids_to_tokens(spaced)[0].startswith(("▁", "Ġ"))
+
+
+def test_a_pair_has_one_bos_in_front_and_one_eos_behind(tokenizer: PreTrainedTokenizerBase) -> None:
+    ids = one(tokenizer, pair())
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    for response in (ids.chosen_ids, ids.rejected_ids):
+        whole = [*ids.prompt_ids, *response]
+        assert whole.count(bos) == whole.count(eos) == 1
+        assert whole[0] == bos
+        assert whole[-1] == eos
+
+
+@given(st.text(max_size=40), st.text(min_size=1, max_size=30), st.text(min_size=1, max_size=30))
+def test_any_text_survives_tokenisation(prompt: str, chosen: str, rejected: str) -> None:
+    record = pair(prompt, chosen, rejected)
+    assume(chosen != rejected)
+    ids = one(bpe(), record)
+    for response, text in ((ids.chosen_ids, record.chosen_text), (ids.rejected_ids, record.rejected_text)):
+        assert bpe().decode([*ids.prompt_ids[1:], *response[:-1]]) == record.prompt_text + text
+
+
+def test_words_of_special_tokens_inside_a_text_are_just_words(tokenizer: PreTrainedTokenizerBase) -> None:
+    ids = one(tokenizer, pair("what is </s>?", "</s> ends a text, <s> begins it", "no"))
+    whole = [*ids.prompt_ids, *ids.chosen_ids]
+    assert whole.count(tokenizer.bos_token_id) == whole.count(tokenizer.eos_token_id) == 1
+    text = tokenizer.decode(whole[1:-1], skip_special_tokens=True)
+    assert text == "\n\nHuman: what is </s>?\n\nAssistant: </s> ends a text, <s> begins it"
+
+
+def with_template(template: str, **special: str) -> PreTrainedTokenizerFast:
+    tokens = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"} | special
+    clone = PreTrainedTokenizerFast(tokenizer_object=bpe().backend_tokenizer, **tokens)
+    clone.chat_template = template
+    return clone
+
+
+@pytest.mark.parametrize("template", [CHATML, "{{ bos_token }}" + CHATML], ids=["without BOS", "with BOS"])
+def test_a_template_that_writes_bos_and_eos_itself_gets_no_second_one(template: str) -> None:
+    tokenizer = with_template(template)
+    ids = one(tokenizer, pair("Hi", "yes"), text_format="chat_template")
+    assert tokenizer.decode(ids.prompt_ids) == "<s><|user|>\nHi</s>\n<|assistant|>\n"
+    assert tokenizer.decode(ids.chosen_ids) == "yes</s>", "nothing behind EOS"
+    assert list(ids.prompt_ids).count(tokenizer.bos_token_id) == 1
+
+
+def test_a_template_whose_prompt_is_not_a_prefix_is_refused() -> None:
+    template = "{% if add_generation_prompt %}<think>{% endif %}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(UserError, match=r"not a prefix of its dialogue \(pair test/1\)"):
+        one(with_template(template), pair(), text_format="chat_template")
+
+
+def test_chat_template_needs_a_template() -> None:
+    with pytest.raises(UserError, match="no chat template"):
+        PairTokenizer(bpe(), 64, text_format="chat_template")
+
+
+def test_a_tokenizer_without_bos_gets_none() -> None:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe().backend_tokenizer, eos_token="</s>")
+    ids = one(tokenizer, pair())
+    assert list(ids.prompt_ids) == SegmentEncoder(bpe()).encode(pair().prompt_text)
+
+
+def test_padding_with_eos_changes_no_ids() -> None:
+    same = PreTrainedTokenizerFast(
+        tokenizer_object=bpe().backend_tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+    assert one(same, pair()) == one(bpe(), pair())
+
+
+def test_a_tokenizer_without_eos_is_refused() -> None:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe().backend_tokenizer, bos_token="<s>")
+    with pytest.raises(UserError, match="EOS"):
+        PairTokenizer(tokenizer, 64)
+
+
+def test_a_long_prompt_is_cut_from_the_left_and_keeps_bos() -> None:
+    record = pair("tea " * 100 + "END", "yes", "no")
+    whole = one(bpe(), record)
+    cutter = PairTokenizer(bpe(), 40)
+    _, (ids,), report = cutter([record])
+    assert (report.prompts_cut, report.responses_cut, dict(report.dropped)) == (1, 0, {})
+    assert ids.prompt_ids[0] == bpe().bos_token_id
+    assert ids.prompt_ids[1:] == whole.prompt_ids[-(len(ids.prompt_ids) - 1) :]
+    assert (ids.chosen_ids, ids.rejected_ids) == (whole.chosen_ids, whole.rejected_ids)
+    assert len(ids.prompt_ids) + max(len(ids.chosen_ids), len(ids.rejected_ids)) == 40
+
+
+def test_a_response_that_was_cut_has_no_eos_and_the_other_keeps_its_own() -> None:
+    _, (ids,), report = PairTokenizer(bpe(), 40, max_response_length=15)([pair("rain " * 30, "seven " * 60, "no")])
+    assert (report.prompts_cut, report.responses_cut) == (1, 1)
+    assert bpe().eos_token_id not in ids.chosen_ids
+    assert ids.rejected_ids[-1] == bpe().eos_token_id
+    assert len(ids.prompt_ids) == 25
+    assert len(ids.chosen_ids) == 15
+
+
+@given(st.integers(0, 60), st.integers(1, 60), st.integers(1, 60), st.integers(8, 60), st.data())
+def test_truncation_keeps_the_limit_and_leaves_no_segment_empty(
+    prompt: int, chosen: int, rejected: int, limit: int, data: st.DataObject
+) -> None:
+    budget = data.draw(st.integers(1, limit - 1))
+    record = replace(pair("a" * prompt), chosen_text="b" * chosen, rejected_text="c" * rejected)
+    kept, tokenized, report = PairTokenizer(bpe(), limit, budget)([record])
+    assert len(kept) == len(tokenized) == 1
+    ids = tokenized[0]
+    longest = max(len(ids.chosen_ids), len(ids.rejected_ids))
+    assert min(map(len, ids)) >= 1
+    assert len(ids.prompt_ids) + longest <= limit
+    whole = one(bpe(), kept[0])
+    assert ids.chosen_ids == whole.chosen_ids[: len(ids.chosen_ids)]
+    assert len(ids.chosen_ids) >= min(budget, len(whole.chosen_ids))
+    assert report.responses_cut == (ids.chosen_ids != whole.chosen_ids) + (ids.rejected_ids != whole.rejected_ids)
+    assert report.prompts_cut == (ids.prompt_ids != whole.prompt_ids)
+
+
+def test_what_is_too_long_can_be_dropped_or_refused() -> None:
+    records = [pair(), pair("map " * 90, "yes", "no", "2")]
+    kept, _, report = PairTokenizer(bpe(), 60, truncation="drop")(records)
+    assert kept == records[:1]
+    assert report.dropped == Counter({"longer than 60 tokens": 1})
+    with pytest.raises(
+        UserError, match=r"pair test/2 has \d+ prompt \+ \d+ response tokens, more than .*max_length=60"
+    ):
+        PairTokenizer(bpe(), 60, truncation="error")(records)
+
+
+def test_pairs_that_truncation_makes_equal_are_dropped_and_counted() -> None:
+    alike = pair("Hi", "kind " * 50 + "yes", "kind " * 50 + "no", "2")
+    kept, tokenized, report = PairTokenizer(bpe(), 40)([alike, pair()])
+    assert [k.pair_id for k in kept] == ["test/1"]
+    assert len(tokenized) == 1
+    assert report.n_pairs == 2
+    assert report.dropped == Counter({"responses equal in tokens": 1})
+
+
+def test_no_pair_left_is_an_error_with_the_reasons() -> None:
+    with pytest.raises(UserError, match=r"no pair is left of 2 .*2 longer than 9 tokens"):
+        PairTokenizer(bpe(), 9, truncation="drop")([pair(), pair(name="2")])
+
+
+@pytest.mark.parametrize("options", [{"max_length": 7}, {"max_length": 20, "max_response_length": 20}])
+def test_lengths_that_leave_no_room_are_refused(options: dict[str, int]) -> None:
+    with pytest.raises(UserError, match=r"datamodule\.max_"):
+        PairTokenizer(bpe(), **options)
+
+
+def test_a_trained_vocabulary_holds_every_byte() -> None:
+    assert (bpe().pad_token_id, bpe().bos_token_id, bpe().eos_token_id) == (0, 1, 2)
+    assert len(bpe()) <= 300
+    with pytest.raises(UserError, match="at least 260"):
+        train_bpe_tokenizer(["a"], vocab_size=259)

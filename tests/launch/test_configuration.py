@@ -1,0 +1,100 @@
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from launch.configuration import CONF, check_config, prepare_overrides
+from tiltmeter.errors import UserError
+
+
+def composed(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("train", overrides=prepare_in_context(overrides))
+
+
+def prepare_in_context(overrides: tuple[str, ...]) -> list[str]:
+    from hydra.core.global_hydra import GlobalHydra
+
+    GlobalHydra.instance().clear()
+    prepared = prepare_overrides(overrides, config_name="train")
+    initialize_config_dir(str(CONF), version_base="1.3")
+    return prepared
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("modul.beta=1", ["modul.beta", "did you mean module.beta?"]),
+        ("module.betta=0.2", ["did you mean module.beta?"]),
+        ("datamodule.max_lenght=3", ["did you mean datamodule.max_length?"]),
+        ("trainer.num_node=4", ["did you mean trainer.num_nodes?"]),
+        ("experiment=tiny_hhh", ["experiment=tiny_hhh", "did you mean tiny_hh?", "tiny_synthetic"]),
+        ("trainer=gpuu", ["did you mean gpu?"]),
+        ("arm=dpo,dpo_shufled", ["arm=dpo_shufled", "did you mean dpo_shuffled?"]),
+        ("nonsense", ["expected key=value"]),
+        ("a..b=1", ["cannot be read as key=value"]),
+    ],
+)
+def test_a_misspelt_argument_is_one_line_with_the_nearest_match(argument: str, words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        prepare_overrides([argument], config_name="train")
+    message = str(caught.value)
+    assert "\n" not in message
+    assert all(word in message for word in words), message
+
+
+def test_options_that_only_the_constructor_knows_may_be_set() -> None:
+    prepared = prepare_overrides(
+        ["datamodule.truncation=drop", "trainer.limit_val_batches=2", "module.beta=0.3"], config_name="train"
+    )
+    assert prepared == ["++datamodule.truncation=drop", "++trainer.limit_val_batches=2", "++module.beta=0.3"]
+
+
+def test_options_of_a_base_class_reached_through_keywords_may_be_set() -> None:
+    assert prepare_overrides(["module.warmup_share=0.2"], config_name="train") == ["++module.warmup_share=0.2"]
+
+
+def test_a_plain_mapping_takes_any_key() -> None:
+    assert prepare_overrides(["model.architecture.rms_norm_eps=1e-6"], config_name="train")[0].startswith("++")
+
+
+def test_flags_and_sweeps_pass_through() -> None:
+    arguments = ["--multirun", "arm=dpo,dpo_swapped", "seed=1,2", "--cfg", "job"]
+    assert sorted(prepare_overrides(arguments, config_name="train")) == sorted(arguments)
+
+
+@pytest.mark.parametrize("secret", ["sk-" + "a1" * 12, "hf_" + "b2" * 14, "c3d4" * 10])
+def test_a_value_that_looks_like_a_secret_is_refused(secret: str) -> None:
+    config = composed(f"logger.project={secret}")
+    with pytest.raises(UserError, match="logger.project: this looks like a secret"):
+        check_config(config)
+
+
+def test_a_pinned_revision_is_no_secret() -> None:
+    check_config(composed("model=llama2_7b", "base=null", "model.revision=" + "a" * 40))
+
+
+def test_an_unknown_key_in_an_overlay_is_refused() -> None:
+    config = composed()
+    from omegaconf import open_dict
+
+    with open_dict(config):
+        config.experimnt = 1
+    with pytest.raises(UserError, match="experimnt: unknown configuration key"):
+        check_config(config)
+
+
+def test_experiments_are_short_and_start_with_their_command() -> None:
+    for file in sorted((CONF / "experiment").glob("*.yaml")):
+        lines = file.read_text(encoding="utf-8").splitlines()
+        assert len(lines) <= 25, file.name
+        assert lines[0] == "# @package _global_"
+        expected = "# python train.py" + ("" if file.stem == "tiny_synthetic" else f" experiment={file.stem}")
+        assert lines[1].startswith(expected), f"{file.name}: {lines[1]}"
+        assert f"name: {file.stem}" in lines, file.name
+
+
+def test_no_configuration_file_lies_outside_the_groups() -> None:
+    groups = {"model", "data", "module", "arm", "callbacks", "trainer", "logger", "experiment"}
+    assert {path.parent.name for path in CONF.rglob("*.yaml") if path.parent != Path(CONF)} == groups
