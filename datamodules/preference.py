@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
@@ -120,6 +120,8 @@ class PreferenceDataModule(LightningDataModule):
         _check_positive(
             pairs_per_step=pairs_per_step, tokens_per_micro_batch=tokens_per_micro_batch, val_pairs=val_pairs
         )
+        if labels not in get_args(LabelControl):
+            raise UserError(f"datamodule.labels: expected {', '.join(get_args(LabelControl))}, got {labels}")
         if layout not in LAYOUTS[:2]:
             raise UserError(f"datamodule.layout: expected shared_prefix or concatenated, got {layout}")
         self.source = source

@@ -86,7 +86,7 @@ class SyntheticWorld:
 
     def __init__(
         self,
-        n_prompts: int = 1500,
+        n_prompts: int = 2000,
         seed: int = 0,
         planted_rank: int = 2,
         label_noise: float = 0.1,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.utils import instantiate
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedTokenizerBase
 
@@ -62,9 +62,9 @@ def _train_base(
     log = folder.with_name(f".{folder.name}.metrics.csv")
     log.parent.mkdir(parents=True, exist_ok=True)
     trainer: Trainer = instantiate(
-        {**config.trainer, "max_steps": -1, **limits},
+        {**config.trainer, "max_steps": -1, "val_check_interval": 1.0, **limits},
         logger=MetricsCSV(log),
-        callbacks=[TrainingProgress("base (SFT)")],
+        callbacks=progress_callbacks(config, "base (SFT)"),
         enable_checkpointing=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
@@ -80,3 +80,8 @@ def _train_base(
         if log.exists():
             write_atomically(folder / "metrics.csv", lambda path: log.replace(path))
     trainer.strategy.barrier()
+
+
+def progress_callbacks(config: DictConfig, title: str) -> list[Callback]:
+    """The progress bar, unless ``trainer.enable_progress_bar=false``."""
+    return [TrainingProgress(title)] if config.trainer.get("enable_progress_bar", True) else []

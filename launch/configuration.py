@@ -48,33 +48,34 @@ def prepare_overrides(arguments: Sequence[str], *, config_name: str) -> list[str
         config_name: primary configuration, ``train`` or ``analyze``.
 
     Returns:
-        the arguments for Hydra; ``data.path=x`` becomes ``++data.path=x`` where only the constructor knows ``path``.
+        the arguments for Hydra; ``data.path=x`` becomes ``++data.path=x`` where only the constructor knows ``path``, and
+        ``model.name_or_path=x`` alone implies ``model=pretrained`` where the experiment would make a model from scratch.
 
     Raises:
         UserError: something is misspelt or unknown, or looks like a secret.
     """
     flags, overrides = _split_arguments(arguments)
     parsed = [_parse(text) for text in overrides]
-    groups = [o for o in parsed if _is_group(o)]
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        tree = _compose_choices(groups, config_name)
+        tree = _compose_choices([o for o in parsed if _is_group(o)], config_name)
+        if _names_a_pretrained_model(parsed, tree):
+            parsed.insert(0, _parse("model=pretrained"))
+            tree = _compose_choices([o for o in parsed if _is_group(o)], config_name)
     rewritten = [_rewrite(o, tree) for o in parsed]
     return flags + rewritten
 
 
-def check_config(config: DictConfig) -> None:
+def check_config(config: DictConfig, *, config_name: str = "train") -> None:
     """Check a composed configuration: every node's keys against its constructor, no secret anywhere.
+
+    Args:
+        config: as Hydra composed it.
+        config_name: its primary configuration, ``train`` or ``analyze``.
 
     Raises:
         UserError: an unknown key or a value that looks like a secret.
     """
-    primary = set(yaml.safe_load((CONF / "train.yaml").read_text(encoding="utf-8"))) | {
-        "model",
-        "data",
-        "module",
-        "trainer",
-    }
-    primary |= {"callbacks", "logger", "monitor"}
+    primary = _root_keys(config_name)
     for key in config:
         if key not in primary:
             raise UserError(f"{key}: unknown configuration key{_nearest(str(key), primary)}")
@@ -88,6 +89,13 @@ def check_config(config: DictConfig) -> None:
             raise UserError(
                 f"{path}: this looks like a secret; configuration is saved and logged, give keys in the environment"
             )
+
+
+def _root_keys(config_name: str) -> set[str]:
+    """Keys of a primary configuration and the groups of its defaults list; ``module`` files set ``monitor`` beside them."""
+    primary = yaml.safe_load((CONF / f"{config_name}.yaml").read_text(encoding="utf-8"))
+    groups = {group for entry in primary.get("defaults", []) if isinstance(entry, dict) for group in entry}
+    return set(primary) | groups | ({"monitor"} if "module" in groups else set())
 
 
 def _split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -109,6 +117,11 @@ def _parse(text: str) -> Override:
         return OverridesParser.create().parse_override(text)
     except HydraException as error:
         raise UserError(f"{text}: cannot be read as key=value ({str(error).splitlines()[0]})") from error
+
+
+def _names_a_pretrained_model(parsed: list[Override], tree: DictConfig) -> bool:
+    keys = {o.key_or_group for o in parsed}
+    return "model.name_or_path" in keys and "model" not in keys and OmegaConf.select(tree, "model.init") == "random"
 
 
 def _is_group(override: Override) -> bool:
@@ -166,7 +179,7 @@ def _is_free(path: str, tree: DictConfig) -> bool:
 def _has_key(tree: DictConfig, key: str) -> bool:
     parent_path, _, name = key.rpartition(".")
     parent = OmegaConf.select(tree, parent_path) if parent_path else tree
-    return isinstance(parent, DictConfig) and name in parent
+    return isinstance(parent, DictConfig) and name in set(parent)  # `in parent` denies keys that are still ???
 
 
 def _constructor_options(node: DictConfig) -> set[str] | None:

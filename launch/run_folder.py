@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -18,27 +18,18 @@ from lightning_modules.policy import Policy
 from tiltmeter.errors import UserError
 from tiltmeter.models import CausalLM
 
-_RUN_DIR_VARIABLE = "TILTMETER_RUN_DIR"
-"""Tells the processes that this one starts which folder was chosen."""
 
+def new_run_dir(root: Path, experiment: str) -> Path:
+    """A folder name that doesn't exist yet, root/experiment/date_time; nothing is created here.
 
-def new_run_dir(root: Path, experiment: str, *, is_started_by_us: bool) -> Path:
-    """A folder name that doesn't exist yet: root/experiment/date_time; nothing is created here.
-
-    Args:
-        root: ``runs_root``.
-        experiment: name of the experiment.
-        is_started_by_us: this process was started by another one of the same run, which chose the folder.
+    Every process of a run calls this and may get another second; the first one's is used (it is broadcast after start).
     """
-    if is_started_by_us and (chosen := os.environ.get(_RUN_DIR_VARIABLE)):
-        return Path(chosen)
     stamp = datetime.now().astimezone().strftime("%Y-%m-%d_%H-%M-%S")
     folder = root / experiment / stamp
     n = 1
     while folder.exists():
         n += 1
         folder = root / experiment / f"{stamp}_{n}"
-    os.environ[_RUN_DIR_VARIABLE] = str(folder)
     return folder
 
 
@@ -83,7 +74,7 @@ def write_config(run_dir: Path, config: DictConfig) -> None:
     write_atomically(run_dir / "config.yaml", lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any] | Sequence[Any]) -> None:
     """A small JSON file."""
     text = json.dumps(content, indent=2, sort_keys=True) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

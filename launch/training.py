@@ -19,14 +19,21 @@ from lightning.pytorch.loggers.logger import Logger
 from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedTokenizerBase
 
-from callbacks.progress import TrainingProgress
 from datamodules.preference import PreferenceDataModule
 from datamodules.tokenization import train_bpe_tokenizer
-from launch.base_model import find_or_train_base
+from launch.base_model import find_or_train_base, progress_callbacks
 from launch.command import as_user_error, exit_with
 from launch.configuration import check_config
 from launch.metrics_csv import MetricsCSV
-from launch.run_folder import export_model, find_checkpoint, is_first_process, keep_base, new_run_dir, write_config
+from launch.run_folder import (
+    export_model,
+    find_checkpoint,
+    is_first_process,
+    keep_base,
+    new_run_dir,
+    write_config,
+    write_json,
+)
 from launch.screen import console, data_table, quiet_libraries, result_table
 from launch.wandb_logger import open_wandb
 from lightning_modules.base import LogProbModule
@@ -34,6 +41,7 @@ from tiltmeter.bootstrap import cluster_mean_interval
 from tiltmeter.errors import UserError
 from tiltmeter.models import CausalLM
 
+N_SHOWN_PROMPTS = 8
 _PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "64-true", "32", "64")
 
 
@@ -78,8 +86,7 @@ def _train(config: DictConfig, created: list[Path]) -> Path:
     seed_everything(config.seed, verbose=False)
     parts.module.attach_model(lambda: parts.model.build(parts.tokenizer))
 
-    started_by_us = "LOCAL_RANK" in os.environ
-    run_dir = checkpoint.parent.parent if checkpoint else new_run_dir(root, config.name, is_started_by_us=started_by_us)
+    run_dir = checkpoint.parent.parent if checkpoint else new_run_dir(root, config.name)
     config.run_dir = str(run_dir)
     loggers: list[Logger] = []
     if is_first:
@@ -98,6 +105,7 @@ def _train(config: DictConfig, created: list[Path]) -> Path:
     run_dir = Path(trainer.strategy.broadcast(str(run_dir)))
     if trainer.is_global_zero:
         keep_base(run_dir, parts.model, parts.tokenizer)
+        write_json(run_dir / "probe_prompts.json", _shown_prompts(parts.data))
     export_model(parts.module.trained_policy, parts.tokenizer, run_dir / "aligned", trainer)
     for logger in loggers:
         if hasattr(logger, "experiment") and hasattr(logger.experiment, "finish"):
@@ -109,11 +117,13 @@ def _train(config: DictConfig, created: list[Path]) -> Path:
 
 def _check(config: DictConfig) -> None:
     check_config(config)
-    for key, instead in (
-        ("gradient_clip_val", "module.gradient_clip_norm"),
-        ("accumulate_grad_batches", "datamodule.pairs_per_step and datamodule.tokens_per_micro_batch"),
+    if not isinstance(config.seed, int):
+        raise UserError(f"seed: expected a whole number, got {config.seed}")
+    for key, default, instead in (
+        ("gradient_clip_val", None, "module.gradient_clip_norm"),
+        ("accumulate_grad_batches", 1, "datamodule.pairs_per_step and datamodule.tokens_per_micro_batch"),
     ):
-        if config.trainer.get(key) not in (None, 1):
+        if config.trainer.get(key, default) != default:
             raise UserError(f"trainer.{key}: not used here, an optimizer step is set by {instead}")
     precision = str(config.trainer.get("precision", "32-true"))
     if precision not in _PRECISIONS:
@@ -141,8 +151,20 @@ def _build_parts(config: DictConfig) -> Parts:
         tokenizer: PreTrainedTokenizerBase = train_bpe_tokenizer(data.training_texts(), vocab_size=model.vocab_size)
     else:
         tokenizer = model.load_tokenizer()
-        model.load_config(tokenizer)  # a missing or gated model is known before tokenising a large data set
+    limit = getattr(
+        model.load_config(tokenizer), "max_position_embeddings", None
+    )  # a missing or gated model is known here
+    if limit is not None and data.max_length > limit:
+        raise UserError(
+            f"datamodule.max_length={data.max_length}: this model takes at most {limit} tokens; set it to {limit} or less"
+        )
     data.tokenize(tokenizer)
+    interval = config.trainer.get("val_check_interval")
+    if isinstance(interval, int) and interval > data.steps_per_epoch:
+        raise UserError(
+            f"trainer.val_check_interval={interval}: an epoch has only {data.steps_per_epoch} steps; set it to that or less, or "
+            "to a share of the epoch such as 0.5"
+        )
     return Parts(data, model, tokenizer, module)
 
 
@@ -182,7 +204,9 @@ def git_commit() -> str | None:
 
 
 def _make_trainer(config: DictConfig, loggers: list[Logger]) -> Trainer:
-    callbacks: list[Callback] = [TrainingProgress(config.arm), instantiate(config.checkpoint)]
+    callbacks: list[Callback] = progress_callbacks(config, config.arm)
+    if config.trainer.get("enable_checkpointing", True):
+        callbacks.append(instantiate(config.checkpoint))
     callbacks += [instantiate(node) for node in (config.callbacks or {}).values()]
     trainer: Trainer = instantiate(
         config.trainer,
@@ -194,6 +218,15 @@ def _make_trainer(config: DictConfig, loggers: list[Logger]) -> Trainer:
         use_distributed_sampler=False,
     )
     return trainer
+
+
+def _shown_prompts(data: PreferenceDataModule) -> list[dict[str, str]]:
+    """A few held-out pairs as exact text, for samples that people read."""
+    records = (data.records["probe"] or data.records["val"])[:N_SHOWN_PROMPTS]
+    return [
+        {"pair_id": r.pair_id, "prompt": r.prompt_text, "chosen": r.chosen_text, "rejected": r.rejected_text}
+        for r in records
+    ]
 
 
 def _results(parts: Parts, trainer: Trainer, seconds: float) -> list[tuple[str, str]]:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -123,7 +123,7 @@ PREFERENCE_LOSSES: dict[str, Callable[..., Tensor]] = {
 _REFERENCE_FREE = {"simpo"}
 
 
-def make_preference_loss(name: str, **options: float | None) -> PreferenceLoss:
+def make_preference_loss(name: str, **options: float | int | str | None) -> PreferenceLoss:
     """Look a loss up and bind its options; an option left None takes the loss's own default.
 
     Raises:
@@ -137,7 +137,7 @@ def make_preference_loss(name: str, **options: float | None) -> PreferenceLoss:
         raise UserError(f"module.loss: expected one of {', '.join(PREFERENCE_LOSSES)}, got {name}")
     function = PREFERENCE_LOSSES[name]
     known = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
+    given = {key: _number(key, value) for key, value in options.items() if value is not None}
     for key in given:
         if key not in known:
             has = ", ".join(known)
@@ -153,6 +153,13 @@ def make_preference_loss(name: str, **options: float | None) -> PreferenceLoss:
     count = torch.ones(1, dtype=torch.long)
     bound(PairLogProbs(example, example, example, example, count, count))  # range errors now, not after loading a model
     return PreferenceLoss(name, bound, name not in _REFERENCE_FREE, beta)
+
+
+def _number(name: str, value: float | int | str) -> float:
+    try:
+        return float(value)
+    except ValueError as error:
+        raise UserError(f"module.{name}: expected a number, got {value}") from error
 
 
 def _check_range(name: str, value: float, low: float, high: float, *, closed: bool) -> None:

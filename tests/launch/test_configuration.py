@@ -67,7 +67,7 @@ def test_flags_and_sweeps_pass_through() -> None:
 @pytest.mark.parametrize("secret", ["sk-" + "a1" * 12, "hf_" + "b2" * 14, "c3d4" * 10])
 def test_a_value_that_looks_like_a_secret_is_refused(secret: str) -> None:
     config = composed(f"logger.project={secret}")
-    with pytest.raises(UserError, match="logger.project: this looks like a secret"):
+    with pytest.raises(UserError, match=r"logger\.project: this looks like a secret"):
         check_config(config)
 
 

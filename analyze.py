@@ -1,0 +1,49 @@
+"""Ask questions of a finished run: ``python analyze.py run=FOLDER``, or ``run=last``; writes its report/ folder."""
+
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from analysis.report import write_report
+from analysis.runs import find_run, open_run
+from analysis.samples import compare_samples
+from analysis.training_curves import training_section
+from launch.command import as_user_error, exit_with, run_command
+from launch.configuration import check_config
+from launch.screen import console
+from tiltmeter.errors import UserError
+
+ANALYSES = {"training": training_section}
+
+
+@hydra.main(config_path="conf", config_name="analyze", version_base="1.3")
+def main(config: DictConfig) -> None:
+    """Hydra's entry point."""
+    try:
+        page = analyze(config)
+    except Exception as error:
+        wrong_input = as_user_error(error)
+        if wrong_input is None or config.get("debug"):
+            raise
+        exit_with(wrong_input)
+    else:
+        console().print(f"Report: {page}", soft_wrap=True, markup=False)
+
+
+def analyze(config: DictConfig) -> Path:
+    """Open the run, ask the question, write the report; returns the page. Nothing is written before all is computed."""
+    check_config(config, config_name="analyze")
+    if OmegaConf.is_missing(config, "run") or config.run in (None, ""):
+        raise UserError(
+            "run: expected a run folder, for example run=runs/tiny_synthetic/2026-01-31_12-00-00, or run=last"
+        )
+    if config.analysis not in ANALYSES:
+        raise UserError(f"analysis={config.analysis}: there is none of that name (there are: {', '.join(ANALYSES)})")
+    run = open_run(find_run(str(config.run), Path(config.runs_root)))
+    section = ANALYSES[config.analysis](run)
+    return write_report(run, [section], compare_samples(run))
+
+
+if __name__ == "__main__":
+    run_command(main, config_name="analyze")

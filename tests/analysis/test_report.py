@@ -1,0 +1,129 @@
+import csv
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from analysis.report import write_report
+from analysis.runs import Run, open_run
+from analysis.samples import Continuation, ProbePrompt, Sample, Samples, Span
+from analysis.training_curves import training_section
+
+ROOT = Path(__file__).resolve().parents[2]
+HOSTILE = "<script>alert(1)</script><img src=https://evil.example/x onerror=alert(2)>\"'{{ 7*7 }}\x1b[31m\u202e"
+
+
+class Page(HTMLParser):
+    """Tags and attributes of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+
+def page_of(run: Run, samples: Samples) -> str:
+    return write_report(run, [training_section(run)], samples).read_text(encoding="utf-8")
+
+
+def hostile_samples() -> Samples:
+    said = Continuation((Span(HOSTILE, False), Span(HOSTILE, True)), True)
+    return Samples([Sample(ProbePrompt(HOSTILE, HOSTILE, HOSTILE, HOSTILE), said, said)])
+
+
+def test_the_report_is_complete(make_run: Callable[..., Path]) -> None:
+    run = open_run(make_run())
+    page = page_of(run, Samples([], "Because."))
+    for words in (
+        "fake: dpo, 10 steps",
+        "someone/model",
+        "2026-01-31 12:00",
+        "0.900",
+        "tables/training.csv",
+        "No samples. Because.",
+    ):
+        assert words in page, words
+    assert "What this report does not show yet" in page
+    assert f"python analyze.py run={run.folder} analysis=training" in page
+    files = sorted(str(p.relative_to(run.report)) for p in run.report.rglob("*") if p.is_file())
+    assert files == ["figures/training.pdf", "figures/training.png", "index.html", "tables/training.csv"]
+    with (run.report / "tables" / "training.csv").open(newline="", encoding="utf-8") as file:
+        assert len(list(csv.DictReader(file))) == 12
+
+
+def test_hostile_text_stays_text(make_run: Callable[..., Path]) -> None:
+    config = {"name": HOSTILE, "arm": HOSTILE, "model": {"name_or_path": HOSTILE}, "data": {HOSTILE: HOSTILE}}
+    config["datamodule"] = {"labels": HOSTILE}
+    page = page_of(open_run(make_run(config=config)), hostile_samples())
+    parsed = Page(page)
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+    assert "{{ 7*7 }}" in page
+    assert not re.search("[\x1b\u202e]", page)
+    assert parsed.tags.count("img") == 1
+    assert not [name for name, _ in parsed.attributes if name.startswith("on")]
+
+
+def test_the_page_needs_nothing_but_itself(make_run: Callable[..., Path]) -> None:
+    page = page_of(open_run(make_run()), hostile_samples())
+    parsed = Page(page)
+    assert not {"script", "link", "iframe", "object", "base", "form"} & set(parsed.tags)
+    links = [value or "" for name, value in parsed.attributes if name in ("src", "href", "srcset")]
+    assert links
+    assert all(link.startswith(("data:image/png;base64,", "tables/", "figures/")) for link in links)
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    assert ("content", policy) in parsed.attributes
+    assert "url(" not in page
+    assert "@import" not in page
+
+
+def test_every_link_leads_to_a_file(make_run: Callable[..., Path]) -> None:
+    run = open_run(make_run())
+    links = [value or "" for name, value in Page(page_of(run, Samples([]))).attributes if name == "href"]
+    assert all((run.report / link).is_file() for link in links)
+
+
+def test_a_model_that_says_nothing_is_shown_as_such(make_run: Callable[..., Path]) -> None:
+    nothing, blank = Continuation((), False), Continuation((Span(" \n ", True),), True)
+    prompt = ProbePrompt("p", "Hello", "a", "b")
+    page = page_of(open_run(make_run()), Samples([Sample(prompt, nothing, blank)]))
+    assert "(no words)" in page
+    assert "(no words, only white space)" in page
+
+
+def test_a_control_says_that_it_is_one(make_run: Callable[..., Path]) -> None:
+    page = page_of(open_run(make_run(config={"datamodule": {"labels": "shuffled"}})), Samples([]))
+    assert "a control: training labels reversed with probability ½" in page
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["run=last", "runs_root=runs"], 0, "report/index.html"),
+        ([], 2, "tiltmeter: run: expected a run folder, for example run=runs/tiny_synthetic/2026-"),
+        (["run=runs/nothing"], 2, "tiltmeter: run: no such folder: runs/nothing"),
+        (["run=last", "analysis=geometri"], 2, "analysis=geometri: there is none of that name (there are: training)"),
+        (["rum=last"], 2, "tiltmeter: rum: unknown configuration key; did you mean run?"),
+    ],
+)
+def test_the_command(
+    make_run: Callable[..., Path], tmp_path: Path, arguments: list[str], code: int, words: str
+) -> None:
+    make_run()
+    command = [sys.executable, str(ROOT / "analyze.py"), *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == code, done.stderr
+    said = done.stdout if code == 0 else done.stderr
+    assert words in said
+    assert len(said.strip().splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]

@@ -1,0 +1,94 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from analysis.runs import open_run
+from analysis.samples import MAX_NEW_TOKENS, PROMPTS_FILE, compare_samples, continue_greedily, read_prompts
+from datamodules.tokenization import SegmentEncoder
+from tests.tiny_models import make_model, make_tokenizer
+from tiltmeter.errors import UserError
+
+PROMPTS = [
+    {"pair_id": f"p/{i}", "prompt": f"\n\nHuman: {text}\n\nAssistant:", "chosen": " yes", "rejected": " no"}
+    for i, text in enumerate(["tea", "kind rain on a blue map", "seven</s>", "tea " * 300, "never asked"])
+]
+
+
+def save_model(folder: Path, *, seed: int) -> None:
+    tokenizer = make_tokenizer()
+    make_model("llama", seed=seed, vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def test_base_and_aligned_are_asked_the_first_four_prompts(make_run: Callable[..., Path]) -> None:
+    folder = make_run(prompts=PROMPTS)
+    save_model(folder / "base", seed=0)
+    save_model(folder / "aligned", seed=1)
+    samples = compare_samples(open_run(folder))
+    assert [sample.prompt.pair_id for sample in samples.rows] == ["p/0", "p/1", "p/2", "p/3"]
+    assert any(span.differs for sample in samples.rows for span in sample.base.spans)
+
+
+def test_equal_models_have_nothing_marked(make_run: Callable[..., Path]) -> None:
+    folder = make_run(prompts=PROMPTS[:2])
+    for name in ("base", "aligned"):
+        save_model(folder / name, seed=0)
+    samples = compare_samples(open_run(folder))
+    assert not any(span.differs for sample in samples.rows for span in (*sample.base.spans, *sample.aligned.spans))
+
+
+@torch.inference_mode()
+def test_padding_changes_nothing_and_bos_is_there_once(tmp_path: Path) -> None:
+    save_model(tmp_path, seed=0)
+    tokenizer, model = make_tokenizer(), make_model("llama", vocab_size=len(make_tokenizer()))
+    texts = [str(p["prompt"]) for p in PROMPTS[:3]]
+    together = continue_greedily(tmp_path, texts)
+    for text, (said, is_cut) in zip(texts, together, strict=True):
+        ids = [tokenizer.bos_token_id, *SegmentEncoder(tokenizer).encode(text)]
+        new: list[int] = []
+        while len(new) < MAX_NEW_TOKENS and tokenizer.eos_token_id not in new:
+            new.append(int(model.eval()(input_ids=torch.tensor([ids + new])).logits[0, -1].argmax()))
+        assert is_cut == (tokenizer.eos_token_id not in new)
+        assert said == tokenizer.decode(new, skip_special_tokens=True)
+
+
+def test_without_prompts_or_models_a_sentence_says_why(make_run: Callable[..., Path]) -> None:
+    assert PROMPTS_FILE in compare_samples(open_run(make_run("a"))).note
+    assert "someone/model" in compare_samples(open_run(make_run("b", prompts=PROMPTS))).note
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '[{"pair_id": "x"}]', '{"a": 1}', "[" * 5000])
+def test_a_damaged_prompts_file_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / PROMPTS_FILE).write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=r"probe_prompts\.json: expected a list of objects with pair_id"):
+        read_prompts(tmp_path / PROMPTS_FILE)
+
+
+def test_half_a_surrogate_pair_is_no_crash(tmp_path: Path) -> None:
+    (tmp_path / PROMPTS_FILE).write_text(json.dumps([PROMPTS[0] | {"prompt": "\ud800"}]), encoding="utf-8")
+    assert read_prompts(tmp_path / PROMPTS_FILE)[0].prompt == "?"
+
+
+def test_a_damaged_model_is_named(make_run: Callable[..., Path]) -> None:
+    folder = make_run(prompts=PROMPTS[:1])
+    for name in ("base", "aligned"):
+        save_model(folder / name, seed=0)
+    weights = load_file(folder / "base" / "model.safetensors")
+    save_file({name: value[:1] for name, value in weights.items()}, folder / "base" / "model.safetensors")
+    with pytest.raises(UserError, match=r"base: cannot load this model"):
+        compare_samples(open_run(folder))
+
+
+def test_pickled_weights_are_not_loaded(make_run: Callable[..., Path]) -> None:
+    folder = make_run(prompts=PROMPTS[:1])
+    for name in ("base", "aligned"):
+        save_model(folder / name, seed=0)
+    weights = load_file(folder / "aligned" / "model.safetensors")
+    (folder / "aligned" / "model.safetensors").unlink()
+    torch.save(weights, folder / "aligned" / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"aligned: cannot load this model"):
+        compare_samples(open_run(folder))

@@ -1,0 +1,143 @@
+"""Wrong input: one clear line, exit code 2, before anything expensive, nothing half-written."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from launch.command import run_command
+from launch.configuration import CONF, prepare_overrides
+from launch.training import train
+from tiltmeter.errors import UserError
+
+GOOD = {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello.", "rejected": "\n\nHuman: Hi\n\nAssistant: Go."}
+
+
+def fails_with(capsys: pytest.CaptureFixture[str], root: Path, *arguments: str) -> str:
+    """The one line on standard error of a run that must end with exit code 2 and leave no run folder."""
+    overrides = prepare_overrides([*arguments, f"runs_root={root}"], config_name="train")
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("train", overrides=overrides)
+    with pytest.raises(SystemExit) as ended:
+        train(config)
+    assert ended.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert not [p for p in root.rglob("*") if p.is_file()], "something was written"
+    assert lines[0].startswith("tiltmeter: ")
+    return lines[0]
+
+
+def hh_file(folder: Path, *rows: str) -> Path:
+    path = folder / "rows.jsonl"
+    path.write_text("\n".join(rows), encoding="utf-8")
+    return path
+
+
+def test_a_missing_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    line = fails_with(capsys, tmp_path / "r", "data=hh", "data.path=nowhere.jsonl")
+    assert "data.path: no such file: nowhere.jsonl (expected .jsonl, .jsonl.gz or a folder of them)" in line
+
+
+def test_an_empty_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert "rows.jsonl" in fails_with(capsys, tmp_path / "r", "data=hh", f"data.path={hh_file(tmp_path, '')}")
+
+
+def test_a_malformed_line_is_named_by_file_and_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = hh_file(tmp_path, json.dumps(GOOD), '{"chosen": ')
+    assert "rows.jsonl:2" in fails_with(capsys, tmp_path / "r", "data=hh", f"data.path={path}")
+
+
+def test_wrong_keys(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    line = fails_with(
+        capsys, tmp_path / "r", "data=hh", f"data.path={hh_file(tmp_path, json.dumps({'better': 'a', 'worse': 'b'}))}"
+    )
+    assert all(word in line for word in ("rows.jsonl:1", "chosen", "rejected", "better"))
+
+
+def test_a_damaged_gzip_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress(json.dumps(GOOD).encode())[:-12])
+    assert "rows.jsonl.gz" in fails_with(capsys, tmp_path / "r", "data=hh", f"data.path={path}")
+
+
+def test_no_pair_left_after_filtering(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    row = json.dumps({"chosen": GOOD["chosen"], "rejected": GOOD["chosen"]})
+    line = fails_with(capsys, tmp_path / "r", "data=hh", f"data.path={hh_file(tmp_path, row)}")
+    assert "identical" in line
+
+
+def test_too_few_pairs_for_the_splits(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    line = fails_with(capsys, tmp_path / "r", "data=hh", f"data.path={hh_file(tmp_path, json.dumps(GOOD))}")
+    assert "val_pairs=400" in line
+
+
+def test_a_prompt_longer_than_max_length_when_none_may_be_cut(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    line = fails_with(capsys, tmp_path / "r", "data.n_prompts=60", "datamodule.val_pairs=5", "datamodule.probe_pairs=5",
+                      "datamodule.max_length=16", "datamodule.truncation=error")  # fmt: skip
+    assert "datamodule.max_length=16" in line
+    assert "keep_end" in line
+
+
+def test_a_hub_model_without_network(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    line = fails_with(capsys, tmp_path / "r", "model.name_or_path=meta-llama/Llama-2-7b-hf")
+    assert "meta-llama/Llama-2-7b-hf" in line
+    assert "network" in line
+
+
+def test_hub_data_without_network(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    line = fails_with(capsys, tmp_path / "r", "data=hh", "data.revision=no-such-revision-cached")
+    assert "Anthropic/hh-rlhf" in line
+    assert "data.path=" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["module.loss=hinge", "module.label_smoothing=0.1"], "module.loss=hinge has no option label_smoothing"),
+        (["module.loss=dpo"], "module.loss: expected one of sigmoid"),
+        (["module.beta=0"], "module.beta"),
+        (["module.learning_rate=0"], "module.learning_rate"),
+        (["data.label_noise=0.7"], "data.label_noise"),
+        (["datamodule.layout=packed"], "datamodule.layout: expected shared_prefix or concatenated, got packed"),
+        (["datamodule.labels=random"], "datamodule.labels: expected given, swapped, shuffled, got random"),
+        (["trainer.gradient_clip_val=1"], "module.gradient_clip_norm"),
+        (["trainer.accumulate_grad_batches=4"], "datamodule.pairs_per_step"),
+        (["trainer.precision=16-mixed"], "trainer.precision: expected one of"),
+        (["ckpt_path=last"], "ckpt_path=last: no run under"),
+        (["ckpt_path=gone.ckpt"], "ckpt_path: no such checkpoint: gone.ckpt"),
+        (["model=pretrained"], "model.name_or_path"),
+        (["model.name_or_path=no/such/folder/here"], "no/such/folder/here"),
+        (["base=null"], "model.init=random"),
+        (["seed=abc"], "seed: expected a whole number, got abc"),
+    ],
+)
+def test_options_that_cannot_work(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert words in fails_with(capsys, tmp_path / "r", *arguments)
+
+
+def test_a_misspelt_key_ends_the_program_before_hydra_starts(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["train.py", "modul.beta=1"])
+    with pytest.raises(SystemExit) as ended:
+        run_command(lambda: pytest.fail("started all the same"), config_name="train")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "tiltmeter: modul.beta: unknown configuration key; did you mean module.beta?\n"
+
+
+def test_a_user_error_is_one_line() -> None:
+    with pytest.raises(UserError) as caught:
+        prepare_overrides(["experiment=nothing_like_it"], config_name="train")
+    assert "\n" not in str(caught.value)

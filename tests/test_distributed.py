@@ -1,0 +1,61 @@
+"""Two processes over gloo, as `trainer=ddp` and `trainer=fsdp` start them, give the numbers of one process."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.cli import TINY, logged, metrics_of, only_run, run_train
+
+pytestmark = pytest.mark.slow
+# 13 pairs a step: uneven shares on two processes, and fillers where one has fewer micro-batches.
+STEPS = ("trainer.max_steps=3", "datamodule.pairs_per_step=13", "datamodule.tokens_per_micro_batch=600", "logger=csv")
+TWO_PROCESSES = ("trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true")
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(run / "aligned").state_dict()
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One process, and the base that the others find in its cache."""
+    root = tmp_path_factory.mktemp("single")
+    done = run_train(*TINY, *STEPS, f"runs_root={root}")
+    assert done.returncode == 0, done.stderr
+    return root
+
+
+@pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
+def test_two_processes_give_the_losses_and_weights_of_one(trainer: str, single: Path) -> None:
+    before = set((single / "tiny_synthetic").iterdir())
+    done = run_train(*TINY, *STEPS, f"trainer={trainer}", *TWO_PROCESSES, f"runs_root={single}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Result") == 1, "only the first process speaks"
+    (run,) = set((single / "tiny_synthetic").iterdir()) - before
+    (alone,) = [r for r in before if (r / "metrics.csv").read_text(encoding="utf-8") and _is_single(r)]
+    assert set(metrics_of(run)[0]) == set(metrics_of(alone)[0])
+    for name in ("train/loss", "val/loss", "train/rewards/margins", "train/gradient_norm", "train/logps/chosen"):
+        assert logged(run, name) == pytest.approx(logged(alone, name), rel=1e-5, abs=1e-6), name
+    ours, theirs = weights(run), weights(alone)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(
+            ours[name], theirs[name], rtol=1e-4, atol=2e-6, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+def _is_single(run: Path) -> bool:
+    return "strategy" not in (run / "config.yaml").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
+def test_a_base_is_trained_by_two_processes_too_and_wrong_input_is_said_once(trainer: str, tmp_path: Path) -> None:
+    done = run_train(*TINY, *STEPS, f"trainer={trainer}", *TWO_PROCESSES, f"runs_root={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert "Base: trained by SFT" in done.stdout
+    assert (only_run(tmp_path) / "base" / "model.safetensors").is_file()
+    resumed = run_train(*TINY, *STEPS, f"trainer={trainer}", *TWO_PROCESSES, f"runs_root={tmp_path}", "seed=-1x")
+    assert resumed.returncode == 2
+    assert len(resumed.stderr.strip().splitlines()) == 1

@@ -1,0 +1,131 @@
+"""The main job from the command line: the run folder, what W&B gets, the base found again, resuming, sweeping."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.cli import TINY, logged, metrics_of, only_run, run_train
+from tests.wandb_file import history_rows, metric_definitions, run_config
+
+pytestmark = pytest.mark.slow
+CANARY = "canary-secret-0123456789abcdef"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    root = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_API_KEY", CANARY)
+        done = run_train(*TINY, f"runs_root={root}", "trainer.max_epochs=2")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return root, done.stdout
+
+
+def test_the_run_folder_holds_what_the_contract_says(finished: tuple[Path, str]) -> None:
+    run = only_run(finished[0])
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", run.name)
+    found = {path.name for path in run.iterdir()}
+    assert found == {"config.yaml", "metrics.csv", "checkpoints", "base", "aligned", "wandb", "probe_prompts.json"}
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
+    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    assert config["name"] == "tiny_synthetic"
+    assert config["run_dir"] == str(run)
+    assert "${" not in (run / "config.yaml").read_text(encoding="utf-8")
+
+
+def test_base_and_aligned_open_with_transformers_and_differ_in_the_blocks_only(finished: tuple[Path, str]) -> None:
+    run = only_run(finished[0])
+    base, aligned = (AutoModelForCausalLM.from_pretrained(run / name).state_dict() for name in ("base", "aligned"))
+    changed = {name for name in base if not torch.equal(base[name], aligned[name])}
+    assert changed
+    assert all(".layers." in name or name == "model.norm.weight" for name in changed), changed
+    tokenizer = AutoTokenizer.from_pretrained(run / "aligned")
+    text = "\n\nHuman: Hello?\n\nAssistant: Yes."
+    assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+
+
+def test_the_first_loss_is_ln_2_and_rewards_start_at_0(finished: tuple[Path, str]) -> None:
+    first = metrics_of(only_run(finished[0]))[0]
+    assert first["step"] == "0"
+    assert float(first["train/loss"]) == pytest.approx(math.log(2), abs=1e-6)
+    for side in ("chosen", "rejected", "margins"):
+        assert float(first[f"train/rewards/{side}"]) == pytest.approx(0, abs=1e-6)
+
+
+def test_metric_names_are_those_of_the_contract(finished: tuple[Path, str]) -> None:
+    rewards = {f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")}
+    logps = {"logps/chosen", "logps/rejected"}
+    expected = {f"{stage}/{name}" for stage in ("train", "val") for name in {"loss"} | rewards | logps}
+    expected |= {"throughput/tokens_per_second", "throughput/pairs_per_second", "step", "epoch"}
+    assert expected <= set(metrics_of(only_run(finished[0]))[0])
+
+
+def test_wandb_gets_the_rows_of_metrics_csv_on_its_own_step_axis(finished: tuple[Path, str]) -> None:
+    run = only_run(finished[0])
+    (file,) = run.glob("wandb/offline-run-*/*.wandb")
+    logged_rows = history_rows(file)
+    csv_rows = metrics_of(run)
+    assert len(logged_rows) == len(csv_rows)
+    for sent, row in zip(logged_rows, csv_rows, strict=True):
+        values = {name: float(value) for name, value in row.items() if value and name != "step"}
+        assert sent["trainer/global_step"] == int(row["step"])
+        assert {name: sent[name] for name in values} == pytest.approx(values, rel=1e-12)
+        assert {name for name in sent if "/" in name} - {"trainer/global_step"} <= set(values)
+    axes = metric_definitions(file)
+    assert axes["train/*"] == axes["val/*"] == axes["throughput/*"] == "trainer/global_step"
+
+
+def test_wandb_config_says_what_the_run_was_made_from(finished: tuple[Path, str]) -> None:
+    (file,) = only_run(finished[0]).glob("wandb/offline-run-*/*.wandb")
+    config = run_config(file)
+    assert {"git_commit", "versions", "data_sha256", "data_sources", "model_revision", "module", "seed"} <= set(config)
+    assert len(config["data_sha256"]["train"]) == 64
+    assert config["versions"]["torch"].startswith(torch.__version__.split("+")[0])
+
+
+def test_no_secret_of_the_environment_reaches_the_run_folder(finished: tuple[Path, str]) -> None:
+    for path in only_run(finished[0]).rglob("*"):
+        if path.is_file():
+            assert CANARY.encode() not in path.read_bytes(), path
+
+
+def test_the_terminal_ends_with_results_and_the_next_command(finished: tuple[Path, str]) -> None:
+    run, out = only_run(finished[0]), finished[1]
+    assert "held-out preference accuracy" in out
+    assert "95 % CI" in out
+    assert "wandb sync" in out
+    assert f"python analyze.py run={run}" in out
+
+
+def test_a_second_run_finds_the_base_and_a_resumed_one_goes_on(finished: tuple[Path, str]) -> None:
+    root = finished[0]
+    run = only_run(root)
+    before = logged(run, "train/loss")
+    resumed = run_train(*TINY, f"runs_root={root}", "trainer.max_epochs=3", "ckpt_path=last", "logger=csv")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "Base: found" in resumed.stdout
+    steps = [row["step"] for row in metrics_of(run) if row["train/loss"]]
+    assert len(steps) == len(set(steps)) == len(before) // 2 * 3
+    assert logged(run, "train/loss")[: len(before)] == before
+
+
+def test_a_sweep_makes_one_run_per_arm_from_one_base(tmp_path: Path) -> None:
+    swept = run_train(
+        "--multirun", *TINY, f"runs_root={tmp_path}", "logger=csv", "arm=dpo,dpo_swapped,dpo_shuffled,sft_chosen"
+    )
+    assert swept.returncode == 0, swept.stderr
+    runs = sorted((tmp_path / "tiny_synthetic").iterdir())
+    arms = [yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["arm"] for run in runs]
+    assert arms == ["dpo", "dpo_swapped", "dpo_shuffled", "sft_chosen"]
+    assert len(list((tmp_path / "cache" / "bases").glob("[0-9a-f]*"))) == 1
+    chosen = {arm: logged(run, "train/logps/chosen")[0] for arm, run in zip(arms, runs, strict=True)}
+    rejected = {arm: logged(run, "train/logps/rejected")[0] for arm, run in zip(arms[:3], runs, strict=False)}
+    assert chosen["dpo"] == pytest.approx(rejected["dpo_swapped"], abs=1e-4)
+    assert json.loads((runs[0] / "probe_prompts.json").read_text(encoding="utf-8"))
