@@ -9,7 +9,7 @@ from analysis.report import write_report
 from analysis.runs import find_run, open_run
 from analysis.samples import compare_samples
 from analysis.training_curves import training_section
-from launch.command import as_user_error, exit_with, run_command
+from launch.command import one_line_errors, run_command
 from launch.configuration import check_config
 from launch.screen import console
 from tiltmeter.errors import UserError
@@ -20,14 +20,8 @@ ANALYSES = {"training": training_section}
 @hydra.main(config_path="conf", config_name="analyze", version_base="1.3")
 def main(config: DictConfig) -> None:
     """Hydra's entry point."""
-    try:
+    with one_line_errors(debug=config.debug):
         page = analyze(config)
-    except Exception as error:
-        wrong_input = as_user_error(error)
-        if wrong_input is None or config.get("debug"):
-            raise
-        exit_with(wrong_input)
-    else:
         console().print(f"Report: {page}", soft_wrap=True, markup=False)
 
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from scipy.optimize import isotonic_regression
 
-from analysis.runs import write_atomically
+from tiltmeter.files import write_atomically
 
 COLOURS: Mapping[str, str] = {
     "base": "#4d4d4d",

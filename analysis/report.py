@@ -13,9 +13,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from analysis.figures import save_figure
-from analysis.runs import Run, write_atomically
+from analysis.runs import Run
 from analysis.samples import MAX_NEW_TOKENS, Samples
 from tiltmeter.errors import UserError
+from tiltmeter.files import write_text
 
 _TEMPLATES = Path(__file__).resolve().parent / "templates"
 _CONTROLS = {
@@ -66,7 +67,7 @@ def write_report(run: Run, sections: Sequence[Section], samples: Samples) -> Pat
         drawn = [_write_section(run, section) for section in sections]
         page = render_page(run, sections, samples, images=drawn)
         target = run.report / "index.html"
-        write_atomically(target, lambda path: path.write_text(page, encoding="utf-8"))
+        write_text(target, page)
     except OSError as error:
         raise UserError(f"{run.report}: cannot be written ({error.strerror or error}); check the folder") from error
     return target
@@ -128,9 +129,7 @@ def _options(run: Run, node: str) -> str:
 
 def _write_section(run: Run, section: Section) -> bytes:
     text = section.table.to_csv(index=False, lineterminator="\n")
-    write_atomically(
-        run.report / "tables" / f"{section.name}.csv", lambda path: path.write_text(text, encoding="utf-8")
-    )
+    write_text(run.report / "tables" / f"{section.name}.csv", text)
     png, _ = save_figure(section.figure, run.report / "figures", section.name)
     return png.read_bytes()
 

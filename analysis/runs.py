@@ -1,9 +1,8 @@
 """Open a finished run folder as DATA: text and numbers are read and checked, nothing in it is imported or instantiated."""
 
 import csv
-import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -28,11 +27,13 @@ class Run:
         folder: the run folder.
         config: config.yaml as plain data; ``_target_`` in it is text like any other.
         metrics: metrics.csv; NaN where a metric was not logged.
+        held_out: held_out.csv, the last validation with a row a pair; None for runs without it.
     """
 
     folder: Path
     config: dict[str, Any]
     metrics: pd.DataFrame
+    held_out: pd.DataFrame | None = None
 
     @property
     def base(self) -> Path:
@@ -112,18 +113,25 @@ def open_run(folder: Path) -> Run:
             f"run: {folder} has no aligned/ model, so its training did not finish; resume it with "
             f"ckpt_path={folder / 'checkpoints' / 'last.ckpt'} and its experiment"
         )
-    return Run(folder, _read_config(folder / "config.yaml"), _read_metrics(folder / "metrics.csv"))
+    held_out = folder / "held_out.csv"
+    return Run(
+        folder,
+        _read_config(folder / "config.yaml"),
+        _read_metrics(folder / "metrics.csv"),
+        _read_held_out(held_out) if held_out.exists() else None,
+    )
 
 
-def write_atomically(target: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary file beside the target, then rename it; the suffix stays, since writers look at it."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".partial-{os.getpid()}-{target.name}")
+def _read_held_out(path: Path) -> pd.DataFrame:
     try:
-        write(temporary)
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+        table = pd.read_csv(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); delete it to go on without confidence intervals") from error
+    if not {"pair_id", "prompt"} <= set(table.columns):
+        raise UserError(
+            f"{path}: expected the columns pair_id and prompt, got {', '.join(table.columns)}; delete or restore it"
+        )
+    return table
 
 
 def _is_finished(folder: Path) -> bool:

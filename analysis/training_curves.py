@@ -14,6 +14,7 @@ from analysis.figures import COLOURS, EndLabel, house_style, label_ends, mark_le
 from analysis.report import Headline, Section
 from analysis.runs import Run
 from datamodules.synthetic import SyntheticWorld
+from tiltmeter.bootstrap import cluster_mean_interval
 from tiltmeter.errors import UserError
 
 METRICS = {
@@ -69,7 +70,7 @@ def training_section(run: Run) -> Section:
         figure=figure,
         table=table,
         reading=reading,
-        headlines=headlines(table, note=_noise_note(run)),
+        headlines=headlines(table, note=_interval_note(run) + _noise_note(run)),
     )
 
 
@@ -260,15 +261,27 @@ def _loss_unit(run: Run, table: pd.DataFrame) -> str:
     return "loss (nats)" if _loss_name(run) not in _WITHOUT_UNIT else f"loss ({_loss_name(run)})"
 
 
+def _interval_note(run: Run) -> str:
+    """95 % interval of the last held-out accuracy by resampling prompts; empty for runs without held_out.csv."""
+    table = run.held_out
+    if table is None or "rewards/accuracies" not in table:
+        return ""
+    interval = cluster_mean_interval(table["rewards/accuracies"].tolist(), table["prompt"].astype(str).tolist())
+    return f" 95 % CI {interval.low:.3f} … {interval.high:.3f} ({len(table)} pairs, prompts resampled; held_out.csv)."
+
+
 def _noise_note(run: Run) -> str:
-    """Planted labels have a known ceiling, which a person must know to judge the accuracy."""
+    """Planted label noise, which a person must know to judge train accuracy beside held-out accuracy."""
     if run.setting("data._target_") != f"{SyntheticWorld.__module__}.{SyntheticWorld.__qualname__}":
         return ""
     default = inspect.signature(SyntheticWorld).parameters["label_noise"].default
     noise = run.node("data").get("label_noise", default)
     if not isinstance(noise, float) or not 0 < noise < 0.5:
         return ""
-    return f" {noise:.0%} of all labels, held-out ones too, are swapped at random: about {1 - noise:.2f} is the most to reach."
+    return (
+        f" {noise:.0%} of the training labels are swapped at random, so about {1 - noise:.2f} is the most that training "
+        "accuracy should reach; held-out pairs are scored against their clean labels."
+    )
 
 
 def _lighter(colour: str) -> str:

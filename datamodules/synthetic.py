@@ -120,10 +120,10 @@ class SyntheticWorld:
             pairs.append(self._pair(i, situation, order[situation][i // len(SITUATIONS)]))
         n_flipped = sum(bool(pair.attributes["label_flipped"]) for pair in pairs)
         report = LoadReport(self.name, f"seed {self.seed}", n_rows=len(pairs), n_kept=len(pairs))
-        report.notes["label noise"] = f"{n_flipped} of {len(pairs)} pairs swapped ({self.label_noise:.0%} asked for)"
-        for j, direction in enumerate(self.directions):
-            terms = ", ".join(f"{name} {value:+.2f}" for name, value in zip(ATTRIBUTES, direction, strict=True))
-            report.notes[f"planted direction {j + 1} of {self.planted_rank}"] = terms
+        report.notes["label noise"] = f"{n_flipped} pairs swapped (held-out ones are scored by their clean label)"
+        strongest = sorted(zip(ATTRIBUTES, self.directions[0], strict=True), key=lambda term: -abs(term[1]))[:3]
+        terms = ", ".join(f"{name} {value:+.2f}" for name, value in strongest)
+        report.notes["planted preference"] = f"rank {self.planted_rank}, first direction mostly {terms}"
         return pairs, [report]
 
     def utility(self, attributes: Level, situation: str) -> float:

@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerBase
 from callbacks.progress import TrainingProgress
 from datamodules.preference import PreferenceDataModule
 from launch.metrics_csv import MetricsCSV
-from launch.run_folder import export_model, write_atomically, write_json
+from launch.run_folder import export_model
 from lightning_modules.sft import SFTModule
+from tiltmeter.files import write_atomically, write_json
 from tiltmeter.models import CausalLM
 
 _FORMAT = 1

@@ -1,7 +1,8 @@
 """The command line around a Hydra main: arguments checked first, wrong input as one line and exit code 2."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from hydra.errors import HydraException, InstantiationException
@@ -24,6 +25,26 @@ def run_command(main: Callable[[], Any], *, config_name: str) -> None:
     except UserError as error:
         exit_with(error)
     main()
+
+
+@contextmanager
+def one_line_errors(*, debug: bool, clean_up: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """End the process with one line and exit code 2 on wrong input; anything else passes, as does everything with ``debug``.
+
+    Args:
+        debug: show the traceback.
+        clean_up: called before leaving because of wrong input.
+    """
+    try:
+        yield
+    except Exception as error:
+        wrong_input = as_user_error(error)
+        if wrong_input is None:
+            raise
+        clean_up()
+        if debug:
+            raise
+        exit_with(wrong_input)
 
 
 def exit_with(error: UserError) -> None:

@@ -1,12 +1,9 @@
 """The run folder of DESIGN §4: where it is, and what is written into it, each file whole or not at all."""
 
-import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
@@ -16,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_modules.policy import Policy
 from tiltmeter.errors import UserError
+from tiltmeter.files import write_atomically, write_json, write_text
 from tiltmeter.models import CausalLM
 
 
@@ -43,6 +41,10 @@ def find_checkpoint(ckpt_path: str, root: Path, experiment: str) -> Path:
         path = Path(ckpt_path)
         if not path.exists():
             raise UserError(f"ckpt_path: no such checkpoint: {path} (expected a path, or last)")
+        if path.resolve().parent.name != "checkpoints":
+            raise UserError(
+                f"ckpt_path: expected a checkpoint inside a run folder (RUN/checkpoints/NAME.ckpt), got {path}"
+            )
         return path
     found = sorted((root / experiment).glob("*/checkpoints/last.ckpt"), key=lambda p: p.parent.parent.name)
     if not found:
@@ -52,32 +54,10 @@ def find_checkpoint(ckpt_path: str, root: Path, experiment: str) -> Path:
     return found[-1]
 
 
-def write_atomically(target: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary file or folder beside the target, then rename it."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    try:
-        write(temporary)
-        if target.is_dir():
-            shutil.rmtree(target)
-        temporary.replace(target)
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        else:
-            temporary.unlink(missing_ok=True)
-
-
 def write_config(run_dir: Path, config: DictConfig) -> None:
     """config.yaml, resolved."""
     text = OmegaConf.to_yaml(config, resolve=True)
-    write_atomically(run_dir / "config.yaml", lambda path: path.write_text(text, encoding="utf-8"))
-
-
-def write_json(path: Path, content: Mapping[str, Any] | Sequence[Any]) -> None:
-    """A small JSON file."""
-    text = json.dumps(content, indent=2, sort_keys=True) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text(run_dir / "config.yaml", text)
 
 
 def export_model(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path, trainer: Trainer) -> None:

@@ -32,7 +32,16 @@ def test_the_run_folder_holds_what_the_contract_says(finished: tuple[Path, str])
     run = only_run(finished[0])
     assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", run.name)
     found = {path.name for path in run.iterdir()}
-    assert found == {"config.yaml", "metrics.csv", "checkpoints", "base", "aligned", "wandb", "probe_prompts.json"}
+    assert found == {
+        "config.yaml",
+        "metrics.csv",
+        "checkpoints",
+        "base",
+        "aligned",
+        "wandb",
+        "provenance.json",
+        "held_out.csv",
+    } | {"probe_prompts.json"}
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     assert config["name"] == "tiny_synthetic"

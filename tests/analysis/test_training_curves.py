@@ -46,7 +46,8 @@ def test_the_ceiling_that_planted_label_noise_sets_is_said(
 ) -> None:
     world = {"_target_": "datamodules.synthetic.SyntheticWorld"}
     noted = training_section(open_run(make_run("a", config={"data": world | data}))).headlines[0].source
-    assert "10% of all labels, held-out ones too, are swapped at random: about 0.90 is the most to reach" in noted
+    assert "10% of the training labels are swapped at random, so about 0.90 is the most" in noted
+    assert "held-out pairs are scored against their clean labels" in noted
     real = training_section(open_run(make_run("b", config={"data": {"_target_": "datamodules.hh.HH"}})))
     assert "swapped" not in real.headlines[0].source
 

@@ -196,9 +196,9 @@ def test_the_report_says_what_was_planted(world: SyntheticWorld) -> None:
     pairs, [report] = SyntheticWorld(n_prompts=200, seed=7, planted_rank=3, label_noise=0.25).load()
     assert (report.source, report.location, report.n_rows, report.n_kept) == ("synthetic", "seed 7", 200, 200)
     n_flipped = sum(bool(p.attributes["label_flipped"]) for p in pairs)
-    assert report.notes["label noise"] == f"{n_flipped} of 200 pairs swapped (25% asked for)"
-    assert report.notes["planted direction 1 of 3"].startswith("tone +0.50, refusal -")
-    assert len(report.notes) == 4
+    assert report.notes["label noise"].startswith(f"{n_flipped} pairs swapped")
+    assert report.notes["planted preference"].startswith("rank 3, first direction mostly ")
+    assert len(report.notes) == 2
 
 
 @pytest.mark.parametrize(

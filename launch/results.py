@@ -1,0 +1,89 @@
+"""What a run leaves beside its models: where it came from, figures per held-out pair, and the closing table."""
+
+import csv
+import io
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+
+from launch.parts import Parts
+from tiltmeter.bootstrap import cluster_mean_interval
+from tiltmeter.files import write_json, write_text
+
+N_SHOWN_PROMPTS = 8
+_PACKAGES = ("torch", "lightning", "transformers", "tokenizers", "hydra-core", "wandb", "safetensors")
+
+
+def provenance(parts: Parts) -> dict[str, Any]:
+    """Code, versions, data and model that a run was made from."""
+    return {
+        "git_commit": git_commit(),
+        "versions": {"python": sys.version.split()[0], **{name: version(name) for name in _PACKAGES}},
+        "data_sha256": {name: split.digest() for name, split in parts.data.splits.items()},
+        "data_sources": {report.source: report.location for report in parts.data.reports},
+        "model_revision": parts.model.revision,
+    }
+
+
+def git_commit() -> str | None:
+    """Commit of the code, with ``+changes`` when the tree differs from it; None outside a checkout."""
+    here = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True, timeout=10)
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def write_results(run_dir: Path, parts: Parts) -> None:
+    """provenance.json, held_out.csv (the last validation, a row a pair) and probe_prompts.json (texts to generate from)."""
+    write_json(run_dir / "provenance.json", provenance(parts))
+    write_json(run_dir / "probe_prompts.json", _shown_prompts(parts))
+    if parts.module.validation_table is not None:
+        write_text(run_dir / "held_out.csv", _held_out_table(parts, parts.module.validation_table))
+
+
+def result_rows(parts: Parts, trainer: Trainer, seconds: float) -> list[tuple[str, str]]:
+    """Figures of the closing table: name and value."""
+    known = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    module = parts.module
+    rows = [("optimizer steps", f"{trainer.global_step} in {seconds:.0f} s, reference and validation included")]
+    rows += [(name, f"{known[name]:.4f}") for name in ("train/loss", "val/loss") if name in known]
+    if module.validation_table is not None and "rewards/accuracies" in module.columns:
+        values = module.validation_table[:, module.columns.index("rewards/accuracies")].tolist()
+        interval = cluster_mean_interval(values, parts.data.splits["val"].groups)
+        text = f"{interval.value:.3f}  (95 % CI {interval.low:.3f} … {interval.high:.3f}, {len(values)} pairs)"
+        rows.append(("held-out preference accuracy", text))
+    if module.seconds_trained:
+        rows.append(("throughput", f"{module.pairs_trained / module.seconds_trained:.1f} pairs/s in training steps"))
+    if torch.cuda.is_available():
+        rows.append(("peak GPU memory", f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"))
+    return rows
+
+
+def _held_out_table(parts: Parts, table: torch.Tensor) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["pair_id", "source", "prompt", *parts.module.columns])
+    numbers: dict[str, int] = {}  # prompts by number: their texts are the data set's, and may be anything
+    for record, values in zip(parts.data.splits["val"].records, table.tolist(), strict=True):
+        writer.writerow([record.pair_id, record.source, numbers.setdefault(record.group, len(numbers)), *values])
+    return text.getvalue()
+
+
+def _shown_prompts(parts: Parts) -> list[dict[str, str]]:
+    """A few held-out pairs as exact text, for samples that people read."""
+    records = (parts.data.records["probe"] or parts.data.records["val"])[:N_SHOWN_PROMPTS]
+    return [
+        {"pair_id": r.pair_id, "prompt": r.prompt_text, "chosen": r.chosen_text, "rejected": r.rejected_text}
+        for r in records
+    ]
