@@ -73,8 +73,8 @@ def test_different_seeds_are_different_worlds(world: SyntheticWorld, pairs: list
 
 
 def test_every_prompt_is_its_own_group_and_every_text_has_its_exact_form(pairs: list[PreferencePair]) -> None:
-    assert len({p.group for p in pairs}) == len({p.pair_id for p in pairs}) == len(pairs) == 1500
-    assert len({p.prompt[-1].content for p in pairs}) == 1500
+    assert len({p.group for p in pairs}) == len({p.pair_id for p in pairs}) == len(pairs) == 2000
+    assert len({p.prompt[-1].content for p in pairs}) == 2000
     for pair in pairs:
         assert (pair.prompt_text, pair.chosen_text) == transcript(pair.prompt, pair.chosen.content)
         assert (pair.prompt_text, pair.rejected_text) == transcript(pair.prompt, pair.rejected.content)
