@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from datamodules.records import LoadReport, PreferencePair, PreferenceSource
 from datamodules.sampler import StepPlan, StepSampler, epoch_order
-from datamodules.splits import LabelControl, Split, control_labels, split_by_group
+from datamodules.splits import LabelControl, Split, control_labels, count_repeats, split_by_group
 from datamodules.tokenization import PairTokenizer, TextFormat, TokenizationReport, Truncation
 from tiltmeter.batch import LAYOUTS, Layout, StepBatch, TokenizedPair, collate_pairs, row_length
 from tiltmeter.errors import UserError
@@ -141,6 +141,8 @@ class PreferenceDataModule(LightningDataModule):
         self.predict_prompt = False
         self.reports: list[LoadReport] = []
         self.records: dict[Split, list[PreferencePair]] = {}
+        self.repeats: dict[str, int] = {}
+        """What is kept but worth knowing: pairs that stand twice, and pairs that stand with both labels."""
         self.splits: dict[Split, TokenizedSplit] = {}
         self.tokenizer: Tokenizer | None = None
 
@@ -153,6 +155,7 @@ class PreferenceDataModule(LightningDataModule):
             )
             reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.items()) or "the source is empty"
             raise UserError(f"data: no preference pair is left after filtering ({reasons})")
+        self.repeats = count_repeats(pairs)
         self.records = split_by_group(pairs, sizes=self.sizes, seed=self.split_seed)
 
     def tokenize(self, tokenizer: Tokenizer) -> None:

@@ -57,6 +57,18 @@ def split_by_group(
     return splits
 
 
+def count_repeats(pairs: Sequence[PreferencePair]) -> dict[str, int]:
+    """Pairs that repeat an earlier one word for word, and pairs that contradict one (same texts, other label)."""
+    seen: set[tuple[str, str, str]] = set()
+    counts = {"repeated pairs": 0, "contradictory pairs": 0}
+    for pair in pairs:
+        texts = (pair.prompt_text, pair.chosen_text, pair.rejected_text)
+        counts["repeated pairs"] += texts in seen
+        counts["contradictory pairs"] += (texts[0], texts[2], texts[1]) in seen
+        seen.add(texts)
+    return {name: n for name, n in counts.items() if n}
+
+
 def with_clean_label(pair: PreferencePair) -> PreferencePair:
     """Undo a deliberate label flip (``attributes["label_flipped"]``)."""
     if not pair.attributes.get("label_flipped"):

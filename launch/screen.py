@@ -47,6 +47,8 @@ def data_table(data: PreferenceDataModule, labels: str) -> Table:
         table.add_row(
             f"{report.source} ({report.location})", f"{report.n_kept} of {report.n_rows}", _source_remarks(report)
         )
+    if data.repeats:
+        table.add_row("all sources together", "", "; ".join(f"{n} {what}, kept" for what, n in data.repeats.items()))
     table.add_section()
     for name, split in data.splits.items():
         remarks = [f"{n} {reason}" for reason, n in split.report.dropped.items()]

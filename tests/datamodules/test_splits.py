@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datamodules.records import PreferencePair
-from datamodules.splits import control_labels, split_by_group, with_clean_label
+from datamodules.splits import control_labels, count_repeats, split_by_group, with_clean_label
 from tests.tiny_models import MemorySource, random_pairs
 from tiltmeter.errors import UserError
 
@@ -117,3 +117,10 @@ def test_label_controls_swap_all_none_or_about_half() -> None:
 def test_an_unknown_label_control_is_refused() -> None:
     with pytest.raises(UserError, match="expected given, swapped or shuffled, got random"):
         control_labels(random_pairs(2), "random", seed=0)  # type: ignore[arg-type]
+
+
+def test_repeated_and_contradictory_pairs_are_counted() -> None:
+    pair = POOL[0]
+    turned = replace(pair, chosen_text=pair.rejected_text, rejected_text=pair.chosen_text)
+    assert count_repeats([pair, POOL[1], pair, turned]) == {"repeated pairs": 1, "contradictory pairs": 1}
+    assert count_repeats(POOL) == {}
