@@ -199,6 +199,11 @@ class PreferenceDataModule(LightningDataModule):
         """Held-out pairs in a fixed order."""
         return self.loader("val")
 
+    def pairs_of(self, split: Split) -> Sequence[TokenizedPair]:
+        """Token ids of a split as they are trained or scored: training labels follow ``labels``."""
+        pairs = self.splits[split].pairs
+        return control_labels(pairs, self.labels, seed=self.seed) if split == "train" else pairs
+
     def rows_of_first_steps(self, n_steps: int) -> list[int]:
         """Training rows that the first ``n_steps`` optimizer steps take, over as many epochs as they need, each once."""
         n_rows, per_epoch = len(self.splits["train"].pairs), self.steps_per_epoch
@@ -216,9 +221,7 @@ class PreferenceDataModule(LightningDataModule):
     ) -> DataLoader[StepBatch]:
         """Steps over one split (or some rows of it) for this process; every pair appears once over all processes."""
         layout = self.active_layout
-        pairs = self.splits[split].pairs
-        if split == "train" and self.labels != "given":
-            pairs = control_labels(pairs, self.labels, seed=self.seed)
+        pairs = self.pairs_of(split)
         assert self.tokenizer is not None, "tokenize() comes first"
         pad_id = self.tokenizer.pad_token_id or 0
         dataset = StepDataset(pairs, layout=layout, pad_id=pad_id, predict_prompt=self.predict_prompt)

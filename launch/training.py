@@ -17,6 +17,7 @@ from launch.results import provenance, result_rows, write_results
 from launch.run_folder import export_model, find_checkpoint, is_first_process, keep_base, new_run_dir, write_config
 from launch.screen import console, data_table, quiet_libraries, result_table
 from launch.wandb_logger import open_wandb
+from lightning_modules.dpo import DPOModule
 
 
 def train(config: DictConfig) -> Path:
@@ -46,6 +47,8 @@ def _train(config: DictConfig, created: list[Path]) -> Path:
         screen.print(line, soft_wrap=True)
     seed_everything(config.seed, verbose=False)
     parts.module.attach_model(lambda: parts.model.build(parts.tokenizer))
+    if isinstance(parts.module, DPOModule):
+        parts.module.reference_cache_dir = root / "cache" / "reference"
 
     run_dir = checkpoint.parent.parent if checkpoint else new_run_dir(root, config.name)
     config.run_dir = str(run_dir)

@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
 
 from datamodules.preference import Objective, PreferenceDataModule
 from datamodules.splits import Split
@@ -120,12 +121,16 @@ class LogProbModule(LightningModule):
         assert self._build_model is not None, "attach_model() comes first"
         model = self._build_model()
         verify_layout(model, self.data.active_layout)
+        self.on_model_built(model)
         if self.freeze_embeddings:
             freeze_embeddings(model)
         self.policy = Policy(model, chunk_tokens=self.chunk_tokens)
         self.policy.train()  # no dropout anywhere; train mode only lets activation checkpointing work
         if self.device_mesh is not None:
             shard(self.policy, self.device_mesh["data_parallel"])
+
+    def on_model_built(self, model: PreTrainedModel) -> None:
+        """Called with the whole model, before it is frozen or sharded."""
 
     def configure_optimizers(self) -> Any:
         """AdamW with warm-up and a schedule over all optimizer steps."""

@@ -2,18 +2,23 @@
 
 import sys
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import track
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from datamodules.preference import Objective
 from datamodules.splits import Split
 from lightning_modules.base import LogProbModule, PairResults
+from lightning_modules.reference import cached_reference
 from tiltmeter.batch import PreferenceBatch, StepBatch
 from tiltmeter.errors import UserError
 from tiltmeter.preference_losses import PairLogProbs, make_preference_loss
+from tiltmeter.reference_cache import ReferenceCache, hash_weights
 
 REFERENCE_SPLITS: tuple[Split, ...] = ("train", "val")
 
@@ -56,6 +61,9 @@ class DPOModule(LogProbModule):
         self.loss = make_preference_loss(
             loss, beta=beta, label_smoothing=label_smoothing, gamma_beta_ratio=gamma_beta_ratio
         )
+        self.reference_cache_dir: Path | None = None
+        """Folder of reference caches shared by all runs; None: every run computes its own."""
+        self._cache: ReferenceCache | None = None
         self.reference: dict[str, Tensor] = {}
         """Split → [row, 2] log π₀ of chosen and rejected, nats, float32 (float64 for a float64 model)."""
 
@@ -63,6 +71,19 @@ class DPOModule(LogProbModule):
         """Tell the data module which rows are wanted."""
         self.data.objective = self.objective
         self.data.predict_prompt = False
+
+    def on_model_built(self, model: PreTrainedModel) -> None:
+        """Open the cache of this very model: its weights, precision, kernel and layout."""
+        if self.reference_cache_dir is not None:
+            depends_on = {
+                "weights": hash_weights(model),
+                "dtype": str(model.dtype),
+                "precision": self.trainer.precision,
+                "attention": str(model.config._attn_implementation),
+                "layout": self.data.active_layout,
+                "device": self.trainer.strategy.root_device.type,
+            }
+            self._cache = ReferenceCache(self.reference_cache_dir, depends_on)
 
     def divisor(self, step: StepBatch) -> int:
         """Pairs of the step."""
@@ -73,22 +94,42 @@ class DPOModule(LogProbModule):
 
         Also for losses without a reference: rewards are always β·log(π/π₀).
         """
-        needed = {"train": self.data.rows_of_first_steps(self.total_steps()), "val": None}
-        for split in REFERENCE_SPLITS:
+        needed: dict[Split, Sequence[int]] = {
+            "train": self.data.rows_of_first_steps(self.total_steps()),
+            "val": range(len(self.data.splits["val"].pairs)),
+        }
+        for split, rows in needed.items():
             if split not in self.reference:
-                self.reference[split] = self.sequence_log_probs_of(split, rows=needed[split])
+                self.reference[split] = self._find_reference(split, rows)
             self.reference[split] = self.reference[split].to(self.device)
-            if self.reference[split][needed[split] or slice(None)].isnan().any():
+            if self.reference[split][list(rows)].isnan().any():
                 raise UserError(
                     "ckpt_path: the checkpoint holds reference log-probs for fewer steps than this run takes, and its trained "
                     "weights can't give the missing ones; resume with the trainer.max_steps and max_epochs it was started with"
                 )
 
+    def _find_reference(self, split: Split, rows: Sequence[int]) -> Tensor:
+        table, line = cached_reference(
+            self.data.pairs_of(split),
+            rows,
+            cache=self._cache,
+            compute=partial(self.sequence_log_probs_of, split),
+            precision=self.trainer.precision,
+            share=self.trainer.strategy.broadcast,
+            is_first=self.trainer.is_global_zero,
+        )
+        self.print(f"{line} ({split})")
+        return table.to(self._log_prob_dtype)
+
+    @property
+    def _log_prob_dtype(self) -> torch.dtype:
+        return torch.promote_types(self.trained_policy.model.dtype, torch.float32)
+
     @torch.no_grad()
-    def sequence_log_probs_of(self, split: Split, *, rows: Sequence[int] | None = None) -> Tensor:
+    def sequence_log_probs_of(self, split: Split, rows: Sequence[int]) -> Tensor:
         """[row, 2] log-probs of chosen and rejected under the current weights, on every process; NaN for rows not asked for."""
         n_rows = len(self.data.splits[split].pairs)
-        dtype = torch.promote_types(self.trained_policy.model.dtype, torch.float32)
+        dtype = self._log_prob_dtype
         table = torch.zeros(n_rows, 2, device=self.device, dtype=dtype)
         loader = self.data.loader(split, rows=rows)
         quiet = not (self.trainer.is_global_zero and self.trainer.progress_bar_callback and sys.stdout.isatty())
@@ -99,10 +140,9 @@ class DPOModule(LogProbModule):
                 real = batch.weights > 0
                 table[batch.pair_index[real]] = logps.view(2, -1).T[real]
         table = self._reduce(table)
-        if rows is not None:
-            missing = torch.ones(n_rows, dtype=torch.bool, device=self.device)
-            missing[list(rows)] = False
-            table[missing] = torch.nan
+        not_asked = torch.ones(n_rows, dtype=torch.bool, device=self.device)
+        not_asked[list(rows)] = False
+        table[not_asked] = torch.nan
         return table
 
     def pair_results(self, batch: PreferenceBatch, split: Split) -> PairResults:

@@ -114,7 +114,6 @@ def test_label_controls_swap_all_none_or_about_half() -> None:
     assert 150 < sum(a == b for a, b in zip(shuffled, swapped, strict=True)) < 250
 
 
-
 def test_repeated_and_contradictory_pairs_are_counted() -> None:
     pair = POOL[0]
     turned = replace(pair, chosen_text=pair.rejected_text, rejected_text=pair.chosen_text)

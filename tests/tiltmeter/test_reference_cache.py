@@ -1,0 +1,92 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tiny_models import make_model
+from tiltmeter.batch import TokenizedPair
+from tiltmeter.reference_cache import ReferenceCache, hash_pairs, hash_weights
+
+PAIRS = [TokenizedPair([1, i], [i, 2], [i + 1, 3, 2]) for i in range(5)]
+TABLE = torch.arange(10, dtype=torch.float64).reshape(5, 2) / 3
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> ReferenceCache:
+    cache = ReferenceCache(tmp_path, {"weights": "a", "precision": "32-true"})
+    cache.store(hash_pairs(PAIRS), TABLE)
+    return cache
+
+
+def test_rows_are_found_by_their_token_ids_in_any_order(cache: ReferenceCache) -> None:
+    found, complaint = cache.lookup(hash_pairs([PAIRS[3], TokenizedPair([9], [9], [8]), PAIRS[0]]))
+    assert complaint == ""
+    assert torch.equal(found[[0, 2]], TABLE[[3, 0]])
+    assert found[1].isnan().all()
+
+
+def test_a_pair_with_swapped_responses_is_another_pair(cache: ReferenceCache) -> None:
+    pair = PAIRS[0]
+    assert cache.lookup(hash_pairs([TokenizedPair(pair.prompt_ids, pair.rejected_ids, pair.chosen_ids)]))[0].isnan().all()
+
+
+def test_moving_a_token_across_the_boundary_is_another_pair() -> None:
+    a, b = TokenizedPair([1, 2], [3], [4]), TokenizedPair([1], [2, 3], [4])
+    assert not torch.equal(hash_pairs([a]), hash_pairs([b]))
+
+
+def test_new_rows_are_kept_beside_old_ones_and_missing_ones_are_not_kept(cache: ReferenceCache) -> None:
+    more = [TokenizedPair([7], [8], [9]), TokenizedPair([7], [8], [10])]
+    cache.store(hash_pairs(more), torch.tensor([[1.0, 2.0], [torch.nan, torch.nan]], dtype=torch.float64))
+    found, _ = cache.lookup(hash_pairs([*PAIRS, *more]))
+    assert torch.equal(found[:5], TABLE)
+    assert found[5].tolist() == [1.0, 2.0]
+    assert found[6].isnan().all()
+
+
+@pytest.mark.parametrize("change", [{"weights": "b"}, {"precision": "bf16-mixed"}, {"attention": "eager"}])
+def test_another_model_or_precision_has_a_cache_of_its_own(cache: ReferenceCache, change: dict[str, str]) -> None:
+    other = ReferenceCache(cache.root, {**cache.depends_on, **change})
+    assert other.lookup(hash_pairs(PAIRS))[0].isnan().all()
+
+
+def test_a_truncated_or_altered_table_is_not_used_and_said(cache: ReferenceCache) -> None:
+    table = cache.folder / "log_probs.safetensors"
+    whole = table.read_bytes()
+    for damaged in (whole[:-8], whole[:-1] + bytes([whole[-1] ^ 1]), b""):
+        table.write_bytes(damaged)
+        found, complaint = cache.lookup(hash_pairs(PAIRS))
+        assert found.isnan().all()
+        assert "does not match its manifest" in complaint
+
+
+def test_a_table_without_manifest_or_a_foreign_manifest_is_not_used(cache: ReferenceCache) -> None:
+    manifest = cache.folder / "manifest.json"
+    said = json.loads(manifest.read_text(encoding="utf-8"))
+    manifest.write_text(json.dumps({**said, "depends_on": {"weights": "other"}}), encoding="utf-8")
+    assert "made for another model" in cache.lookup(hash_pairs(PAIRS))[1]
+    manifest.write_text("[]", encoding="utf-8")
+    assert "damaged" in cache.lookup(hash_pairs(PAIRS))[1]
+    manifest.unlink()
+    found, complaint = cache.lookup(hash_pairs(PAIRS))
+    assert found.isnan().all()
+    assert "damaged" in complaint
+
+
+def test_a_damaged_cache_is_replaced_by_the_next_store(cache: ReferenceCache) -> None:
+    (cache.folder / "log_probs.safetensors").write_bytes(b"x")
+    cache.store(hash_pairs(PAIRS[:2]), TABLE[:2])
+    found, complaint = cache.lookup(hash_pairs(PAIRS))
+    assert complaint == ""
+    assert torch.equal(found[:2], TABLE[:2])
+    assert found[2:].isnan().all()
+
+
+def test_the_hash_of_weights_sees_one_changed_number_and_nothing_else() -> None:
+    model = make_model("llama", torch.float32, "sdpa")
+    before = hash_weights(model)
+    assert hash_weights(model.eval()) == before
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[0] += 1e-3
+    assert hash_weights(model) != before
