@@ -147,7 +147,9 @@ def prepare(folder: Path, data: str | None, n_pairs: int) -> str:
     means = [np.mean([len(tokenized[row][i]) for row in rows]) for i in range(3)]
     name = f"{reports[0].source}" if path else "a stand-in of random words with the lengths of HH harmless-base"
     lengths = "{:.0f} + {:.0f} + {:.0f}".format(*means)
-    return f"{n_pairs} pairs of {name}, prompt + chosen + rejected = {lengths} tokens on average, BPE of {len(tokenizer)}"
+    return (
+        f"{n_pairs} pairs of {name}, prompt + chosen + rejected = {lengths} tokens on average, BPE of {len(tokenizer)}"
+    )
 
 
 def load_pairs(folder: str) -> list[TokenizedPair]:

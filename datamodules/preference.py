@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import numpy as np
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -14,10 +13,12 @@ from datamodules.records import LoadReport, PreferencePair, PreferenceSource
 from datamodules.sampler import StepPlan, StepSampler, epoch_order
 from datamodules.splits import LabelControl, Split, control_labels, count_repeats, split_by_group
 from datamodules.tokenization import PairTokenizer, TextFormat, TokenizationReport, Truncation
-from tiltmeter.batch import LAYOUTS, Layout, StepBatch, TokenizedPair, collate_pairs, row_length
+from tiltmeter.batch import Layout, StepBatch, TokenizedPair, collate_pairs, row_length
 from tiltmeter.errors import UserError
+from tiltmeter.reference_cache import hash_pairs
 
 Objective = Literal["preference", "chosen"]
+PairLayout = Literal["shared_prefix", "concatenated"]
 
 
 @dataclass
@@ -32,14 +33,6 @@ class TokenizedSplit:
     def groups(self) -> list[str]:
         """Group (prompt) of each row, the unit of resampling for confidence intervals."""
         return [record.group for record in self.records]
-
-    def digest(self) -> str:
-        """sha256 over all token ids in order."""
-        state = hashlib.sha256()
-        for pair in self.pairs:
-            for ids in pair:
-                state.update(np.asarray(ids, dtype=np.int64).tobytes() + b"|")
-        return state.hexdigest()
 
 
 class StepDataset(Dataset[StepBatch]):
@@ -110,20 +103,26 @@ class PreferenceDataModule(LightningDataModule):
         probe_pairs: int = 256,
         pairs_per_step: int = 32,
         tokens_per_micro_batch: int = 4096,
-        layout: Layout = "shared_prefix",
+        layout: PairLayout = "shared_prefix",
         labels: LabelControl = "given",
         split_seed: int = 0,
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        _check_positive(
-            pairs_per_step=pairs_per_step, tokens_per_micro_batch=tokens_per_micro_batch, val_pairs=val_pairs
+        _check_least(
+            1, pairs_per_step=pairs_per_step, tokens_per_micro_batch=tokens_per_micro_batch, val_pairs=val_pairs
         )
-        if labels not in get_args(LabelControl):
-            raise UserError(f"datamodule.labels: expected {', '.join(get_args(LabelControl))}, got {labels}")
-        if layout not in LAYOUTS[:2]:
-            raise UserError(f"datamodule.layout: expected shared_prefix or concatenated, got {layout}")
+        _check_least(1, train_pairs=1 if train_pairs is None else train_pairs)
+        _check_least(0, probe_pairs=probe_pairs, split_seed=split_seed, seed=seed, num_workers=num_workers)
+        for name, value, choices in (
+            ("labels", labels, get_args(LabelControl)),
+            ("layout", layout, get_args(PairLayout)),
+            ("truncation", truncation, get_args(Truncation)),
+            ("text_format", text_format, get_args(TextFormat)),
+        ):
+            if value not in choices:
+                raise UserError(f"datamodule.{name}: expected {' or '.join(choices)}, got {value}")
         self.source = source
         self.max_length = max_length
         self.max_response_length = max_response_length
@@ -204,6 +203,10 @@ class PreferenceDataModule(LightningDataModule):
         pairs = self.splits[split].pairs
         return control_labels(pairs, self.labels, seed=self.seed) if split == "train" else pairs
 
+    def digest(self, split: Split) -> str:
+        """sha256 over the token ids of a split, in order, as they are trained."""
+        return hashlib.sha256(hash_pairs(self.pairs_of(split)).numpy().tobytes()).hexdigest()
+
     def rows_of_first_steps(self, n_steps: int) -> list[int]:
         """Training rows that the first ``n_steps`` optimizer steps take, over as many epochs as they need, each once."""
         n_rows, per_epoch = len(self.splits["train"].pairs), self.steps_per_epoch
@@ -247,7 +250,7 @@ class PreferenceDataModule(LightningDataModule):
         )
 
 
-def _check_positive(**options: int) -> None:
+def _check_least(least: int, **options: int) -> None:
     for name, value in options.items():
-        if value < 1:
-            raise UserError(f"datamodule.{name}: expected at least 1, got {value}")
+        if value < least:
+            raise UserError(f"datamodule.{name}: expected at least {least}, got {value}")

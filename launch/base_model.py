@@ -31,7 +31,7 @@ def base_folder(
         "architecture": model.load_config(tokenizer).to_dict(),
         "tokenizer": tokenizer.backend_tokenizer.to_str(),
         "settings": OmegaConf.to_container(config.base, resolve=True),
-        "data": data.splits["train"].digest(),
+        "data": data.digest("train"),
         "steps": [data.pairs_per_step, data.tokens_per_micro_batch],
         "precision": [model.dtype, str(config.trainer.get("precision", "32-true"))],
     }
@@ -43,10 +43,12 @@ def find_or_train_base(
     config: DictConfig, model: CausalLM, tokenizer: PreTrainedTokenizerBase, data: PreferenceDataModule
 ) -> tuple[CausalLM, str]:
     """The base as a pretrained model, and one line on where it came from."""
+    given_labels, data.labels = data.labels, "given"  # a control changes what DPO sees, never the base it starts from
     folder = base_folder(config, model, tokenizer, data)
     found = (folder / "config.json").is_file()
     if not found:
         _train_base(config, model, tokenizer, data, folder)
+    data.labels = given_labels
     base = CausalLM(str(folder), dtype=model.dtype, attn_implementation=model.attn_implementation)
     return base, f"Base: {'found' if found else 'trained by SFT, kept'} in {folder}"
 
@@ -71,10 +73,9 @@ def _train_base(
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
     )
-    given_labels, data.labels = data.labels, "given"  # a control changes what DPO sees, never the base it starts from
-    given_seed, data.seed = data.seed, seed
+    run_seed, data.seed = data.seed, seed
     trainer.fit(module, datamodule=data)
-    data.labels, data.seed = given_labels, given_seed
+    data.seed = run_seed
     export_model(module.trained_policy, tokenizer, folder, trainer)
     if trainer.is_global_zero:
         write_json(folder / "made_from.json", {"base": OmegaConf.to_container(config.base, resolve=True)})

@@ -12,9 +12,10 @@ from omegaconf.errors import OmegaConfBaseException
 from launch.configuration import prepare_overrides
 from launch.run_folder import is_first_process
 from launch.screen import quiet_libraries
-from tiltmeter.errors import UserError
+from tiltmeter.errors import NumericalStop, UserError
 
 WRONG_INPUT = 2
+NUMERICAL_STOP = 4
 
 
 def run_command(main: Callable[[], Any], *, config_name: str) -> None:
@@ -29,29 +30,27 @@ def run_command(main: Callable[[], Any], *, config_name: str) -> None:
 
 @contextmanager
 def one_line_errors(*, debug: bool, clean_up: Callable[[], object] = lambda: None) -> Iterator[None]:
-    """End the process with one line and exit code 2 on wrong input; anything else passes, as does everything with ``debug``.
+    """End the process with one line on wrong input (exit code 2) or numbers gone wrong (4); anything else passes.
 
     Args:
-        debug: show the traceback.
-        clean_up: called before leaving because of wrong input.
+        debug: show the traceback instead.
+        clean_up: called before leaving, whatever the reason.
     """
     try:
         yield
     except Exception as error:
-        wrong_input = as_user_error(error)
-        if wrong_input is None:
-            raise
         clean_up()
-        if debug:
+        known = error if isinstance(error, NumericalStop) else as_user_error(error)
+        if known is None or debug:
             raise
-        exit_with(wrong_input)
+        exit_with(known)
 
 
-def exit_with(error: UserError) -> None:
-    """Print one line and leave with exit code 2; only the first process prints."""
+def exit_with(error: UserError | NumericalStop) -> None:
+    """Print one line and leave with the exit code of its kind; only the first process prints."""
     if is_first_process():
         print(f"tiltmeter: {error}", file=sys.stderr, flush=True)  # noqa: T201
-    sys.exit(WRONG_INPUT)
+    sys.exit(NUMERICAL_STOP if isinstance(error, NumericalStop) else WRONG_INPUT)
 
 
 def as_user_error(error: BaseException) -> UserError | None:

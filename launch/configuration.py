@@ -5,9 +5,8 @@ line if it is in the YAML or if the node's ``_target_`` takes it, and nothing el
 """
 
 import difflib
-import inspect
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from launch.option_types import describe_mismatch, option_hints
 from tiltmeter.errors import UserError
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -80,10 +80,14 @@ def check_config(config: DictConfig, *, config_name: str = "train") -> None:
         if key not in primary:
             raise UserError(f"{key}: unknown configuration key{_nearest(str(key), primary)}")
     for path, node in _nodes(config):
-        known = _constructor_options(node) or set()
-        for key in node:
-            if key not in known and not str(key).startswith("_"):
+        known = _constructor_options(node) or {}
+        for key, value in OmegaConf.to_container(node, resolve=True).items():  # type: ignore[union-attr]
+            if str(key).startswith("_"):
+                continue
+            if key not in known:
                 raise UserError(f"{path}.{key}: {node._target_} has no such option{_nearest(str(key), known)}")
+            if value != "???" and (expected := describe_mismatch(value, known[str(key)])) is not None:
+                raise UserError(f"{path}.{key}: expected {expected}, got {value}")
     for path, value in _leaves(config):
         if isinstance(value, str) and _SECRET.search(value) and path.split(".")[-1] not in _REVISION_KEYS:
             raise UserError(
@@ -182,19 +186,9 @@ def _has_key(tree: DictConfig, key: str) -> bool:
     return isinstance(parent, DictConfig) and name in set(parent)  # `in parent` denies keys that are still ???
 
 
-def _constructor_options(node: DictConfig) -> set[str] | None:
-    """Names of the options of a node's ``_target_``, through ``**options`` up its base classes; None without a target."""
-    if "_target_" not in node:
-        return None
-    names: set[str] = set()
-    for cls in get_class(node._target_).__mro__:
-        if "__init__" not in vars(cls):
-            continue
-        parameters = inspect.signature(vars(cls)["__init__"]).parameters.values()
-        names |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            break
-    return names - {"self"}
+def _constructor_options(node: DictConfig) -> dict[str, Any] | None:
+    """Options of a node's ``_target_`` and their annotations; None without a target."""
+    return option_hints(get_class(node._target_)) if "_target_" in node else None
 
 
 def _nodes(config: DictConfig, path: str = "") -> Iterator[tuple[str, DictConfig]]:
@@ -227,6 +221,6 @@ def _known_keys(tree: DictConfig) -> Iterator[str]:
         yield from (f"{path}.{name}" for name in _constructor_options(node) or ())
 
 
-def _nearest(name: str, known: set[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+def _nearest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else ""

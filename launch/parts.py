@@ -1,7 +1,10 @@
 """The parts of a run, built in an order in which wrong input costs nothing."""
 
 import os
+import re
 from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
 
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -13,11 +16,15 @@ from transformers import PreTrainedTokenizerBase
 from datamodules.preference import PreferenceDataModule
 from datamodules.tokenization import train_bpe_tokenizer
 from launch.configuration import check_config
+from launch.wandb_logger import Mode
 from lightning_modules.base import LogProbModule
 from tiltmeter.errors import UserError
 from tiltmeter.models import CausalLM
 
 _PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "64-true", "32", "64")
+_OURS = (
+    "logger", "callbacks", "default_root_dir", "enable_model_summary", "num_sanity_val_steps", "use_distributed_sampler"
+)  # fmt: skip
 
 
 @dataclass
@@ -28,29 +35,47 @@ class Parts:
     model: CausalLM
     tokenizer: PreTrainedTokenizerBase
     module: LogProbModule
+    model_revision: str | None
+    """Commit of the model on the hub; None for local folders and models from scratch."""
 
 
 def check_options(config: DictConfig) -> None:
-    """Everything that can be said of a configuration without touching a file. Raises UserError."""
+    """Everything that can be said of a configuration without touching data or models. Raises UserError."""
     check_config(config)
-    if not isinstance(config.seed, int):
-        raise UserError(f"seed: expected a whole number, got {config.seed}")
-    for key, default, instead in (
-        ("gradient_clip_val", None, "module.gradient_clip_norm"),
-        ("accumulate_grad_batches", 1, "datamodule.pairs_per_step and datamodule.tokens_per_micro_batch"),
-    ):
-        if config.trainer.get(key, default) != default:
-            raise UserError(f"trainer.{key}: not used here, an optimizer step is set by {instead}")
-    precision = str(config.trainer.get("precision", "32-true"))
-    if precision not in _PRECISIONS:
-        raise UserError(f"trainer.precision: expected one of {', '.join(_PRECISIONS[:4])}, got {precision}")
-    if config.trainer.get("accelerator") in ("gpu", "cuda") and not torch.cuda.is_available():
-        raise UserError(f"trainer.accelerator={config.trainer.accelerator}: no GPU was found here; use trainer=cpu")
+    if not isinstance(config.seed, int) or config.seed < 0:
+        raise UserError(f"seed: expected a whole number from 0, got {config.seed}")
+    if not re.fullmatch(r"[\w-][\w.-]*", str(config.name)):
+        raise UserError(f"name: expected letters, digits, _, - and . only, got {config.name}")
+    if Path(config.runs_root).exists() and not Path(config.runs_root).is_dir():
+        raise UserError(f"runs_root: {config.runs_root} is a file; expected a folder, existing or not")
+    if config.logger.mode not in get_args(Mode):
+        raise UserError(f"logger.mode: expected {' or '.join(get_args(Mode))}, got {config.logger.mode}")
+    _check_trainer(config.trainer)
     is_sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
     if is_sweep and config.trainer.get("devices", 1) not in (1, "1") and "LOCAL_RANK" not in os.environ:
         raise UserError(
             "--multirun with trainer.devices above 1: one process can't start several jobs; sweep with devices=1"
         )
+
+
+def _check_trainer(trainer: DictConfig) -> None:
+    for key, default, instead in (
+        ("gradient_clip_val", None, "module.gradient_clip_norm"),
+        ("accumulate_grad_batches", 1, "datamodule.pairs_per_step and datamodule.tokens_per_micro_batch"),
+    ):
+        if trainer.get(key, default) != default:
+            raise UserError(f"trainer.{key}: not used here, an optimizer step is set by {instead}")
+    for key in _OURS:
+        if key in trainer:
+            raise UserError(f"trainer.{key}: this program sets it itself; leave it out")
+    strategy = trainer.get("strategy", "auto")
+    if isinstance(strategy, str) and strategy not in ("auto", "ddp"):
+        raise UserError(f"trainer.strategy: expected auto or ddp (or trainer=fsdp for sharding), got {strategy}")
+    precision = str(trainer.get("precision", "32-true"))
+    if precision not in _PRECISIONS:
+        raise UserError(f"trainer.precision: expected one of {', '.join(_PRECISIONS[:4])}, got {precision}")
+    if trainer.get("accelerator") in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise UserError(f"trainer.accelerator={trainer.accelerator}: no GPU was found here; use trainer=cpu")
 
 
 def build_parts(config: DictConfig) -> Parts:
@@ -80,4 +105,5 @@ def build_parts(config: DictConfig) -> Parts:
             f"trainer.val_check_interval={interval}: an epoch has only {data.steps_per_epoch} steps; set it to that or less, or "
             "to a share of the epoch such as 0.5"
         )
-    return Parts(data, model, tokenizer, module)
+    revision = getattr(model_config, "_commit_hash", None) or model.revision
+    return Parts(data, model, tokenizer, module, revision)

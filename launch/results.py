@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import subprocess
 import sys
 from importlib.metadata import version
@@ -24,9 +25,9 @@ def provenance(parts: Parts) -> dict[str, Any]:
     return {
         "git_commit": git_commit(),
         "versions": {"python": sys.version.split()[0], **{name: version(name) for name in _PACKAGES}},
-        "data_sha256": {name: split.digest() for name, split in parts.data.splits.items()},
+        "data_sha256": {name: parts.data.digest(name) for name in parts.data.splits},
         "data_sources": {report.source: report.location for report in parts.data.reports},
-        "model_revision": parts.model.revision,
+        "model_revision": parts.model_revision,
     }
 
 
@@ -59,9 +60,11 @@ def result_rows(parts: Parts, trainer: Trainer, seconds: float) -> list[tuple[st
     rows = [("optimizer steps", f"{trainer.global_step} in {seconds:.0f} s, reference and validation included")]
     rows += [(name, f"{known[name]:.4f}") for name in ("train/loss", "val/loss") if name in known]
     if module.validation_table is not None and "rewards/accuracies" in module.columns:
-        values = module.validation_table[:, module.columns.index("rewards/accuracies")].tolist()
-        interval = cluster_mean_interval(values, parts.data.splits["val"].groups)
-        text = f"{interval.value:.3f}  (95 % CI {interval.low:.3f} … {interval.high:.3f}, {len(values)} pairs)"
+        column = module.validation_table[:, module.columns.index("rewards/accuracies")].tolist()
+        scored = [(v, g) for v, g in zip(column, parts.data.splits["val"].groups, strict=True) if not math.isnan(v)]
+        interval = cluster_mean_interval([v for v, _ in scored], [g for _, g in scored])
+        when = "" if module.validated_at_step == trainer.global_step else f", after step {module.validated_at_step}"
+        text = f"{interval.value:.3f}  (95 % CI {interval.low:.3f} … {interval.high:.3f}, {len(scored)} pairs{when})"
         rows.append(("held-out preference accuracy", text))
     if module.seconds_trained:
         rows.append(("throughput", f"{module.pairs_trained / module.seconds_trained:.1f} pairs/s in training steps"))
@@ -76,6 +79,8 @@ def _held_out_table(parts: Parts, table: torch.Tensor) -> str:
     writer.writerow(["pair_id", "source", "prompt", *parts.module.columns])
     numbers: dict[str, int] = {}  # prompts by number: their texts are the data set's, and may be anything
     for record, values in zip(parts.data.splits["val"].records, table.tolist(), strict=True):
+        if any(math.isnan(value) for value in values):
+            continue  # trainer.limit_val_batches left it out
         writer.writerow([record.pair_id, record.source, numbers.setdefault(record.group, len(numbers)), *values])
     return text.getvalue()
 

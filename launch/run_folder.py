@@ -2,9 +2,12 @@
 
 import os
 import shutil
+import zipfile
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
+import yaml
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
 from omegaconf import DictConfig, OmegaConf
@@ -52,6 +55,52 @@ def find_checkpoint(ckpt_path: str, root: Path, experiment: str) -> Path:
             f"ckpt_path=last: no run under {root / experiment} has a checkpoint yet; start one without ckpt_path"
         )
     return found[-1]
+
+
+_MAY_CHANGE = {
+    "run_dir", "runs_root", "ckpt_path", "debug", "name", "callbacks", "logger", "checkpoint", "monitor", "trainer"
+}  # fmt: skip
+_MAY_CHANGE_INSIDE = {"datamodule.num_workers", "datamodule.tokens_per_micro_batch", "module.chunk_tokens"}
+
+
+def check_same_run(checkpoint: Path, config: DictConfig) -> None:
+    """Refuse to resume under settings that would make it another run.
+
+    Raises:
+        UserError: a damaged checkpoint, or settings that differ; names the first few.
+    """
+    if checkpoint.is_file() and not zipfile.is_zipfile(checkpoint):
+        raise UserError(
+            f"ckpt_path: {checkpoint} is damaged (not a complete checkpoint file); choose another one of the run"
+        )
+    saved = checkpoint.parent.parent / "config.yaml"
+    try:
+        before = yaml.safe_load(saved.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(
+            f"ckpt_path: cannot read {saved}, which says how the run was started ({type(error).__name__})"
+        ) from error
+    old, new = _flat(before), _flat(OmegaConf.to_container(config, resolve=True))
+    changed = [
+        f"{key} was {old.get(key)}, now {new.get(key)}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+        and (key.split(".")[0] not in _MAY_CHANGE or key == "trainer.precision")
+        and key not in _MAY_CHANGE_INSIDE
+    ]
+    if changed:
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise UserError(
+            f"ckpt_path: these settings would make it another run: {'; '.join(changed[:3])}{more}; resume with the old ones"
+        )
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        return {
+            k: v for key, inner in value.items() for k, v in _flat(inner, f"{path}.{key}" if path else str(key)).items()
+        }
+    return {path: value}
 
 
 def write_config(run_dir: Path, config: DictConfig) -> None:

@@ -14,9 +14,17 @@ from launch.command import one_line_errors
 from launch.metrics_csv import MetricsCSV
 from launch.parts import Parts, build_parts, check_options
 from launch.results import provenance, result_rows, write_results
-from launch.run_folder import export_model, find_checkpoint, is_first_process, keep_base, new_run_dir, write_config
+from launch.run_folder import (
+    check_same_run,
+    export_model,
+    find_checkpoint,
+    is_first_process,
+    keep_base,
+    new_run_dir,
+    write_config,
+)
 from launch.screen import console, data_table, quiet_libraries, result_table
-from launch.wandb_logger import open_wandb
+from launch.wandb_logger import RunLogger, close_wandb, open_wandb
 from lightning_modules.dpo import DPOModule
 
 
@@ -26,8 +34,8 @@ def train(config: DictConfig) -> Path:
     created: list[Path] = []
 
     def forget() -> None:
-        for folder in created:  # a run that never took a step leaves nothing behind
-            if not any(folder.glob("checkpoints/*")):
+        for folder in created:  # a run that never took a step leaves nothing behind; one that did loses nothing
+            if not (folder / "metrics.csv").exists():
                 shutil.rmtree(folder, ignore_errors=True)
 
     with one_line_errors(debug=config.debug, clean_up=forget):
@@ -40,6 +48,9 @@ def _train(config: DictConfig, created: list[Path]) -> Path:
     screen = console(enabled=is_first)
     root = Path(config.runs_root)
     checkpoint = find_checkpoint(config.ckpt_path, root, config.name) if config.ckpt_path else None
+    if checkpoint is not None:
+        check_same_run(checkpoint, config)
+    make_trainer(config, [])  # options that only a trainer can judge, before a base is trained
     parts = build_parts(config)
     screen.print(data_table(parts.data, parts.data.labels))
     if config.base is not None:
@@ -60,7 +71,7 @@ def _train(config: DictConfig, created: list[Path]) -> Path:
         write_config(run_dir, config)
         loggers, line = _open_loggers(config, run_dir, parts)
         screen.print(line, soft_wrap=True)
-    trainer = _make_trainer(config, loggers)
+    trainer = make_trainer(config, loggers)
     started = time.perf_counter()
     trainer.fit(
         parts.module, datamodule=parts.data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True
@@ -72,8 +83,8 @@ def _train(config: DictConfig, created: list[Path]) -> Path:
         write_results(run_dir, parts)
     export_model(parts.module.trained_policy, parts.tokenizer, run_dir / "aligned", trainer)
     for logger in loggers:
-        if hasattr(logger, "experiment") and hasattr(logger.experiment, "finish"):
-            logger.experiment.finish()
+        if isinstance(logger, RunLogger):
+            close_wandb(logger)
     screen.print(result_table(result_rows(parts, trainer, seconds)))
     screen.print(f"Run: {run_dir}\nNext: python analyze.py run={run_dir}", soft_wrap=True)
     return run_dir
@@ -87,7 +98,8 @@ def _open_loggers(config: DictConfig, run_dir: Path, parts: Parts) -> tuple[list
     return loggers + ([wandb_logger] if wandb_logger is not None else []), line
 
 
-def _make_trainer(config: DictConfig, loggers: list[Logger]) -> Trainer:
+def make_trainer(config: DictConfig, loggers: list[Logger]) -> Trainer:
+    """The trainer of the run."""
     callbacks: list[Callback] = progress_callbacks(config, config.arm)
     if config.trainer.get("enable_checkpointing", True):
         callbacks.append(instantiate(config.checkpoint))

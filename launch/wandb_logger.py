@@ -33,6 +33,14 @@ class RunLogger(WandbLogger):
             warnings.warn(f"W&B stopped taking metrics ({error}); metrics.csv goes on", stacklevel=2)
 
 
+def close_wandb(logger: RunLogger) -> None:
+    """Finish the run; what goes wrong there is reported and is no failure of the training."""
+    try:
+        logger.experiment.finish()
+    except Exception as error:
+        warnings.warn(f"W&B could not finish its run ({error}); metrics.csv has everything", stacklevel=2)
+
+
 def open_wandb(
     *,
     run_dir: Path,

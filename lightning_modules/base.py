@@ -17,11 +17,12 @@ from datamodules.preference import Objective, PreferenceDataModule
 from datamodules.splits import Split
 from lightning_modules.policy import Policy, PolicyBuilder, freeze_embeddings, shard
 from tiltmeter.batch import PreferenceBatch, StepBatch
-from tiltmeter.errors import UserError
+from tiltmeter.errors import NumericalStop, UserError
 from tiltmeter.log_probs import DEFAULT_CHUNK_TOKENS
 from tiltmeter.verification import verify_layout
 
 Schedule = Literal["constant", "linear", "cosine"]
+_DIGESTED: tuple[Split, ...] = ("train", "val")
 
 
 class PairResults(NamedTuple):
@@ -66,12 +67,17 @@ class LogProbModule(LightningModule):
         chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
     ) -> None:
         super().__init__()
-        if not learning_rate > 0:
-            raise UserError(f"module.learning_rate: expected a number above 0, got {learning_rate}")
+        _check_number("learning_rate", learning_rate, 0, math.inf, above=True)
+        _check_number("weight_decay", weight_decay, 0, math.inf)
+        _check_number(
+            "gradient_clip_norm", 1 if gradient_clip_norm is None else gradient_clip_norm, 0, math.inf, above=True
+        )
+        _check_number("chunk_tokens", chunk_tokens, 1, math.inf)
+        for beta in betas:
+            _check_number("betas", beta, 0, 1)
         if schedule not in ("constant", "linear", "cosine"):
             raise UserError(f"module.schedule: expected constant, linear or cosine, got {schedule}")
-        if not 0 <= warmup_share <= 1:
-            raise UserError(f"module.warmup_share: expected 0 … 1, got {warmup_share}")
+        _check_number("warmup_share", warmup_share, 0, 1.001)
         self.automatic_optimization = False
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
@@ -83,7 +89,8 @@ class LogProbModule(LightningModule):
         self.chunk_tokens = chunk_tokens
         self.policy: Policy | None = None
         self.validation_table: Tensor | None = None
-        """[row of the validation split, column] of the last validation, the same on every process."""
+        """[row of the validation split, column] of the last validation, the same on every process; NaN: not scored."""
+        self.validated_at_step = 0
         self.seconds_trained = 0.0
         self.pairs_trained = 0
         self._build_model: PolicyBuilder | None = None
@@ -119,9 +126,11 @@ class LogProbModule(LightningModule):
         if self.policy is not None:
             return
         assert self._build_model is not None, "attach_model() comes first"
-        model = self._build_model()
-        verify_layout(model, self.data.active_layout)
-        self.on_model_built(model)
+        # On the CPU whatever device Lightning made the default: same random base everywhere; it moves the model afterwards.
+        with torch.device("cpu"):
+            model = self._build_model()
+            verify_layout(model, self.data.active_layout)
+            self.on_model_built(model)
         if self.freeze_embeddings:
             freeze_embeddings(model)
         self.policy = Policy(model, chunk_tokens=self.chunk_tokens)
@@ -138,7 +147,11 @@ class LogProbModule(LightningModule):
         optimizer = torch.optim.AdamW(
             parameters, lr=self.learning_rate, betas=self.betas, weight_decay=self.weight_decay
         )
-        factor = _LearningRateFactor(self.total_steps(), self.warmup_share, self.schedule)
+        total = self.total_steps()
+
+        def factor(step: int) -> float:  # a function, which checkpoints leave out: a resumed run may take more steps
+            return learning_rate_factor(step, total_steps=total, warmup_share=self.warmup_share, schedule=self.schedule)
+
         return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, factor)}
 
     def total_steps(self) -> int:
@@ -147,6 +160,11 @@ class LogProbModule(LightningModule):
         max_epochs = self.trainer.max_epochs
         by_epochs = math.inf if max_epochs is None or max_epochs == -1 else max_epochs * per_epoch
         by_steps = math.inf if self.trainer.max_steps == -1 else self.trainer.max_steps
+        if per_epoch < 1 or min(by_epochs, by_steps) == math.inf:
+            raise UserError(
+                f"trainer: max_epochs={max_epochs}, max_steps={self.trainer.max_steps} and limit_train_batches="
+                f"{self.trainer.limit_train_batches} of {per_epoch} steps an epoch give no number of steps to train; set them"
+            )
         return int(min(by_epochs, by_steps))
 
     def on_train_start(self) -> None:
@@ -171,6 +189,8 @@ class LogProbModule(LightningModule):
                 self.manual_backward(results.objective * scale)
             tables.append(self._sums_by_source(batch, results.columns, "train"))
         norm = self._clip_gradients()
+        if not norm.isfinite():
+            self._stop_for_numbers(step)
         optimizer.step()
         optimizer.zero_grad()
         learning_rate = scheduler.get_last_lr()[0]
@@ -189,7 +209,9 @@ class LogProbModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Means over all held-out pairs, each counted once, whatever batches and processes."""
         n_rows = len(self.data.splits["val"].pairs)
-        table = torch.zeros(n_rows, len(self.columns) + 1, device=self.device)
+        table = torch.zeros(
+            n_rows, len(self.columns) + 1, device=self.device
+        )  # last column: 1 for rows that were scored
         for rows, values in self._validation_rows:
             table[rows, :-1] = values
             table[rows, -1] = 1.0
@@ -197,9 +219,24 @@ class LogProbModule(LightningModule):
         table = self._reduce(table)
         if self.trainer.sanity_checking:
             return
-        self.validation_table = table[:, :-1].cpu()
+        self.validation_table = table[:, :-1].masked_fill(table[:, -1:] == 0, torch.nan).cpu()
+        self.validated_at_step = self.trainer.global_step
         sums = table.new_zeros(len(self.data.sources), table.shape[1]).index_add(0, self._source_of("val"), table)
         self.log_dict(self._metrics_by_source(sums, "val"), batch_size=n_rows)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say which token ids the run was trained on."""
+        checkpoint["data_digests"] = self._data_digests()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to go on with other data."""
+        if checkpoint.get("data_digests") != self._data_digests():
+            raise UserError(
+                "ckpt_path: the checkpoint was trained on other data or another tokenisation; resume with the same data options"
+            )
+
+    def _data_digests(self) -> dict[str, str]:
+        return {split: self.data.digest(split) for split in _DIGESTED}
 
     def metrics_from_sums(self, sums: Tensor) -> dict[str, Tensor]:
         """Metric → value from [column + 1] sums over pairs, the last of which counts them. Default: means over pairs."""
@@ -227,7 +264,27 @@ class LogProbModule(LightningModule):
                     }
         return metrics
 
+    def _stop_for_numbers(self, step: StepBatch) -> None:
+        """The norm is the same on every process, so all of them stop here, before the update."""
+        records = self.data.splits["train"].records
+        named = []
+        for batch in step.micro_batches:
+            with torch.no_grad():
+                bad = ~self.pair_results(batch, "train").columns.isfinite().all(1)
+            named += [records[row].pair_id for row in batch.pair_index[bad].tolist()]
+        of = (
+            f"; loss not finite for {', '.join(named[:5])}"
+            if named
+            else "; every loss here is finite, the gradient is not"
+        )
+        raise NumericalStop(
+            f"step {self.trainer.global_step}: gradient not finite{of}. Nothing was updated; the last checkpoint is as it was. "
+            "A lower module.learning_rate or a higher precision is the usual cure"
+        )
+
     def _throughput(self, step: StepBatch) -> dict[str, float]:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         now = time.perf_counter()
         seconds, self._step_started = now - self._step_started, now
         self.seconds_trained += seconds
@@ -255,18 +312,27 @@ class LogProbModule(LightningModule):
         return cast(Tensor, self.trainer.strategy.reduce(tensor, reduce_op="sum"))
 
 
-class _LearningRateFactor:
-    """Linear rise over the warm-up, then constant, linear or cosine; step 0 already trains."""
+def learning_rate_factor(step: int, *, total_steps: int, warmup_share: float, schedule: Schedule) -> float:
+    """Share of the peak learning rate at an optimizer step: a linear rise, then constant, linear or cosine to 0.
 
-    def __init__(self, total_steps: int, warmup_share: float, schedule: Schedule) -> None:
-        self.total = max(total_steps, 1)
-        self.warmup = round(warmup_share * self.total)
-        self.schedule = schedule
+    Step 0 already trains, and so does the last one.
 
-    def __call__(self, step: int) -> float:
-        if step < self.warmup:
-            return (step + 1) / self.warmup
-        progress = min(1.0, (step - self.warmup) / max(1, self.total - self.warmup))
-        if self.schedule == "constant":
-            return 1.0
-        return 1.0 - progress if self.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    >>> [learning_rate_factor(s, total_steps=4, warmup_share=0.5, schedule="linear") for s in range(4)]
+    [0.5, 1.0, 1.0, 0.5]
+    """
+    warmup = round(warmup_share * total_steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+    if schedule == "constant":
+        return 1.0
+    return 1.0 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _check_number(name: str, value: float, low: float, high: float, *, above: bool = False) -> None:
+    """Raise UserError unless low ≤ value < high (low < value with ``above``)."""
+    if not (low < value if above else low <= value) or not value < high:
+        least = f"above {low:g}" if above else f"at least {low:g}"
+        raise UserError(
+            f"module.{name}: expected a finite number {least}{f' and below {high:g}' if high < math.inf else ''}, got {value}"
+        )

@@ -20,8 +20,6 @@ from tiltmeter.errors import UserError
 from tiltmeter.preference_losses import PairLogProbs, make_preference_loss
 from tiltmeter.reference_cache import ReferenceCache, hash_weights
 
-REFERENCE_SPLITS: tuple[Split, ...] = ("train", "val")
-
 
 class DPOModule(LogProbModule):
     """Minimises a preference loss averaged over the pairs of the step.
@@ -76,7 +74,7 @@ class DPOModule(LogProbModule):
         """Open the cache of this very model: its weights, precision, kernel and layout."""
         if self.reference_cache_dir is not None:
             depends_on = {
-                "weights": hash_weights(model),
+                "weights": hash_weights(model) if self.trainer.is_global_zero else "",  # only the first process looks
                 "dtype": str(model.dtype),
                 "precision": self.trainer.precision,
                 "attention": str(model.config._attn_implementation),
@@ -90,23 +88,31 @@ class DPOModule(LogProbModule):
         return step.n_pairs
 
     def on_fit_start(self) -> None:
-        """Compute the reference log-probs that were not loaded from a checkpoint.
+        """Find or compute the reference log-probs that were not loaded from a checkpoint.
 
-        Also for losses without a reference: rewards are always β·log(π/π₀).
+        Also for losses without a reference: rewards are always β·log(π/π₀). A sharded checkpoint is loaded after this, so
+        the weights here are still the reference's.
         """
-        needed: dict[Split, Sequence[int]] = {
-            "train": self.data.rows_of_first_steps(self.total_steps()),
-            "val": range(len(self.data.splits["val"].pairs)),
-        }
-        for split, rows in needed.items():
+        for split, rows in self._needed_rows().items():
             if split not in self.reference:
                 self.reference[split] = self._find_reference(split, rows)
             self.reference[split] = self.reference[split].to(self.device)
+
+    def on_train_start(self) -> None:
+        """Every row that training will need must have its reference by now, wherever it came from."""
+        super().on_train_start()
+        for split, rows in self._needed_rows().items():
             if self.reference[split][list(rows)].isnan().any():
                 raise UserError(
                     "ckpt_path: the checkpoint holds reference log-probs for fewer steps than this run takes, and its trained "
                     "weights can't give the missing ones; resume with the trainer.max_steps and max_epochs it was started with"
                 )
+
+    def _needed_rows(self) -> dict[Split, Sequence[int]]:
+        return {
+            "train": self.data.rows_of_first_steps(self.total_steps()),
+            "val": range(len(self.data.splits["val"].pairs)),
+        }
 
     def _find_reference(self, split: Split, rows: Sequence[int]) -> Tensor:
         table, line = cached_reference(
@@ -160,17 +166,14 @@ class DPOModule(LogProbModule):
         return PairResults((losses * batch.weights).sum(), columns)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the reference, and which data it belongs to, with the run."""
-        checkpoint["data_digests"] = self._data_digests()
+        """Keep the reference with the run."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint["reference_log_probs"] = {split: table.cpu() for split, table in self.reference.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the reference of the run that is resumed; refuse it for other data."""
-        if checkpoint["data_digests"] != self._data_digests():
-            raise UserError(
-                "ckpt_path: the checkpoint was trained on other data or another tokenisation; resume with the same data options"
-            )
-        self.reference = {split: table.to(self.device) for split, table in checkpoint["reference_log_probs"].items()}
-
-    def _data_digests(self) -> dict[str, str]:
-        return {split: self.data.splits[split].digest() for split in REFERENCE_SPLITS}
+        """Take the reference of the run that is resumed; rows that it lacks and this process knows stay."""
+        super().on_load_checkpoint(checkpoint)
+        for split, kept in checkpoint["reference_log_probs"].items():
+            table = kept.to(self.device)
+            known = self.reference.get(split)
+            self.reference[split] = table if known is None else torch.where(table.isnan(), known.to(table), table)

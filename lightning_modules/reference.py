@@ -60,7 +60,10 @@ def cached_reference(
     if missing:
         known[missing] = compute(missing)[missing].cpu().double()
         if is_first:
-            cache.store(hashes, known)
+            try:
+                cache.store(hashes, known)
+            except OSError as error:
+                complaint = f"could not be written, {error.strerror or error}"
     line = f"Reference: {len(found)} pairs found in {cache.folder}, {len(missing)} computed"
     return known, line + (f" (cache not used: {complaint})" if complaint else "")
 

@@ -125,7 +125,9 @@ def test_a_second_run_finds_the_base_and_a_resumed_one_goes_on(finished: tuple[P
     assert logged(run, "train/loss")[: len(before)] == before
 
 
-def test_reference_log_probs_are_found_by_a_run_with_another_loss_beta_rate_and_seed(finished: tuple[Path, str]) -> None:
+def test_reference_log_probs_are_found_by_a_run_with_another_loss_beta_rate_and_seed(
+    finished: tuple[Path, str],
+) -> None:
     other = ("module.loss=ipo", "module.beta=0.3", "module.learning_rate=1e-4", "seed=3")
     done = run_train(*TINY, *other, f"runs_root={finished[0]}", "trainer.max_steps=1", "logger=csv")
     assert done.returncode == 0, done.stderr

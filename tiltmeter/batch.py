@@ -87,25 +87,34 @@ class PreferenceBatch:
         return replace(self, **{f.name: getattr(self, f.name).pin_memory() for f in fields(self) if f.name != "layout"})
 
 
-@dataclass(frozen=True, eq=False)
 class StepBatch:
-    """All pairs of one optimizer step that this process computes, split into micro-batches."""
+    """All pairs of one optimizer step that this process computes, split into micro-batches.
 
-    micro_batches: list[PreferenceBatch]
-    n_pairs: int
-    """Real pairs of the step over ALL processes: gradients are divided by it."""
-    n_targets: int
-    """Target tokens of the step's real pairs over all processes (the divisor of supervised fine-tuning)."""
-    n_tokens: int
-    """Tokens of the step's real pairs over all processes, each prompt counted once, no padding: the useful work."""
+    Not a dataclass on purpose: Lightning's half and double precision would look inside one and convert it.
+
+    Args:
+        micro_batches: what this process computes, fillers included.
+        n_pairs: real pairs of the step over ALL processes: gradients are divided by it.
+        n_targets: target tokens of those pairs (the divisor of supervised fine-tuning).
+        n_tokens: tokens of those pairs, each prompt counted once, no padding: the useful work.
+    """
+
+    def __init__(self, micro_batches: list[PreferenceBatch], *, n_pairs: int, n_targets: int, n_tokens: int) -> None:
+        self.micro_batches = micro_batches
+        self.n_pairs = n_pairs
+        self.n_targets = n_targets
+        self.n_tokens = n_tokens
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "StepBatch":
         """The same step on another device."""
-        return replace(self, micro_batches=[m.to(device, non_blocking=non_blocking) for m in self.micro_batches])
+        return self._with([m.to(device, non_blocking=non_blocking) for m in self.micro_batches])
 
     def pin_memory(self) -> "StepBatch":
         """The same step in page-locked memory."""
-        return replace(self, micro_batches=[m.pin_memory() for m in self.micro_batches])
+        return self._with([m.pin_memory() for m in self.micro_batches])
+
+    def _with(self, micro_batches: list[PreferenceBatch]) -> "StepBatch":
+        return StepBatch(micro_batches, n_pairs=self.n_pairs, n_targets=self.n_targets, n_tokens=self.n_tokens)
 
 
 def row_length(pair: TokenizedPair, layout: Layout) -> int:

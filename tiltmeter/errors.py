@@ -1,4 +1,4 @@
-"""The one exception that means: what you gave me can't work, and here is what to do."""
+"""The exceptions that end a run with one line: wrong input (exit code 2), and numbers that went wrong (exit code 4)."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,7 @@ class UserError(ValueError):
     The message says what is wrong, what was expected, what was found and what to do, and starts with the configuration
     key or the file it is about: ``data.path: no such file: hh/test.jsonl (expected .jsonl, .jsonl.gz or a folder of them)``.
     """
+
+
+class NumericalStop(RuntimeError):
+    """Training met a loss or gradient that is not finite: shown as one line, exit code 4, nothing exported."""

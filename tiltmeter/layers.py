@@ -31,7 +31,7 @@ def backbone(model: PreTrainedModel) -> nn.Module:
     Raises:
         UserError: the model has no separate backbone.
     """
-    found = getattr(model, model.base_model_prefix, None)
+    found = model.get_decoder()
     if not isinstance(found, nn.Module) or found is model:
         raise UserError(f"model: expected a causal language model with a backbone, got {type(model).__name__}")
     return found

@@ -75,7 +75,11 @@ class CausalLM:
             raise ValueError("this model's tokenizer is trained on the data, not loaded")
         where = self.tokenizer or str(self.name_or_path)
         revision = self.revision if where == self.name_or_path else None
-        tokenizer = _load("model.tokenizer", where, lambda: AutoTokenizer.from_pretrained(where, revision=revision))
+        tokenizer = _load(
+            "model.tokenizer",
+            where,
+            lambda: AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=False),
+        )
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
@@ -91,7 +95,9 @@ class CausalLM:
         else:
             where = str(self.name_or_path)
             config = _load(
-                "model.name_or_path", where, lambda: AutoConfig.from_pretrained(where, revision=self.revision)
+                "model.name_or_path",
+                where,
+                lambda: AutoConfig.from_pretrained(where, revision=self.revision, trust_remote_code=False),
             )
         return without_dropout(config)
 
@@ -128,7 +134,6 @@ class CausalLM:
             raise UserError(
                 f"model: its vocabulary has {size} tokens but its tokenizer {len(tokenizer)}; they don't belong together"
             )
-        model.config.use_cache = False
         return model
 
 

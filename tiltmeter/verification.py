@@ -22,10 +22,10 @@ def verify_layout(model: PreTrainedModel, layout: Layout) -> None:
     Raises:
         UserError: they differ, or the model can't run the layout.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     vocab_size = model.config.get_text_config().vocab_size
     prompt, chosen, rejected = (
-        torch.randint(vocab_size, (length,), generator=generator).tolist() for length in (7, 4, 6)
+        torch.randint(vocab_size, (length,), generator=generator, device="cpu").tolist() for length in (7, 4, 6)
     )
     pair = TokenizedPair(prompt, chosen, rejected)
     own = [_own_log_prob(model, prompt, response) for response in (chosen, rejected)]

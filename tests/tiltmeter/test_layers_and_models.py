@@ -120,7 +120,7 @@ def test_a_random_model_takes_vocabulary_and_special_ids_from_the_tokenizer(fami
     assert model.get_input_embeddings().num_embeddings == len(tokenizer)
     assert (model.config.pad_token_id, model.config.bos_token_id, model.config.eos_token_id) == (0, 1, 2)
     assert model.dtype == torch.float32
-    assert model.config.use_cache is False
+    assert model.config.use_cache is True, "a model that is exported must generate with a cache"
 
 
 def test_dropout_is_off_in_configuration_and_in_effect() -> None:

@@ -28,7 +28,9 @@ def test_rows_are_found_by_their_token_ids_in_any_order(cache: ReferenceCache) -
 
 def test_a_pair_with_swapped_responses_is_another_pair(cache: ReferenceCache) -> None:
     pair = PAIRS[0]
-    assert cache.lookup(hash_pairs([TokenizedPair(pair.prompt_ids, pair.rejected_ids, pair.chosen_ids)]))[0].isnan().all()
+    assert (
+        cache.lookup(hash_pairs([TokenizedPair(pair.prompt_ids, pair.rejected_ids, pair.chosen_ids)]))[0].isnan().all()
+    )
 
 
 def test_moving_a_token_across_the_boundary_is_another_pair() -> None:
