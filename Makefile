@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-TILTMETER_SHARED ?=
-export TILTMETER_SHARED
+JOBS ?= 2
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 .PHONY: demo test lint fast clean
 .DELETE_ON_ERROR:
@@ -14,11 +14,11 @@ demo: $(VENV)/.installed ## train the embedded default and draw its report
 	$(BIN)/python analyze.py run=last
 
 test: $(VENV)/.installed-dev lint ## everything that CI runs
-	$(BIN)/python -m pytest -m "not slow"
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m "not slow"
+	$(PYTEST) -m slow
 
 fast: $(VENV)/.installed-dev ## the tests to run while working
-	$(BIN)/python -m pytest -q -x -m "not slow"
+	$(PYTEST) -q -x -m "not slow"
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

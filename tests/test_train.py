@@ -123,6 +123,39 @@ def test_a_second_run_finds_the_base_and_a_resumed_one_goes_on(finished: tuple[P
     steps = [row["step"] for row in metrics_of(run) if row["train/loss"]]
     assert len(steps) == len(set(steps)) == len(before) // 2 * 3
     assert logged(run, "train/loss")[: len(before)] == before
+    rates = logged(run, "train/learning_rate")[len(before) :]
+    assert all(rate > 0 for rate in rates), "the schedule must know the new end"
+
+
+@pytest.mark.parametrize("change", ["arm=dpo_swapped", "module.beta=0.2", "module.loss=hinge", "seed=9", "data.seed=5"])
+def test_resuming_under_other_settings_is_refused_and_changes_nothing(change: str, finished: tuple[Path, str]) -> None:
+    run = only_run(finished[0])
+    before = (run / "config.yaml").read_text(encoding="utf-8"), len(metrics_of(run))
+    refused = run_train(*TINY, f"runs_root={finished[0]}", f"ckpt_path={run / 'checkpoints' / 'last.ckpt'}", change)
+    assert refused.returncode == 2
+    (line,) = refused.stderr.strip().splitlines()
+    assert "would make it another run" in line
+    assert ((run / "config.yaml").read_text(encoding="utf-8"), len(metrics_of(run))) == before
+
+
+def test_a_damaged_checkpoint_is_one_line(finished: tuple[Path, str], tmp_path: Path) -> None:
+    run = only_run(finished[0])
+    cut = run / "checkpoints" / "cut.ckpt"
+    cut.write_bytes((run / "checkpoints" / "last.ckpt").read_bytes()[:-100])
+    refused = run_train(*TINY, f"runs_root={finished[0]}", f"ckpt_path={cut}")
+    cut.unlink()
+    assert refused.returncode == 2
+    assert "is damaged" in refused.stderr
+
+
+def test_a_run_whose_numbers_go_wrong_stops_with_exit_code_4_and_exports_nothing(tmp_path: Path) -> None:
+    done = run_train(*TINY, f"runs_root={tmp_path}", "module.learning_rate=1e30", "module.warmup_share=0", "logger=csv")
+    assert done.returncode == 4
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("tiltmeter: step ")
+    assert "not finite" in line
+    assert "synthetic/" in line, "the pairs are named"
+    assert not (only_run(tmp_path) / "aligned").exists()
 
 
 def test_reference_log_probs_are_found_by_a_run_with_another_loss_beta_rate_and_seed(

@@ -137,8 +137,17 @@ def make_data(n_train: int, **options: Any) -> PreferenceDataModule:
     return data
 
 
-def fit(module: LogProbModule, data: PreferenceDataModule, *, family: str, dtype: str, max_steps: int = -1) -> Trainer:
-    """Train one epoch, or ``max_steps``, on the CPU without validation, from the same random weights each time."""
+def fit(
+    module: LogProbModule,
+    data: PreferenceDataModule,
+    *,
+    family: str,
+    dtype: str,
+    max_steps: int = -1,
+    accelerator: str = "cpu",
+    precision: Any = "32-true",
+) -> Trainer:
+    """Train one epoch, or ``max_steps``, without validation, from the same random weights each time."""
     spec = CausalLM(init="random", dtype=dtype, architecture={"model_type": family} | _sizes(family))
     tokenizer = data.tokenizer
     assert tokenizer is not None
@@ -150,7 +159,15 @@ def fit(module: LogProbModule, data: PreferenceDataModule, *, family: str, dtype
 
     module.attach_model(build)
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    trainer = Trainer(accelerator="cpu", max_epochs=1, max_steps=max_steps, limit_val_batches=0, **quiet)
+    trainer = Trainer(
+        accelerator=accelerator,
+        precision=precision,
+        devices=1,
+        max_epochs=1,
+        max_steps=max_steps,
+        limit_val_batches=0,
+        **quiet,
+    )
     trainer.fit(module, datamodule=data)
     return trainer
 
