@@ -10,8 +10,6 @@ import resource
 import statistics
 import subprocess
 import sys
-import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -144,8 +142,8 @@ def clear_errors() -> Iterator[None]:
 class Worker:
     """One side of a comparison in a process of its own, seen from the program that hands out turns.
 
-    The process says ``ready``, then for each line it is sent runs one turn and answers its seconds, and at last sends a
-    summary. Everything that it prints goes to a log file.
+    The process (:mod:`benchmarks.worker`) says ``ready``, then for each line it is sent runs one turn and answers its
+    seconds, and at last sends a summary. Everything that it prints goes to a log file.
     """
 
     def __init__(self, name: str, module: str, settings: Mapping[str, Any], *, log: Path, threads: int) -> None:
@@ -156,7 +154,7 @@ class Worker:
         counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
         with log.open("w", encoding="utf-8") as errors:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", module, json.dumps(settings)],
+                [sys.executable, "-m", "benchmarks.worker", module, json.dumps(settings)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -195,69 +193,6 @@ class Worker:
         code = self._process.wait()
         lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         return f"its process ended early (exit code {code}): {lines[-1][:300] if lines else 'it printed nothing'}"
-
-
-class Channel:
-    """The worker's end of the pipe; what libraries print is turned away from it."""
-
-    def __init__(self) -> None:
-        self._out = os.fdopen(os.dup(1), "w", encoding="utf-8")
-        os.dup2(2, 1)
-
-    def send(self, **message: Any) -> None:
-        """One message to the program."""
-        print(json.dumps(message), file=self._out, flush=True)
-
-    def wait_for_turn(self) -> None:
-        """Wait without using any CPU; leave when the program has gone."""
-        if not sys.stdin.readline():
-            os._exit(1)
-
-
-class Turns:
-    """Counts a training loop's optimizer steps, and stops its clock and the loop itself between turns.
-
-    Args:
-        lengths: optimizer steps of each turn.
-        channel: to the program that hands out turns.
-        synchronize: waits for the device before the clock is read.
-    """
-
-    def __init__(self, lengths: Sequence[int], channel: Channel, synchronize: Callable[[], None]) -> None:
-        self._lengths = list(lengths)
-        self._channel = channel
-        self._synchronize = synchronize
-        self._left = 0
-        self._started: float | None = None
-
-    def before_step(self) -> None:
-        """To be called at the start of every optimizer step."""
-        if self._left == 0:
-            self.end()
-            self._channel.wait_for_turn()
-            self._left = self._lengths.pop(0)
-            self._started = time.perf_counter()
-        self._left -= 1
-
-    def end(self) -> None:
-        """To be called after the last optimizer step; before the first it means: ready."""
-        self._synchronize()
-        if self._started is None:
-            self._channel.send(ready=True)
-        else:
-            self._channel.send(seconds=time.perf_counter() - self._started)
-
-
-def serve(work: Callable[[Message, Channel], Message]) -> None:
-    """Be a worker: do the work that the command line describes, then send its summary, or one line that says what failed."""
-    channel = Channel()
-    try:
-        channel.send(**work(json.loads(sys.argv[1]), channel))
-    except Exception as error:
-        traceback.print_exc()
-        text = " ".join(str(error).split())[:300]
-        channel.send(error=text if isinstance(error, UserError) else f"{type(error).__name__}: {text}")
-        sys.exit(1)
 
 
 class SideResult(NamedTuple):

@@ -67,7 +67,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model-shape", choices=SHAPES, default="tiny", help="random weights of this shape")
     parser.add_argument("--pairs-per-step", type=number, help="pairs of an optimizer step (default: 32; quick: 8)")
     parser.add_argument("--micro-batch", type=number, default=8, help="TRL's pairs per forward pass")
-    parser.add_argument("--tokens-per-micro-batch", type=number, help="ours (default: 4096; cuda: 8192)")
+    parser.add_argument("--tokens-per-micro-batch", type=number, help="tiltmeter's; default: its data module's")
     parser.add_argument("--steps", type=number, help="optimizer steps of a turn (default: 2; quick: 1)")
     parser.add_argument("--rounds", type=number, help="turns of each side (default: 4; quick: 2)")
     parser.add_argument("--threads", type=number, default=common.n_cores(), help="CPU threads of a side")
@@ -79,7 +79,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     for name, usual, quick in (("pairs_per_step", 32, 8), ("steps", 2, 1), ("rounds", 4, 2)):
         if getattr(options, name) is None:
             setattr(options, name, quick if options.quick else usual)
-    options.tokens_per_micro_batch = options.tokens_per_micro_batch or (8192 if options.device == "cuda" else 4096)
     options.one_at_a_time |= options.model_shape == "llama2_7b"
     return options
 
@@ -215,12 +214,12 @@ def run(options: argparse.Namespace, folder: Path) -> None:
     n_pairs = max(s.n_steps for s in settings.values()) * options.pairs_per_step
     data = prepare(folder, options.data, n_pairs)
     results = run_sides(names, settings, options)
-    n_parameters = results[OURS].summary["n_parameters"]
+    summary = results[OURS].summary
     print(f"Machine: {common.machine(options.threads)}\nData: {data}")
     print(
-        f"Model: {options.model_shape}, {n_parameters / 1e6:.1f} M parameters, "
+        f"Model: {options.model_shape}, {summary['n_parameters'] / 1e6:.1f} M parameters, "
         f"{'float32' if options.device == 'cpu' else 'bfloat16'}; {options.pairs_per_step} pairs an optimizer step; "
-        f"TRL in micro-batches of {options.micro_batch}; tiltmeter of {options.tokens_per_micro_batch:,} tokens; "
+        f"TRL in micro-batches of {options.micro_batch}; tiltmeter of {summary['tokens_per_micro_batch']:,} tokens; "
         f"{options.rounds} rounds of {options.steps} step(s), "
         f"{'one side after the other' if options.one_at_a_time else 'interleaved'}"
     )
@@ -230,7 +229,7 @@ def run(options: argparse.Namespace, folder: Path) -> None:
     common.print_result(
         speedup_vs_trl=ratios[TRL].median,
         speedup_vs_trl_sorted=ratios[TRL_SORTED].median,
-        padding_share=results[OURS].summary["padding_share"],
+        padding_share=summary["padding_share"],
         max_loss_difference=difference,
         head_memory_ratio=head_ratio,
     )

@@ -5,7 +5,8 @@ import time
 import torch
 from torch.nn import functional as F
 
-from benchmarks.common import Channel, Message, peak_memory_mb, serve, synchronizer
+from benchmarks.common import Message, peak_memory_mb, synchronizer
+from benchmarks.worker import Channel
 from tiltmeter.layers import Unembedding
 from tiltmeter.log_probs import token_log_probs
 
@@ -37,7 +38,3 @@ def work(settings: Message, channel: Channel) -> Message:
         "seconds": time.perf_counter() - started,
         "log_prob": total.item(),
     }
-
-
-if __name__ == "__main__":
-    serve(work)

@@ -8,13 +8,13 @@ Lightning's Trainer, data and log line included.
 """
 
 import argparse
-import statistics
+import itertools
 import sys
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from benchmarks import common
 from benchmarks.common import Spread
+from benchmarks.matmul_rate import best_rates, matmul_rates
 from benchmarks.side_tiltmeter import fit, make_data, make_module, padding_share, quiet
 from benchmarks.workload import SHAPES, Settings, load_pairs, n_useful, prepare, random_order
 from datamodules.preference import StepDataset
@@ -35,11 +36,6 @@ from tiltmeter.batch import TokenizedPair
 from tiltmeter.layers import decoder_blocks, unembedding
 
 WARMUP_STEPS = 2
-MATMULS = {
-    "cpu": ((1024, 1024, 1024), (2048, 2048, 2048), (4096, 256, 704), (4096, 704, 256), (8192, 256, 256)),
-    "cuda": ((4096, 4096, 4096), (8192, 8192, 8192), (8192, 4096, 11008), (8192, 896, 4864)),
-}
-"""(m, k, n) of the products whose best rate is the machine's."""
 KINDS = {
     "attention": ("scaled_dot_product", "flash_attention", "efficient_attention"),
     "matrix products": ("mm", "linear", "gemm"),
@@ -58,23 +54,6 @@ KINDS = {
     ),
 }
 """Kind of operator → what its name contains; all others are element-wise operations and reductions."""
-
-
-def matmul_rate(shape: tuple[int, int, int], device: str, seconds: float) -> float:
-    """Best rate of one product over repeats, in FLOP/s."""
-    m, k, n = shape
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    a, b = torch.randn(m, k, device=device, dtype=dtype), torch.randn(k, n, device=device, dtype=dtype)
-    out = torch.empty(m, n, device=device, dtype=dtype)
-    synchronize = common.synchronizer(device)
-    best, end = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        synchronize()
-        started = time.perf_counter()
-        torch.mm(a, b, out=out)
-        synchronize()
-        best = min(best, time.perf_counter() - started)
-    return 2 * m * k * n / best
 
 
 def useful_flops(model: PreTrainedModel, pairs: Sequence[TokenizedPair], *, frozen_embeddings: bool) -> float:
@@ -104,6 +83,7 @@ class PhaseTimer:
         self.seconds: dict[str, float] = defaultdict(float)
         self._synchronize = synchronize
         self._inside: list[float] = []
+        self._undo = ExitStack()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -119,14 +99,29 @@ class PhaseTimer:
             self._inside[-1] += seconds
 
     def watch(self, owner: Any, attribute: str, name: str) -> None:
-        """Count every call of a function to a phase, for the rest of this process."""
+        """Count every call of a function to a phase."""
         function = getattr(owner, attribute)
 
         def timed(*arguments: Any, **options: Any) -> Any:
             with self.phase(name):
                 return function(*arguments, **options)
 
+        self._undo.callback(setattr, owner, attribute, function)
         setattr(owner, attribute, timed)
+
+    @contextmanager
+    def watching(self, module: DPOModule) -> Iterator[None]:
+        """Stand around the parts of a step."""
+        with self._undo:
+            self.watch(StepDataset, "__getitem__", "collate")
+            self.watch(log_probs, "_model_mask", "mask")
+            self.watch(log_probs, "target_hidden_states", "forward: blocks")
+            self.watch(torch.nn.functional, "scaled_dot_product_attention", "forward: attention")
+            self.watch(log_probs, "token_log_probs", "forward: head")
+            self.watch(log_probs._TokenLogProbs, "backward", "backward: head")
+            self.watch(module, "manual_backward", "backward: rest")
+            self.watch(module, "_clip_gradients", "optimizer")
+            yield
 
 
 class StepClock(Callback):
@@ -150,29 +145,13 @@ class StepClock(Callback):
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         self._tick()
 
+    def seconds(self) -> list[float]:
+        """Of the steps after the warm-up."""
+        return [end - start for start, end in itertools.pairwise(self.starts)][WARMUP_STEPS:]
+
     def _tick(self) -> None:
         self._synchronize()
         self.starts.append(time.perf_counter())
-
-
-def watch_phases(timer: PhaseTimer, module: DPOModule) -> None:
-    """Put the timer around the parts of a step."""
-    timer.watch(StepDataset, "__getitem__", "collate")
-    timer.watch(log_probs, "_model_mask", "mask")
-    timer.watch(log_probs, "target_hidden_states", "forward: blocks")
-    timer.watch(torch.nn.functional, "scaled_dot_product_attention", "forward: attention")
-    timer.watch(log_probs, "token_log_probs", "forward: head")
-    timer.watch(log_probs._TokenLogProbs, "backward", "backward: head")
-    timer.watch(module, "manual_backward", "backward: rest")
-    timer.watch(module, "_clip_gradients", "optimizer")
-
-
-def report_matmul(options: argparse.Namespace, seconds: float) -> float:
-    """Print the rates of the products; returns the largest."""
-    found = {shape: matmul_rate(shape, options.device, seconds) for shape in MATMULS[options.device]}
-    rows = [[" × ".join(map(str, shape)), f"{rate / 1e9:,.0f}"] for shape, rate in found.items()]
-    common.print_table("Matrix products, best of repeats", ["m × k × n", "GFLOP/s"], rows)
-    return max(found.values())
 
 
 def report_phases(timer: PhaseTimer, step_seconds: Sequence[float]) -> None:
@@ -186,21 +165,21 @@ def report_phases(timer: PhaseTimer, step_seconds: Sequence[float]) -> None:
 
 def kind_of(operator: str) -> str:
     """Which row of the operator table an operator belongs to."""
-    name = operator.removeprefix("aten::").lower()
+    name = operator.rpartition("::")[2].lower()
     found = (kind for kind, parts in KINDS.items() if any(part in name for part in parts))
     return next(found, "element-wise operations and reductions")
 
 
-def report_operators(settings: Settings, kind: type[DPOModule]) -> None:
+def report_operators(settings: Settings) -> None:
     """Print the same by kind of operator, forward and backward together, over some steps under torch's profiler."""
     data = make_data(settings)
     activities = [ProfilerActivity.CUDA if settings.device == "cuda" else ProfilerActivity.CPU]
     with profile(activities=activities) as profiler:
-        fit(settings, data, make_module(settings, data, kind), [])
+        fit(settings, data, make_module(settings, data), [])
     sums: dict[str, float] = defaultdict(float)
     for event in profiler.key_averages():
         own = event.self_device_time_total if settings.device == "cuda" else event.self_cpu_time_total
-        if event.key.startswith("aten::") or settings.device == "cuda":
+        if settings.device == "cuda" or event.key.startswith(("aten::", "mkldnn::", "onednn::")):
             sums[kind_of(event.key)] += own
     rows = [[name, f"{us / sum(sums.values()):.1%}"] for name, us in sorted(sums.items(), key=lambda item: -item[1])]
     common.print_table("The same by kind of operator (whole fit, reference included)", ["operators", "share"], rows)
@@ -219,12 +198,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: bfloat16 weights")
     parser.add_argument("--model-shape", choices=SHAPES, default="tiny", help="random weights of this shape")
     parser.add_argument("--pairs-per-step", type=number, default=32, help="pairs of an optimizer step")
-    parser.add_argument("--tokens-per-micro-batch", type=number, help="of a forward pass (default: 4096; cuda: 8192)")
+    parser.add_argument("--tokens-per-micro-batch", type=number, help="of a forward pass; default: the data module's")
     parser.add_argument("--steps", type=number, help="measured optimizer steps (default: 12; quick: 3)")
     parser.add_argument("--threads", type=number, default=common.n_cores(), help="CPU threads")
     options = parser.parse_args(arguments)
     options.steps = options.steps or (3 if options.quick else 12)
-    options.tokens_per_micro_batch = options.tokens_per_micro_batch or (8192 if options.device == "cuda" else 4096)
     return options
 
 
@@ -232,50 +210,51 @@ def run(options: argparse.Namespace, folder: Path) -> None:
     """Measure the machine, then the step, then the machine again."""
     common.check_device(options.device)
     torch.set_num_threads(options.threads)
-    turns = (WARMUP_STEPS, options.steps)
     settings = Settings(
         folder=str(folder), variant="full", shape=options.model_shape, device=options.device,
         pairs_per_step=options.pairs_per_step, pairs_per_micro_batch=8,
-        tokens_per_micro_batch=options.tokens_per_micro_batch, turns=turns, n_measured=1,
+        tokens_per_micro_batch=options.tokens_per_micro_batch, turns=(WARMUP_STEPS, options.steps), n_measured=1,
     )  # fmt: skip
     description = prepare(folder, options.data, settings.n_steps * settings.pairs_per_step)
     print(f"Machine: {common.machine(options.threads)}\nData: {description}")
-    patience = 0.3 if options.quick else 1.5
-    rate = report_matmul(options, patience)
-
+    patience = 0.3 if options.quick else 1.0
+    before = matmul_rates(options.device, patience)
     data = make_data(settings)
     module = make_module(settings, data)
-    timer = PhaseTimer(common.synchronizer(options.device))
-    clock = StepClock(timer, common.synchronizer(options.device))
-    watch_phases(timer, module)
-    fit(settings, data, module, [clock])
-    seconds = [end - start for start, end in zip(clock.starts, clock.starts[1:], strict=False)][WARMUP_STEPS:]
-    again = max(matmul_rate(shape, options.device, patience / 2) for shape in MATMULS[options.device])
-    share = report_share(settings, module, seconds, max(rate, again), padding_share(settings, data))
-    report_phases(timer, seconds)
-    report_operators(settings.changed(turns=(1, 2)), DPOModule)
-    common.print_result(matmul_share=share)
+    synchronize = common.synchronizer(options.device)
+    timer = PhaseTimer(synchronize)
+    clock = StepClock(timer, synchronize)
+    with timer.watching(module):
+        fit(settings, data, module, [clock])
+    rates = best_rates(before, matmul_rates(options.device, patience), options.device)
+    shares = report_share(settings, module, clock.seconds(), rates, padding_share(settings, data))
+    report_phases(timer, clock.seconds())
+    report_operators(settings.changed(turns=(1, 2)))
+    common.print_result(matmul_share=min(shares.values()), share_of_torch_mm=shares["torch.mm"])
 
 
-def report_share(settings: Settings, module: DPOModule, seconds: Sequence[float], rate: float, padding: float) -> float:
-    """Print the share of the machine's rate that each step reached; returns the median."""
+def report_share(
+    settings: Settings, module: DPOModule, seconds: Sequence[float], rates: dict[str, float], padding: float
+) -> dict[str, float]:
+    """Print the share of the machine's rate that the steps reached; returns the median for each library."""
     pairs = load_pairs(settings.folder)
     order, per_step = random_order(settings, len(pairs)), settings.pairs_per_step
     model, frozen = module.trained_policy.model, settings.model_shape.freeze_embeddings
-    shares, flops = [], []
-    for i, duration in enumerate(seconds, start=WARMUP_STEPS):
-        rows = order[i * per_step : (i + 1) * per_step]
+    flops = []
+    for step in range(WARMUP_STEPS, settings.n_steps):
+        rows = order[step * per_step : (step + 1) * per_step]
         flops.append(useful_flops(model, [pairs[row] for row in rows], frozen_embeddings=frozen))
-        shares.append(flops[-1] / duration / rate)
+    speeds = [n / duration for n, duration in zip(flops, seconds, strict=True)]
+    shares = {name: Spread.of([speed / rate for speed in speeds]) for name, rate in rates.items()}
     rows_of_table = [
-        ["useful GFLOP a step", str(Spread.of([f / 1e9 for f in flops]))],
+        ["useful GFLOP a step", str(Spread.of([n / 1e9 for n in flops]))],
         ["seconds a step", str(Spread.of(seconds))],
-        ["largest GFLOP/s of a matrix product", f"{rate / 1e9:,.0f}"],
-        ["share reached on useful tokens", str(Spread.of(shares))],
+        ["useful GFLOP/s", str(Spread.of([speed / 1e9 for speed in speeds]))],
+        *([f"share of the best rate of {name}, {rates[name] / 1e9:,.0f} GFLOP/s", str(shares[name])] for name in rates),
         ["padding among the computed tokens", f"{padding:.1%}"],
     ]
     common.print_table("Share of the machine's matrix-product rate", ["", "min · median · max"], rows_of_table)
-    return statistics.median(shares)
+    return {name: share.median for name, share in shares.items()}
 
 
 def main() -> None:

@@ -3,8 +3,10 @@
 Each variant but the first switches one saving off; what replaces it is the plainest code that gives the same numbers.
 """
 
+import contextlib
 import copy
 import csv
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,11 +19,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedTokenizerFast
 
-from benchmarks.common import Channel, Message, Turns, peak_memory_mb, serve, synchronizer
+from benchmarks.common import Message, peak_memory_mb, synchronizer
+from benchmarks.worker import Channel, Turns
 from benchmarks.workload import BETA, HHLengths, Settings, build_model, load_pairs
 from datamodules.preference import PreferenceDataModule, TokenizedSplit
-from datamodules.records import PreferencePair
 from datamodules.records import Message as Turn
+from datamodules.records import PreferencePair
 from datamodules.sampler import StepPlan, StepSampler
 from datamodules.splits import Split
 from datamodules.tokenization import TokenizationReport
@@ -125,12 +128,12 @@ class TakeTurns(Callback):
 def make_data(settings: Settings) -> PreferenceDataModule:
     """A data module that holds the prepared token ids."""
     kind = UngroupedData if settings.variant == "ungrouped" else PreferenceDataModule
-    data = kind(
-        HHLengths(0),
-        pairs_per_step=settings.pairs_per_step,
-        tokens_per_micro_batch=settings.tokens_per_micro_batch,
-        layout="concatenated" if settings.variant == "concatenated" else "shared_prefix",
-    )
+    options: dict[str, Any] = {"pairs_per_step": settings.pairs_per_step}
+    if settings.tokens_per_micro_batch is not None:
+        options["tokens_per_micro_batch"] = settings.tokens_per_micro_batch
+    if settings.variant == "concatenated":
+        options["layout"] = "concatenated"
+    data = kind(HHLengths(0), **options)
     if isinstance(data, UngroupedData):
         data.pairs_per_micro_batch = settings.pairs_per_micro_batch
     pairs = load_pairs(settings.folder)
@@ -182,7 +185,8 @@ def fit(settings: Settings, data: PreferenceDataModule, module: DPOModule, callb
         enable_model_summary=False,
         default_root_dir=settings.folder,
     )
-    trainer.fit(module, datamodule=data)
+    with contextlib.redirect_stdout(sys.stderr):  # what the module prints belongs to no table
+        trainer.fit(module, datamodule=data)
     return metrics
 
 
@@ -213,14 +217,10 @@ def work(settings: Message, channel: Channel) -> Message:
     peak = peak_memory_mb(settled.device)
     with metrics.open(newline="", encoding="utf-8") as file:
         losses = [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
-    n_parameters = sum(p.numel() for p in module.trained_policy.model.parameters())
     return {
         "losses": losses,
         "peak_mb": peak,
         "padding_share": padding_share(settled, data),
-        "n_parameters": n_parameters,
+        "n_parameters": sum(p.numel() for p in module.trained_policy.model.parameters()),
+        "tokens_per_micro_batch": data.tokens_per_micro_batch,
     }
-
-
-if __name__ == "__main__":
-    serve(work)

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 from transformers.utils import logging
 from trl import DPOConfig, DPOTrainer
 
-from benchmarks.common import Channel, Message, Turns, peak_memory_mb, serve, synchronizer
+from benchmarks.common import Message, peak_memory_mb, synchronizer
+from benchmarks.worker import Channel, Turns
 from benchmarks.workload import BETA, Settings, build_model, load_pairs, random_order, sorted_order
 from tiltmeter.batch import TokenizedPair
 from tiltmeter.layers import embedding_parameters
@@ -130,7 +131,3 @@ def padding_share(pairs: list[TokenizedPair], order: list[int], per_batch: int) 
         n_real += sum(lengths)
         n_computed += len(lengths) * max(lengths)
     return 1 - n_real / n_computed
-
-
-if __name__ == "__main__":
-    serve(work)

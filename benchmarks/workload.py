@@ -70,7 +70,8 @@ class Settings:
     device: str
     pairs_per_step: int
     pairs_per_micro_batch: int
-    tokens_per_micro_batch: int
+    tokens_per_micro_batch: int | None
+    """tiltmeter's; None: the default of its data module."""
     turns: tuple[int, ...]
     """Optimizer steps of each turn; the first turn is not timed."""
     n_measured: int
@@ -144,7 +145,7 @@ def prepare(folder: Path, data: str | None, n_pairs: int) -> str:
     rows = np.random.default_rng(1).permutation(len(tokenized))[:n_pairs]
     tokenizer.save_pretrained(folder / "tokenizer")
     (folder / "pairs.json").write_text(json.dumps([tokenized[row] for row in rows]))
-    means = [np.mean([len(tokenized[row][i]) for row in rows]) for i in range(3)]
+    means = [float(np.mean([len(tokenized[row][i]) for row in rows])) for i in range(3)]
     name = f"{reports[0].source}" if path else "a stand-in of random words with the lengths of HH harmless-base"
     lengths = "{:.0f} + {:.0f} + {:.0f}".format(*means)
     return (
@@ -190,13 +191,13 @@ def n_useful(pairs: Sequence[TokenizedPair]) -> int:
     return sum(len(ids) for pair in pairs for ids in pair)
 
 
-def build_model(shape: Shape, vocab_size: int, special_ids: dict[str, int | None], device: str) -> PreTrainedModel:
+def build_model(shape: Shape, vocab_size: int, special_ids: dict[str, Any], device: str) -> PreTrainedModel:
     """The same random model in every process; in float32 on a CPU, in bfloat16 on a GPU."""
     config = AutoConfig.for_model(
         **shape.architecture, vocab_size=shape.vocab_size or vocab_size, use_cache=False, **special_ids
     )
     torch.manual_seed(0)
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(
-            config, attn_implementation="sdpa", dtype=torch.float32 if device == "cpu" else torch.bfloat16
-        )
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
+    return model
