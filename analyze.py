@@ -27,11 +27,11 @@ def main(config: DictConfig) -> None:
 
 def analyze(config: DictConfig) -> Path:
     """Open the run, ask the question, write the report; returns the page. Nothing is written before all is computed."""
-    check_config(config, config_name="analyze")
     if OmegaConf.is_missing(config, "run") or config.run in (None, ""):
         raise UserError(
             "run: expected a run folder, for example run=runs/tiny_synthetic/2026-01-31_12-00-00, or run=last"
         )
+    check_config(config, config_name="analyze")
     if config.analysis not in ANALYSES:
         raise UserError(f"analysis={config.analysis}: there is none of that name (there are: {', '.join(ANALYSES)})")
     run = open_run(find_run(str(config.run), Path(config.runs_root)))

@@ -79,6 +79,8 @@ def check_config(config: DictConfig, *, config_name: str = "train") -> None:
     for key in config:
         if key not in primary:
             raise UserError(f"{key}: unknown configuration key{_nearest(str(key), primary)}")
+    for key in sorted(OmegaConf.missing_keys(config)):
+        raise UserError(f"{key}: expected a value, got none; add {key}=… to the command line")
     for path, node in _nodes(config):
         known = _constructor_options(node) or {}
         for key, value in OmegaConf.to_container(node, resolve=True).items():  # type: ignore[union-attr]

@@ -115,7 +115,7 @@ def test_hub_data_without_network(
         (["trainer.precision=16-mixed"], "trainer.precision: expected one of"),
         (["ckpt_path=last"], "ckpt_path=last: no run under"),
         (["ckpt_path=gone.ckpt"], "ckpt_path: no such checkpoint: gone.ckpt"),
-        (["model=pretrained"], "model.name_or_path"),
+        (["model=pretrained"], "model.name_or_path: expected a value, got none; add model.name_or_path=…"),
         (["model.name_or_path=no/such/folder/here"], "no/such/folder/here"),
         (["base=null"], "model.init=random"),
         (["seed=abc"], "seed: expected a whole number"),

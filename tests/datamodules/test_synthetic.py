@@ -80,7 +80,9 @@ def test_every_prompt_is_its_own_group_and_every_text_has_its_exact_form(pairs: 
         assert (pair.prompt_text, pair.rejected_text) == transcript(pair.prompt, pair.rejected.content)
         assert pair.chosen.content != pair.rejected.content
     assert {len(p.prompt) for p in pairs} == {1, 3}
-    assert Counter(p.attributes["situation"] for p in pairs) == Counter(dict.fromkeys(SITUATIONS, 250))
+    counts = Counter(p.attributes["situation"] for p in pairs)
+    assert set(counts) == set(SITUATIONS)
+    assert max(counts.values()) - min(counts.values()) <= 1
 
 
 def test_as_many_prompts_as_the_world_has_are_all_different() -> None:
