@@ -82,19 +82,24 @@ def check_config(config: DictConfig, *, config_name: str = "train") -> None:
     for key in sorted(OmegaConf.missing_keys(config)):
         raise UserError(f"{key}: expected a value, got none; add {key}=… to the command line")
     for path, node in _nodes(config):
-        known = _constructor_options(node) or {}
-        for key, value in OmegaConf.to_container(node, resolve=True).items():  # type: ignore[union-attr]
-            if str(key).startswith("_"):
-                continue
-            if key not in known:
-                raise UserError(f"{path}.{key}: {node._target_} has no such option{_nearest(str(key), known)}")
-            if value != "???" and (expected := describe_mismatch(value, known[str(key)])) is not None:
-                raise UserError(f"{path}.{key}: expected {expected}, got {value}")
+        _check_node(path, node)
     for path, value in _leaves(config):
         if isinstance(value, str) and _SECRET.search(value) and path.split(".")[-1] not in _REVISION_KEYS:
             raise UserError(
                 f"{path}: this looks like a secret; configuration is saved and logged, give keys in the environment"
             )
+
+
+def _check_node(path: str, node: DictConfig) -> None:
+    """Its keys and their types against the constructor's signature."""
+    known = _constructor_options(node) or {}
+    for key, value in OmegaConf.to_container(node, resolve=True).items():  # type: ignore[union-attr]
+        if str(key).startswith("_"):
+            continue
+        if key not in known:
+            raise UserError(f"{path}.{key}: {node._target_} has no such option{_nearest(str(key), known)}")
+        if (expected := describe_mismatch(value, known[str(key)])) is not None:
+            raise UserError(f"{path}.{key}: expected {expected}, got {value}")
 
 
 def _root_keys(config_name: str) -> set[str]:
