@@ -97,7 +97,7 @@ def machine(threads: int) -> str:
     if info.exists():
         models = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
         name = models[0] if models else name
-    place = f"{threads} of {n_cores()} cores, {name}"
+    place = f"{threads} of {n_cores()} cores, {name}, load average {os.getloadavg()[0]:.1f} before the start"
     if torch.cuda.is_available():
         place += f", {torch.cuda.get_device_name()}"
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
@@ -183,10 +183,13 @@ class Worker:
             raise UserError(f"{self.name}: {message['error']}")
         return message
 
-    def take_turn(self) -> float:
-        """Let the process run one turn; returns its seconds."""
+    def start_turn(self) -> None:
+        """Let the process run one turn."""
         assert self._process.stdin is not None
         print("go", file=self._process.stdin, flush=True)
+
+    def end_turn(self) -> float:
+        """Wait for the turn's end; returns its seconds."""
         return float(self.receive()["seconds"])
 
     def _last_words(self) -> str:
@@ -204,17 +207,21 @@ class SideResult(NamedTuple):
 
 
 def take_turns(workers: Sequence[Worker], n_turns: Mapping[str, int]) -> dict[str, SideResult]:
-    """Interleave the turns of all workers, the first of each round in rotation."""
+    """Let all workers warm up in their first turn, side by side, then interleave their turns, each first in rotation."""
     with ExitStack() as stack:
         for worker in workers:
             stack.enter_context(worker)
         for worker in workers:
             worker.receive()
-        seconds: dict[str, list[float]] = {worker.name: [] for worker in workers}
-        for turn in range(max(n_turns.values())):
+        progress("  warming up")
+        for worker in workers:
+            worker.start_turn()
+        seconds = {worker.name: [worker.end_turn()] for worker in workers}
+        for turn in range(1, max(n_turns.values())):
             first = turn % len(workers)
             for worker in [*workers[first:], *workers[:first]]:
                 if turn < n_turns[worker.name]:
-                    seconds[worker.name].append(worker.take_turn())
-                    progress(f"  turn {turn + 1}: {worker.name}, {seconds[worker.name][-1]:.1f} s")
+                    worker.start_turn()
+                    seconds[worker.name].append(worker.end_turn())
+                    progress(f"  turn {turn}: {worker.name}, {seconds[worker.name][-1]:.1f} s")
         return {worker.name: SideResult(seconds[worker.name], worker.receive()) for worker in workers}

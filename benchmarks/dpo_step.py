@@ -29,6 +29,7 @@ from benchmarks.workload import (
     sorted_order,
 )
 from tiltmeter.errors import UserError
+from tiltmeter.log_probs import DEFAULT_CHUNK_TOKENS
 
 OURS, TRL, TRL_SORTED = "tiltmeter", "TRL", "TRL, pairs sorted by length"
 WARMUP_STEPS = 1
@@ -59,7 +60,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     number = common.positive
-    parser.add_argument("--quick", action="store_true", help="under a minute: fewer and smaller steps, a smaller head")
+    parser.add_argument("--quick", action="store_true", help="under a minute: --main-sides, small steps, a small head")
     parser.add_argument(
         "--data", help="HH file or folder; default: harmless-base below $TILTMETER_SHARED, else a stand-in"
     )
@@ -79,6 +80,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     for name, usual, quick in (("pairs_per_step", 32, 8), ("steps", 2, 1), ("rounds", 4, 2)):
         if getattr(options, name) is None:
             setattr(options, name, quick if options.quick else usual)
+    options.main_sides |= options.quick
     options.one_at_a_time |= options.model_shape == "llama2_7b"
     return options
 
@@ -187,23 +189,29 @@ def report_curves(results: Mapping[str, SideResult]) -> float:
 def head_memory(options: argparse.Namespace, folder: Path) -> float:
     """Print what the head needs in memory; returns the share of the default chunks in that of materialised logits."""
     shared = {"device": options.device, "n_tokens": 4096, "vocab_size": 2**14 if options.quick else 2**17, "width": 256}
-    sides: dict[str, int | None] = {"materialised logits": None, "tiltmeter, chunks of 1,024": 1024}
+    logits, chunks = "materialised logits", f"tiltmeter, chunks of {DEFAULT_CHUNK_TOKENS:,} (default)"
+    sides: dict[str, int | None] = {logits: None, chunks: DEFAULT_CHUNK_TOKENS}
     if not options.quick:
         sides["tiltmeter, chunks of 256"] = 256
-    rows, peaks, sums = [], [], []
-    for name, chunk_tokens in sides.items():
-        settled = shared | {"chunk_tokens": chunk_tokens}
-        with Worker(
-            name, "benchmarks.head_memory", settled, log=folder / "head.log", threads=options.threads
-        ) as worker:
-            found = worker.receive()
-        peaks.append(found["peak_mb"])
-        sums.append(found["log_prob"])
-        share = f"{peaks[-1] / peaks[0]:.3f}"
-        rows.append([name, f"{peaks[-1]:,.0f}", share, f"{found['seconds']:.2f}", f"{sums[-1]:.6g}"])
+    workers = [
+        Worker(
+            name,
+            "benchmarks.head_memory",
+            shared | {"chunk_tokens": chunk_tokens},
+            log=folder / f"head_{chunk_tokens}.log",
+            threads=options.threads,
+        )
+        for name, chunk_tokens in sides.items()
+    ]
+    found = common.take_turns(workers, dict.fromkeys(sides, 2))
+    peaks = {name: float(result.summary["peak_mb"]) for name, result in found.items()}
+    rows = []
+    for name, result in found.items():
+        figures = [f"{peaks[name]:,.0f}", f"{peaks[name] / peaks[logits]:.3f}", f"{result.seconds[1]:.2f}"]
+        rows.append([name, *figures, f"{result.summary['log_prob']:.8g}"])
     title = f"Head, forward and backward, {shared['n_tokens']:,} completion tokens × {shared['vocab_size']:,} words"
     common.print_table(title, ["head", "MB above its inputs", "share", "seconds", "sum of log-probs"], rows)
-    return float(peaks[1] / peaks[0])
+    return peaks[chunks] / peaks[logits]
 
 
 def run(options: argparse.Namespace, folder: Path) -> None:
@@ -212,12 +220,12 @@ def run(options: argparse.Namespace, folder: Path) -> None:
     names = [OURS, TRL, TRL_SORTED] if options.main_sides else list(SIDES)
     settings = {name: settings_of(name, options, folder) for name in names}
     n_pairs = max(s.n_steps for s in settings.values()) * options.pairs_per_step
+    machine = common.machine(options.threads)
     data = prepare(folder, options.data, n_pairs)
     results = run_sides(names, settings, options)
     summary = results[OURS].summary
-    print(f"Machine: {common.machine(options.threads)}\nData: {data}")
     print(
-        f"Model: {options.model_shape}, {summary['n_parameters'] / 1e6:.1f} M parameters, "
+        f"Machine: {machine}\nData: {data}\nModel: {options.model_shape}, {summary['n_parameters'] / 1e6:.1f} M parameters, "
         f"{'float32' if options.device == 'cpu' else 'bfloat16'}; {options.pairs_per_step} pairs an optimizer step; "
         f"TRL in micro-batches of {options.micro_batch}; tiltmeter of {summary['tokens_per_micro_batch']:,} tokens; "
         f"{options.rounds} rounds of {options.steps} step(s), "

@@ -35,7 +35,7 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
         for i, text in enumerate(HUMAN_TEXTS)
     ]
-    (folder / "hh.jsonl").write_text("\n".join(map(json.dumps, pairs)), encoding="utf-8")
+    (folder / "harmless-base.jsonl").write_text("\n".join(map(json.dumps, pairs)), encoding="utf-8")
     (folder / "oasst.jsonl").write_text(
         "\n".join(json.dumps(_tree(i, t)) for i, t in enumerate(HUMAN_TEXTS)), encoding="utf-8"
     )
@@ -109,9 +109,9 @@ def test_every_experiment_takes_two_steps_with_a_stand_in(experiment: str, stand
     config = composed(*overrides)
     OmegaConf.set_struct(config, False)
     if "path" in config.data:
-        config.data.path = str(stand_in / f"{'hh' if config.data._target_.endswith('AnthropicHH') else 'oasst'}.jsonl")
+        config.data.path = str(stand_in / f"{'harmless-base' if config.data._target_.endswith('AnthropicHH') else 'oasst'}.jsonl")
     for name, source in config.data.get("sources", {}).items():
-        source.path = str(stand_in / f"{'hh' if name == 'hh' else 'oasst'}.jsonl")
+        source.path = str(stand_in / f"{'harmless-base' if name == 'hh' else 'oasst'}.jsonl")
     if config.base is None:
         config.model.name_or_path = str(stand_in / "model")
     else:
