@@ -4,7 +4,7 @@ import math
 import time
 from abc import abstractmethod
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -16,12 +16,12 @@ from transformers import PreTrainedModel
 from datamodules.preference import Objective, PreferenceDataModule
 from datamodules.splits import Split
 from lightning_modules.policy import Policy, PolicyBuilder, freeze_embeddings, shard
+from lightning_modules.schedule import Schedule, check_number, learning_rate_factor
 from tiltmeter.batch import PreferenceBatch, StepBatch
 from tiltmeter.errors import NumericalStop, UserError
 from tiltmeter.log_probs import DEFAULT_CHUNK_TOKENS
 from tiltmeter.verification import verify_layout
 
-Schedule = Literal["constant", "linear", "cosine"]
 _DIGESTED: tuple[Split, ...] = ("train", "val")
 
 
@@ -67,17 +67,17 @@ class LogProbModule(LightningModule):
         chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
     ) -> None:
         super().__init__()
-        _check_number("learning_rate", learning_rate, 0, math.inf, above=True)
-        _check_number("weight_decay", weight_decay, 0, math.inf)
-        _check_number(
+        check_number("learning_rate", learning_rate, 0, math.inf, above=True)
+        check_number("weight_decay", weight_decay, 0, math.inf)
+        check_number(
             "gradient_clip_norm", 1 if gradient_clip_norm is None else gradient_clip_norm, 0, math.inf, above=True
         )
-        _check_number("chunk_tokens", chunk_tokens, 1, math.inf)
+        check_number("chunk_tokens", chunk_tokens, 1, math.inf)
         for beta in betas:
-            _check_number("betas", beta, 0, 1)
+            check_number("betas", beta, 0, 1)
         if schedule not in ("constant", "linear", "cosine"):
             raise UserError(f"module.schedule: expected constant, linear or cosine, got {schedule}")
-        _check_number("warmup_share", warmup_share, 0, 1.001)
+        check_number("warmup_share", warmup_share, 0, 1.001)
         self.automatic_optimization = False
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
@@ -310,29 +310,3 @@ class LogProbModule(LightningModule):
         if self.trainer.world_size == 1:
             return tensor
         return cast(Tensor, self.trainer.strategy.reduce(tensor, reduce_op="sum"))
-
-
-def learning_rate_factor(step: int, *, total_steps: int, warmup_share: float, schedule: Schedule) -> float:
-    """Share of the peak learning rate at an optimizer step: a linear rise, then constant, linear or cosine to 0.
-
-    Step 0 already trains, and so does the last one.
-
-    >>> [learning_rate_factor(s, total_steps=4, warmup_share=0.5, schedule="linear") for s in range(4)]
-    [0.5, 1.0, 1.0, 0.5]
-    """
-    warmup = round(warmup_share * total_steps)
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
-    if schedule == "constant":
-        return 1.0
-    return 1.0 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def _check_number(name: str, value: float, low: float, high: float, *, above: bool = False) -> None:
-    """Raise UserError unless low ≤ value < high (low < value with ``above``)."""
-    if not (low < value if above else low <= value) or not value < high:
-        least = f"above {low:g}" if above else f"at least {low:g}"
-        raise UserError(
-            f"module.{name}: expected a finite number {least}{f' and below {high:g}' if high < math.inf else ''}, got {value}"
-        )

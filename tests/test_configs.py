@@ -109,7 +109,9 @@ def test_every_experiment_takes_two_steps_with_a_stand_in(experiment: str, stand
     config = composed(*overrides)
     OmegaConf.set_struct(config, False)
     if "path" in config.data:
-        config.data.path = str(stand_in / f"{'harmless-base' if config.data._target_.endswith('AnthropicHH') else 'oasst'}.jsonl")
+        config.data.path = str(
+            stand_in / f"{'harmless-base' if config.data._target_.endswith('AnthropicHH') else 'oasst'}.jsonl"
+        )
     for name, source in config.data.get("sources", {}).items():
         source.path = str(stand_in / f"{'harmless-base' if name == 'hh' else 'oasst'}.jsonl")
     if config.base is None:
