@@ -57,9 +57,12 @@ def find_checkpoint(ckpt_path: str, root: Path, experiment: str) -> Path:
     return found[-1]
 
 
-_MAY_CHANGE = {
-    "run_dir", "runs_root", "ckpt_path", "debug", "name", "callbacks", "logger", "checkpoint", "monitor", "trainer"
-}  # fmt: skip
+_MAY_CHANGE = {"run_dir", "runs_root", "ckpt_path", "debug", "name", "trainer", "monitor"} | {
+    "callbacks",
+    "logger",
+    "checkpoint",
+    "last_checkpoint",
+}
 _MAY_CHANGE_INSIDE = {"datamodule.num_workers", "datamodule.tokens_per_micro_batch", "module.chunk_tokens"}
 
 

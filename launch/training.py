@@ -102,7 +102,7 @@ def make_trainer(config: DictConfig, loggers: list[Logger]) -> Trainer:
     """The trainer of the run."""
     callbacks: list[Callback] = progress_callbacks(config, config.arm)
     if config.trainer.get("enable_checkpointing", True):
-        callbacks.append(instantiate(config.checkpoint))
+        callbacks += [instantiate(config.checkpoint), instantiate(config.last_checkpoint)]
     callbacks += [instantiate(node) for node in (config.callbacks or {}).values()]
     trainer: Trainer = instantiate(
         config.trainer,

@@ -168,7 +168,13 @@ class LogProbModule(LightningModule):
         return int(min(by_epochs, by_steps))
 
     def on_train_start(self) -> None:
-        """Start the clock of the throughput metrics."""
+        """Set the rate of the first step, which a checkpoint of a shorter schedule restores as that one's end; start the clock."""
+        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
+        assert not isinstance(optimizer, list)
+        assert isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR)
+        scheduler._last_lr = [base * scheduler.lr_lambdas[0](scheduler.last_epoch) for base in scheduler.base_lrs]
+        for group, rate in zip(optimizer.param_groups, scheduler._last_lr, strict=True):
+            group["lr"] = rate
         self._step_started = time.perf_counter()
 
     def on_validation_end(self) -> None:

@@ -49,6 +49,14 @@ def test_the_run_folder_holds_what_the_contract_says(finished: tuple[Path, str])
     assert "${" not in (run / "config.yaml").read_text(encoding="utf-8")
 
 
+def test_the_last_checkpoint_is_the_last_validation_s_whether_it_was_the_best_or_not(
+    finished: tuple[Path, str],
+) -> None:
+    run = only_run(finished[0])
+    last = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["global_step"] == len(logged(run, "train/loss"))
+
+
 def test_base_and_aligned_open_with_transformers_and_differ_in_the_blocks_only(finished: tuple[Path, str]) -> None:
     run = only_run(finished[0])
     base, aligned = (AutoModelForCausalLM.from_pretrained(run / name).state_dict() for name in ("base", "aligned"))
