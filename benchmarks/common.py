@@ -142,8 +142,8 @@ def clear_errors() -> Iterator[None]:
 class Worker:
     """One side of a comparison in a process of its own, seen from the program that hands out turns.
 
-    The process (:mod:`benchmarks.worker`) says ``ready``, then for each line it is sent runs one turn and answers its
-    seconds, and at last sends a summary. Everything that it prints goes to a log file.
+    The process (:mod:`benchmarks.worker`) says ``ready`` once its libraries are loaded, then for each line it is sent runs
+    one turn and answers its seconds, and at last sends a summary. Everything that it prints goes to a log file.
     """
 
     def __init__(self, name: str, module: str, settings: Mapping[str, Any], *, log: Path, threads: int) -> None:
@@ -183,13 +183,10 @@ class Worker:
             raise UserError(f"{self.name}: {message['error']}")
         return message
 
-    def start_turn(self) -> None:
-        """Let the process run one turn."""
+    def take_turn(self) -> float:
+        """Let the process run one turn; returns its seconds."""
         assert self._process.stdin is not None
         print("go", file=self._process.stdin, flush=True)
-
-    def end_turn(self) -> float:
-        """Wait for the turn's end; returns its seconds."""
         return float(self.receive()["seconds"])
 
     def _last_words(self) -> str:
@@ -207,21 +204,20 @@ class SideResult(NamedTuple):
 
 
 def take_turns(workers: Sequence[Worker], n_turns: Mapping[str, int]) -> dict[str, SideResult]:
-    """Let all workers warm up in their first turn, side by side, then interleave their turns, each first in rotation."""
+    """Interleave the turns of all workers, each first in rotation; never do two compute at once.
+
+    Turn 0 is for setting up and warming up.
+    """
     with ExitStack() as stack:
         for worker in workers:
             stack.enter_context(worker)
         for worker in workers:
             worker.receive()
-        progress("  warming up")
-        for worker in workers:
-            worker.start_turn()
-        seconds = {worker.name: [worker.end_turn()] for worker in workers}
-        for turn in range(1, max(n_turns.values())):
-            first = turn % len(workers)
+        seconds: dict[str, list[float]] = {worker.name: [] for worker in workers}
+        for turn in range(max(n_turns.values())):
+            first = max(0, turn - 1) % len(workers)
             for worker in [*workers[first:], *workers[:first]]:
                 if turn < n_turns[worker.name]:
-                    worker.start_turn()
-                    seconds[worker.name].append(worker.end_turn())
+                    seconds[worker.name].append(worker.take_turn())
                     progress(f"  turn {turn}: {worker.name}, {seconds[worker.name][-1]:.1f} s")
         return {worker.name: SideResult(seconds[worker.name], worker.receive()) for worker in workers}

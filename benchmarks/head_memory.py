@@ -16,8 +16,7 @@ def work(settings: Message, channel: Channel) -> Message:
     The gradient of the weight, which both ways make, counts on both.
     """
     device, n_tokens, vocab = settings["device"], settings["n_tokens"], settings["vocab_size"]
-    turns = Turns([1, 1], channel, synchronizer(device))
-    turns.before_step()
+    turns = Turns([0, 1], channel, synchronizer(device))
     torch.manual_seed(0)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     hidden = torch.randn(n_tokens, settings["width"], device=device, dtype=dtype, requires_grad=True)

@@ -3,9 +3,6 @@
 Only tokenisation and the order of the pairs are taken out of its hands, so that both sides see the same token ids.
 """
 
-import fcntl
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,16 +72,8 @@ def config(settings: Settings) -> DPOConfig:
     )
 
 
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """One process at a time: the second finds what the first has precomputed."""
-    with (folder / "trl.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def open_dataset(folder: Path, pairs: list[TokenizedPair]) -> Dataset:
-    """The pairs as a data set on disk, beside which TRL caches reference log-probs; sorted, so that those cost least."""
+    """The pairs as a data set on disk, beside which TRL keeps reference log-probs for its second side."""
     place = folder / "trl_pairs"
     if not place.exists():
         columns = {name: [list(getattr(pair, name)) for pair in pairs] for name in TokenizedPair._fields}
@@ -99,6 +88,7 @@ def work(settings: Message, channel: Channel) -> Message:
     folder = Path(settled.folder)
     pairs = load_pairs(settled.folder)
     order = sorted_order(settled, pairs) if settled.variant == "trl_sorted" else random_order(settled, len(pairs))
+    # sorted, so that the reference log-probs cost least
     by_length = sorted(range(len(pairs)), key=lambda row: sum(map(len, pairs[row])))
     place = {row: at for at, row in enumerate(by_length)}
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
@@ -108,9 +98,8 @@ def work(settings: Message, channel: Channel) -> Message:
     if shape.freeze_embeddings:
         for parameter in embedding_parameters(model):
             parameter.requires_grad_(False)
-    with alone(folder):
-        dataset = open_dataset(folder, [pairs[row] for row in by_length])
-        trainer = PretokenizedDPO(model, args=config(settled), train_dataset=dataset, processing_class=tokenizer)
+    dataset = open_dataset(folder, [pairs[row] for row in by_length])
+    trainer = PretokenizedDPO(model, args=config(settled), train_dataset=dataset, processing_class=tokenizer)
     trainer.order = [place[row] for row in order]
     trainer.add_callback(TakeTurns(Turns(settled.turns, channel, synchronizer(settled.device))))
     trainer.train()

@@ -44,17 +44,16 @@ class Turns:
     """Counts a training loop's optimizer steps, and stops its clock and the loop itself between turns.
 
     Args:
-        lengths: optimizer steps of each turn.
+        lengths: optimizer steps of each turn; the first turn has begun already, with whatever comes before its steps.
         channel: to the program that hands out turns.
         synchronize: waits for the device before the clock is read.
     """
 
     def __init__(self, lengths: Sequence[int], channel: Channel, synchronize: Callable[[], None]) -> None:
-        self._lengths = list(lengths)
+        self._left, *self._lengths = lengths
         self._channel = channel
         self._synchronize = synchronize
-        self._left = 0
-        self._started: float | None = None
+        self._started = time.perf_counter()
 
     def before_step(self) -> None:
         """To be called at the start of every optimizer step."""
@@ -66,19 +65,19 @@ class Turns:
         self._left -= 1
 
     def end(self) -> None:
-        """To be called after the last optimizer step; before the first it means: ready."""
+        """To be called after the last optimizer step."""
         self._synchronize()
-        if self._started is None:
-            self._channel.send(ready=True)
-        else:
-            self._channel.send(seconds=time.perf_counter() - self._started)
+        self._channel.send(seconds=time.perf_counter() - self._started)
 
 
 def serve(module: str, settings: str) -> None:
     """Do a module's ``work``, then send its summary, or one line that says what failed."""
     channel = Channel()
     try:
-        channel.send(**importlib.import_module(module).work(json.loads(settings), channel))
+        work = importlib.import_module(module).work
+        channel.send(ready=True)
+        channel.wait_for_turn()
+        channel.send(**work(json.loads(settings), channel))
     except Exception as error:
         traceback.print_exc()
         text = " ".join(str(error).split())[:300]
