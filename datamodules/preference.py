@@ -5,15 +5,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from datamodules.records import LoadReport, PreferencePair, PreferenceSource
-from datamodules.sampler import StepPlan, StepSampler, epoch_order
+from datamodules.sampler import StepPlan, StepSampler
 from datamodules.splits import LabelControl, Split, control_labels, count_repeats, split_by_group
 from datamodules.tokenization import PairTokenizer, TextFormat, TokenizationReport, Truncation
-from tiltmeter.batch import Layout, StepBatch, TokenizedPair, collate_pairs, row_length
+from tiltmeter.batch import Layout, StepBatch, TokenizedPair, collate_pairs, packed_length, row_length
 from tiltmeter.errors import UserError
 from tiltmeter.reference_cache import hash_pairs
 
@@ -38,9 +39,12 @@ class TokenizedSplit:
 class StepDataset(Dataset[StepBatch]):
     """Maps the plan of an optimizer step to its batches."""
 
-    def __init__(self, pairs: Sequence[TokenizedPair], *, layout: Layout, pad_id: int, predict_prompt: bool) -> None:
+    def __init__(
+        self, pairs: Sequence[TokenizedPair], *, layout: Layout, pad_id: int, predict_prompt: bool, packed: bool
+    ) -> None:
         self.pairs = pairs
         self.layout = layout
+        self.packed = packed
         self.pad_id = pad_id
         self.predict_prompt = predict_prompt
 
@@ -55,13 +59,20 @@ class StepDataset(Dataset[StepBatch]):
                 weights=[float(i < n_real)] * len(rows),
                 pad_id=self.pad_id,
                 predict_prompt=self.predict_prompt,
+                packed=self.packed,
             )
             for i, rows in enumerate(plan.micro_batches)
         ]
         n_prompt = sum(len(self.pairs[row].prompt_ids) for row in plan.rows)
         n_response = sum(self._n_response(self.pairs[row]) for row in plan.rows)
         n_targets = n_response + (n_prompt - len(plan.rows) if self.predict_prompt else 0)
-        return StepBatch(batches, n_pairs=len(plan.rows), n_targets=n_targets, n_tokens=n_prompt + n_response)
+        return StepBatch(
+            batches,
+            n_pairs=len(plan.rows),
+            n_targets=n_targets,
+            n_tokens=n_prompt + n_response,
+            n_prompt_tokens=n_prompt,
+        )
 
     def _n_response(self, pair: TokenizedPair) -> int:
         return len(pair.chosen_ids) + (0 if self.layout == "chosen_only" else len(pair.rejected_ids))
@@ -81,8 +92,12 @@ class PreferenceDataModule(LightningDataModule):
         val_pairs: number of held-out pairs for validation.
         probe_pairs: number of held-out pairs for measuring hidden states; disjoint from both.
         pairs_per_step: pairs of one optimizer step, over all processes.
-        tokens_per_micro_batch: padded tokens of one forward pass on one process.
+        tokens_per_micro_batch: tokens of one forward pass on one process, padding included.
         layout: ``shared_prefix`` (fast) or ``concatenated`` (plain); same numbers.
+        packed: pairs behind one another in one row, without padding; false: one row each, padded, grouped by length
+            inside the step; null: packed where the model's attention allows it. Same numbers.
+        bucket_steps: sort the pairs of so many optimizer steps by length together, which makes steps of similar length
+            and is another trajectory; 1: pairs of a step are drawn at random.
         labels: ``given``, or a control: ``swapped`` (all training labels reversed), ``shuffled`` (reversed with
             probability ½). Held-out pairs always keep their clean labels.
         split_seed: which prompts are held out; apart from the run's seed, so that seeds are comparable.
@@ -104,6 +119,8 @@ class PreferenceDataModule(LightningDataModule):
         pairs_per_step: int = 32,
         tokens_per_micro_batch: int = 4096,
         layout: PairLayout = "shared_prefix",
+        packed: bool | None = None,
+        bucket_steps: int = 1,
         labels: LabelControl = "given",
         split_seed: int = 0,
         seed: int = 0,
@@ -111,7 +128,11 @@ class PreferenceDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         _check_least(
-            1, pairs_per_step=pairs_per_step, tokens_per_micro_batch=tokens_per_micro_batch, val_pairs=val_pairs
+            1,
+            pairs_per_step=pairs_per_step,
+            tokens_per_micro_batch=tokens_per_micro_batch,
+            val_pairs=val_pairs,
+            bucket_steps=bucket_steps,
         )
         _check_least(1, train_pairs=1 if train_pairs is None else train_pairs)
         _check_least(0, probe_pairs=probe_pairs, split_seed=split_seed, seed=seed, num_workers=num_workers)
@@ -132,6 +153,10 @@ class PreferenceDataModule(LightningDataModule):
         self.pairs_per_step = pairs_per_step
         self.tokens_per_micro_batch = tokens_per_micro_batch
         self.layout: Layout = layout
+        self.packed = packed
+        self.packs = bool(packed)
+        """Whether batches are packed: what ``packed`` says or, where it says nothing, what the module finds possible."""
+        self.bucket_steps = bucket_steps
         self.labels: LabelControl = labels
         self.split_seed = split_seed
         self.seed = seed
@@ -209,13 +234,12 @@ class PreferenceDataModule(LightningDataModule):
 
     def rows_of_first_steps(self, n_steps: int) -> list[int]:
         """Training rows that the first ``n_steps`` optimizer steps take, over as many epochs as they need, each once."""
-        n_rows, per_epoch = len(self.splits["train"].pairs), self.steps_per_epoch
+        sampler, per_epoch = self._sampler("train", shuffle=True), self.steps_per_epoch
         rows: set[int] = set()
         for epoch in range(-(-n_steps // per_epoch)):
             n_here = min(per_epoch, n_steps - epoch * per_epoch)
-            order = epoch_order(n_rows, seed=self.seed, epoch=epoch, shuffle=True)
-            rows.update(order[: n_here * self.pairs_per_step].tolist())
-            if len(rows) == n_rows:
+            rows.update(sampler.order(epoch)[: n_here * self.pairs_per_step].tolist())
+            if len(rows) == len(sampler.rows):
                 break
         return sorted(rows)
 
@@ -223,14 +247,34 @@ class PreferenceDataModule(LightningDataModule):
         self, split: Split, *, shuffle: bool = False, start_step: int = 0, rows: Sequence[int] | None = None
     ) -> DataLoader[StepBatch]:
         """Steps over one split (or some rows of it) for this process; every pair appears once over all processes."""
-        layout = self.active_layout
-        pairs = self.pairs_of(split)
         assert self.tokenizer is not None, "tokenize() comes first"
-        pad_id = self.tokenizer.pad_token_id or 0
-        dataset = StepDataset(pairs, layout=layout, pad_id=pad_id, predict_prompt=self.predict_prompt)
+        dataset = StepDataset(
+            self.pairs_of(split),
+            layout=self.active_layout,
+            pad_id=self.tokenizer.pad_token_id or 0,
+            predict_prompt=self.predict_prompt,
+            packed=self.packs,
+        )
         trainer = self.trainer
-        sampler = StepSampler(
-            [row_length(pair, layout) for pair in pairs],
+        return DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=self._sampler(
+                split, shuffle=shuffle, start_step=start_step, rows=rows
+            ),  # yields plans: the data set's index
+            generator=torch.Generator(),  # else every pass over the data would move the run's own random numbers
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=trainer is not None and trainer.strategy.root_device.type == "cuda",
+        )
+
+    def _sampler(
+        self, split: Split, *, shuffle: bool, start_step: int = 0, rows: Sequence[int] | None = None
+    ) -> StepSampler:
+        layout, trainer = self.active_layout, self.trainer
+        length = packed_length if self.packs else row_length
+        return StepSampler(
+            [length(pair, layout) for pair in self.pairs_of(split)],
             pairs_per_step=self.pairs_per_step,
             tokens_per_micro_batch=self.tokens_per_micro_batch,
             shuffle=shuffle,
@@ -239,14 +283,8 @@ class PreferenceDataModule(LightningDataModule):
             world_size=1 if trainer is None else trainer.world_size,
             start_step=start_step,
             rows=rows,
-        )
-        return DataLoader(
-            dataset,
-            batch_size=None,
-            sampler=sampler,  # yields plans, which the data set takes as its index
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=trainer is not None and trainer.strategy.root_device.type == "cuda",
+            packed=self.packs,
+            bucket_steps=self.bucket_steps if split == "train" and shuffle else 1,
         )
 
 

@@ -12,15 +12,21 @@ Two layouts give the same log-probabilities. ``concatenated`` is the plain one, 
 where rejected tokens cannot see chosen tokens and positions restart after the prompt (the idea of arXiv 2410.20305).
 The last prompt token predicts the first token of both responses, so no token is repeated. ``chosen_only`` is
 ``concatenated`` without the rejected rows, for supervised fine-tuning.
+
+Rows are padded to the longest; or *packed*, all of them behind one another in one row without padding
+(:mod:`tiltmeter.packing`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal, NamedTuple, get_args
+from itertools import accumulate
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from tiltmeter.packing import Packing
 
 Layout = Literal["shared_prefix", "concatenated", "chosen_only"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
@@ -57,6 +63,8 @@ class PreferenceBatch:
     weights: Float[Tensor, " pair"]
     """1 for a real pair; 0 for one that only fills a rank's schedule and counts nowhere."""
     layout: Layout
+    packing: Packing | None = None
+    """What lies where in the one row of a packed batch; None: padded rows."""
 
     @property
     def n_pairs(self) -> int:
@@ -69,22 +77,27 @@ class PreferenceBatch:
         return self.n_pairs if self.layout == "chosen_only" else 2 * self.n_pairs
 
     @property
+    def n_padding(self) -> int:
+        """Tokens that are padding or belong to fillers (a micro-batch of fillers holds nothing else)."""
+        return int((self.segments == PAD).sum()) if self.weights.any() else self.segments.numel()
+
+    @property
     def target_counts(self) -> Int[Tensor, " sequence"]:
         """Number of predicted tokens of each sequence."""
         return torch.bincount(self.target_sequences, minlength=self.n_sequences)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PreferenceBatch":
         """The same batch on another device (Lightning calls this)."""
-        moved = {
-            f.name: getattr(self, f.name).to(device, non_blocking=non_blocking)
-            for f in fields(self)
-            if f.name != "layout"
-        }
-        return replace(self, **moved)
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "PreferenceBatch":
         """The same batch in page-locked memory (the DataLoader calls this)."""
-        return replace(self, **{f.name: getattr(self, f.name).pin_memory() for f in fields(self) if f.name != "layout"})
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "PreferenceBatch":
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        changed: dict[str, Any] = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **changed)
 
 
 class StepBatch:
@@ -97,13 +110,30 @@ class StepBatch:
         n_pairs: real pairs of the step over ALL processes: gradients are divided by it.
         n_targets: target tokens of those pairs (the divisor of supervised fine-tuning).
         n_tokens: tokens of those pairs, each prompt counted once, no padding: the useful work.
+        n_prompt_tokens: tokens of their prompts, each counted once.
     """
 
-    def __init__(self, micro_batches: list[PreferenceBatch], *, n_pairs: int, n_targets: int, n_tokens: int) -> None:
+    def __init__(
+        self,
+        micro_batches: list[PreferenceBatch],
+        *,
+        n_pairs: int,
+        n_targets: int,
+        n_tokens: int,
+        n_prompt_tokens: int,
+        n_computed: int | None = None,
+        n_padding: int | None = None,
+    ) -> None:
         self.micro_batches = micro_batches
         self.n_pairs = n_pairs
         self.n_targets = n_targets
         self.n_tokens = n_tokens
+        self.n_prompt_tokens = n_prompt_tokens
+        # counted while the micro-batches are on the host
+        self.n_computed = sum(m.segments.numel() for m in micro_batches) if n_computed is None else n_computed
+        """Tokens that this process computes, padding and fillers included."""
+        self.n_padding = sum(m.n_padding for m in micro_batches) if n_padding is None else n_padding
+        """Those of them that are padding or belong to a filler."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "StepBatch":
         """The same step on another device."""
@@ -114,7 +144,8 @@ class StepBatch:
         return self._with([m.pin_memory() for m in self.micro_batches])
 
     def _with(self, micro_batches: list[PreferenceBatch]) -> "StepBatch":
-        return StepBatch(micro_batches, n_pairs=self.n_pairs, n_targets=self.n_targets, n_tokens=self.n_tokens)
+        counts = {name: value for name, value in vars(self).items() if name != "micro_batches"}
+        return StepBatch(micro_batches, **counts)
 
 
 def row_length(pair: TokenizedPair, layout: Layout) -> int:
@@ -125,6 +156,14 @@ def row_length(pair: TokenizedPair, layout: Layout) -> int:
     return prompt + (chosen if layout == "chosen_only" else max(chosen, rejected))
 
 
+def packed_length(pair: TokenizedPair, layout: Layout) -> int:
+    """Tokens that a pair takes in a packed row."""
+    prompt, chosen, rejected = (len(ids) for ids in pair)
+    if layout == "concatenated":
+        return 2 * prompt + chosen + rejected
+    return row_length(pair, layout)
+
+
 def collate_pairs(
     pairs: Sequence[TokenizedPair],
     *,
@@ -133,8 +172,9 @@ def collate_pairs(
     weights: Sequence[float] | None = None,
     pad_id: int = 0,
     predict_prompt: bool = False,
+    packed: bool = False,
 ) -> PreferenceBatch:
-    """Lay pairs out as one padded batch.
+    """Lay pairs out as one batch.
 
     Args:
         pairs: B tokenised pairs; prompts and responses hold at least one token.
@@ -144,6 +184,7 @@ def collate_pairs(
         pad_id: token id written into padding; its value has no effect on any result.
         predict_prompt: also count the prompt's own tokens (from the second) as targets of the chosen sequence;
             only for ``chosen_only``.
+        packed: all rows behind one another in one, instead of padded to the longest.
 
     Raises:
         ValueError: an empty prompt or response, or ``predict_prompt`` with another layout.
@@ -166,6 +207,9 @@ def collate_pairs(
         rows += _rows_of_pair(pair, i, n, layout, predict_prompt)
     if layout == "concatenated":
         rows = rows[0::2] + rows[1::2]  # all chosen rows first, as sequences are numbered
+    packing = Packing(tuple(row.parts for row in rows)) if packed else None
+    if packed:
+        rows = [_join(rows)]
     width = max(len(row.ids) for row in rows)
 
     def padded(name: str, fill: int) -> Tensor:
@@ -183,6 +227,7 @@ def collate_pairs(
         pair_index=torch.tensor(pair_index, dtype=torch.long),
         weights=torch.ones(n) if weights is None else torch.tensor(weights, dtype=torch.float32),
         layout=layout,
+        packing=packing,
     )
 
 
@@ -192,6 +237,16 @@ class _Row(NamedTuple):
     segments: list[int]
     targets: list[tuple[int, int, int]]
     """(place in the row of the hidden state that predicts, token, sequence)"""
+    parts: tuple[int, ...]
+    """Tokens of the prompt and of each response."""
+
+
+def _join(rows: list[_Row]) -> _Row:
+    """All rows behind one another."""
+    starts = accumulate((len(row.ids) for row in rows[:-1]), initial=0)
+    targets = [(start + at, *rest) for start, row in zip(starts, rows, strict=True) for at, *rest in row.targets]
+    ids, positions, segments = ([x for row in rows for x in row[i]] for i in range(3))
+    return _Row(ids, positions, segments, targets, ())  # type: ignore[arg-type]
 
 
 def _rows_of_pair(pair: TokenizedPair, i: int, n_pairs: int, layout: Layout, predict_prompt: bool) -> list[_Row]:
@@ -204,12 +259,13 @@ def _rows_of_pair(pair: TokenizedPair, i: int, n_pairs: int, layout: Layout, pre
 
     def plain(ids: list[int], kind: int, sequence: int) -> _Row:
         segments = [PROMPT] * p + [kind] * len(ids)
-        return _Row(prompt + ids, list(range(p + len(ids))), segments, response(ids, p, sequence))
+        return _Row(prompt + ids, list(range(p + len(ids))), segments, response(ids, p, sequence), (p, len(ids)))
 
     if layout == "shared_prefix":
         positions = [*range(p + c), *range(p, p + r)]
         targets = response(chosen, p, i) + response(rejected, p + c, n_pairs + i)
-        return [_Row(prompt + chosen + rejected, positions, [PROMPT] * p + [CHOSEN] * c + [REJECTED] * r, targets)]
+        segments = [PROMPT] * p + [CHOSEN] * c + [REJECTED] * r
+        return [_Row(prompt + chosen + rejected, positions, segments, targets, (p, c, r))]
     if layout == "concatenated":
         return [plain(chosen, CHOSEN, i), plain(rejected, REJECTED, n_pairs + i)]
     row = plain(chosen, CHOSEN, i)

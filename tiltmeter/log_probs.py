@@ -1,24 +1,36 @@
 """Log-probabilities of responses: completion positions only, the unembedding in chunks, sums in float32 or better."""
 
+import math
 from typing import Any, cast
 
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from tiltmeter.batch import PAD, PreferenceBatch, attention_mask
+from tiltmeter.cpu_linear import linear
 from tiltmeter.errors import UserError
 from tiltmeter.layers import Unembedding, backbone, sliding_window, unembedding
+from tiltmeter.packing import PACKED_ATTENTION
 
-DEFAULT_CHUNK_TOKENS = 1024
-"""Tokens whose logits exist at a time. Smaller saves memory; much smaller is slow (TRAINING: 32 chunks cost 18 ×)."""
+_CHUNK_TOKENS, _CHUNK_LOGITS = 1024, 2**25
+
+
+def default_chunk_tokens(vocab_size: int) -> int:
+    """Tokens whose logits exist at a time, unless something else is asked for: 1,024, fewer above 32,768 words.
+
+    So logits never take more than 128 MB in float32, and products stay large enough to be fast.
+
+    >>> default_chunk_tokens(4_096), default_chunk_tokens(131_072)
+    (1024, 256)
+    """
+    return max(1, min(_CHUNK_TOKENS, _CHUNK_LOGITS // vocab_size))
 
 
 def sequence_log_probs(
-    model: PreTrainedModel, batch: PreferenceBatch, *, chunk_tokens: int = DEFAULT_CHUNK_TOKENS
+    model: PreTrainedModel, batch: PreferenceBatch, *, chunk_tokens: int | None = None
 ) -> Float[Tensor, " sequence"]:
     """log π(y|x) in nats, summed over the response's tokens, for every sequence of a batch.
 
@@ -32,13 +44,19 @@ def sequence_log_probs(
 
 def target_hidden_states(model: PreTrainedModel, batch: PreferenceBatch) -> Float[Tensor, "target d_model"]:
     """Hidden state after the final norm at the place that predicts each target."""
-    out = backbone(model)(
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        attention_mask=_model_mask(model, batch),
-        use_cache=False,
-    )
+    out = backbone(model)(**model_inputs(model, batch))
     return rearrange(out.last_hidden_state, "row token d -> (row token) d")[batch.target_rows]
+
+
+def model_inputs(model: PreTrainedModel, batch: PreferenceBatch) -> dict[str, Any]:
+    """A batch as keyword arguments of a model or its backbone."""
+    inputs = {
+        "input_ids": batch.input_ids,
+        "position_ids": batch.position_ids,
+        "attention_mask": _model_mask(model, batch),
+        "use_cache": False,
+    }
+    return inputs if batch.packing is None else inputs | {"packing": batch.packing}
 
 
 def sum_by_sequence(
@@ -61,14 +79,17 @@ def token_log_probs(
     head: Unembedding,
     target_ids: Int[Tensor, " target"],
     *,
-    chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
 ) -> Float[Tensor, " target"]:
     """log softmax(logits)[target] for each row of hidden states, never holding more than a chunk of logits.
 
     Logits are recomputed chunk by chunk in the backward pass, so peak memory is chunk_tokens × vocab whatever the number
-    of targets. The softmax and the gradient of the weight accumulate in float32 (float64 for float64 input) whatever
+    of targets (chunk_tokens None: :func:`default_chunk_tokens`).
+    The softmax and the gradient of the weight accumulate in float32 (float64 for float64 input) whatever
     the dtype of the matrix product, which follows autocast. A frozen unembedding costs no weight gradient.
     """
+    if chunk_tokens is None:
+        chunk_tokens = default_chunk_tokens(len(head.weight))
     if chunk_tokens < 1:
         raise ValueError(f"token_log_probs: chunk_tokens: expected at least 1, got {chunk_tokens}")
     weight, bias = head.weight, head.bias
@@ -141,7 +162,7 @@ def _logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, soft_cap: float | None
 ) -> tuple[Tensor, Tensor | None]:
     """Logits in float32 or better, and ∂ logits / ∂ (h Wᵀ + b) where that isn't 1."""
-    raw = F.linear(hidden, weight, None if bias is None else bias.to(weight.dtype))
+    raw = linear(hidden, weight, None if bias is None else bias.to(weight.dtype))
     logits = raw.to(torch.promote_types(raw.dtype, torch.float32))
     slope = None
     if scale != 1.0:
@@ -159,9 +180,19 @@ def _model_mask(model: PreTrainedModel, batch: PreferenceBatch) -> Tensor:
 
     Layouts without sharing are plain causal rows padded on the right, which every kernel knows from a 2-D mask.
 
+    A packed row needs none, and a mask of four dimensions keeps the model from making one of token × token.
+
     Raises:
-        UserError: ``shared_prefix``, and a response reaches beyond the sliding window, which only the model can apply.
+        UserError: packed or ``shared_prefix``, and a response reaches beyond the sliding window, which only the model
+            can apply.
     """
+    if batch.packing is not None:
+        if batch.packing.last_position >= (sliding_window(model) or math.inf):
+            raise UserError(
+                f"datamodule.packed=true: this model sees only the last {sliding_window(model)} tokens and a pair is longer; "
+                "use datamodule.packed=false datamodule.layout=concatenated or a smaller datamodule.max_length"
+            )
+        return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device)
     if batch.layout != "shared_prefix":
         return (batch.segments != PAD).long()
     window = sliding_window(model)
@@ -171,7 +202,7 @@ def _model_mask(model: PreTrainedModel, batch: PreferenceBatch) -> Tensor:
             "use datamodule.layout=concatenated or a smaller datamodule.max_length"
         )
     visible = attention_mask(batch.segments)
-    if model.config._attn_implementation == "sdpa":
+    if model.config._attn_implementation in ("sdpa", PACKED_ATTENTION):
         return visible
     blocked = torch.finfo(model.dtype).min
     return torch.zeros(visible.shape, dtype=model.dtype, device=visible.device).masked_fill_(~visible, blocked)

@@ -6,7 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datamodules.sampler import StepPlan, StepSampler, epoch_order, group_by_length, plan_step
+from datamodules.sampler import (
+    MICRO_BATCH_COST,
+    StepPlan,
+    StepSampler,
+    bucketed_order,
+    epoch_order,
+    fill_rows,
+    group_by_length,
+    plan_step,
+)
 
 lengths_of_rows = st.lists(st.integers(1, 200), min_size=1, max_size=40)
 budgets = st.integers(1, 500)
@@ -116,3 +125,58 @@ def test_length_groups_pairs_only_inside_a_step() -> None:
     steps = [step.rows for step in sampler(lengths)]
     order = epoch_order(64, seed=3, epoch=0, shuffle=True).tolist()
     assert [row for rows in steps for row in rows] == order
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=7), budgets)
+def test_no_other_cut_of_the_sorted_rows_costs_less(lengths: list[int], budget: int) -> None:
+    def cost(groups: list[list[int]]) -> int:
+        return sum(len(g) * max(lengths[r] for r in g) + MICRO_BATCH_COST for g in groups)
+
+    order = sorted(range(len(lengths)), key=lambda r: -lengths[r])
+    cheapest = None
+    for cuts in range(2 ** (len(order) - 1)):
+        groups = [[order[0]]]
+        for i, row in enumerate(order[1:]):
+            if cuts >> i & 1:
+                groups.append([])
+            groups[-1].append(row)
+        if all(len(g) == 1 or len(g) * lengths[g[0]] <= budget for g in groups):
+            cheapest = cost(groups) if cheapest is None else min(cheapest, cost(groups))
+    assert cost(group_by_length(range(len(lengths)), lengths, budget)) == cheapest
+
+
+@given(lengths_of_rows, budgets)
+def test_packed_groups_hold_every_row_once_within_the_budget_and_leave_no_two_that_fit_together(
+    lengths: list[int], budget: int
+) -> None:
+    groups = fill_rows(range(len(lengths)), lengths, budget)
+    assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
+    sums = [sum(lengths[row] for row in group) for group in groups]
+    assert all(total <= budget or len(group) == 1 for total, group in zip(sums, groups, strict=True))
+    assert all(sums[i] + sums[j] > budget for i in range(len(sums)) for j in range(i))
+
+
+@given(st.lists(st.integers(1, 200), min_size=1, max_size=60), st.integers(1, 7), st.integers(1, 5), st.integers(0, 3))
+def test_buckets_hold_every_row_once_and_sort_only_among_their_own_steps(
+    lengths: list[int], per_step: int, bucket_steps: int, epoch: int
+) -> None:
+    options = {"pairs_per_step": per_step, "bucket_steps": bucket_steps, "seed": 1, "epoch": epoch}
+    order = epoch_order(len(lengths), seed=1, epoch=epoch, shuffle=True)
+    bucketed = bucketed_order(order, lengths, **options)
+    size = per_step * bucket_steps
+    for at in range(0, len(order), size):
+        assert sorted(bucketed[at : at + size]) == sorted(order[at : at + size])
+    assert (bucketed == bucketed_order(order, lengths, **options)).all()
+
+
+def test_buckets_make_steps_of_similar_length_in_random_order() -> None:
+    lengths = [int(n) for n in np.random.default_rng(0).integers(10, 500, 320)]
+
+    def spread(bucket_steps: int) -> float:
+        order = sampler(lengths, bucket_steps=bucket_steps).order(0)
+        return float(np.mean([np.ptp([lengths[row] for row in order[at : at + 8]]) for at in range(0, 320, 8)]))
+
+    assert spread(20) < 0.2 * spread(1)
+    longest = [max(lengths[row] for row in plan.rows) for plan in sampler(lengths, bucket_steps=40)]
+    assert longest != sorted(longest)
+    assert longest != sorted(longest, reverse=True)

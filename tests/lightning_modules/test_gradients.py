@@ -56,15 +56,16 @@ def dpo(**options: Any) -> DPOModule:
 @pytest.mark.parametrize(
     ("objective", "layout"), [("dpo", "shared_prefix"), ("dpo", "concatenated"), ("sft", "shared_prefix")]
 )
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(("family", "dtype", "tolerance"), [("gpt2", "float64", 1e-12), ("llama", "float32", 1e-6)])
 def test_gradients_are_the_same_for_every_cut_into_micro_batches(
-    objective: str, layout: str, family: str, dtype: str, tolerance: float
+    objective: str, layout: str, packed: bool, family: str, dtype: str, tolerance: float
 ) -> None:
     runs = {}
     for name, budget in BUDGETS.items():
         sft = SFTModule(learning_rate=1e-3, freeze_embeddings=False, predict_prompt=True)
         module = dpo() if objective == "dpo" else sft
-        data = make_data(11, pairs_per_step=11, tokens_per_micro_batch=budget, layout=layout)
+        data = make_data(11, pairs_per_step=11, tokens_per_micro_batch=budget, layout=layout, packed=packed)
         runs[name] = one_step(module, data, family, dtype)
     counts = {name: len(run.batches) for name, run in runs.items()}
     assert counts["one micro-batch"] == 1 < counts["ragged"] < counts["one pair each"] == 11

@@ -197,8 +197,9 @@ def test_predict_prompt_is_refused_where_the_prompt_belongs_to_two_sequences() -
 
 def test_moving_a_step_keeps_every_field() -> None:
     batch = collate_pairs([PAIR], pair_index=[3], weights=[0.0])
-    step = StepBatch([batch], n_pairs=1, n_targets=5, n_tokens=8).to("meta")
+    step = StepBatch([batch], n_pairs=1, n_targets=5, n_tokens=8, n_prompt_tokens=3).to("meta")
     moved: PreferenceBatch = step.micro_batches[0]
     assert moved.layout == batch.layout
     assert moved.input_ids.device.type == moved.weights.device.type == "meta"
-    assert (step.n_pairs, step.n_targets, step.n_tokens) == (1, 5, 8)
+    assert (step.n_pairs, step.n_targets, step.n_tokens, step.n_prompt_tokens) == (1, 5, 8, 3)
+    assert (step.n_computed, step.n_padding) == (8, 8), "a filler counts as padding"
