@@ -29,7 +29,7 @@ from benchmarks.workload import (
     sorted_order,
 )
 from tiltmeter.errors import UserError
-from tiltmeter.log_probs import DEFAULT_CHUNK_TOKENS
+from tiltmeter.log_probs import default_chunk_tokens
 
 OURS, TRL, TRL_SORTED = "tiltmeter", "TRL", "TRL, pairs sorted by length"
 WARMUP_STEPS = 1
@@ -48,7 +48,8 @@ SIDES = {
     TRL: Side("benchmarks.side_trl", "trl"),
     TRL_SORTED: Side("benchmarks.side_trl", "trl_sorted"),
     "without shared prefix (layout=concatenated)": Side("benchmarks.side_tiltmeter", "concatenated"),
-    "without grouping by length in the step": Side("benchmarks.side_tiltmeter", "ungrouped"),
+    "without packing (rows grouped by length)": Side("benchmarks.side_tiltmeter", "padded"),
+    "without packing, and without grouping by length": Side("benchmarks.side_tiltmeter", "ungrouped"),
     "without chunked completion-only head": Side("benchmarks.side_tiltmeter", "all_logits"),
     "without cached reference": Side("benchmarks.side_tiltmeter", "second_model"),
 }
@@ -189,10 +190,11 @@ def report_curves(results: Mapping[str, SideResult]) -> float:
 def head_memory(options: argparse.Namespace, folder: Path) -> float:
     """Print what the head needs in memory; returns the share of the default chunks in that of materialised logits."""
     shared = {"device": options.device, "n_tokens": 4096, "vocab_size": 2**14 if options.quick else 2**17, "width": 256}
-    logits, chunks = "materialised logits", f"tiltmeter, chunks of {DEFAULT_CHUNK_TOKENS:,} (default)"
-    sides: dict[str, int | None] = {logits: None, chunks: DEFAULT_CHUNK_TOKENS}
+    usual = default_chunk_tokens(shared["vocab_size"])
+    logits, chunks = "materialised logits", f"tiltmeter, chunks of {usual:,} (default)"
+    sides: dict[str, int | None] = {logits: None, chunks: usual}
     if not options.quick:
-        sides["tiltmeter, chunks of 256"] = 256
+        sides["tiltmeter, chunks of 1,024"] = 1024
     workers = [
         Worker(
             name,

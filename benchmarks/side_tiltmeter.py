@@ -33,8 +33,8 @@ from launch.screen import quiet_libraries
 from lightning_modules.base import PairResults
 from lightning_modules.dpo import DPOModule
 from lightning_modules.policy import Policy
-from tiltmeter.batch import PAD, PreferenceBatch, StepBatch, TokenizedPair, attention_mask
-from tiltmeter.log_probs import sum_by_sequence
+from tiltmeter.batch import PreferenceBatch, StepBatch, TokenizedPair
+from tiltmeter.log_probs import model_inputs, sum_by_sequence
 from tiltmeter.models import SPECIAL_TOKENS
 
 
@@ -43,9 +43,7 @@ class AllLogits(Policy):
 
     def forward(self, batch: PreferenceBatch) -> Tensor:
         """Summed log-probs of every sequence."""
-        logits = self.model(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=attention_mask(batch.segments)
-        ).logits
+        logits = self.model(**model_inputs(self.model, batch)).logits
         table = rearrange(logits.float().log_softmax(-1), "row token word -> (row token) word")
         return sum_by_sequence(table[batch.target_rows, batch.target_ids], batch.target_sequences, batch.n_sequences)
 
@@ -109,7 +107,7 @@ class UngroupedData(PreferenceDataModule):
 
 
 MODULES: dict[str, type[DPOModule]] = {"all_logits": AllLogitsDPO, "second_model": SecondModelDPO}
-"""Variants that are another module; ``full``, ``concatenated`` and ``ungrouped`` keep the shipped one."""
+"""Variants that are another module; the others keep the shipped one."""
 
 
 class TakeTurns(Callback):
@@ -133,6 +131,8 @@ def make_data(settings: Settings) -> PreferenceDataModule:
         options["tokens_per_micro_batch"] = settings.tokens_per_micro_batch
     if settings.variant == "concatenated":
         options["layout"] = "concatenated"
+    if settings.variant in ("padded", "ungrouped"):
+        options["packed"] = False
     data = kind(HHLengths(0), **options)
     if isinstance(data, UngroupedData):
         data.pairs_per_micro_batch = settings.pairs_per_micro_batch
@@ -192,12 +192,8 @@ def fit(settings: Settings, data: PreferenceDataModule, module: DPOModule, callb
 
 def padding_share(settings: Settings, data: PreferenceDataModule) -> float:
     """Padding among the tokens that the steps computed."""
-    n_padding = n_tokens = 0
-    for _, step in zip(range(settings.n_steps), data.loader("train", shuffle=True), strict=False):
-        for batch in step.micro_batches:
-            n_padding += int((batch.segments == PAD).sum())
-            n_tokens += batch.segments.numel()
-    return n_padding / n_tokens
+    steps = [step for _, step in zip(range(settings.n_steps), data.loader("train", shuffle=True), strict=False)]
+    return sum(step.n_padding for step in steps) / sum(step.n_computed for step in steps)
 
 
 def quiet() -> None:

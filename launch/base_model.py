@@ -32,7 +32,7 @@ def base_folder(
         "tokenizer": tokenizer.backend_tokenizer.to_str(),
         "settings": OmegaConf.to_container(config.base, resolve=True),
         "data": data.digest("train"),
-        "steps": [data.pairs_per_step, data.tokens_per_micro_batch],
+        "steps": [data.pairs_per_step, data.tokens_per_micro_batch, str(data.packed), data.bucket_steps],
         "precision": [model.dtype, str(config.trainer.get("precision", "32-true"))],
     }
     digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True, default=str).encode()).hexdigest()
@@ -76,7 +76,7 @@ def _train_base(
     run_seed, data.seed = data.seed, seed
     trainer.fit(module, datamodule=data)
     data.seed = run_seed
-    export_model(module.trained_policy, tokenizer, folder, trainer)
+    export_model(module, tokenizer, folder, trainer)
     if trainer.is_global_zero:
         write_json(folder / "made_from.json", {"base": OmegaConf.to_container(config.base, resolve=True)})
         if log.exists():

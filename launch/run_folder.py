@@ -11,12 +11,14 @@ import yaml
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_modules.policy import Policy
+from lightning_modules.base import LogProbModule
 from tiltmeter.errors import UserError
 from tiltmeter.files import write_atomically, write_json, write_text
+from tiltmeter.lora import ADAPTER, add_lora, merged_state
 from tiltmeter.models import CausalLM
 
 
@@ -112,18 +114,36 @@ def write_config(run_dir: Path, config: DictConfig) -> None:
     write_text(run_dir / "config.yaml", text)
 
 
-def export_model(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path, trainer: Trainer) -> None:
-    """Write plain safetensors, configuration and tokenizer; every process must call this, the first one writes."""
+def export_model(module: LogProbModule, tokenizer: PreTrainedTokenizerBase, folder: Path, trainer: Trainer) -> None:
+    """Write plain safetensors, configuration and tokenizer; every process must call this, the first one writes.
+
+    A model with LoRA adapters is written twice: merged, as a plain model, and its adapters alone in ``adapter/`` beside it.
+    """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_model_state_dict(policy.model, options=options)
+    model = module.trained_policy.model
+    state: dict[str, Any] = get_model_state_dict(model, options=options)
     if trainer.is_global_zero:
+        if module.lora is not None:
+            _export_adapters(model, state, folder.with_name("adapter"))
+            model = module.build_model()
+            add_lora(model, module.lora)
+            state = merged_state(model, state)
 
         def write(temporary: Path) -> None:
-            policy.model.save_pretrained(temporary, state_dict=state, safe_serialization=True)
+            model.save_pretrained(temporary, state_dict=state, safe_serialization=True)
             tokenizer.save_pretrained(temporary)
 
         write_atomically(folder, write)
     trainer.strategy.barrier()
+
+
+def _export_adapters(model: PreTrainedModel, state: dict[str, Tensor], folder: Path) -> None:
+    """What peft reads; the base is the one beside it."""
+    config = model.peft_config[ADAPTER]
+    config.base_model_name_or_path = (
+        "../base" if Path(model.config._name_or_path).is_dir() else model.config._name_or_path
+    )
+    write_atomically(folder, lambda temporary: model.save_pretrained(temporary, state_dict=state))
 
 
 def keep_base(run_dir: Path, model: CausalLM, tokenizer: PreTrainedTokenizerBase) -> None:

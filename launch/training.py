@@ -81,7 +81,7 @@ def _train(config: DictConfig, created: list[Path]) -> Path:
     if trainer.is_global_zero:
         keep_base(run_dir, parts.model, parts.tokenizer)
         write_results(run_dir, parts)
-    export_model(parts.module.trained_policy, parts.tokenizer, run_dir / "aligned", trainer)
+    export_model(parts.module, parts.tokenizer, run_dir / "aligned", trainer)
     for logger in loggers:
         if isinstance(logger, RunLogger):
             close_wandb(logger)

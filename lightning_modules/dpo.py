@@ -17,6 +17,7 @@ from lightning_modules.base import LogProbModule, PairResults
 from lightning_modules.reference import cached_reference
 from tiltmeter.batch import PreferenceBatch, StepBatch
 from tiltmeter.errors import UserError
+from tiltmeter.lora import adapters_disabled
 from tiltmeter.preference_losses import PairLogProbs, make_preference_loss
 from tiltmeter.reference_cache import ReferenceCache, hash_weights
 
@@ -78,7 +79,8 @@ class DPOModule(LogProbModule):
                 "dtype": str(model.dtype),
                 "precision": self.trainer.precision,
                 "attention": str(model.config._attn_implementation),
-                "layout": self.data.active_layout,
+                "layout": f"{self.data.active_layout}{' packed' if self.data.packs else ''}",
+                "compiled": str(self.compile_blocks),
                 "device": self.trainer.strategy.root_device.type,
             }
             self._cache = ReferenceCache(self.reference_cache_dir, depends_on)
@@ -96,6 +98,13 @@ class DPOModule(LogProbModule):
         for split, rows in self._needed_rows().items():
             if split not in self.reference:
                 self.reference[split] = self._find_reference(split, rows)
+            elif (
+                self.lora is not None
+            ):  # resumed for more steps: with its adapters off, the model still is the reference
+                known = self.reference[split].cpu()
+                missing = [row for row in rows if known[row].isnan().any()]
+                found = self._find_reference(split, missing).to(known) if missing else known
+                self.reference[split] = torch.where(known.isnan(), found, known)
             self.reference[split] = self.reference[split].to(self.device)
 
     def on_train_start(self) -> None:
@@ -123,6 +132,7 @@ class DPOModule(LogProbModule):
             precision=self.trainer.precision,
             share=self.trainer.strategy.broadcast,
             is_first=self.trainer.is_global_zero,
+            first_step=self.data.rows_of_first_steps(1) if split == "train" and self.trainer.global_step == 0 else (),
         )
         self.print(f"{line} ({split})")
         return table.to(self._log_prob_dtype)
@@ -133,18 +143,22 @@ class DPOModule(LogProbModule):
 
     @torch.no_grad()
     def sequence_log_probs_of(self, split: Split, rows: Sequence[int]) -> Tensor:
-        """[row, 2] log-probs of chosen and rejected under the current weights, on every process; NaN for rows not asked for."""
+        """[row, 2] log-probs of chosen and rejected under the current weights, on every process; NaN for rows not asked for.
+
+        With LoRA: under the weights without their adapters, which is the reference at any time.
+        """
         n_rows = len(self.data.splits[split].pairs)
         dtype = self._log_prob_dtype
         table = torch.zeros(n_rows, 2, device=self.device, dtype=dtype)
         loader = self.data.loader(split, rows=rows)
         quiet = not (self.trainer.is_global_zero and self.trainer.progress_bar_callback and sys.stdout.isatty())
-        for step in track(loader, f"reference log-probs ({split})", transient=True, disable=quiet):
-            for batch in step.to(self.device).micro_batches:
-                with self.trainer.precision_plugin.forward_context():
-                    logps = self.trained_policy(batch).to(dtype)
-                real = batch.weights > 0
-                table[batch.pair_index[real]] = logps.view(2, -1).T[real]
+        with adapters_disabled(self.trained_policy.model):
+            for step in track(loader, f"reference log-probs ({split})", transient=True, disable=quiet):
+                for batch in step.to(self.device).micro_batches:
+                    with self.trainer.precision_plugin.forward_context():
+                        logps = self.trained_policy(batch).to(dtype)
+                    real = batch.weights > 0
+                    table[batch.pair_index[real]] = logps.view(2, -1).T[real]
         table = self._reduce(table)
         not_asked = torch.ones(n_rows, dtype=torch.bool, device=self.device)
         not_asked[list(rows)] = False

@@ -27,11 +27,12 @@ def cached_reference(
     precision: str,
     share: Callable[[tuple[Tensor, str]], tuple[Tensor, str]],
     is_first: bool,
+    first_step: Sequence[int] = (),
 ) -> tuple[Tensor, str]:
     """[row of the split, 2] reference log-probs of the asked rows (NaN elsewhere), and one line on where they came from.
 
     Every process must call this. The first one reads and writes the cache; what it read is shared, so that processes
-    agree also where they don't share a disk.
+    agree also where they don't share a disk. Before a cache is believed, some of its rows are computed again and compared.
 
     Args:
         pairs: the split's pairs as they are trained, in order.
@@ -41,30 +42,46 @@ def cached_reference(
         precision: the trainer's, for the tolerance of the check.
         share: sends the first process's value to the others.
         is_first: this is the first process.
+        first_step: those of the rows that make up the first optimizer step. They are computed here whatever the cache
+            holds, by themselves and so in the micro-batches of training: other shapes round differently, and the first
+            loss has to be ln 2 to the last bit.
     """
+    rest = [row for row in rows if row not in set(first_step)]
+
+    def compute_apart(wanted: Sequence[int]) -> Tensor:
+        return compute(wanted).cpu().double() if wanted else torch.full((len(pairs), 2), torch.nan, dtype=torch.float64)
+
+    fresh = compute_apart(first_step)
     if cache is None:
-        return compute(rows), f"Reference: {len(rows)} pairs computed"
+        return torch.where(fresh.isnan(), compute_apart(rest), fresh), f"Reference: {len(rows)} pairs computed"
     hashes = hash_pairs(pairs)
-    nothing = torch.full((len(pairs), 2), torch.nan, dtype=torch.float64)
-    known, complaint = share(cache.lookup(hashes) if is_first else (nothing, ""))
+    known, complaint = share(cache.lookup(hashes) if is_first else (torch.full_like(fresh, torch.nan), ""))
     wanted = torch.zeros(len(pairs), dtype=torch.bool)
     wanted[list(rows)] = True
     known[~wanted] = torch.nan
     found = (~known.isnan().any(1)).nonzero()[:, 0].tolist()
     if found:
-        checked = found[:: max(1, len(found) // N_CHECKED)][:N_CHECKED]
-        difference = _largest_difference(known[checked], compute(checked)[checked].cpu().double())
+        checked = [row for row in first_step if row in set(found)] or found[:: max(1, len(found) // N_CHECKED)][
+            :N_CHECKED
+        ]
+        again = fresh if checked[0] in first_step else compute_apart(checked)
+        difference = _largest_difference(known[checked], again[checked])
         if not difference <= _TOLERANCE.get(precision, _TOLERANCE_16_BIT):
-            complaint, found, known = f"recomputed rows differ by {difference:.1g}", [], nothing
+            complaint, found, known = (
+                f"recomputed rows differ by {difference:.1g}",
+                [],
+                torch.full_like(fresh, torch.nan),
+            )
+    known = torch.where(fresh.isnan(), known, fresh)
     missing = (wanted & known.isnan().any(1)).nonzero()[:, 0].tolist()
     if missing:
-        known[missing] = compute(missing)[missing].cpu().double()
-        if is_first:
-            try:
-                cache.store(hashes, known)
-            except OSError as error:
-                complaint = f"could not be written, {error.strerror or error}"
-    line = f"Reference: {len(found)} pairs found in {cache.folder}, {len(missing)} computed"
+        known[missing] = compute_apart(missing)[missing]
+    if len(found) < len(rows) and is_first:
+        try:
+            cache.store(hashes, known)
+        except OSError as error:
+            complaint = f"could not be written, {error.strerror or error}"
+    line = f"Reference: {len(found)} pairs found in {cache.folder}, {len(rows) - len(found)} computed"
     return known, line + (f" (cache not used: {complaint})" if complaint else "")
 
 

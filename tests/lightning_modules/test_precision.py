@@ -16,7 +16,7 @@ def module() -> DPOModule:
 
 
 @pytest.mark.parametrize(
-    ("precision", "tolerance"), [("32-true", 1e-6), ("64-true", 1e-7), ("bf16-mixed", 1e-3), ("bf16-true", 1e-3)]
+    ("precision", "tolerance"), [("32-true", 1e-7), ("64-true", 1e-7), ("bf16-mixed", 1e-7), ("bf16-true", 1e-7)]
 )
 def test_training_steps_run_and_the_first_loss_is_ln_2(precision: str, tolerance: float) -> None:
     dpo = module()

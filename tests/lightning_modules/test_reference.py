@@ -27,9 +27,18 @@ class Model:
         return table
 
 
-def find(cache: ReferenceCache | None, rows: Sequence[int], model: Model) -> tuple[Tensor, str]:
+def find(
+    cache: ReferenceCache | None, rows: Sequence[int], model: Model, first_step: Sequence[int] = ()
+) -> tuple[Tensor, str]:
     return cached_reference(
-        PAIRS, rows, cache=cache, compute=model, precision="32-true", share=lambda value: value, is_first=True
+        PAIRS,
+        rows,
+        cache=cache,
+        compute=model,
+        precision="32-true",
+        share=lambda value: value,
+        is_first=True,
+        first_step=first_step,
     )
 
 
@@ -66,6 +75,26 @@ def test_a_cache_that_disagrees_with_the_model_is_not_used(cache: ReferenceCache
     torch.testing.assert_close(table, TRUTH)
     assert "cache not used: recomputed rows differ by" in line
     assert "20 pairs found" in find(cache, range(20), Model())[1]
+
+
+def test_the_first_step_is_always_computed_by_itself_and_stands_for_the_sample(cache: ReferenceCache) -> None:
+    model = Model()
+    find(cache, range(20), model, first_step=[7, 3])
+    assert model.asked[:2] == [7, 3]
+    assert sorted(model.asked) == list(range(20))
+    again = Model(shift=1e-6)
+    table, line = find(cache, range(20), again, first_step=[7, 3])
+    assert again.asked == [7, 3]
+    assert "20 pairs found" in line
+    fresh = torch.zeros(20, dtype=torch.bool)
+    fresh[[3, 7]] = True
+    shifted = (TRUTH + 1e-6).float().double()
+    assert torch.equal(table, torch.where(fresh[:, None], shifted, TRUTH)), "its own values, the kept ones for the rest"
+    wrong = Model(shift=0.5)
+    table, line = find(cache, range(20), wrong, first_step=[7, 3])
+    assert "cache not used: recomputed rows differ by" in line
+    assert sorted(wrong.asked) == list(range(20))
+    torch.testing.assert_close(table, TRUTH + 0.5)
 
 
 def test_without_a_cache_everything_is_computed() -> None:

@@ -1,0 +1,119 @@
+"""Low-rank adapters (peft) inside a causal language model: put in, checked, switched off for the reference, merged at the end."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tiltmeter.batch import collate_pairs
+from tiltmeter.errors import UserError
+from tiltmeter.layers import backbone
+from tiltmeter.log_probs import sequence_log_probs
+from tiltmeter.verification import random_pairs
+
+ADAPTER = "default"
+_TOLERANCE = 1e-5
+"""Adapters start at exactly nothing; DoRA divides and multiplies by the same norm."""
+
+
+def check_lora(config: LoraConfig, *, freeze_embeddings: bool) -> None:
+    """Refuse options under which the model before the first step would not be the reference, or that have no effect.
+
+    Raises:
+        UserError: names the option.
+    """
+    refused = {
+        "lora_dropout": (config.lora_dropout, 0.0, "policy and reference must be the same function"),
+        "init_lora_weights": (
+            config.init_lora_weights if config.init_lora_weights != "gaussian" else True,
+            True,
+            "others change the model before its first step, which is the reference (gaussian is possible too)",
+        ),
+        "bias": (config.bias, "none", "the weights themselves stay as they are"),
+        "modules_to_save": (config.modules_to_save or None, None, "the weights themselves stay as they are"),
+        "trainable_token_indices": (config.trainable_token_indices or None, None, "embeddings stay as they are"),
+    }
+    for name, (value, wanted, reason) in refused.items():
+        if value != wanted:
+            raise UserError(f"module.lora.{name}: expected {wanted}, got {value}: {reason}")
+    if not freeze_embeddings:
+        raise UserError(
+            "module.freeze_embeddings=false: with module.lora only adapters are trained; leave one of the two out"
+        )
+
+
+def add_lora(model: PreTrainedModel, config: LoraConfig) -> None:
+    """Put adapters into the model, in place, and freeze everything else; the model still computes what it did.
+
+    Without ``target_modules`` every linear map of the decoder blocks gets one. Adapters of 16-bit weights are float32,
+    in which small updates aren't rounded away.
+
+    Raises:
+        UserError: no module matches, one outside the decoder is matched, or the model computes something else afterwards.
+    """
+    before = _log_probs(model)
+    if config.target_modules is None:
+        config.target_modules = "all-linear"
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", "fan_in_fan_out is set to False"
+            )  # peft turns it over for GPT-2 by itself
+            model.add_adapter(config, ADAPTER)
+    except ValueError as error:
+        raise UserError(f"module.lora: {' '.join(str(error).split())[:200]}") from error
+    inside = {id(module) for module in backbone(model).modules()} - {id(model.get_input_embeddings())}
+    for name, module in model.named_modules():
+        if (isinstance(module, LoraLayer) and id(module) not in inside) or isinstance(module, ModulesToSaveWrapper):
+            raise UserError(
+                f"module.lora.target_modules: {name} is no part of the decoder; embeddings and unembedding stay as they are"
+            )
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()
+    worst = float(((_log_probs(model) - before) / before).abs().max())
+    if not worst <= _TOLERANCE:
+        raise UserError(
+            f"module.lora: these options change the model before its first step, the reference (by {worst:.1g}, relative); "
+            "leave the unusual ones out"
+        )
+
+
+@torch.no_grad()
+def _log_probs(model: PreTrainedModel) -> Tensor:
+    pairs = random_pairs(model)
+    return sequence_log_probs(model, collate_pairs(pairs, pair_index=range(len(pairs)), layout="concatenated"))
+
+
+@contextmanager
+def adapters_disabled(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the model is what it was before :func:`add_lora`; without adapters nothing changes."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+def merged_state(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a plain model that computes what the adapted one does, up to the rounding of its dtype.
+
+    Args:
+        model: a model with adapters on the CPU; its own weights are replaced.
+        state: the state dict to merge.
+    """
+    model.load_state_dict(state)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoraLayer):
+            module.merge(safe_merge=True)
+            model.set_submodule(name, module.get_base_layer())
+    return dict(model.state_dict())
