@@ -45,8 +45,10 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "cohere": _ROTARY | {"logit_scale": 0.25},
     "granite": _ROTARY | {"logits_scaling": 4.0, "embedding_multiplier": 2.0},
     "phi": _ROTARY,
+    "qwen3": _ROTARY | {"head_dim": 8},
+    "gemma3_text": _ROTARY | {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 64},
 }
-"""Family → fields of its configuration. The last three have a scale or a bias in their unembedding."""
+"""Family → fields of its configuration. cohere, granite and phi have a scale or a bias in their unembedding."""
 
 FAMILIES = ("gpt2", "llama", "qwen2", "mistral", "gemma2", "gpt_neox")
 FLOAT32_NORMS = tuple(family for family in FAMILIES if family != "gpt2")
