@@ -32,13 +32,18 @@ def sequence_log_probs(
 
 def target_hidden_states(model: PreTrainedModel, batch: PreferenceBatch) -> Float[Tensor, "target d_model"]:
     """Hidden state after the final norm at the place that predicts each target."""
+    return rearrange(run_backbone(model, batch), "row token d -> (row token) d")[batch.target_rows]
+
+
+def run_backbone(model: PreTrainedModel, batch: PreferenceBatch) -> Float[Tensor, "row token d_model"]:
+    """Hidden states after the final norm of every token of a batch, padding included; the unembedding does not run."""
     out = backbone(model)(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
         attention_mask=_model_mask(model, batch),
         use_cache=False,
     )
-    return rearrange(out.last_hidden_state, "row token d -> (row token) d")[batch.target_rows]
+    return out.last_hidden_state
 
 
 def sum_by_sequence(
