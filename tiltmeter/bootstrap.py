@@ -99,7 +99,7 @@ def cluster_interval(
     """Any figure of N rows with a percentile bootstrap interval over whole clusters (prompts).
 
     Args:
-        statistic: from how often each row was drawn, float64, for several resamples at once, to the figure of each.
+        statistic: from how often each row was drawn (float64, on the CPU), for several resamples at once, to the figure of each.
             Given ones it is the estimate. Example, the norm of the mean row: ``lambda w: (w @ x / w.sum(1, True)).norm(dim=1)``.
         clusters: N names; rows of equal name are drawn together.
 

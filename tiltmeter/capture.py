@@ -1,6 +1,6 @@
 """Read hooks: the wanted rows of hidden states at several sites, from one forward pass, without keeping the rest."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from tiltmeter.batch import PreferenceBatch
+from tiltmeter.batch import REJECTED, PreferenceBatch
 from tiltmeter.layers import FINAL_POST_NORM, FINAL_PRE_NORM, decoder_blocks, final_norm, resolve_sites, site_depth
 from tiltmeter.log_probs import run_backbone
 from tiltmeter.positions import Position, Readings, readings
@@ -104,6 +104,25 @@ def read_hidden_states(
         point: HiddenStates(rows, wanted[point.position].pair_index, wanted[point.position].sides)
         for point, rows in captured.items()
     }
+
+
+def join_hidden_states(parts: Iterable[Mapping[ReadPoint, HiddenStates]]) -> dict[ReadPoint, HiddenStates]:
+    """Readings of several batches as one, ordered by pair, chosen before rejected, then by token.
+
+    The result does not depend on how the pairs were cut into batches or ordered, so that rows of two models match.
+
+    Raises:
+        ValueError: no batch at all.
+    """
+    whole = list(parts)
+    if not whole:
+        raise ValueError("join_hidden_states: expected at least one batch, got none")
+    joined = {}
+    for point in whole[0]:
+        rows, pair_index, sides = (torch.cat(x) for x in zip(*(part[point] for part in whole), strict=True))
+        order = (pair_index * (REJECTED + 1) + sides).argsort(stable=True)
+        joined[point] = HiddenStates(rows[order], pair_index[order], sides[order])
+    return joined
 
 
 @contextmanager

@@ -69,7 +69,7 @@ def log_prob_gradients(
             squashed = torch.tanh(logits / head.soft_cap)
             logits, slope = squashed * head.soft_cap, slope * (1 - squashed.square())
         by_logit = -logits.softmax(-1)
-        by_logit[torch.arange(len(ids)), ids] += 1
+        by_logit.scatter_add_(1, ids[:, None], torch.ones_like(by_logit[:, :1]))
         found.append((by_logit * slope) @ weight)
     return torch.cat(found)
 

@@ -21,6 +21,9 @@ MATRICES: tuple[Matrix, ...] = get_args(Matrix)
 DEFAULT_ROWS_KEPT = 1024
 """Rows kept however narrow they are; wider rows are kept up to as many as they are wide."""
 
+_ROWS_PER_FOLD = 256
+"""Rows that wait to be folded together: a fold walks over d × d matrices whether it brings one row or hundreds."""
+
 
 class _Moments(NamedTuple):
     """Count, mean and scatter about the mean."""
@@ -102,12 +105,13 @@ class RowMoments:
         self.max_rows_kept = max(d_model, DEFAULT_ROWS_KEPT) if max_rows_kept is None else max_rows_kept
         self.device = torch.device(device)
         self._kept: list[Tensor] = [torch.empty(0, d_model, device=self.device)]
+        """All rows; once some are folded, those that wait for the next fold."""
         self._folded: _Folded | None = None
 
     @property
     def n_rows(self) -> int:
         """Rows seen so far."""
-        return sum(map(len, self._kept)) if self._folded is None else self._folded.plain.n
+        return sum(map(len, self._kept)) + (0 if self._folded is None else self._folded.plain.n)
 
     @property
     def keeps_rows(self) -> bool:
@@ -123,9 +127,7 @@ class RowMoments:
         """
         if self._folded is not None:
             raise ValueError(f"RowMoments: rows beyond max_rows_kept={self.max_rows_kept} were folded and are gone")
-        widest = torch.float64 if any(x.dtype == torch.float64 for x in self._kept) else torch.float32
-        self._kept = [torch.cat([x.to(widest) for x in self._kept])]
-        return self._kept[0]
+        return self._joined()
 
     @torch.no_grad()
     def update(self, rows: Float[Tensor, "row d_model"]) -> None:
@@ -137,19 +139,17 @@ class RowMoments:
         if rows.shape[1] != self.d_model:
             raise ValueError(f"RowMoments: expected rows of width {self.d_model}, got {rows.shape[1]}")
         rows = rows.to(self.device, torch.promote_types(rows.dtype, torch.float32), copy=True)
-        if self._folded is None:
-            self._kept.append(rows)
-            if self.n_rows > self.max_rows_kept:
-                self._fold()
-        else:
-            self._folded = self._folded.merge(_Folded.of(rows, self.unit_rows))
+        self._kept.append(rows)
+        waiting = sum(map(len, self._kept))
+        if waiting > (self.max_rows_kept if self._folded is None else _ROWS_PER_FOLD):
+            self._fold()
 
     def merge(self, other: "RowMoments") -> None:
         """Add all rows that another accumulator has seen."""
         if other._folded is None:
             self.update(other.rows)
         else:
-            self._folded = self._fold().merge(other._folded.to(self.device))
+            self._folded = self._fold().merge(other._fold().to(self.device))
 
     def all_reduce(self, sum_over_ranks: Callable[[Tensor], Tensor], *, rank: int, world_size: int) -> "RowMoments":
         """The accumulator of all processes' rows, the same on each; a collective: every rank has to call it.
@@ -175,7 +175,7 @@ class RowMoments:
 
     def mean(self) -> Float[Tensor, " d_model"]:
         """x̄ in float64; of an update matrix it is v*, the empirical steering vector. NaN without rows."""
-        return self.rows.to(torch.float64).mean(0) if self._folded is None else self._folded.plain.mean
+        return self.rows.to(torch.float64).mean(0) if self._folded is None else self._fold().plain.mean
 
     def geometry(self, variant: Variant = "raw", *, outlier_dims: Int[Tensor, " outlier"] | None = None) -> RowGeometry:
         """Spectrum, shift share and cosines of a variant of the rows.
@@ -188,7 +188,7 @@ class RowMoments:
         """
         if self._folded is None:
             return row_geometry(self.rows, variant, outlier_dims=outlier_dims)
-        moments, unit = self._folded
+        moments, unit = self._fold()
         if variant == "unit_row":
             if unit.scatter is None:
                 raise ValueError("RowMoments: unit_row of folded rows was not kept; create it with unit_rows=True")
@@ -202,11 +202,17 @@ class RowMoments:
         return moment_geometry(moments.n, mean=mean, scatter=scatter, unit_mean=unit_mean, centred=variant == "centred")
 
     def _fold(self) -> "_Folded":
-        """Stop keeping rows."""
-        if self._folded is None:
-            self._folded = _Folded.of(self.rows, self.unit_rows)
+        """Stop keeping rows, and fold those that wait."""
+        if self._folded is None or self._kept:
+            new = _Folded.of(self._joined(), self.unit_rows)
+            self._folded = new if self._folded is None else self._folded.merge(new)
             self._kept = []
         return self._folded
+
+    def _joined(self) -> Tensor:
+        widest = torch.float64 if any(x.dtype == torch.float64 for x in self._kept) else torch.float32
+        self._kept = [torch.cat([x.to(widest) for x in self._kept])]
+        return self._kept[0]
 
 
 class UpdateMoments:

@@ -12,7 +12,14 @@ from transformers import PreTrainedModel
 from tests import stories260k
 from tests.tiny_models import ARCHITECTURES, FAMILIES, LAYERS, WIDTH, make_model, padded_left, random_pairs
 from tiltmeter.batch import PAD, Layout, PreferenceBatch, TokenizedPair, collate_pairs
-from tiltmeter.capture import ReadPoint, capture, capture_gradients, read_hidden_states
+from tiltmeter.capture import (
+    HiddenStates,
+    ReadPoint,
+    capture,
+    capture_gradients,
+    join_hidden_states,
+    read_hidden_states,
+)
 from tiltmeter.errors import UserError
 from tiltmeter.layers import all_sites, backbone, decoder_blocks, final_norm, unembedding
 from tiltmeter.log_probs import sequence_log_probs
@@ -101,6 +108,24 @@ def test_readings_do_not_depend_on_layout_padding_or_batch(family: str) -> None:
         tolerance = {"rtol": 1e-4, "atol": 1e-4}  # some families normalise in float32 whatever their weights
         assert_close(rows, concatenated[point], **tolerance)
         assert_close(rows, torch.cat([one[point] for one in alone]), **tolerance)
+
+
+def test_joined_batches_give_the_same_rows_however_they_were_cut(llama: PreTrainedModel) -> None:
+    pairs = random_pairs(5, seed=1)
+
+    def read(order: list[int]) -> dict[ReadPoint, HiddenStates]:
+        batch = collate_pairs([pairs[i] for i in order], pair_index=order)
+        return read_hidden_states(llama, batch, sites="all", positions=POSITIONS)
+
+    whole = join_hidden_states([read([0, 1, 2, 3, 4])])
+    pieces = join_hidden_states([read([3, 1]), read([4]), read([2, 0])])
+    assert list(whole) == list(pieces)
+    for point, states in whole.items():
+        assert_close(pieces[point].rows, states.rows)
+        assert torch.equal(pieces[point].pair_index, states.pair_index)
+        assert torch.equal(pieces[point].sides, states.sides)
+    with pytest.raises(ValueError, match="at least one batch"):
+        join_hidden_states([])
 
 
 def test_prompt_and_divergence_are_read_where_the_unembedding_predicts_from(llama: PreTrainedModel) -> None:
