@@ -232,6 +232,7 @@ class UpdateMoments:
         max_rows_kept: int | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
+        self.device = torch.device(device)
         self.of: dict[Matrix, RowMoments] = {
             name: RowMoments(d_model, unit_rows=unit_rows, max_rows_kept=max_rows_kept, device=device)
             for name in matrices
@@ -240,7 +241,7 @@ class UpdateMoments:
     def update(self, base: Float[Tensor, "row d_model"], policy: Float[Tensor, "row d_model"]) -> None:
         """Add the rows of the same tokens under both models; their difference is taken in float32 or better."""
         wide = torch.promote_types(torch.promote_types(base.dtype, policy.dtype), torch.float32)
-        base, policy = base.to(wide), policy.to(wide)
+        base, policy = base.to(self.device, wide), policy.to(self.device, wide)
         for name, moments in self.of.items():
             moments.update({"delta": policy - base, "base": base, "policy": policy}[name])
 
@@ -251,7 +252,7 @@ class UpdateMoments:
 
     def all_reduce(self, sum_over_ranks: Callable[[Tensor], Tensor], *, rank: int, world_size: int) -> "UpdateMoments":
         """As :meth:`RowMoments.all_reduce`, for each matrix."""
-        merged = UpdateMoments(0, matrices=())
+        merged = UpdateMoments(0, matrices=(), device=self.device)
         for name, moments in self.of.items():
             merged.of[name] = moments.all_reduce(sum_over_ranks, rank=rank, world_size=world_size)
         return merged

@@ -110,7 +110,7 @@ def stable_rank(sigma: Float[Tensor, " k"]) -> float:
     >>> stable_rank(torch.tensor([2.0, 1.0]))
     1.25
     """
-    return 1 / top1_energy(sigma) if sigma.any() else math.nan
+    return 1 / top1_energy(sigma)
 
 
 def top1_energy(sigma: Float[Tensor, " k"]) -> float:
