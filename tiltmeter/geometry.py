@@ -29,6 +29,8 @@ class RowGeometry(NamedTuple):
     mean_cosine_leave_one_out: float
     """Mean of cos(x_i, mean of the other rows), null 0. NaN once rows are no longer kept: take a second pass
     (:func:`tiltmeter.consistency.leave_one_out_cosines`)."""
+    singular_values: Float[Tensor, " k"]
+    """σ₁ ≥ … of the matrix, k = min(N, d), float64; of the centred rows they are what :mod:`tiltmeter.nulls` judges."""
 
 
 def largest_mean_dims(mean: Float[Tensor, " d_model"], n_dims: int | None = None) -> Int[Tensor, " outlier"]:
@@ -75,6 +77,7 @@ def row_geometry(
         float(cosine(rows.T @ top if n <= d else top, mean).abs()),
         float((unit_rows(rows) @ mean).mean() / mean.norm()),
         math.nan if variant == "centred" or n < 2 else float(leave_one_out_cosines(rows).nan_to_num(0).mean()),
+        sigma,
     )
 
 
@@ -96,12 +99,14 @@ def moment_geometry(
     if centred:
         gram, mean = scatter * _above_rounding(scatter.trace(), gram.trace()), torch.zeros_like(mean)
     sigma, top = eigen_of_gram(gram)
+    sigma = sigma[: min(n_rows, len(mean))]
     return RowGeometry(
-        spectrum(sigma[: min(n_rows, len(mean))], n_rows=n_rows, d_model=len(mean)),
+        spectrum(sigma, n_rows=n_rows, d_model=len(mean)),
         float(n_rows * mean.square().sum() / gram.trace()),
         float(cosine(top, mean).abs()),
         math.nan if unit_mean is None else float(unit_mean @ mean / mean.norm()),
         math.nan,
+        sigma,
     )
 
 
