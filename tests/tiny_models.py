@@ -1,7 +1,7 @@
 """Tiny models, data and runs, and a reference for log-probs that shares no code with tiltmeter."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,8 @@ from datamodules.preference import PreferenceDataModule
 from datamodules.records import LoadReport, Message, PreferencePair, transcript
 from datamodules.tokenization import train_bpe_tokenizer
 from lightning_modules.base import LogProbModule
-from tiltmeter.batch import TokenizedPair
+from tiltmeter.batch import PAD as PAD_SEGMENT
+from tiltmeter.batch import PreferenceBatch, TokenizedPair
 from tiltmeter.models import CausalLM
 
 VOCAB, WIDTH, LAYERS, HEADS = 64, 32, 2, 4
@@ -45,8 +46,10 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "cohere": _ROTARY | {"logit_scale": 0.25},
     "granite": _ROTARY | {"logits_scaling": 4.0, "embedding_multiplier": 2.0},
     "phi": _ROTARY,
+    "qwen3": _ROTARY | {"head_dim": 8},
+    "gemma3_text": _ROTARY | {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 64},
 }
-"""Family → fields of its configuration. The last three have a scale or a bias in their unembedding."""
+"""Family → fields of its configuration. cohere, granite and phi have a scale or a bias in their unembedding."""
 
 FAMILIES = ("gpt2", "llama", "qwen2", "mistral", "gemma2", "gpt_neox")
 FLOAT32_NORMS = tuple(family for family in FAMILIES if family != "gpt2")
@@ -73,6 +76,19 @@ def random_pairs(n: int, *, seed: int = 0, longest: int = 9, low: int = 3) -> li
     rng = np.random.default_rng(seed)
     segments = [[rng.integers(low, VOCAB, rng.integers(1, longest + 1)).tolist() for _ in range(3)] for _ in range(n)]
     return [TokenizedPair(*three) for three in segments]
+
+
+def padded_left(batch: PreferenceBatch) -> PreferenceBatch:
+    """The same batch with every row's padding moved in front of it."""
+    width = batch.input_ids.shape[1]
+    shift = (batch.segments == PAD_SEGMENT).sum(1)
+
+    def rolled(x: Tensor) -> Tensor:
+        return torch.stack([row.roll(int(by)) for row, by in zip(x, shift, strict=True)])
+
+    names = ("input_ids", "position_ids", "segments")
+    moved = {name: rolled(getattr(batch, name)) for name in names}
+    return replace(batch, **moved, target_rows=batch.target_rows + shift[batch.target_rows // width])
 
 
 def reference_log_probs(model: PreTrainedModel, pairs: Sequence[TokenizedPair]) -> Tensor:

@@ -1,10 +1,15 @@
 """Confidence intervals by resampling prompts: pairs of one prompt are not independent."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from jaxtyping import Float
 from scipy.stats import bootstrap
+from torch import Tensor
+
+_WEIGHTS_AT_A_TIME = 4_000_000
 
 
 class Interval(NamedTuple):
@@ -56,3 +61,71 @@ def cluster_mean_interval(
     )
     interval = result.confidence_interval
     return Interval(mean, float(interval.low), float(interval.high))
+
+
+def paired_difference_interval(
+    values: Sequence[float],
+    other: Sequence[float],
+    clusters: Sequence[str],
+    *,
+    level: float = 0.95,
+    n_resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """Mean of ``values − other``, two figures of the same pair, with an interval over whole clusters.
+
+    Narrower than two separate intervals, since what a pair adds to both sides cancels.
+
+    Raises:
+        ValueError: as :func:`cluster_mean_interval`.
+
+    >>> paired_difference_interval([3.0, 13.0], [1.0, 11.0], ["a", "b"])
+    Interval(value=2.0, low=2.0, high=2.0)
+    """
+    if len(values) != len(other):
+        raise ValueError(f"expected the same number of values on both sides, got {len(values)} and {len(other)}")
+    differences = [a - b for a, b in zip(values, other, strict=True)]
+    return cluster_mean_interval(differences, clusters, level=level, n_resamples=n_resamples, seed=seed)
+
+
+def cluster_interval(
+    statistic: Callable[[Float[Tensor, "resample row"]], Float[Tensor, " resample"]],
+    clusters: Sequence[str],
+    *,
+    level: float = 0.95,
+    n_resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """Any figure of N rows with a percentile bootstrap interval over whole clusters (prompts).
+
+    Args:
+        statistic: from how often each row was drawn (float64, on the CPU), for several resamples at once, to the figure of each.
+            Given ones it is the estimate. Example, the norm of the mean row: ``lambda w: (w @ x / w.sum(1, True)).norm(dim=1)``.
+        clusters: N names; rows of equal name are drawn together.
+
+    Returns:
+        The interval; infinite when there is a single cluster. Resamples in which the figure is NaN are left out.
+
+    Raises:
+        ValueError: no rows.
+
+    >>> x = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    >>> cluster_interval(lambda w: w @ x / w.sum(1), ["a", "b", "c"]).value
+    2.0
+    """
+    if not len(clusters):
+        raise ValueError("expected at least one row, got none")
+    names, index = np.unique(np.asarray(clusters), return_inverse=True)
+    value = float(statistic(torch.ones(1, len(clusters), dtype=torch.float64))[0])
+    if len(names) < 2:
+        return Interval(value, float("-inf"), float("inf"))
+    rng = np.random.default_rng(seed)
+    at_a_time = max(1, _WEIGHTS_AT_A_TIME // len(clusters))
+    found = []
+    for start in range(0, n_resamples, at_a_time):
+        count = min(at_a_time, n_resamples - start)
+        drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=count)
+        found.append(statistic(torch.from_numpy(drawn[:, index].astype(np.float64))))
+    ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    low, high = torch.cat(found).to(torch.float64).nanquantile(ends).tolist()
+    return Interval(value, low, high)

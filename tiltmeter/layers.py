@@ -1,9 +1,23 @@
-"""Where the parts of a Hugging Face causal language model are: backbone, decoder blocks, embeddings, unembedding.
+"""Where the parts of a Hugging Face causal language model are: backbone, blocks, norms, embeddings, unembedding; and sites.
 
 Every difference between model families that matters to this project is in this file.
+
+A *site* is a named place where hidden states are read. With L decoder blocks, counted from 0:
+
+=================== ============================================ ================================================
+site                what it holds                                in Hugging Face's ``output_hidden_states``
+=================== ============================================ ================================================
+``layer_07``        residual stream after block 7                ``hidden_states[8]``; the last block's is not there
+``final_pre_norm``  input of the final norm = after block L-1    not there
+``final_post_norm`` output of the final norm = input of lm_head  ``hidden_states[L]``, the last one
+=================== ============================================ ================================================
+
+So ``layer_07`` is the residual stream that enters block 8, and ``layer_<L-1>`` is ``final_pre_norm`` by another name. In the
+notation of METHOD: ``layer_07`` = resid_post.7 = resid_pre.8.
 """
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from jaxtyping import Float
@@ -11,6 +25,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tiltmeter.errors import UserError
+
+FINAL_PRE_NORM, FINAL_POST_NORM = "final_pre_norm", "final_post_norm"
+
+_LAYER_SITE = re.compile(r"layer_(\d{2,})")
+_FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f", "final_norm")
+"""Attribute of the backbone by family: Llama and most others, GPT-2 and its kin, GPT-NeoX and OPT, Phi, MPT."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +84,84 @@ def decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module) == n_layers:
             return module
     raise UserError(f"model: expected a list of {n_layers} decoder blocks in {type(model).__name__}, found none")
+
+
+def final_norm(model: PreTrainedModel) -> nn.Module:
+    """The norm between the last block and the unembedding: its input is ``final_pre_norm``, its output ``final_post_norm``.
+
+    Raises:
+        UserError: the backbone has none under a known name.
+    """
+    for name in _FINAL_NORMS:
+        module = getattr(backbone(model), name, None)
+        if isinstance(module, nn.Module):
+            return module
+    raise UserError(
+        f"model: expected a final norm named one of {', '.join(_FINAL_NORMS)} in {type(model).__name__}, found none"
+    )
+
+
+def layer_site(layer: int) -> str:
+    """Name of the residual stream after block ``layer``, counted from 0.
+
+    >>> layer_site(7), layer_site(123)
+    ('layer_07', 'layer_123')
+    """
+    return f"layer_{layer:02d}"
+
+
+def all_sites(n_layers: int) -> tuple[str, ...]:
+    """Every site once, in the order of the forward pass; the last block's is ``final_pre_norm``.
+
+    >>> all_sites(3)
+    ('layer_00', 'layer_01', 'final_pre_norm', 'final_post_norm')
+    """
+    return (*map(layer_site, range(n_layers - 1)), FINAL_PRE_NORM, FINAL_POST_NORM)
+
+
+def site_depth(site: str, n_layers: int) -> int:
+    """Blocks that a site lies behind, less one: l for ``layer_l``, L-1 for ``final_pre_norm``, L for ``final_post_norm``.
+
+    It is the site's index in ``output_hidden_states``, less one, and the x axis of a curve over layers.
+
+    Raises:
+        UserError: no such site in a model of ``n_layers`` blocks.
+
+    >>> [site_depth(site, 3) for site in all_sites(3)]
+    [0, 1, 2, 3]
+    """
+    named = {FINAL_PRE_NORM: n_layers - 1, FINAL_POST_NORM: n_layers}
+    if site in named:
+        return named[site]
+    found = _LAYER_SITE.fullmatch(site)
+    if found is None or layer_site(int(found[1])) != site:
+        raise UserError(
+            f"sites: expected {FINAL_PRE_NORM}, {FINAL_POST_NORM} or a layer such as layer_07, got {site!r}"
+        )
+    if int(found[1]) >= n_layers:
+        raise UserError(
+            f"sites: {site}: this model has {n_layers} blocks, the last one is {layer_site(n_layers - 1)} (counted from 0)"
+        )
+    return int(found[1])
+
+
+def resolve_sites(sites: str | Sequence[str], n_layers: int) -> tuple[str, ...]:
+    """Sites as a user writes them, ``"all"``, one name or several, checked against a model's depth.
+
+    Raises:
+        UserError: an unknown site, one twice, or none.
+
+    >>> resolve_sites("final_post_norm", 4), resolve_sites(["layer_00", "layer_02"], 4)
+    (('final_post_norm',), ('layer_00', 'layer_02'))
+    """
+    if sites == "all":
+        return all_sites(n_layers)
+    names = (sites,) if isinstance(sites, str) else tuple(sites)
+    for name in names:
+        site_depth(name, n_layers)
+    if not names or len(set(names)) < len(names):
+        raise UserError(f"sites: expected 'all' or at least one site, each once, got {list(names)}")
+    return names
 
 
 def sliding_window(model: PreTrainedModel) -> int | None:

@@ -44,8 +44,13 @@ def sequence_log_probs(
 
 def target_hidden_states(model: PreTrainedModel, batch: PreferenceBatch) -> Float[Tensor, "target d_model"]:
     """Hidden state after the final norm at the place that predicts each target."""
+    return rearrange(run_backbone(model, batch), "row token d -> (row token) d")[batch.target_rows]
+
+
+def run_backbone(model: PreTrainedModel, batch: PreferenceBatch) -> Float[Tensor, "row token d_model"]:
+    """Hidden states after the final norm of every token of a batch, padding included; the unembedding does not run."""
     out = backbone(model)(**model_inputs(model, batch))
-    return rearrange(out.last_hidden_state, "row token d -> (row token) d")[batch.target_rows]
+    return cast(Tensor, out.last_hidden_state)
 
 
 def model_inputs(model: PreTrainedModel, batch: PreferenceBatch) -> dict[str, Any]:

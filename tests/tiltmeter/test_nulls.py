@@ -1,0 +1,113 @@
+import math
+
+import pytest
+import torch
+from scipy.stats import kstest
+from torch import Tensor
+from torch.testing import assert_close
+
+from tiltmeter.consistency import in_sample_cosines, leave_one_out_cosines
+from tiltmeter.nulls import (
+    bbp_eigenvalue,
+    bbp_overlap,
+    in_sample_cosine_null,
+    marchenko_pastur_edge,
+    marchenko_pastur_median,
+    noise_variance,
+    parallel_analysis,
+    sign_flip_null,
+    signal_rank,
+)
+from tiltmeter.spectra import singular_values
+
+
+def noise(n: int, d: int, seed: int = 0) -> Tensor:
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_flipped_shift_share_is_one_over_n_on_average_whatever_the_rows() -> None:
+    rows = noise(20, 5) * torch.arange(1.0, 21)[:, None] + 3
+    null = sign_flip_null(rows, n_flips=20_000)
+    assert float(null.shift_share.mean()) == pytest.approx(1 / 20, rel=0.03)
+    assert sign_flip_null(noise(40, 5) + 3, n_flips=99).p_value == 0.01
+
+
+def test_every_flip_is_measured_like_the_rows_themselves() -> None:
+    rows = noise(6, 4)
+    null = sign_flip_null(rows, n_flips=300, seed=5)
+    generator = torch.Generator().manual_seed(5)
+    signs = (
+        torch.cat([torch.randint(0, 2, (n, 6), generator=generator, dtype=torch.float64) for n in (256, 44)]) * 2 - 1
+    )
+    for i in (0, 255, 256, 299):
+        flipped = signs[i, :, None] * rows
+        assert_close(null.mean_cosine_in_sample[i], in_sample_cosines(flipped).mean())
+        assert_close(null.mean_cosine_leave_one_out[i], leave_one_out_cosines(flipped).mean())
+
+
+def test_null_bands_hold_the_expected_cosines() -> None:
+    n = 100
+    null = sign_flip_null(noise(n, 300), n_flips=500)
+    band = null.band(0.95)
+    low, high = band["mean_cosine_in_sample"]
+    assert low < in_sample_cosine_null(n) < high
+    low, high = band["mean_cosine_leave_one_out"]
+    assert low < 0 < high
+    assert band["shift_share"][0] < 1 / n < band["shift_share"][1]
+
+
+def test_p_values_are_uniform_under_the_null() -> None:
+    values = [sign_flip_null(noise(12, 3, seed), n_flips=199, seed=seed).p_value for seed in range(400)]
+    assert kstest(values, "uniform").pvalue > 0.01
+    assert 0.02 < sum(p <= 0.05 for p in values) / len(values) < 0.09
+
+
+def test_marchenko_pastur_edge_and_median_are_those_of_noise() -> None:
+    assert marchenko_pastur_edge(2000, 1000) == pytest.approx(2.9142, abs=1e-4)
+    for n, d in [(600, 300), (200, 500), (300, 300)]:
+        eigenvalues = singular_values(3 * noise(n, d)).square() / n
+        assert float(eigenvalues.max()) == pytest.approx(marchenko_pastur_edge(n, d, noise_variance=9.0), rel=0.05)
+        assert float(eigenvalues.median()) == pytest.approx(9 * marchenko_pastur_median(n, d), rel=0.05)
+        assert noise_variance(singular_values(3 * noise(n, d)), n_rows=n, d_model=d) == pytest.approx(9, rel=0.05)
+
+
+def test_a_spike_shows_where_baik_ben_arous_and_peche_say() -> None:
+    assert bbp_eigenvalue(2.0, 0.5) == pytest.approx(3.75)
+    assert bbp_overlap(2.0, 0.5) == pytest.approx(0.70)
+    assert bbp_eigenvalue(0.5, 0.5) == marchenko_pastur_edge(2000, 1000)
+    assert bbp_overlap(0.5, 0.5) == 0
+    n, d = 2000, 1000
+    rows = noise(n, d)
+    rows[:, 0] *= math.sqrt(3)
+    gram = rows.T @ rows / n
+    eigenvalues, vectors = torch.linalg.eigh(gram)
+    assert float(eigenvalues[-1]) == pytest.approx(3.75, abs=0.15)
+    assert float(vectors[0, -1] ** 2) == pytest.approx(0.70, abs=0.05)
+
+
+@pytest.mark.parametrize("spikes", [0, 1, 3])
+def test_signal_rank_counts_spikes(spikes: int) -> None:
+    n, d = 400, 200
+    rows = noise(n, d)
+    rows[:, :spikes] *= 4
+    sigma = singular_values(rows - rows.mean(0))
+    # the largest noise eigenvalue fluctuates about the edge; a margin of 5 % in variance keeps it inside
+    variance = 1.05 * noise_variance(sigma, n_rows=n, d_model=d)
+    assert signal_rank(sigma, n_rows=n, d_model=d, variance=variance) == spikes
+    assert signal_rank(sigma, n_rows=n, d_model=d) in (spikes, spikes + 1)
+
+
+def test_parallel_analysis_sees_dependence_but_not_unequal_spread() -> None:
+    scales = torch.linspace(0.1, 5, 20, dtype=torch.float64)
+    rows = noise(200, 20) * scales
+    null = parallel_analysis(rows)
+    assert int((singular_values(rows - rows.mean(0)) > 1.02 * null).sum()) == 0
+    shared = rows + 4 * noise(200, 1, 1)
+    assert int((singular_values(shared - shared.mean(0)) > parallel_analysis(shared)).sum()) == 1
+
+
+def test_too_few_rows_are_refused_and_zeros_have_no_variance() -> None:
+    with pytest.raises(ValueError, match="at least two rows, got 1"):
+        sign_flip_null(noise(1, 3))
+    assert math.isnan(noise_variance(torch.zeros(3), n_rows=3, d_model=5))
+    assert signal_rank(torch.zeros(3), n_rows=3, d_model=5) == 0

@@ -1,0 +1,77 @@
+"""Do the updates of all prompts point the same way? Cosines of each update with the mean update, and their null bands.
+
+δ_i = h_π(x_i) − h_0(x_i) are the rows. A row is part of its own mean, so the in-sample cosine of pure noise is about 1/√N;
+leaving it out, or taking the mean from the other half, has null 0. A row or a mean of zeros has no direction: NaN.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+class SplitHalf(NamedTuple):
+    """Agreement of two random halves, for each of several splits."""
+
+    mean_cosine: Float[Tensor, " split"]
+    """Mean of cos(row, mean of the half that it is not in), over both halves."""
+    cosine_of_means: Float[Tensor, " split"]
+    """cos between the two halves' means: how reproducible v* is."""
+
+
+def cosine(a: Float[Tensor, "*row d_model"], b: Float[Tensor, "*#row d_model"]) -> Float[Tensor, "*row"]:
+    """⟨a, b⟩ / (‖a‖ ‖b‖) over the last axis, in float64; NaN where either is zero.
+
+    >>> cosine(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), torch.tensor([[1.0, 0.0]])).tolist()
+    [0.6, nan]
+    """
+    a, b = a.to(torch.float64), b.to(torch.float64)
+    return (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))
+
+
+def in_sample_cosines(updates: Float[Tensor, "row d_model"]) -> Float[Tensor, " row"]:
+    """cos θ_i = ⟨δ_i, v*⟩ / (‖δ_i‖ ‖v*‖) with v* the mean of all rows, δ_i included (the paper's Fig. 3). Null: about 1/√N."""
+    updates = updates.to(torch.float64)
+    return cosine(updates, updates.mean(0, keepdim=True))
+
+
+def leave_one_out_cosines(
+    updates: Float[Tensor, "row d_model"], *, mean: Float[Tensor, " d_model"] | None = None, n_rows: int | None = None
+) -> Float[Tensor, " row"]:
+    """cos(δ_i, v*₋ᵢ), with v*₋ᵢ ∝ N v* − δ_i the mean of the other rows. Null: 0. NaN for a single row.
+
+    Args:
+        mean, n_rows: v* and N when ``updates`` is one chunk of all rows, as in a second streaming pass; give both or none.
+
+    >>> leave_one_out_cosines(torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])).round(decimals=4).tolist()
+    [0.7071, 0.7071, 0.0]
+    """
+    updates = updates.to(torch.float64)
+    if (mean is None) != (n_rows is None):
+        raise ValueError("leave_one_out_cosines: give mean and n_rows of all rows, or neither")
+    if mean is None or n_rows is None:
+        mean, n_rows = updates.mean(0), len(updates)
+    if n_rows < 2:
+        return torch.full_like(updates[:, 0], torch.nan)
+    return cosine(updates, n_rows * mean.to(torch.float64) - updates)
+
+
+def split_half(updates: Float[Tensor, "row d_model"], *, n_splits: int = 20, seed: int = 0) -> SplitHalf:
+    """Cosines across random halves. Null: 0.
+
+    Raises:
+        ValueError: fewer than two rows.
+    """
+    if len(updates) < 2:
+        raise ValueError(f"split_half: expected at least two rows, got {len(updates)}")
+    updates = updates.to(torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    across, between = [], []
+    for _ in range(n_splits):
+        order = torch.randperm(len(updates), generator=generator).to(updates.device)
+        a, b = updates[order[: len(order) // 2]], updates[order[len(order) // 2 :]]
+        mean_a, mean_b = a.mean(0, keepdim=True), b.mean(0, keepdim=True)
+        across.append(torch.cat([cosine(a, mean_b), cosine(b, mean_a)]).mean())
+        between.append(cosine(mean_a, mean_b)[0])
+    return SplitHalf(torch.stack(across), torch.stack(between))

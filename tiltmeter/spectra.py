@@ -1,0 +1,177 @@
+"""How many directions a matrix of rows really uses: entropies, ranks and ratios of its singular values σ₁ ≥ σ₂ ≥ σ₃.
+
+Two distributions over directions are in use, and published figures rarely say which; here the name always does:
+
+- ``energy``: q_i = σ_i² / Σσ² (share of the squared norm),
+- ``singular``: p_i = σ_i / Σσ (Roy & Vetterli 2007).
+
+A matrix of zeros has no directions, and one with NaN or infinity no spectrum: every figure is then NaN.
+"""
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Distribution = Literal["energy", "singular"]
+
+
+class Spectrum(NamedTuple):
+    """Figures of one matrix of N rows of width d. Entropies in nats; N caps all of them, so it is given beside them."""
+
+    n_rows: int
+    d_model: int
+    entropy_energy: float
+    entropy_singular: float
+    normalized_entropy_energy: float
+    normalized_entropy_singular: float
+    effective_rank_energy: float
+    effective_rank_singular: float
+    participation_ratio: float
+    stable_rank: float
+    top1_energy: float
+    sigma_ratio: float
+
+
+def singular_values(rows: Float[Tensor, "row d_model"]) -> Float[Tensor, " k"]:
+    """The k = min(N, d) singular values of a matrix, largest first, in float64, by way of its smaller Gram matrix.
+
+    See :func:`singular_values_of_gram` for what that costs in precision.
+
+    >>> [round(x, 3) for x in singular_values(torch.tensor([[3.0, 0.0], [0.0, 4.0], [0.0, 0.0]])).tolist()]
+    [4.0, 3.0]
+    """
+    return singular_values_of_gram(smaller_gram(rows))
+
+
+def smaller_gram(rows: Float[Tensor, "row d_model"]) -> Float[Tensor, "k k"]:
+    """X Xᵀ (dual) when N ≤ d, else Xᵀ X (primal), in float64: both have the squared singular values as eigenvalues."""
+    exact = rows.to(torch.float64)
+    return exact @ exact.T if len(rows) <= rows.shape[1] else exact.T @ exact
+
+
+def singular_values_of_gram(gram: Float[Tensor, "k k"]) -> Float[Tensor, " k"]:
+    """Square roots of the eigenvalues of X Xᵀ or Xᵀ X, largest first.
+
+    A Gram matrix squares the condition number: in float64 σ/σ₁ is known above √(k ε) ≈ 1e-8 √k only, and what lies below is
+    set to 0, so that rounding does not count as directions. NaN or infinity in the matrix makes every value NaN.
+    """
+    if not torch.isfinite(gram).all():
+        return torch.full_like(gram[0], math.nan)
+    eigenvalues = torch.linalg.eigvalsh(gram).flip(0)
+    return _without_rounding(eigenvalues).sqrt()
+
+
+def eigen_of_gram(gram: Float[Tensor, "k k"]) -> tuple[Float[Tensor, " k"], Float[Tensor, " k"]]:
+    """Singular values as :func:`singular_values_of_gram`, and the Gram matrix's eigenvector of the largest one."""
+    if not torch.isfinite(gram).all():
+        return torch.full_like(gram[0], math.nan), torch.full_like(gram[0], math.nan)
+    eigenvalues, vectors = torch.linalg.eigh(gram)
+    return _without_rounding(eigenvalues.flip(0)).sqrt(), vectors[:, -1]
+
+
+def spectral_entropy(sigma: Float[Tensor, " k"], distribution: Distribution) -> float:
+    """−Σ p ln p in nats, 0 … ln k: 0 for rank one, ln k for k equal singular values.
+
+    >>> round(spectral_entropy(torch.tensor([2.0, 1.0]), "energy"), 6)
+    0.500402
+    >>> round(spectral_entropy(torch.tensor([2.0, 1.0]), "singular"), 6)
+    0.636514
+    """
+    p = _shares(sigma, distribution)
+    return float(torch.special.entr(p).sum())
+
+
+def normalized_entropy(sigma: Float[Tensor, " k"], distribution: Distribution) -> float:
+    """Spectral entropy over its largest possible value ln k, where k = min(N, d): 0 … 1; 0 for k = 1."""
+    entropy = spectral_entropy(sigma, distribution)
+    return entropy / math.log(len(sigma)) if len(sigma) > 1 else entropy
+
+
+def effective_rank(sigma: Float[Tensor, " k"], distribution: Distribution) -> float:
+    """exp of the spectral entropy: how many equal directions would have it (Roy & Vetterli 2007 use ``singular``)."""
+    return math.exp(spectral_entropy(sigma, distribution))
+
+
+def participation_ratio(sigma: Float[Tensor, " k"]) -> float:
+    """(Σσ²)² / Σσ⁴ = 1 / Σq².
+
+    >>> round(participation_ratio(torch.tensor([2.0, 1.0])), 6)
+    1.470588
+    """
+    return float(1 / _shares(sigma, "energy").square().sum())
+
+
+def stable_rank(sigma: Float[Tensor, " k"]) -> float:
+    """‖X‖_F² / σ₁² = 1 / ρ₁.
+
+    >>> stable_rank(torch.tensor([2.0, 1.0]))
+    1.25
+    """
+    return 1 / top1_energy(sigma)
+
+
+def top1_energy(sigma: Float[Tensor, " k"]) -> float:
+    """ρ₁ = σ₁² / Σσ²: share of the squared norm along the first direction.
+
+    >>> top1_energy(torch.tensor([2.0, 1.0]))
+    0.8
+    """
+    return float(_shares(sigma, "energy").max())
+
+
+def sigma_ratio(sigma: Float[Tensor, " k"]) -> float:
+    """σ₂ / σ₁; 0 when there is one singular value only.
+
+    >>> sigma_ratio(torch.tensor([2.0, 1.0]))
+    0.5
+    """
+    scaled = _scaled(sigma)
+    if len(scaled) < 2:
+        return float(0 * scaled[0])
+    return float(scaled.topk(2).values[1])
+
+
+def spectrum(sigma: Float[Tensor, " k"], *, n_rows: int, d_model: int) -> Spectrum:
+    """Every figure of this file for the k = min(N, d) singular values of one matrix.
+
+    Raises:
+        ValueError: the number of singular values is not min(n_rows, d_model).
+    """
+    if len(sigma) != min(n_rows, d_model):
+        raise ValueError(f"spectrum: expected min({n_rows}, {d_model}) singular values, got {len(sigma)}")
+    return Spectrum(
+        n_rows,
+        d_model,
+        spectral_entropy(sigma, "energy"),
+        spectral_entropy(sigma, "singular"),
+        normalized_entropy(sigma, "energy"),
+        normalized_entropy(sigma, "singular"),
+        effective_rank(sigma, "energy"),
+        effective_rank(sigma, "singular"),
+        participation_ratio(sigma),
+        stable_rank(sigma),
+        top1_energy(sigma),
+        sigma_ratio(sigma),
+    )
+
+
+def _without_rounding(eigenvalues: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
+    """Eigenvalues of a positive semi-definite matrix, those within rounding of 0 made 0."""
+    floor = eigenvalues[0] * len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps
+    return eigenvalues.where(eigenvalues > floor, 0.0)
+
+
+def _scaled(sigma: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
+    """σ / σ₁ in float64, so that no square or sum over- or underflows; NaN for a matrix of zeros."""
+    exact = sigma.to(torch.float64)
+    return exact / exact.max()
+
+
+def _shares(sigma: Float[Tensor, " k"], distribution: Distribution) -> Float[Tensor, " k"]:
+    weights = _scaled(sigma)
+    if distribution == "energy":
+        weights = weights.square()
+    return weights / weights.sum()
