@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tiltmeter.layers import Unembedding
-from tiltmeter.log_probs import DEFAULT_CHUNK_TOKENS
+from tiltmeter.log_probs import default_chunk_tokens
 
 
 def shared_state_gradient(
@@ -54,7 +54,7 @@ def log_prob_gradients(
     head: Unembedding,
     target_ids: Int[Tensor, " target"],
     *,
-    chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
 ) -> Float[Tensor, "target d_model"]:
     """∂ log p(t) / ∂h = e_t − Σ_j p_j e_j, times the head's scale and the slope of its cap; a chunk of logits at a time.
 
@@ -62,6 +62,7 @@ def log_prob_gradients(
         hidden: ``final_post_norm`` states.
     """
     weight, found = head.weight, []
+    chunk_tokens = default_chunk_tokens(len(weight)) if chunk_tokens is None else chunk_tokens
     for h, ids in zip(hidden.split(chunk_tokens), target_ids.split(chunk_tokens), strict=True):
         logits = head.scale * torch.nn.functional.linear(h, weight, head.bias)
         slope = torch.full_like(logits, head.scale)
