@@ -1,7 +1,7 @@
 """PreferenceDataModule: one data module over every source; splits, tokenises and serves optimizer steps."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -234,7 +234,8 @@ class PreferenceDataModule(LightningDataModule):
 
     def rows_of_first_steps(self, n_steps: int) -> list[int]:
         """Training rows that the first ``n_steps`` optimizer steps take, over as many epochs as they need, each once."""
-        sampler, per_epoch = self._sampler("train", shuffle=True), self.steps_per_epoch
+        n_rows, per_epoch = len(self.splits["train"].pairs), self.steps_per_epoch
+        sampler = self._sampler("train", [1] * n_rows, shuffle=True)  # only the order is asked for
         rows: set[int] = set()
         for epoch in range(-(-n_steps // per_epoch)):
             n_here = min(per_epoch, n_steps - epoch * per_epoch)
@@ -244,24 +245,41 @@ class PreferenceDataModule(LightningDataModule):
         return sorted(rows)
 
     def loader(
-        self, split: Split, *, shuffle: bool = False, start_step: int = 0, rows: Sequence[int] | None = None
+        self,
+        split: Split,
+        *,
+        shuffle: bool = False,
+        start_step: int = 0,
+        rows: Sequence[int] | None = None,
+        layout: Layout | None = None,
+        change: Callable[[TokenizedPair], TokenizedPair] | None = None,
     ) -> DataLoader[StepBatch]:
-        """Steps over one split (or some rows of it) for this process; every pair appears once over all processes."""
+        """Steps over one split for this process; every pair appears once over all processes.
+
+        Args:
+            start_step: steps of the first epoch to skip.
+            rows: only these rows, default all.
+            layout: default: the one that is trained.
+            change: what is done to each pair first; None: nothing.
+        """
         assert self.tokenizer is not None, "tokenize() comes first"
+        layout = layout or self.active_layout
+        pairs = self.pairs_of(split) if change is None else [change(pair) for pair in self.pairs_of(split)]
+        trainer = self.trainer
+        length = packed_length if self.packs else row_length
+        sampler = self._sampler(split, [length(pair, layout) for pair in pairs], shuffle=shuffle, rows=rows)
+        sampler.start_step = start_step
         dataset = StepDataset(
-            self.pairs_of(split),
-            layout=self.active_layout,
+            pairs,
+            layout=layout,
             pad_id=self.tokenizer.pad_token_id or 0,
-            predict_prompt=self.predict_prompt,
+            predict_prompt=self.predict_prompt and layout == "chosen_only",
             packed=self.packs,
         )
-        trainer = self.trainer
         return DataLoader(
             dataset,
             batch_size=None,
-            sampler=self._sampler(
-                split, shuffle=shuffle, start_step=start_step, rows=rows
-            ),  # yields plans: the data set's index
+            sampler=sampler,  # yields plans, which the data set takes as its index
             generator=torch.Generator(),  # else every pass over the data would move the run's own random numbers
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
@@ -269,22 +287,21 @@ class PreferenceDataModule(LightningDataModule):
         )
 
     def _sampler(
-        self, split: Split, *, shuffle: bool, start_step: int = 0, rows: Sequence[int] | None = None
+        self, split: Split, lengths: Sequence[int], *, shuffle: bool, rows: Sequence[int] | None = None
     ) -> StepSampler:
-        layout, trainer = self.active_layout, self.trainer
-        length = packed_length if self.packs else row_length
+        trainer = self.trainer
         return StepSampler(
-            [length(pair, layout) for pair in self.pairs_of(split)],
+            lengths,
             pairs_per_step=self.pairs_per_step,
             tokens_per_micro_batch=self.tokens_per_micro_batch,
             shuffle=shuffle,
             seed=self.seed,
             rank=0 if trainer is None else trainer.global_rank,
             world_size=1 if trainer is None else trainer.world_size,
-            start_step=start_step,
             rows=rows,
             packed=self.packs,
-            bucket_steps=self.bucket_steps if split == "train" and shuffle else 1,
+            bucket_steps=self.bucket_steps if shuffle else 1,
+            bucket_lengths=[sum(map(len, pair)) for pair in self.splits[split].pairs],
         )
 
 

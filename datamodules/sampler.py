@@ -136,6 +136,7 @@ class StepSampler(Sampler[StepPlan]):
         rows: only these rows, default all.
         packed: micro-batches are packed rows rather than padded ones.
         bucket_steps: steps whose pairs are sorted by length together (:func:`bucketed_order`); 1: plain sampling.
+        bucket_lengths: lengths that buckets are sorted by, the same for every layout; default ``lengths``.
     """
 
     def __init__(
@@ -152,6 +153,7 @@ class StepSampler(Sampler[StepPlan]):
         rows: Sequence[int] | None = None,
         packed: bool = False,
         bucket_steps: int = 1,
+        bucket_lengths: Sequence[int] | None = None,
     ) -> None:
         self.lengths = lengths
         self.pairs_per_step = pairs_per_step
@@ -164,6 +166,7 @@ class StepSampler(Sampler[StepPlan]):
         self.rows = np.arange(len(lengths)) if rows is None else np.asarray(rows, dtype=np.int64)
         self.packed = packed
         self.bucket_steps = bucket_steps
+        self.bucket_lengths = lengths if bucket_lengths is None else bucket_lengths
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -181,7 +184,7 @@ class StepSampler(Sampler[StepPlan]):
             return order
         return bucketed_order(
             order,
-            self.lengths,
+            self.bucket_lengths,
             pairs_per_step=self.pairs_per_step,
             bucket_steps=self.bucket_steps,
             seed=self.seed,

@@ -1,0 +1,45 @@
+"""DirectionalConsistency: do the updates of all prompts point the same way, and since when?"""
+
+from pathlib import Path
+
+from lightning.pytorch import LightningModule, Trainer
+from safetensors.torch import save_file
+
+from callbacks.observation import Observation, Observer, log
+from tiltmeter.files import write_atomically
+from tiltmeter.watching import consistency_metrics, place, steering_vectors
+
+
+class DirectionalConsistency(Observer):
+    """Cosines of each update with the mean update v*, in-sample and leave-one-out, with null bands (the paper's Fig. 3).
+
+    At the end v* of every site is written to ``vectors/steering.safetensors`` in the run folder.
+
+    Args:
+        sites, positions, every_n_steps: see :class:`~callbacks.observation.Observer`.
+    """
+
+    def on_observation(self, trainer: Trainer, module: LightningModule, seen: Observation) -> None:
+        """Log the cosines, and write the vectors as they are now."""
+        if not trainer.is_global_zero:
+            return
+        metrics = {}
+        for point in self.points(seen):
+            previous = None if seen.previous is None else seen.previous[point]
+            metrics |= consistency_metrics(seen.base, seen.policy, point, previous=previous)
+        log(trainer, metrics)
+        if seen.step:
+            self._write(Path(trainer.default_root_dir) / "vectors" / "steering.safetensors", seen)
+
+    def _write(self, path: Path, seen: Observation) -> None:
+        wanted = self.points(seen)
+        vectors = {place(p): v.float() for p, v in steering_vectors(seen.base, seen.policy).items() if p in wanted}
+        about = {
+            "what": "v*, mean of h_policy - h_base over the probe's pairs",
+            "n_rows": str(len(seen.base[wanted[0]].rows)),
+            "steps_taken": str(seen.step),
+        }
+        try:
+            write_atomically(path, lambda temporary: save_file(vectors, temporary, metadata=about))
+        except OSError as error:
+            self.report_failed_write(path, error)

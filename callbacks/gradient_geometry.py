@@ -1,0 +1,87 @@
+"""GradientGeometry: which way does the loss pull the final hidden states, while it trains?"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from callbacks.observation import ProbeSession, log, model_of
+from tiltmeter.batch import PreferenceBatch, StepBatch
+from tiltmeter.capture import ReadPoint, capture_gradients
+from tiltmeter.directions import sequence_preference_vectors
+from tiltmeter.errors import UserError
+from tiltmeter.gradients import GradientMoments
+from tiltmeter.layers import FINAL_POST_NORM
+
+_STEERING = ReadPoint(FINAL_POST_NORM, "prompt_last")
+
+
+class GradientGeometry(Callback):
+    """The gradient of the loss with respect to the final hidden states: its mean resultant, and its energy along v̄ and v*.
+
+    No extra forward pass: a hook sees the gradients that training computes anyway. Logs ``gradient/mean_resultant``
+    (1: all pull one way), ``gradient/energy_along_sequence`` (each pair's own v̄) and ``gradient/energy_along_steering``
+    (v* of the last observation, where another callback reads ``prompt_last``), over the steps since the last log.
+
+    Args:
+        every_n_steps: how often to log.
+    """
+
+    def __init__(self, *, every_n_steps: int = 10) -> None:
+        if every_n_steps < 1:
+            raise UserError(f"callbacks: every_n_steps: expected at least 1, got {every_n_steps}")
+        self.every_n_steps = every_n_steps
+        self._batches: Iterator[PreferenceBatch] = iter(())
+        self._moments: GradientMoments | None = None
+        self._hooks = ExitStack()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the hook on."""
+        session, model = ProbeSession.of(trainer), model_of(pl_module)
+        head = session.head(pl_module)
+        self._moments = GradientMoments(head.weight.shape[1], names=["sequence", "steering"], device=pl_module.device)
+
+        def receive(gradient: Tensor) -> None:
+            batch = next(self._batches, None)
+            if batch is None or batch.layout == "chosen_only":
+                return
+            rows, first = torch.unique(batch.target_rows, return_inverse=True)
+            pair_of_row = torch.empty_like(rows).scatter_(0, first, batch.target_sequences % batch.n_pairs)
+            real = batch.weights[pair_of_row] > 0
+            along = sequence_preference_vectors(head, batch)[pair_of_row]
+            steering = (session.steering or {}).get(_STEERING, torch.zeros(gradient.shape[-1])).to(gradient.device)
+            assert self._moments is not None
+            self._moments.update(
+                gradient.flatten(0, 1)[rows][real], {"sequence": along[real], "steering": steering[None]}
+            )
+
+        self._hooks.enter_context(capture_gradients(model, receive))
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: StepBatch, batch_idx: int
+    ) -> None:
+        """Backward passes come in the order of micro-batches."""
+        self._batches = iter(batch.micro_batches)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log and begin again."""
+        if trainer.global_step % self.every_n_steps:
+            return
+        assert self._moments is not None
+        whole = self._moments if trainer.world_size == 1 else self._moments.all_reduce(
+            lambda sums: trainer.strategy.reduce(sums, reduce_op="sum")  # type: ignore[arg-type, return-value]
+        )
+        seen = whole.summary()
+        self._moments.reset()
+        metrics = {"gradient/mean_resultant": seen.mean_resultant}
+        metrics |= {f"gradient/energy_along_{k}": share for k, share in seen.energy_shares.items() if share > 0}
+        log(trainer, {name: value for name, value in metrics.items() if value == value})
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take the hook off, however training ended."""
+        self._hooks.close()

@@ -1,0 +1,232 @@
+"""When the probe is read while a model trains, and by whom: one forward pass serves every callback at a step."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from datamodules.preference import PreferenceDataModule
+from tiltmeter.batch import REJECTED, PreferenceBatch
+from tiltmeter.capture import HiddenStates, ReadPoint
+from tiltmeter.errors import UserError
+from tiltmeter.layers import Unembedding, resolve_sites, unembedding
+from tiltmeter.positions import Position, check_position
+from tiltmeter.probe import PreferenceDirections, Probe, cut_pair
+from tiltmeter.watching import Metrics, states_from_tensors, states_to_tensors, steering_vectors
+
+States = dict[ReadPoint, HiddenStates]
+
+
+@dataclass
+class Observation:
+    """What was read at one moment of training, beside what was read before it."""
+
+    step: int
+    """Optimizer steps taken."""
+    n_layers: int
+    """Decoder blocks of the model."""
+    base: States
+    policy: States
+    previous: dict[ReadPoint, Tensor] | None
+    """v* of the observation before; None at the first."""
+
+
+@dataclass
+class ProbeSession:
+    """The probe of one training run, shared by its callbacks: the union of what they want, read once a step."""
+
+    sites: list[str] = field(default_factory=list)
+    positions: list[Position] = field(default_factory=list)
+    base: States | None = None
+    steering: dict[ReadPoint, Tensor] | None = None
+    """v* of the last observation after a step."""
+    _probe: Probe | None = None
+    _latest: Observation | None = None
+    _directions: PreferenceDirections | None = None
+    _head: Unembedding | None = None
+
+    @staticmethod
+    def of(trainer: Trainer) -> "ProbeSession":
+        """The session of a trainer."""
+        return _SESSIONS.setdefault(trainer, ProbeSession())
+
+    def want(self, sites: str | Sequence[str], positions: Sequence[Position]) -> None:
+        """Announce what a callback needs; call before the first observation."""
+        self.sites += [sites] if isinstance(sites, str) else list(sites)
+        self.positions += [check_position(p) for p in positions if p not in self.positions]
+
+    def observe(self, trainer: Trainer, module: LightningModule) -> Observation:
+        """Read the probe, unless it was read at this step already; a collective of all processes."""
+        step = trainer.global_step
+        if self._latest is None or self._latest.step != step:
+            states = self._read(trainer, module)
+            if self.base is None:
+                self.base = states
+            self._latest = Observation(
+                step, model_of(module).config.num_hidden_layers, self.base, states, self.steering
+            )
+            if step:
+                self.steering = steering_vectors(self.base, states)
+        return self._latest
+
+    def directions(self, trainer: Trainer, module: LightningModule) -> PreferenceDirections:
+        """v and v̄ of the probe's pairs in the base model's unembedding; a collective when it is sharded."""
+        if self._directions is None:
+            self._directions = PreferenceDirections(self.head(module), data_of(trainer).splits["probe"].pairs)
+        return self._directions
+
+    def head(self, module: LightningModule) -> Unembedding:
+        """The unembedding as it was when first asked for, whole on every process."""
+        if self._head is None:
+            head = unembedding(model_of(module))
+            weight = head.weight.detach()
+            whole = weight.full_tensor() if isinstance(weight, DTensor) else weight.clone()
+            bias = head.bias.full_tensor() if isinstance(head.bias, DTensor) else head.bias
+            self._head = Unembedding(whole, bias, head.scale, head.soft_cap)
+        return self._head
+
+    def _read(self, trainer: Trainer, module: LightningModule) -> States:
+        if self._probe is None:
+            self._probe = Probe(self._batches(trainer), sites=self._all_sites(module), positions=self.positions)
+        with trainer.precision_plugin.forward_context():
+            states = self._probe.read(model_of(module), cast(Any, module).trained_policy)
+        return {point: _gather(found, trainer) for point, found in states.items()}
+
+    def _all_sites(self, module: LightningModule) -> list[str]:
+        n_layers = model_of(module).config.num_hidden_layers
+        found = {site for wanted in dict.fromkeys(self.sites) for site in resolve_sites(wanted, n_layers)}
+        return [site for site in resolve_sites("all", n_layers) if site in found]
+
+    def _batches(self, trainer: Trainer) -> list[PreferenceBatch]:
+        data = data_of(trainer)
+        if not data.splits["probe"].pairs:
+            raise UserError("callbacks: expected held-out pairs to probe, got none; set datamodule.probe_pairs or callbacks=none")
+        steps = data.loader("probe", layout=data.layout, change=lambda pair: cut_pair(pair, self.positions))
+        return [batch for step in steps for batch in step.micro_batches]
+
+
+_SESSIONS: WeakKeyDictionary[Trainer, ProbeSession] = WeakKeyDictionary()
+
+
+class Observer(Callback):
+    """A callback that looks at the probe before training, at the end of every epoch and, if asked, every few steps.
+
+    Args:
+        sites: ``all``, a site or several (``final_post_norm``, ``final_pre_norm``, ``layer_07``).
+        positions: which tokens' hidden states (:mod:`tiltmeter.positions`).
+        every_n_steps: look after so many optimizer steps too; null: at the start and at the ends of epochs.
+    """
+
+    def __init__(
+        self,
+        *,
+        sites: str | Sequence[str] = "all",
+        positions: Sequence[Position] = ("prompt_last",),
+        every_n_steps: int | None = None,
+    ) -> None:
+        if every_n_steps is not None and every_n_steps < 1:
+            raise UserError(f"callbacks: every_n_steps: expected at least 1 or null, got {every_n_steps}")
+        self.sites = sites
+        self.positions = tuple(check_position(position) for position in positions)
+        self.every_n_steps = every_n_steps
+        self._seen: int | None = None
+        self._keeps_base = False
+
+    def points(self, seen: Observation) -> list[ReadPoint]:
+        """The sites and positions that this callback asked for."""
+        sites = resolve_sites(self.sites, seen.n_layers)
+        return [point for point in seen.base if point.site in sites and point.position in self.positions]
+
+    def report_failed_write(self, path: Path, error: OSError, trainer: Trainer | None = None) -> None:
+        """A file that could not be written is no reason to stop training."""
+        rank_zero_warn(f"{path}: could not be written ({error.strerror or error}); training goes on without it")
+        if trainer is not None:
+            log(trainer, {"alarm/snapshot": 1.0})
+
+    def on_observation(self, trainer: Trainer, module: LightningModule, seen: Observation) -> None:
+        """Look; every process calls this."""
+        raise NotImplementedError
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Say what will be read."""
+        session = ProbeSession.of(trainer)
+        self._keeps_base = not session.positions
+        session.want(self.sites, self.positions)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The base model, before the first step."""
+        if trainer.global_step == 0:
+            self._look(trainer, pl_module)
+        elif ProbeSession.of(trainer).base is None:
+            raise UserError(
+                "callbacks: this checkpoint holds no hidden states of the base model, with which later ones are compared; resume "
+                "with the callbacks that the run was started with, or with callbacks=none"
+            )
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Every few steps."""
+        if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
+            self._look(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """At the end of an epoch."""
+        self._look(trainer, pl_module)
+
+    def _look(self, trainer: Trainer, module: LightningModule) -> None:
+        if self._seen != trainer.global_step:
+            self._seen = trainer.global_step
+            self.on_observation(trainer, module, ProbeSession.of(trainer).observe(trainer, module))
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """The base model's rows go with the run, once: a resumed run couldn't read them any more."""
+        base = ProbeSession.of(trainer).base
+        if self._keeps_base and base is not None:
+            checkpoint["probe_base"] = states_to_tensors(base)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Take them back."""
+        if "probe_base" in checkpoint:
+            ProbeSession.of(trainer).base = states_from_tensors(checkpoint["probe_base"])
+
+
+def log(trainer: Trainer, metrics: Mapping[str, float]) -> None:
+    """Send metrics to every logger, at the step that was taken last; ``probe/steps_taken`` says how many had been."""
+    if metrics and trainer.is_global_zero:
+        row: Metrics = {**metrics, "probe/steps_taken": trainer.global_step, "epoch": trainer.current_epoch}
+        for logger in trainer.loggers:
+            logger.log_metrics(row, step=max(trainer.global_step - 1, 0))
+
+
+def data_of(trainer: Trainer) -> PreferenceDataModule:
+    """The run's data module."""
+    return cast(PreferenceDataModule, trainer.datamodule)  # type: ignore[attr-defined]
+
+
+def model_of(module: LightningModule) -> PreTrainedModel:
+    """The language model inside a Lightning module of this project."""
+    return cast(PreTrainedModel, cast(Any, module).trained_policy.model)
+
+
+def _gather(found: HiddenStates, trainer: Trainer) -> HiddenStates:
+    """The rows of all processes, in the order that one process would have read them."""
+    if trainer.world_size == 1:
+        return found
+    n_pairs = len(data_of(trainer).splits["probe"].pairs)
+    width = found.rows.shape[1]
+    table = torch.zeros(n_pairs * (REJECTED + 1), width + 1, device=trainer.strategy.root_device)
+    place = found.pair_index * (REJECTED + 1) + found.sides
+    table[place, :width] = found.rows.to(table)
+    table[place, width] = 1
+    table = cast(Tensor, trainer.strategy.reduce(table, reduce_op="sum")).cpu()  # every row from one process: exact
+    there = table[:, width].nonzero()[:, 0]
+    return HiddenStates(table[there, :width], there // (REJECTED + 1), there % (REJECTED + 1))

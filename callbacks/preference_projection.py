@@ -1,0 +1,33 @@
+"""PreferenceProjection: do hidden states move along what the preference asks for?"""
+
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+
+from callbacks.observation import Observation, Observer, ProbeSession, data_of, log
+from tiltmeter.watching import projection_metrics
+
+
+class PreferenceProjection(Observer):
+    """⟨h, v⟩ of base and policy at every site, for v and v̄, with paired intervals over prompts (the paper's Fig. 1a).
+
+    Read where v is defined: at the state that predicts the first token in which chosen and rejected differ.
+
+    Args:
+        sites, every_n_steps: see :class:`~callbacks.observation.Observer`.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(positions=("diverge",), **options)
+
+    def on_observation(self, trainer: Trainer, module: LightningModule, seen: Observation) -> None:
+        """Log the projections."""
+        session = ProbeSession.of(trainer)
+        directions, head = session.directions(trainer, module), session.head(module)
+        if not trainer.is_global_zero:
+            return
+        clusters = data_of(trainer).splits["probe"].groups
+        metrics = {}
+        for site, _ in self.points(seen):
+            metrics |= projection_metrics(seen.base, seen.policy, site, directions, clusters=clusters, head=head)
+        log(trainer, metrics)
