@@ -1,12 +1,15 @@
 """Ask questions of a finished run: ``python analyze.py run=FOLDER``, or ``run=last``; writes its report/ folder."""
 
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from analysis.report import write_report
-from analysis.runs import find_run, open_run
+from analysis.hidden_states import SECTIONS, Watched, hidden_state_sections, section_of_run
+from analysis.report import Section, write_report
+from analysis.runs import Run, find_run, open_run
 from analysis.samples import compare_samples
 from analysis.training_curves import training_section
 from launch.command import one_line_errors, run_command
@@ -14,7 +17,11 @@ from launch.configuration import check_config
 from launch.screen import console
 from tiltmeter.errors import UserError
 
-ANALYSES = {"training": training_section}
+ALL = "all"
+ANALYSES: Mapping[str, Callable[[Run], Section]] = {
+    "training": training_section,
+    **{name: partial(section_of_run, name) for name in SECTIONS},
+}
 
 
 @hydra.main(config_path="conf", config_name="analyze", version_base="1.3")
@@ -32,11 +39,15 @@ def analyze(config: DictConfig) -> Path:
             "run: expected a run folder, for example run=runs/tiny_synthetic/2026-01-31_12-00-00, or run=last"
         )
     check_config(config, config_name="analyze")
-    if config.analysis not in ANALYSES:
-        raise UserError(f"analysis={config.analysis}: there is none of that name (there are: {', '.join(ANALYSES)})")
+    if config.analysis != ALL and config.analysis not in ANALYSES:
+        known = ", ".join((ALL, *ANALYSES))
+        raise UserError(f"analysis={config.analysis}: there is none of that name (there are: {known})")
     run = open_run(find_run(str(config.run), Path(config.runs_root)))
-    section = ANALYSES[config.analysis](run)
-    return write_report(run, [section], compare_samples(run))
+    if config.analysis == ALL:
+        sections = [training_section(run), *hidden_state_sections(Watched.of_run(run))]
+    else:
+        sections = [ANALYSES[config.analysis](run)]
+    return write_report(run, sections, compare_samples(run))
 
 
 if __name__ == "__main__":

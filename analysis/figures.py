@@ -17,6 +17,7 @@ from tiltmeter.files import write_atomically
 COLOURS: Mapping[str, str] = {
     "base": "#4d4d4d",
     "policy": "#0072b2",
+    "policy_dark": "#00304d",
     "chosen": "#009e73",
     "rejected": "#d55e00",
     "sft_chosen": "#e69f00",

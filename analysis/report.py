@@ -46,6 +46,7 @@ class Section:
         table: the numbers drawn.
         reading: how to read the figure.
         headlines: numbers for the first screen.
+        shown: a small table for the page, as text; None: the files have the numbers.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Section:
     table: pd.DataFrame
     reading: Sequence[str]
     headlines: Sequence[Headline]
+    shown: pd.DataFrame | None = None
 
 
 def write_report(run: Run, sections: Sequence[Section], samples: Samples) -> Path:
@@ -89,10 +91,22 @@ def render_page(run: Run, sections: Sequence[Section], samples: Samples, *, imag
         facts=facts(run),
         headlines=[headline for section in sections for headline in section.headlines],
         sections=list(shown),
+        missing=_missing(sections),
         samples=samples,
         max_new_tokens=MAX_NEW_TOKENS,
         command=f"python analyze.py run={run.folder}",
     )
+
+
+def _missing(sections: Sequence[Section]) -> list[str]:
+    """What a reader may look for and this page can't show."""
+    always = [
+        "steering sweeps;",
+        "claims with verdicts against controls (shuffled and swapped labels, SFT) and over several seeds.",
+    ]
+    if any(section.name == "geometry" for section in sections):
+        return always
+    return ["what changed inside the model: geometry of the hidden states, layer by layer;", *always]
 
 
 def facts(run: Run) -> list[tuple[str, str]]:

@@ -112,7 +112,11 @@ def test_a_control_says_that_it_is_one(make_run: Callable[..., Path]) -> None:
         (["run=last", "runs_root=runs"], 0, "report/index.html"),
         ([], 2, "tiltmeter: run: expected a run folder, for example run=runs/tiny_synthetic/2026-"),
         (["run=runs/nothing"], 2, "tiltmeter: run: no such folder: runs/nothing"),
-        (["run=last", "analysis=geometri"], 2, "analysis=geometri: there is none of that name (there are: training)"),
+        (
+            ["run=last", "analysis=geometri"],
+            2,
+            "analysis=geometri: there is none of that name (there are: all, training, geometry",
+        ),
         (["rum=last"], 2, "tiltmeter: rum: unknown configuration key; did you mean run?"),
     ],
 )

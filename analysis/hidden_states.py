@@ -1,0 +1,92 @@
+"""What training did to hidden states: sections of the report and figures for trackers, from metrics.csv and snapshots/.
+
+Nothing is computed from a model here: curves come from what callbacks logged, histograms from the rows that they stored.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from analysis.cosines import cosine_section
+from analysis.layer_curves import geometry_section
+from analysis.layer_entropy import entropy_section
+from analysis.layer_maps import layers_by_step_section
+from analysis.observations import observed
+from analysis.projection_curves import projection_section
+from analysis.report import Section
+from analysis.runs import Run, read_metrics
+from tiltmeter.errors import UserError
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What a run has logged and stored of its hidden states, finished or not.
+
+    Args:
+        metrics: metrics.csv.
+        snapshots: the run's snapshots/ folder, there or not.
+    """
+
+    metrics: pd.DataFrame
+    snapshots: Path
+
+    @classmethod
+    def of_run(cls, run: Run) -> "Watched":
+        """That of a finished run."""
+        return cls(run.metrics, run.folder / "snapshots")
+
+    @classmethod
+    def of_folder(cls, run_dir: Path) -> "Watched":
+        """That of a run folder, while it trains or afterwards.
+
+        Raises:
+            UserError: metrics.csv is missing or damaged.
+        """
+        return cls(read_metrics(run_dir / "metrics.csv"), run_dir / "snapshots")
+
+
+_BUILDERS: Mapping[str, Callable[[Watched], Section | None]] = {
+    "geometry": lambda seen: geometry_section(observed(seen.metrics)),
+    "entropy": lambda seen: entropy_section(observed(seen.metrics)),
+    "layers_by_step": lambda seen: layers_by_step_section(observed(seen.metrics)),
+    "cosines": lambda seen: cosine_section(seen.snapshots, seen.metrics),
+    "projection": lambda seen: projection_section(observed(seen.metrics), seen.metrics),
+}
+SECTIONS = tuple(_BUILDERS)
+"""Names of the sections, in the order of the report."""
+
+
+def hidden_state_section(name: str, seen: Watched) -> Section | None:
+    """One section; None when the run logged or stored nothing for it.
+
+    Raises:
+        UserError: a snapshot is damaged; names the file.
+    """
+    return _BUILDERS[name](seen)
+
+
+def section_of_run(name: str, run: Run) -> Section:
+    """One section of a finished run.
+
+    Raises:
+        UserError: the run has nothing for it, or a snapshot is damaged.
+    """
+    found = hidden_state_section(name, Watched.of_run(run))
+    if found is None:
+        raise UserError(
+            f"analysis={name}: {run.folder} has no readings for it (expected a run trained with callbacks=geometry or "
+            "callbacks=full that took at least one step)"
+        )
+    return found
+
+
+def hidden_state_sections(seen: Watched) -> list[Section]:
+    """All sections that a run has readings for; none for a run without a probe.
+
+    Raises:
+        UserError: a snapshot is damaged; names the file.
+    """
+    found = [hidden_state_section(name, seen) for name in SECTIONS]
+    return [section for section in found if section is not None]

@@ -1,0 +1,174 @@
+"""Is the update one constant shift, layer by layer? Shares, cosines and the table, at the last observation."""
+
+from collections.abc import Callable
+
+import pandas as pd
+from matplotlib.axes import Axes
+
+from analysis.figures import COLOURS, EndLabel, house_style, new_figure, set_titles
+from analysis.observations import UPDATE, deepest, latest, site_name, updates
+from analysis.report import Headline, Section
+from analysis.site_axes import (
+    SITES_LABEL,
+    as_text,
+    extremes,
+    finish_sites,
+    last_value,
+    plot_sites,
+    prepare_sites,
+    shade_sites,
+)
+
+NULLS = {
+    "shift_share_null_high": "shift_share/null_high",
+    "mean_cosine_in_sample_null_high": "mean_cosine/in_sample_null_high",
+    "mean_cosine_leave_one_out_null_high": "mean_cosine/leave_one_out_null_high",
+}
+"""Upper ends of null bands: column of the table → name in metrics.csv, before the site."""
+SHOWN = {
+    "shift_share": ("f", "{:.3f}"),
+    "top1_energy": ("ρ₁ raw", "{:.3f}"),
+    "top1_energy_centred": ("ρ₁ centred", "{:.3f}"),
+    "entropy_energy": ("H raw", "{:.2f}"),
+    "entropy_energy_centred": ("H centred", "{:.2f}"),
+    "mean_cosine_in_sample": ("cos in-sample", "{:.3f}"),
+    "mean_cosine_leave_one_out": ("cos leave-one-out", "{:.3f}"),
+}
+"""Columns of the table as people read them: heading and format."""
+_BLUE, _NAVY, _GREY = COLOURS["policy"], COLOURS["policy_dark"], COLOURS["mark"]
+Panel = Callable[[Axes, pd.DataFrame], str]
+
+
+def geometry_section(table: pd.DataFrame) -> Section | None:
+    """The section ``geometry``: shares and cosines by layer, with the table of both and of entropies.
+
+    Args:
+        table: :func:`analysis.observations.observed`.
+    """
+    last = geometry_table(table)
+    panels: list[Panel] = []
+    if last["shift_share"].notna().any():
+        panels.append(draw_shares)
+    if last["mean_cosine_leave_one_out"].notna().any():
+        panels.append(draw_cosines)
+    if not panels:
+        return None
+    with house_style():
+        figure, axes = new_figure(len(panels), panel_height_cm=6.0)
+        sentences = [draw(panel, last) for draw, panel in zip(panels, axes, strict=True)]
+        axes[-1].set_xlabel(SITES_LABEL)
+        set_titles(figure, axes, sentences)
+    return Section(
+        name="geometry",
+        question="Is what training did to hidden states one constant shift?",
+        sentences=sentences,
+        figure=figure,
+        table=last,
+        shown=shown_table(last),
+        reading=_reading(last),
+        headlines=_headlines(last),
+    )
+
+
+def geometry_table(table: pd.DataFrame) -> pd.DataFrame:
+    """The last observation: a row for each site, in the order of the forward pass; empty columns where nothing was logged."""
+    last = latest(updates(table))
+    names = UPDATE | NULLS
+    wanted = last.reindex(columns=["steps_taken", "position", "site", *names.values()])
+    return wanted.set_axis(["steps_taken", "position", "site", *names], axis=1)
+
+
+def shown_table(last: pd.DataFrame) -> pd.DataFrame:
+    """The table as text, for the page and the terminal; – where nothing was logged."""
+    shown = {"site": last["site"].tolist()}
+    for column, (heading, form) in SHOWN.items():
+        shown[heading] = ["–" if x != x else form.format(x).replace("-", "−") for x in last[column]]
+    return pd.DataFrame(shown)
+
+
+def draw_shares(axes: Axes, last: pd.DataFrame) -> str:
+    """f, and ρ₁ raw and centred, with the null band of f."""
+    sites = last["site"].tolist()
+    prepare_sites(axes, sites)
+    labels = [EndLabel(last_value(last["shift_share"]), "f", _NAVY)]
+    if last["shift_share_null_high"].notna().any():
+        shade_sites(axes, sites, 0.0, last["shift_share_null_high"])
+        labels.append(EndLabel(last_value(last["shift_share_null_high"]) / 2, "null of f", _GREY))
+    for column, style, name in (("top1_energy", ":", "ρ₁"), ("top1_energy_centred", "--", "ρ₁ centred")):
+        plot_sites(axes, sites, last[column], style=style)
+        labels.append(EndLabel(last_value(last[column]), name, _BLUE))
+    plot_sites(axes, sites, last["shift_share"], colour=_NAVY)
+    axes.set_ylim(0, 1.03)
+    axes.set_ylabel("share of ΔH’s energy")
+    finish_sites(axes, sites, labels, room=0.27)
+    sentence = f"One constant shift is {extremes(sites, last['shift_share'], 'percent')} of the update"
+    centred = last["top1_energy_centred"].max()
+    return (
+        sentence
+        if centred != centred
+        else f"{sentence}; without it, one direction holds at most {as_text(centred, 'percent')}"
+    )
+
+
+def draw_cosines(axes: Axes, last: pd.DataFrame) -> str:
+    """Mean cosine with v*, in-sample and leave-one-out, with their null bands."""
+    sites = last["site"].tolist()
+    prepare_sites(axes, sites)
+    labels = []
+    for side in ("in_sample", "leave_one_out"):
+        high = last[f"mean_cosine_{side}_null_high"]
+        if high.notna().any():
+            shade_sites(axes, sites, 0.0, high)
+    if last["mean_cosine_in_sample_null_high"].notna().any():
+        labels.append(EndLabel(last_value(last["mean_cosine_in_sample_null_high"]) / 2, "nulls", _GREY))
+    for side, style, name, colour in (
+        ("in_sample", ":", "in-sample", _BLUE),
+        ("leave_one_out", "-", "leave-one-out", _NAVY),
+    ):
+        values = last[f"mean_cosine_{side}"]
+        plot_sites(axes, sites, values, style=style, colour=colour)
+        labels.append(EndLabel(last_value(values), name, colour))
+    axes.set_ylim(min(0.0, float(last["mean_cosine_leave_one_out"].min()) - 0.03), 1.03)
+    axes.set_ylabel("mean cosine with v*")
+    finish_sites(axes, sites, labels, room=0.33)
+    left_out = last["mean_cosine_leave_one_out"]
+    n_above = int((left_out > last["mean_cosine_leave_one_out_null_high"]).sum())
+    n_known = int((left_out.notna() & last["mean_cosine_leave_one_out_null_high"].notna()).sum())
+    sentence = f"Leave-one-out, the mean cosine with v* is {extremes(sites, left_out, '.2f')}"
+    return f"{sentence}, above its null at {n_above} of {n_known} sites" if n_known else sentence
+
+
+def _reading(last: pd.DataFrame) -> list[str]:
+    """How to read the figure, and what it does not show."""
+    position, steps = last["position"].iloc[0], last["steps_taken"].iloc[0]
+    lines = [
+        f"ΔH holds the change of each probe pair’s hidden state at {position}, policy less base, after {steps} steps; v* is its "
+        "mean row. Diamond: the final norm’s output, on a scale of its own.",
+        "f = N‖v*‖²/‖ΔH‖²: share of ΔH that is one constant row. ρ₁: share along its first direction; centred: of what is left "
+        "without the mean row.",
+        "Not independent evidence: ρ₁ ≥ f always, and with rows of equal length f is the square of the mean cosine. That f, ρ₁ "
+        "and the cosine are high is one fact told three times; centred ρ₁ is another.",
+        "In-sample, a row is part of its own mean, so noise alone gives about 1/√N; leave-one-out compares it with the others "
+        "and has null 0.",
+        "A constant shift need not be preference: whether SFT or shuffled labels shift as much is for controls to say, and a few "
+        "dimensions of large activations can pass for one (variant outlier_dims_removed of callbacks=full).",
+    ]
+    if last["shift_share_null_high"].notna().any() or last["mean_cosine_leave_one_out_null_high"].notna().any():
+        lines.insert(3, "Grey: up to the 97.5 % quantile when each row’s sign is flipped at random.")
+    return lines
+
+
+def _headlines(last: pd.DataFrame) -> list[Headline]:
+    site = deepest(last["site"].tolist())
+    row = last[last["site"] == site].iloc[0]
+    found = []
+    for column, name, form in (
+        ("shift_share", "of the update is one constant shift (f)", "percent"),
+        ("mean_cosine_leave_one_out", "mean cosine with v*, leave-one-out", ".3f"),
+    ):
+        if row[column] == row[column]:
+            where = (
+                f"{site_name(site)}, after {row['steps_taken']} steps; geometry.csv, column {column}. No control yet."
+            )
+            found.append(Headline(as_text(float(row[column]), form), name, where))
+    return found

@@ -1,0 +1,126 @@
+"""Over how many directions do the update and the states spread, layer by layer? Spectral entropies at the last observation."""
+
+import math
+
+import pandas as pd
+from matplotlib.axes import Axes
+
+from analysis.figures import COLOURS, EndLabel, house_style, mark_level, new_figure, set_titles
+from analysis.observations import latest, most_entropy, updates
+from analysis.report import Section
+from analysis.site_axes import SITES_LABEL, extremes, finish_sites, last_value, plot_sites, prepare_sites
+
+ENTROPIES = {
+    f"{of}{'_centred' if centred else ''}_{kind}": f"spectral_entropy/{of}{'_centred' if centred else ''}/{kind}"
+    for of in ("delta", "base", "policy")
+    for centred in (False, True)
+    for kind in ("energy", "singular")
+}
+"""Column of the table → name in metrics.csv, before the site."""
+_BLUE, _NAVY, _GREY = COLOURS["policy"], COLOURS["policy_dark"], COLOURS["mark"]
+
+
+def entropy_section(table: pd.DataFrame) -> Section | None:
+    """The section ``entropy``.
+
+    Args:
+        table: :func:`analysis.observations.observed`.
+    """
+    last, cap = entropy_table(table), most_entropy(table)
+    if last["delta_energy"].isna().all():
+        return None
+    with house_style():
+        has_states = last["change_energy"].notna().any()
+        figure, axes = new_figure(2 if has_states else 1, panel_height_cm=6.0)
+        sentences = [draw_update(axes[0], last, cap)]
+        if has_states:
+            sentences.append(draw_states(axes[1], last))
+        axes[-1].set_xlabel(SITES_LABEL)
+        set_titles(figure, axes, sentences)
+    return Section(
+        name="entropy",
+        question="Does the spread over directions collapse?",
+        sentences=sentences,
+        figure=figure,
+        table=last,
+        reading=_reading(last, cap),
+        headlines=[],
+    )
+
+
+def entropy_table(table: pd.DataFrame) -> pd.DataFrame:
+    """The last observation: entropies in nats at every site, and how much the states' own changed, policy − base."""
+    last = latest(updates(table)).reindex(columns=["steps_taken", "position", "site", *ENTROPIES.values()])
+    last = last.set_axis(["steps_taken", "position", "site", *ENTROPIES], axis=1)
+    for of in ("energy", "centred_energy"):
+        last[f"change_{of}"] = last[f"policy_{of}"] - last[f"base_{of}"]
+    return last
+
+
+def draw_update(axes: Axes, last: pd.DataFrame, cap: float) -> str:
+    """Entropies of ΔH: of energies and of singular values, raw and centred."""
+    sites = last["site"].tolist()
+    prepare_sites(axes, sites)
+    labels = []
+    for column, style, colour, name in (
+        ("delta_energy", "-", _NAVY, "raw"),
+        ("delta_centred_energy", "--", _BLUE, "centred"),
+        ("delta_singular", ":", _NAVY, "raw, of σ"),
+        ("delta_centred_singular", "-.", _BLUE, "centred, of σ"),
+    ):
+        if last[column].notna().any():
+            plot_sites(axes, sites, last[column], style=style, colour=colour)
+            labels.append(EndLabel(last_value(last[column]), name, colour))
+    if math.isfinite(cap):
+        mark_level(axes, cap)
+        labels.append(EndLabel(cap, "most possible", _GREY))
+    axes.set_ylim(0, axes.get_ylim()[1])
+    axes.set_ylabel("entropy of ΔH (nats)")
+    finish_sites(axes, sites, labels, room=0.33)
+    most = f"of at most {cap:.2f} nats" if math.isfinite(cap) else "nats"
+    sentence = f"The update’s energy entropy is {extremes(sites, last['delta_energy'], '.2f')} {most}"
+    centred = last["delta_centred_energy"].dropna()
+    return sentence if centred.empty else f"{sentence}; once centred, {_range(centred)}"
+
+
+def draw_states(axes: Axes, last: pd.DataFrame) -> str:
+    """How much the entropy of the states themselves changed."""
+    sites = last["site"].tolist()
+    prepare_sites(axes, sites)
+    mark_level(axes, 0.0)
+    labels = [EndLabel(0.0, "no change", _GREY)]
+    for column, style, colour, name in (
+        ("change_energy", "-", _NAVY, "raw"),
+        ("change_centred_energy", "--", _BLUE, "centred"),
+    ):
+        if last[column].notna().any():
+            plot_sites(axes, sites, last[column], style=style, colour=colour)
+            labels.append(EndLabel(last_value(last[column]), name, colour))
+    reach = max(0.05, 1.15 * float(last[["change_energy", "change_centred_energy"]].abs().max().max()))
+    axes.set_ylim(-reach, reach)
+    axes.set_ylabel("H(policy) − H(base) (nats)")
+    finish_sites(axes, sites, labels, room=0.27)
+    return f"The states’ own entropy changes by {extremes(sites, last['change_energy'], '+.2f', unit='nats')}"
+
+
+def _range(values: pd.Series) -> str:
+    low, high = (f"{x:.2f}" for x in (values.min(), values.max()))
+    return low if low == high else f"{low} to {high}"
+
+
+def _reading(last: pd.DataFrame, cap: float) -> list[str]:
+    lines = [
+        "H = −Σ q ln q over a matrix’s singular values σ. Energy entropy: q = σ²/Σσ²; “of σ”: q = σ/Σσ, which weighs small "
+        "directions more. 0: one direction; exp H: as many equal directions.",
+        "Raw, a constant shift alone makes the update’s entropy small, so this panel repeats f and ρ₁; centred, it says how the "
+        "rest spreads.",
+        "The second panel is about the states themselves, not their change: whether the policy’s states use fewer directions than "
+        "the base’s.",
+        "Centred: less the mean row. Diamond: the final norm’s output.",
+    ]
+    if math.isfinite(cap):
+        n = round(math.exp(cap))
+        lines.insert(
+            1, f"Read it beside N: no entropy can pass ln min(N, d) = ln {n} = {cap:.2f} nats, N pairs of width d."
+        )
+    return lines

@@ -1,0 +1,103 @@
+"""Curves over sites, in the order of the forward pass, and numbers as the sentences above them say them."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+
+from analysis.figures import COLOURS, EndLabel, label_ends
+from analysis.observations import site_name
+from tiltmeter.layers import FINAL_POST_NORM, FINAL_PRE_NORM
+
+SITES_LABEL = "after decoder block (pre, post: around the final norm)"
+_MOST_TICKS = 9
+
+
+def prepare_sites(axes: Axes, sites: Sequence[str]) -> None:
+    """Limits for curves over sites; call before drawing."""
+    axes.set_xlim(-0.3, len(sites) - 0.7)
+
+
+def plot_sites(axes: Axes, sites: Sequence[str], values: pd.Series, *, style: str = "-", colour: str = "") -> None:
+    """One quantity at each site: the residual stream as a line, the final norm's output as a point of its own scale."""
+    colour = colour or COLOURS["policy"]
+    residual = np.array([site != FINAL_POST_NORM for site in sites])
+    x, y = np.arange(len(sites)), values.to_numpy(dtype=float)
+    marker = "o" if len(sites) <= _MOST_TICKS + 3 else ""
+    axes.plot(x[residual], y[residual], color=colour, linestyle=style, marker=marker, markersize=2.5)
+    axes.plot(x[~residual], y[~residual], color=colour, linestyle="", marker="D", markersize=2.8)
+
+
+def shade_sites(axes: Axes, sites: Sequence[str], low: pd.Series | float, high: pd.Series, *, colour: str = "") -> None:
+    """A band over the sites: grey for a null distribution, a colour for an interval."""
+    alpha = 0.2 if colour else 0.45
+    x, top = np.arange(len(sites)), high.to_numpy(dtype=float)
+    bottom = np.broadcast_to(np.asarray(low, dtype=float), top.shape)
+    if len(sites) == 1:  # a band needs some width
+        x, bottom, top = np.array([-0.2, 0.2]), bottom.repeat(2), top.repeat(2)
+    axes.fill_between(x, bottom, top, color=colour or COLOURS["null"], alpha=alpha, linewidth=0, zorder=0)
+
+
+def finish_sites(axes: Axes, sites: Sequence[str], labels: Sequence[EndLabel], *, room: float = 0.26) -> None:
+    """Labels at the right, then the names of the sites below; call when everything is drawn."""
+    label_ends(axes, [label for label in labels if np.isfinite(label.y)], room=room)
+    ticks = shown_ticks(sites)
+    axes.set_xticks(ticks, [tick_name(sites[i], of=sites) for i in ticks])
+
+
+def shown_ticks(sites: Sequence[str]) -> list[int]:
+    """Which sites are named on an axis: all of a few; of many, evenly spaced ones and those around the final norm."""
+    n = len(sites)
+    if n <= _MOST_TICKS:
+        return list(range(n))
+    final = [i for i, site in enumerate(sites) if site in (FINAL_PRE_NORM, FINAL_POST_NORM)]
+    blocks = n - len(final)
+    step = next(s for s in (1, 2, 4, 5, 8, 10, 20, 50, 100, 1000) if blocks <= s * _MOST_TICKS)
+    inner = [i for i in range(0, blocks, step) if not final or i <= blocks - max(1, step // 2)]
+    return inner + final
+
+
+def tick_name(site: str, *, of: Sequence[str]) -> str:
+    """A site on an axis; the last two stand on two lines where they would touch."""
+    if site == FINAL_PRE_NORM:
+        return "pre"
+    if site == FINAL_POST_NORM:
+        return "post" if len(of) <= _MOST_TICKS else "\npost"
+    return str(int(site.removeprefix("layer_")))
+
+
+def last_value(values: pd.Series) -> float:
+    """Where a curve ends, for its label."""
+    known = values.dropna()
+    return float(known.iloc[-1]) if len(known) else float("nan")
+
+
+def extremes(sites: Sequence[str], values: pd.Series, form: str, *, unit: str = "") -> str:
+    r"""Least and largest value with their sites; one number when there is one, or when they read the same.
+
+    >>> extremes(["layer_00", "layer_01"], pd.Series([0.401, 0.912]), "percent")
+    '40\xa0% (layer 0) to 91\xa0% (layer 1)'
+    """
+    known = values.reset_index(drop=True).dropna()
+    low, high = int(known.idxmin()), int(known.idxmax())
+    texts = [as_text(float(known[i]), form) for i in (low, high)]
+    unit = f" {unit}" if unit else ""
+    if texts[0] == texts[1]:
+        at = f" at {site_name(sites[low])}" if len(known) == 1 else " at every site"
+        return f"{texts[0]}{unit}{at}"
+    return f"{texts[0]} ({site_name(sites[low])}) to {texts[1]}{unit} ({site_name(sites[high])})"
+
+
+def as_text(value: float, form: str) -> str:
+    r"""A number in a sentence: ``percent`` of a share, or a format such as ``.2f`` or ``+.2f``, with a real minus.
+
+    >>> as_text(0.913, "percent"), as_text(-0.5, "+.2f"), as_text(-0.001, ".2f")
+    ('91\xa0%', '−0.50', '0.00')
+    """
+    if form == "percent":
+        return f"{100 * value:.0f}\u00a0%".replace("-", "−")
+    text = format(value, form)
+    if not text.strip("+-0."):
+        text = text.replace("-", "" if not form.startswith("+") else "±").replace("+", "±")
+    return text.replace("-", "−")

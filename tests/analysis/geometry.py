@@ -1,0 +1,92 @@
+"""What callbacks would log and store, made from planted updates: metrics.csv rows and a snapshots/ folder."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tests.analysis.conftest import dpo_rows
+from tiltmeter.batch import PROMPT
+from tiltmeter.capture import HiddenStates, ReadPoint
+from tiltmeter.layers import all_sites
+from tiltmeter.snapshots import BASE, SnapshotWriter
+from tiltmeter.watching import consistency_metrics, spectral_metrics
+
+N_PAIRS, WIDTH = 24, 16
+States = dict[ReadPoint, HiddenStates]
+
+
+def base_states(n_layers: int = 3, *, position: str = "prompt_last", seed: int = 0) -> States:
+    """Random states at every site."""
+    generator = torch.Generator().manual_seed(seed)
+    index, sides = torch.arange(N_PAIRS), torch.full((N_PAIRS,), PROMPT)
+    return {
+        ReadPoint(site, position): HiddenStates(  # type: ignore[arg-type]
+            torch.randn(N_PAIRS, WIDTH, generator=generator), index, sides
+        )
+        for site in all_sites(n_layers)
+    }
+
+
+def moved(states: States, *, shift: float, noise: float = 0.1, seed: int = 1) -> States:
+    """The states after an update that is a constant shift, growing with depth, and noise."""
+    generator = torch.Generator().manual_seed(seed)
+    direction = torch.zeros(WIDTH)
+    direction[0] = 1.0
+    found = {}
+    for depth, (point, before) in enumerate(states.items()):
+        update: Tensor = shift * (depth + 1) * direction + noise * torch.randn(N_PAIRS, WIDTH, generator=generator)
+        found[point] = before._replace(rows=before.rows + update)
+    return found
+
+
+def projection_figures(site: str, delta: float) -> dict[str, float]:
+    """What PreferenceProjection logs at one site."""
+    figures = {}
+    for kind, scale in (("projection", 1.0), ("projection_sequence", 0.5)):
+        change = scale * delta
+        figures |= {f"{kind}/base/{site}": 1.0, f"{kind}/policy/{site}": 1.0 + change, f"{kind}/delta/{site}": change}
+        figures |= {f"{kind}/delta_low/{site}": change - 0.2, f"{kind}/delta_high/{site}": change + 0.2}
+        figures |= {f"{kind}/share_grown/{site}": 0.8, f"{kind}/share_grown_low/{site}": 0.7}
+        figures[f"{kind}/share_grown_high/{site}"] = 0.9
+    return figures | {f"direction_cosine/token/{site}": 0.12, f"direction_cosine/sequence/{site}": 0.21}
+
+
+def geometry_rows(
+    n_layers: int = 3, shifts: tuple[float, ...] = (0.1, 0.4), *, delta: float = 0.5
+) -> list[dict[str, float]]:
+    """Rows of metrics.csv: the base before training, then an observation for each shift, every five steps."""
+    base = base_states(n_layers)
+    rows: list[dict[str, float]] = []
+
+    def add(steps: int, epoch: int, figures: dict[str, float]) -> None:
+        rows.append({"step": max(steps - 1, 0), "epoch": epoch, "probe/steps_taken": steps} | figures)
+
+    for epoch, shift in enumerate((0.0, *shifts)):
+        policy = base if epoch == 0 else moved(base, shift=shift)
+        steps, spectra, consistency, projection = 5 * epoch, {}, {}, {}
+        for point in base:
+            spectra |= spectral_metrics(base, policy, point)
+            consistency |= consistency_metrics(base, policy, point)
+            if epoch:
+                projection |= projection_figures(point.site, delta)
+        for figures in (projection, spectra, consistency):  # a row a callback, as they write
+            if figures:
+                add(steps, max(epoch - 1, 0), figures)
+    return rows
+
+
+def run_rows(**options: object) -> list[dict[str, float]]:
+    """A training log with the probe's rows among the others."""
+    return sorted(dpo_rows() + geometry_rows(**options), key=lambda row: row["step"])  # type: ignore[arg-type]
+
+
+def write_snapshots(
+    folder: Path, *, n_layers: int = 3, shifts: tuple[float, ...] = (0.1, 0.4), dtype: str = "float32"
+) -> None:
+    """base and an epoch for each shift."""
+    base = base_states(n_layers)
+    writer = SnapshotWriter(folder, dtype=dtype, pair_ids={i: f"pair/{i}" for i in range(N_PAIRS)})
+    writer.write(BASE, base)
+    for epoch, shift in enumerate(shifts):
+        writer.write(f"epoch={epoch:03d}", moved(base, shift=shift))
