@@ -118,15 +118,8 @@ def latest_name(names: Sequence[str], metrics: pd.DataFrame) -> str | None:
     return max(taken, key=lambda name: taken[name]) if taken else None
 
 
-def cosine_section(snapshots: Path, metrics: pd.DataFrame) -> Section | None:
-    """The section ``cosines``; None when there are no stored rows.
-
-    Raises:
-        UserError: a snapshot is damaged; names the file.
-    """
-    found = latest_cosines(snapshots, metrics)
-    if found is None:
-        return None
+def cosine_section(found: CosineSet) -> Section:
+    """The section ``cosines``."""
     with house_style():
         figure, axes = new_figure(len(SIDES), panel_height_cm=4.6)
         sentences = [draw_histogram(panel, found, side) for panel, side in zip(axes, SIDES, strict=True)]
@@ -167,7 +160,7 @@ def draw_histogram(axes: Axes, found: CosineSet, side: str) -> str:
         text = axes.text(at, shares.max(), word, color=colour, ha=side_of, va="bottom", zorder=4)
         text.set_fontweight("bold")
     ends = " … ".join(as_text(x, ".2f") for x in found.bands[side])
-    mean = as_text(found.means[side], ".2f")
+    mean = as_text(found.means[side], ".3f")
     within = found.bands[side][0] <= found.means[side] <= found.bands[side][1]
     told = "inside" if within else "outside"
     return f"{_TITLES[side]}, the mean cosine with v* is {mean}, {told} its null {ends}"

@@ -1,5 +1,6 @@
 """House style of figures: one message each, said in the title; fixed colour-blind-safe colours; labels on the lines."""
 
+import io
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -134,6 +135,14 @@ def spread(heights: Sequence[float], *, gap: float) -> list[float]:
     placed = np.empty(len(order))
     placed[order] = np.clip(free, 0.0, max(0.0, 1.0 - steps[-1])) + steps
     return [float(y) for y in placed]
+
+
+def png_bytes(figure: Figure) -> bytes:
+    """The figure as a PNG file in memory (200 dpi)."""
+    file = io.BytesIO()
+    with house_style():
+        figure.savefig(file, format="png", dpi=_DPI)
+    return file.getvalue()
 
 
 def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:

@@ -5,18 +5,19 @@ Nothing is computed from a model here: curves come from what callbacks logged, h
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
 
-from analysis.cosines import cosine_section
+from analysis.cosines import CosineSet, cosine_section, latest_cosines
 from analysis.layer_curves import geometry_section
 from analysis.layer_entropy import entropy_section
 from analysis.layer_maps import layers_by_step_section
 from analysis.observations import observed
 from analysis.projection_curves import projection_section
 from analysis.report import Section
-from analysis.runs import Run, read_metrics
+from analysis.runs import Run
 from tiltmeter.errors import UserError
 
 
@@ -32,6 +33,20 @@ class Watched:
     metrics: pd.DataFrame
     snapshots: Path
 
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """A row for each observation, position and site."""
+        return observed(self.metrics)
+
+    @cached_property
+    def cosines(self) -> CosineSet | None:
+        """Pair by pair, of the last stored observation.
+
+        Raises:
+            UserError: a snapshot is damaged; names the file.
+        """
+        return latest_cosines(self.snapshots, self.metrics)
+
     @classmethod
     def of_run(cls, run: Run) -> "Watched":
         """That of a finished run."""
@@ -39,20 +54,16 @@ class Watched:
 
     @classmethod
     def of_folder(cls, run_dir: Path) -> "Watched":
-        """That of a run folder, while it trains or afterwards.
-
-        Raises:
-            UserError: metrics.csv is missing or damaged.
-        """
-        return cls(read_metrics(run_dir / "metrics.csv"), run_dir / "snapshots")
+        """That of a run which this process is writing; for a finished one, which may be damaged, use :meth:`of_run`."""
+        return cls(pd.read_csv(run_dir / "metrics.csv"), run_dir / "snapshots")
 
 
 _BUILDERS: Mapping[str, Callable[[Watched], Section | None]] = {
-    "geometry": lambda seen: geometry_section(observed(seen.metrics)),
-    "entropy": lambda seen: entropy_section(observed(seen.metrics)),
-    "layers_by_step": lambda seen: layers_by_step_section(observed(seen.metrics)),
-    "cosines": lambda seen: cosine_section(seen.snapshots, seen.metrics),
-    "projection": lambda seen: projection_section(observed(seen.metrics), seen.metrics),
+    "geometry": lambda seen: geometry_section(seen.table),
+    "entropy": lambda seen: entropy_section(seen.table),
+    "layers_by_step": lambda seen: layers_by_step_section(seen.table),
+    "cosines": lambda seen: None if seen.cosines is None else cosine_section(seen.cosines),
+    "projection": lambda seen: projection_section(seen.table, seen.metrics),
 }
 SECTIONS = tuple(_BUILDERS)
 """Names of the sections, in the order of the report."""

@@ -1,12 +1,12 @@
 """Is the update one constant shift, layer by layer? Shares, cosines and the table, at the last observation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pandas as pd
 from matplotlib.axes import Axes
 
 from analysis.figures import COLOURS, EndLabel, house_style, new_figure, set_titles
-from analysis.observations import UPDATE, deepest, latest, site_name, updates
+from analysis.observations import UPDATE, GeometryRow, deepest, latest, site_name, updates
 from analysis.report import Headline, Section
 from analysis.site_axes import (
     SITES_LABEL,
@@ -64,7 +64,7 @@ def geometry_section(table: pd.DataFrame) -> Section | None:
         sentences=sentences,
         figure=figure,
         table=last,
-        shown=shown_table(last),
+        shown=shown_table([GeometryRow(*row) for row in last[list(GeometryRow._fields)].itertuples(index=False)]),
         reading=_reading(last),
         headlines=_headlines(last),
     )
@@ -78,11 +78,12 @@ def geometry_table(table: pd.DataFrame) -> pd.DataFrame:
     return wanted.set_axis(["steps_taken", "position", "site", *names], axis=1)
 
 
-def shown_table(last: pd.DataFrame) -> pd.DataFrame:
+def shown_table(rows: Sequence[GeometryRow]) -> pd.DataFrame:
     """The table as text, for the page and the terminal; – where nothing was logged."""
-    shown = {"site": last["site"].tolist()}
+    shown = {"site": [row.site for row in rows]}
     for column, (heading, form) in SHOWN.items():
-        shown[heading] = ["–" if x != x else form.format(x).replace("-", "−") for x in last[column]]
+        values = [getattr(row, column) for row in rows]
+        shown[heading] = ["–" if x != x else form.format(x).replace("-", "−") for x in values]
     return pd.DataFrame(shown)
 
 
@@ -134,7 +135,7 @@ def draw_cosines(axes: Axes, last: pd.DataFrame) -> str:
     left_out = last["mean_cosine_leave_one_out"]
     n_above = int((left_out > last["mean_cosine_leave_one_out_null_high"]).sum())
     n_known = int((left_out.notna() & last["mean_cosine_leave_one_out_null_high"].notna()).sum())
-    sentence = f"Leave-one-out, the mean cosine with v* is {extremes(sites, left_out, '.2f')}"
+    sentence = f"Leave-one-out, the mean cosine with v* is {extremes(sites, left_out, '.3f')}"
     return f"{sentence}, above its null at {n_above} of {n_known} sites" if n_known else sentence
 
 

@@ -48,7 +48,7 @@ MAPS = (
         None,
         "smallest",
     ),
-    Map("mean cosine, leave-one-out", "mean_cosine/leave_one_out", "The leave-one-out cosine with v*", ".2f", 0.0, 1.0),
+    Map("mean cosine, leave-one-out", "mean_cosine/leave_one_out", "The leave-one-out cosine with v*", ".3f", 0.0, 1.0),
 )
 
 

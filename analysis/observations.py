@@ -22,6 +22,7 @@ UPDATE = {
     "mean_cosine_leave_one_out": "mean_cosine/leave_one_out",
 }
 """What is told of the update ΔH at every site: column of tables → name in metrics.csv, before the site."""
+_WHERE = ("steps_taken", "position", "site")
 _READ_WHERE_CHOICES_PART = ("projection", "projection_sequence", "direction_cosine")
 """Families that are always read at ``diverge`` and don't say so."""
 _PLACED = re.compile(rf"(.+)/(layer_\d{{2,4}}|{FINAL_PRE_NORM}|{FINAL_POST_NORM})(?:@(\w+))?")
@@ -30,6 +31,8 @@ _PLACED = re.compile(rf"(.+)/(layer_\d{{2,4}}|{FINAL_PRE_NORM}|{FINAL_POST_NORM}
 class GeometryRow(NamedTuple):
     """The update ΔH at one site; NaN where a run didn't log it. Shares 0 … 1, entropies in nats."""
 
+    steps_taken: int
+    position: str
     site: str
     shift_share: float
     """f: share of ΔH that is one constant row."""
@@ -89,7 +92,7 @@ def latest(table: pd.DataFrame) -> pd.DataFrame:
 
 def geometry_rows(metrics: pd.DataFrame) -> list[GeometryRow]:
     """The update at every site as last observed, in the order of the forward pass; none for a run without a probe."""
-    last = latest(updates(observed(metrics))).reindex(columns=["site", *UPDATE.values()])
+    last = latest(updates(observed(metrics))).reindex(columns=[*_WHERE, *UPDATE.values()])
     return [GeometryRow(*row) for row in last.itertuples(index=False)]
 
 

@@ -83,7 +83,7 @@ def draw_change(axes: Axes, last: pd.DataFrame) -> str:
         verb = "grows" if row["token_delta"] > 0 else "falls"
         said = f"{verb} by {as_text(abs(float(row['token_delta'])), '.2f')}"
     else:
-        said = f"changes by {as_text(float(row['token_delta']), '+.2f')}, not told from 0"
+        said = f"changes by {as_text(float(row['token_delta']), '+.2f')}, not distinguishable from 0,"
     return f"The projection onto v {said} at {site_name(site)} (95 % CI {low} … {high})"
 
 

@@ -117,7 +117,7 @@ def open_run(folder: Path) -> Run:
     return Run(
         folder,
         _read_config(folder / "config.yaml"),
-        read_metrics(folder / "metrics.csv"),
+        _read_metrics(folder / "metrics.csv"),
         _read_held_out(held_out) if held_out.exists() else None,
     )
 
@@ -172,12 +172,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_metrics(path: Path) -> pd.DataFrame:
-    """metrics.csv as numbers, NaN where a metric was not logged.
-
-    Raises:
-        UserError: missing or damaged; names the line.
-    """
+def _read_metrics(path: Path) -> pd.DataFrame:
     if not path.is_file():
         raise UserError(f"{path}: no such file; without it there is no training to show, restore it or train again")
     try:

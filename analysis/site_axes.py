@@ -30,13 +30,18 @@ def plot_sites(axes: Axes, sites: Sequence[str], values: pd.Series, *, style: st
 
 
 def shade_sites(axes: Axes, sites: Sequence[str], low: pd.Series | float, high: pd.Series, *, colour: str = "") -> None:
-    """A band over the sites: grey for a null distribution, a colour for an interval."""
-    alpha = 0.2 if colour else 0.45
-    x, top = np.arange(len(sites)), high.to_numpy(dtype=float)
+    """A band over the sites, apart for the final norm's output: grey for a null distribution, a colour for an interval."""
+    top = high.to_numpy(dtype=float)
     bottom = np.broadcast_to(np.asarray(low, dtype=float), top.shape)
-    if len(sites) == 1:  # a band needs some width
-        x, bottom, top = np.array([-0.2, 0.2]), bottom.repeat(2), top.repeat(2)
-    axes.fill_between(x, bottom, top, color=colour or COLOURS["null"], alpha=alpha, linewidth=0, zorder=0)
+    residual = np.array([site != FINAL_POST_NORM for site in sites])
+    look = {"color": colour or COLOURS["null"], "alpha": 0.2 if colour else 0.45, "linewidth": 0, "zorder": 0}
+    for part in (residual, ~residual):
+        x = np.flatnonzero(part)
+        if len(x) > 1:
+            axes.fill_between(x, bottom[x], top[x], **look)
+        elif len(x) == 1:  # a band needs some width
+            width = 0.15 * max(1.0, len(sites) / 8)
+            axes.fill_between([x[0] - width, x[0] + width], bottom[x].repeat(2), top[x].repeat(2), **look)
 
 
 def finish_sites(axes: Axes, sites: Sequence[str], labels: Sequence[EndLabel], *, room: float = 0.26) -> None:
@@ -92,11 +97,12 @@ def extremes(sites: Sequence[str], values: pd.Series, form: str, *, unit: str = 
 def as_text(value: float, form: str) -> str:
     r"""A number in a sentence: ``percent`` of a share, or a format such as ``.2f`` or ``+.2f``, with a real minus.
 
-    >>> as_text(0.913, "percent"), as_text(-0.5, "+.2f"), as_text(-0.001, ".2f")
-    ('91\xa0%', '−0.50', '0.00')
+    >>> as_text(0.913, "percent"), as_text(0.9965, "percent"), as_text(-0.5, "+.2f"), as_text(-0.001, ".2f")
+    ('91\xa0%', '99.7\xa0%', '−0.50', '0.00')
     """
     if form == "percent":
-        return f"{100 * value:.0f}\u00a0%".replace("-", "−")
+        digits = 1 if 0.995 <= value < 1 else 0  # a share short of everything is not 100 %
+        return f"{min(100 * value, 99.9) if digits else 100 * value:.{digits}f}\u00a0%".replace("-", "−")
     text = format(value, form)
     if not text.strip("+-0."):
         text = text.replace("-", "" if not form.startswith("+") else "±").replace("+", "±")

@@ -9,9 +9,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from lightning.pytorch import Trainer
 
+from analysis.observations import GeometryRow, geometry_rows
 from launch.parts import Parts
 from tiltmeter.bootstrap import cluster_mean_interval
 from tiltmeter.files import write_json, write_text
@@ -71,6 +73,11 @@ def result_rows(parts: Parts, trainer: Trainer, seconds: float) -> list[tuple[st
     if torch.cuda.is_available():
         rows.append(("peak GPU memory", f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"))
     return rows
+
+
+def geometry_of(run_dir: Path) -> list[GeometryRow]:
+    """The update at every site as last observed; none for a run without a probe."""
+    return geometry_rows(pd.read_csv(run_dir / "metrics.csv"))
 
 
 def _held_out_table(parts: Parts, table: torch.Tensor) -> str:

@@ -5,10 +5,13 @@ import os
 import warnings
 from collections.abc import Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
+from analysis.layer_curves import shown_table
+from analysis.observations import GeometryRow
 from datamodules.preference import PreferenceDataModule
 from datamodules.records import LoadReport
 
@@ -74,6 +77,20 @@ def result_table(rows: Sequence[tuple[str, str]]) -> Table:
     table.add_column()
     for name, value in rows:
         table.add_row(name, value)
+    return table
+
+
+def geometry_table(rows: Sequence[GeometryRow]) -> Table:
+    """What training did to hidden states, a line a site."""
+    where = f"ΔH = policy − base at {rows[0].position}, after {rows[0].steps_taken} steps"
+    table = Table(
+        title=f"Hidden states: {where}", title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    shown = shown_table(rows)
+    for heading in shown.columns:
+        table.add_column(heading, justify="left" if heading == "site" else "right")
+    for line in shown.itertuples(index=False):
+        table.add_row(*line)
     return table
 
 

@@ -13,7 +13,7 @@ from launch.base_model import find_or_train_base, progress_callbacks
 from launch.command import one_line_errors
 from launch.metrics_csv import MetricsCSV
 from launch.parts import Parts, build_parts, check_options
-from launch.results import provenance, result_rows, write_results
+from launch.results import geometry_of, provenance, result_rows, write_results
 from launch.run_folder import (
     check_same_run,
     export_model,
@@ -23,8 +23,9 @@ from launch.run_folder import (
     new_run_dir,
     write_config,
 )
-from launch.screen import console, data_table, quiet_libraries, result_table
+from launch.screen import console, data_table, geometry_table, quiet_libraries, result_table
 from launch.wandb_logger import RunLogger, close_wandb, open_wandb
+from launch.wandb_media import WandbMedia
 from lightning_modules.dpo import DPOModule
 
 
@@ -86,6 +87,8 @@ def _train(config: DictConfig, created: list[Path]) -> Path:
         if isinstance(logger, RunLogger):
             close_wandb(logger)
     screen.print(result_table(result_rows(parts, trainer, seconds)))
+    if trainer.is_global_zero and (geometry := geometry_of(run_dir)):
+        screen.print(geometry_table(geometry))
     screen.print(f"Run: {run_dir}\nNext: python analyze.py run={run_dir}", soft_wrap=True)
     return run_dir
 
@@ -104,6 +107,7 @@ def make_trainer(config: DictConfig, loggers: list[Logger]) -> Trainer:
     if config.trainer.get("enable_checkpointing", True):
         callbacks += [instantiate(config.checkpoint), instantiate(config.last_checkpoint)]
     callbacks += [instantiate(node) for node in (config.callbacks or {}).values()]
+    callbacks += [WandbMedia(logger, Path(config.run_dir)) for logger in loggers if isinstance(logger, RunLogger)]
     trainer: Trainer = instantiate(
         config.trainer,
         logger=loggers or False,

@@ -11,19 +11,38 @@ from urllib.parse import urlparse
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import WandbLogger
 
+from analysis.observations import STEPS_TAKEN
+
 STEP_AXIS = "trainer/global_step"
-_METRIC_GROUPS = ("train", "val", "throughput", "projection", "hyperplane", "spectral_entropy", "behaviour", "alarm")
+METRIC_GROUPS = (
+    "train", "val", "throughput",
+    "projection", "projection_sequence", "hyperplane", "direction_cosine",
+    "shift_share", "top1_energy", "spectral_entropy", "mean_cosine", "direction_settled", "update_norm", "state_norm",
+    "gradient", "behaviour", "alarm", "probe", "figures", "cosines",
+)  # fmt: skip
+"""First parts of metric names, which share one x axis."""
+SELDOM_PLOTTED = (
+    "normalized_entropy", "effective_rank", "participation_ratio", "stable_rank", "sigma_ratio", "top_direction_cosine",
+)  # fmt: skip
+"""Groups that say again what others say: logged and there to plot, but without panels of their own for every site."""
+_SUMMARIES = {"val/rewards/accuracies": "max,last", "val/loss": "min,last", "alarm/*": "max"}
+"""What the runs table shows of a metric, where the last value is not what one looks for."""
+_OBSERVATION = ("mean_cosine/in_sample/", "shift_share/delta/", "projection/delta/")
 Mode = Literal["auto", "online", "offline", "disabled"]
 
 
 class RunLogger(WandbLogger):
     """Lightning's WandbLogger around a run that is already open, and deaf to W&B's own failures."""
 
+    observed_at: int | None = None
+    """Optimizer steps that had been taken when hidden states were last compared with the base's."""
     _failed = False
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Log scalars; the first failure is reported once, training and metrics.csv go on."""
+        if any(name.startswith(_OBSERVATION) for name in metrics):
+            self.observed_at = int(metrics[STEPS_TAKEN])
         if self._failed:
             return
         try:
@@ -95,10 +114,13 @@ def _open(
         reinit="finish_previous",
     )
     run.define_metric(STEP_AXIS)
-    for metric_group in _METRIC_GROUPS:
-        run.define_metric(f"{metric_group}/*", step_metric=STEP_AXIS, step_sync=True)
-    run.define_metric("val/rewards/accuracies", step_metric=STEP_AXIS, step_sync=True, summary="max,last")
-    run.define_metric("val/loss", step_metric=STEP_AXIS, step_sync=True, summary="min,last")
+    for metric_group in METRIC_GROUPS + SELDOM_PLOTTED:
+        name, hidden = f"{metric_group}/*", metric_group in SELDOM_PLOTTED
+        summary = _SUMMARIES.get(name)
+        run.define_metric(name, step_metric=STEP_AXIS, step_sync=True, summary=summary, hidden=hidden or None)
+    for name, summary in _SUMMARIES.items():
+        if not name.endswith("*"):
+            run.define_metric(name, step_metric=STEP_AXIS, step_sync=True, summary=summary)
     if mode == "offline":
         folder = Path(run.dir).parent
         line = f"W&B: kept offline (not logged in, or WANDB_MODE says so); upload it with: wandb sync {folder}"

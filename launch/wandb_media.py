@@ -1,0 +1,103 @@
+"""Pictures of the hidden states for W&B while a run trains, and two small artifacts when it ends."""
+
+import io
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from PIL import Image
+from safetensors import safe_open
+
+from analysis.cosines import EDGES
+from analysis.figures import png_bytes
+from analysis.hidden_states import Watched, hidden_state_sections
+from launch.wandb_logger import STEP_AXIS, RunLogger
+
+
+class WandbMedia(Callback):
+    """Uploads the report's figures of hidden states after every observation, and histograms already binned.
+
+    Some 100 kB a figure. At the end of training, as artifacts: the manifest of snapshots/ (what was read, of which pairs, with
+    hashes; the rows stay in the run folder) and the steering vectors v*. Goes behind the callbacks that observe. A failure
+    is reported once and ends the uploads, not the training.
+
+    Args:
+        logger: an open W&B run.
+        run_dir: where metrics.csv, snapshots/ and vectors/ are.
+    """
+
+    def __init__(self, logger: RunLogger, run_dir: Path) -> None:
+        self.logger = logger
+        self.run_dir = run_dir
+        self._shown: int | None = None
+        self._failed = False
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Show what was observed after this step."""
+        self._show(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show what was observed after this epoch."""
+        self._show(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Hand over the small files."""
+        self._attempt(self._send_artifacts)
+
+    def _show(self, trainer: Trainer) -> None:
+        if self.logger.observed_at != self._shown:
+            self._shown = self.logger.observed_at
+            self._attempt(lambda: self._send_figures(max(trainer.global_step - 1, 0)))
+
+    def _attempt(self, send: Callable[[], object]) -> None:
+        if self._failed:
+            return
+        try:
+            send()
+        except Exception as error:  # a picture is no reason to stop training
+            self._failed = True
+            warnings.warn(f"W&B got no figures or artifacts ({error}); the run folder has everything", stacklevel=2)
+
+    def _send_figures(self, step: int) -> None:
+        import wandb
+
+        seen = Watched.of_folder(self.run_dir)
+        media: dict[str, Any] = {}
+        for section in hidden_state_sections(seen):
+            picture = Image.open(io.BytesIO(png_bytes(section.figure)))
+            media[f"figures/{section.name}"] = wandb.Image(picture, caption=". ".join(section.sentences))
+        if seen.cosines is not None:
+            for side, counts in seen.cosines.counts.items():
+                media[f"cosines/{side}/{seen.cosines.site}"] = wandb.Histogram(np_histogram=(counts, EDGES))
+        if media:
+            self.logger.experiment.log(media | {STEP_AXIS: step})
+
+    def _send_artifacts(self) -> None:
+        import wandb
+
+        run = self.logger.experiment
+        manifest, vectors = (
+            self.run_dir / "snapshots" / "manifest.json",
+            self.run_dir / "vectors" / "steering.safetensors",
+        )
+        if manifest.is_file():
+            about = "What snapshots/ of the run folder holds, with hashes. The rows themselves stay there."
+            self._send_file(
+                wandb.Artifact(f"snapshots-{run.id}", type="snapshot-manifest", description=about), manifest
+            )
+        if vectors.is_file():
+            with safe_open(vectors, framework="pt") as file:
+                metadata = dict(file.metadata() or {})
+            about = "v* of every site and position: mean change of the hidden state over the probe's pairs."
+            self._send_file(
+                wandb.Artifact(f"steering-{run.id}", type="steering-vectors", description=about, metadata=metadata),
+                vectors,
+            )
+
+    def _send_file(self, artifact: Any, path: Path) -> None:
+        artifact.add_file(str(path), policy="immutable", skip_cache=True)  # read where it is, not copied to a cache
+        self.logger.experiment.log_artifact(artifact)
