@@ -40,8 +40,7 @@ class TrainingAlarms(Callback):
         length_ratio: float = 1.5,
     ) -> None:
         self.window = window
-        self.limits = {"chosen_logp_drop": chosen_logp_drop, "accuracy_saturation": accuracy_saturation}
-        self.limits["length_ratio"] = length_ratio
+        self.limits = dict(zip(_SEEN_IN.values(), (chosen_logp_drop, accuracy_saturation, length_ratio), strict=True))
         self._first_logp: float | None = None
         self._recent: dict[str, deque[float]] = {}
         self._said: set[str] = set()
