@@ -38,7 +38,8 @@ def projection_section(table: pd.DataFrame, metrics: pd.DataFrame) -> Section | 
     if last["token_delta"].isna().all():
         return None
     with house_style():
-        panels = [draw_change, draw_share_grown, draw_direction_cosines]
+        panels = [draw_change, draw_share_grown]
+        panels += [draw_direction_cosines] if last["cosine_token"].notna().any() else []
         figure, axes = new_figure(len(panels), panel_height_cm=5.4)
         sentences = [draw(panel, last) for draw, panel in zip(panels, axes, strict=True)]
         axes[-1].set_xlabel(SITES_LABEL)

@@ -1,6 +1,7 @@
 """Curves over sites, in the order of the forward pass, and numbers as the sentences above them say them."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,8 @@ from tiltmeter.layers import FINAL_POST_NORM, FINAL_PRE_NORM
 
 SITES_LABEL = "after decoder block (pre, post: around the final norm)"
 _MOST_TICKS = 9
+_LARGEST = 1e6
+"""From here on numbers are written with an exponent; none of them is expected to be so large."""
 
 
 def prepare_sites(axes: Axes, sites: Sequence[str]) -> None:
@@ -34,7 +37,12 @@ def shade_sites(axes: Axes, sites: Sequence[str], low: pd.Series | float, high: 
     top = high.to_numpy(dtype=float)
     bottom = np.broadcast_to(np.asarray(low, dtype=float), top.shape)
     residual = np.array([site != FINAL_POST_NORM for site in sites])
-    look = {"color": colour or COLOURS["null"], "alpha": 0.2 if colour else 0.45, "linewidth": 0, "zorder": 0}
+    look: dict[str, Any] = {
+        "color": colour or COLOURS["null"],
+        "alpha": 0.2 if colour else 0.45,
+        "linewidth": 0,
+        "zorder": 0,
+    }
     for part in (residual, ~residual):
         x = np.flatnonzero(part)
         if len(x) > 1:
@@ -85,6 +93,8 @@ def extremes(sites: Sequence[str], values: pd.Series, form: str, *, unit: str = 
     '40\xa0% (layer 0) to 91\xa0% (layer 1)'
     """
     known = values.reset_index(drop=True).dropna()
+    if known.empty:
+        return "not known"
     low, high = int(known.idxmin()), int(known.idxmax())
     texts = [as_text(float(known[i]), form) for i in (low, high)]
     unit = f" {unit}" if unit else ""
@@ -100,6 +110,8 @@ def as_text(value: float, form: str) -> str:
     >>> as_text(0.913, "percent"), as_text(0.9965, "percent"), as_text(-0.5, "+.2f"), as_text(-0.001, ".2f")
     ('91\xa0%', '99.7\xa0%', '−0.50', '0.00')
     """
+    if abs(value) >= _LARGEST:
+        return f"{value:.1e}".replace("-", "−")
     if form == "percent":
         digits = 1 if 0.995 <= value < 1 else 0  # a share short of everything is not 100 %
         return f"{min(100 * value, 99.9) if digits else 100 * value:.{digits}f}\u00a0%".replace("-", "−")

@@ -4,6 +4,7 @@ import logging
 import os
 import warnings
 from collections.abc import Sequence
+from typing import Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -88,7 +89,9 @@ def geometry_table(rows: Sequence[GeometryRow]) -> Table:
     )
     shown = shown_table(rows)
     for heading in shown.columns:
-        table.add_column(heading, justify="left" if heading == "site" else "right")
+        justify: Literal["left", "right"] = "left" if heading == "site" else "right"
+        narrow = heading.replace(" ", "\n").replace("leave-", "leave-\n")  # the table fits 80 characters
+        table.add_column(narrow, justify=justify, no_wrap=True)
     for line in shown.itertuples(index=False):
         table.add_row(*line)
     return table

@@ -1,17 +1,16 @@
 """Weights & Biases: online when logged in, else offline; never a prompt for a key, never a failure because of it."""
 
-import netrc
 import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlparse
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import WandbLogger
 
 from analysis.observations import STEPS_TAKEN
+from analysis.wandb_login import is_logged_in
 
 STEP_AXIS = "trainer/global_step"
 METRIC_GROUPS = (
@@ -138,14 +137,4 @@ def _choose_mode(mode: Mode) -> str:
         return "offline"
     if requested == "disabled" or os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1"):
         return "disabled"
-    return "online" if _is_logged_in() else "offline"
-
-
-def _is_logged_in() -> bool:
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+    return "online" if is_logged_in() else "offline"

@@ -95,7 +95,7 @@ def test_metric_names_are_those_of_the_contract(finished: tuple[Path, str]) -> N
 def test_wandb_gets_the_rows_of_metrics_csv_on_its_own_step_axis(finished: tuple[Path, str]) -> None:
     run = only_run(finished[0])
     (file,) = run.glob("wandb/offline-run-*/*.wandb")
-    logged_rows = history_rows(file)
+    logged_rows = [row for row in history_rows(file) if not any(name.startswith("figures/") for name in row)]
     csv_rows = metrics_of(run)
     assert len(logged_rows) == len(csv_rows)
     for sent, row in zip(logged_rows, csv_rows, strict=True):
