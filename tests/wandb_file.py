@@ -5,10 +5,12 @@ Format: https://github.com/google/leveldb/blob/main/doc/log_format.md, behind a 
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from google.protobuf.message import DecodeError
 from wandb.proto.wandb_internal_pb2 import Record
 
 _HEADER_BYTES, _BLOCK, _CHUNK_HEADER = 7, 32768, 7
@@ -33,6 +35,18 @@ def read_records(path: Path) -> Iterator[Record]:
             record = Record()
             record.ParseFromString(parts)
             yield record
+
+
+def wait_until_written(path: Path, *, seconds: float = 30.0) -> None:
+    """Until a finished run's file ends with its exit record: W&B's own process writes the last block after ``finish``."""
+    for _ in range(int(seconds / 0.1)):
+        try:
+            if any(record.WhichOneof("record_type") == "exit" for record in read_records(path)):
+                return
+        except DecodeError:
+            pass  # the last record is there in part
+        time.sleep(0.1)
+    raise AssertionError(f"{path}: no exit record after {seconds} seconds")
 
 
 def history_rows(path: Path) -> list[dict[str, Any]]:

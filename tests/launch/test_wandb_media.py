@@ -17,7 +17,7 @@ from launch.metrics_csv import MetricsCSV
 from launch.wandb_logger import RunLogger, close_wandb, open_wandb
 from launch.wandb_media import WandbMedia
 from tests.analysis import planted_geometry as planted
-from tests.wandb_file import history_rows, metric_definitions, read_records
+from tests.wandb_file import history_rows, metric_definitions, read_records, wait_until_written
 
 NO_MODULE = cast(LightningModule, None)
 
@@ -58,6 +58,7 @@ def add_vectors(run_dir: Path) -> None:
 
 def wandb_file(run_dir: Path) -> Path:
     (file,) = run_dir.glob("wandb/offline-run-*/*.wandb")
+    wait_until_written(file)
     return file
 
 
