@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from analysis.figures import COLOURS, EndLabel, house_style, mark_level, new_figure, set_titles
 from analysis.observations import latest, most_entropy, updates
 from analysis.report import Section
-from analysis.site_axes import SITES_LABEL, extremes, finish_sites, last_value, plot_sites, prepare_sites
+from analysis.site_axes import SITES_LABEL, as_text, extremes, finish_sites, last_value, plot_sites, prepare_sites
 
 ENTROPIES = {
     f"{of}{'_centred' if centred else ''}_{kind}": f"spectral_entropy/{of}{'_centred' if centred else ''}/{kind}"
@@ -100,11 +100,13 @@ def draw_states(axes: Axes, last: pd.DataFrame) -> str:
     axes.set_ylim(-reach, reach)
     axes.set_ylabel("H(policy) − H(base) (nats)")
     finish_sites(axes, sites, labels, room=0.27)
-    return f"The states’ own entropy changes by {extremes(sites, last['change_energy'], '+.2f', unit='nats')}"
+    sentence = f"The states’ own entropy changes by {extremes(sites, last['change_energy'], '+.2f', unit='nats')}"
+    centred = last["change_centred_energy"].dropna()
+    return sentence if centred.empty else f"{sentence}; centred, {_range(centred, '+.2f')}"
 
 
-def _range(values: pd.Series) -> str:
-    low, high = (f"{x:.2f}" for x in (values.min(), values.max()))
+def _range(values: pd.Series, form: str = ".2f") -> str:
+    low, high = (as_text(float(x), form) for x in (values.min(), values.max()))
     return low if low == high else f"{low} to {high}"
 
 
