@@ -28,6 +28,7 @@ from benchmarks.workload import (
     random_order,
     sorted_order,
 )
+from tiltmeter.cpu_linear import onednn_is_faster
 from tiltmeter.errors import UserError
 from tiltmeter.log_probs import default_chunk_tokens
 
@@ -50,6 +51,7 @@ SIDES = {
     "without shared prefix (layout=concatenated)": Side("benchmarks.side_tiltmeter", "concatenated"),
     "without packing (rows grouped by length)": Side("benchmarks.side_tiltmeter", "padded"),
     "without packing, and without grouping by length": Side("benchmarks.side_tiltmeter", "ungrouped"),
+    "without oneDNN (PyTorch's own float32 products)": Side("benchmarks.side_tiltmeter", "torch_products"),
     "without chunked completion-only head": Side("benchmarks.side_tiltmeter", "all_logits"),
     "without cached reference": Side("benchmarks.side_tiltmeter", "second_model"),
 }
@@ -73,6 +75,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=number, help="optimizer steps of a turn (default: 2; quick: 1)")
     parser.add_argument("--rounds", type=number, help="turns of each side (default: 4; quick: 2)")
     parser.add_argument("--threads", type=number, default=common.n_cores(), help="CPU threads of a side")
+    parser.add_argument("--lora-rank", type=number, help="train adapters on every linear map instead of the weights")
     parser.add_argument("--main-sides", action="store_true", help="tiltmeter and TRL alone, no saving switched off")
     parser.add_argument(
         "--one-at-a-time", action="store_true", help="one process in memory at a time (llama2_7b: always)"
@@ -112,6 +115,7 @@ def settings_of(name: str, options: argparse.Namespace, folder: Path) -> Setting
         tokens_per_micro_batch=options.tokens_per_micro_batch,
         turns=tuple(turns),
         n_measured=options.rounds,
+        lora_rank=options.lora_rank,
     )
 
 
@@ -220,6 +224,8 @@ def run(options: argparse.Namespace, folder: Path) -> None:
     """The whole comparison."""
     check(options)
     names = [OURS, TRL, TRL_SORTED] if options.main_sides else list(SIDES)
+    if options.device == "cuda" or not onednn_is_faster():
+        names = [name for name in names if SIDES[name].variant != "torch_products"]  # the same as tiltmeter there
     settings = {name: settings_of(name, options, folder) for name in names}
     n_pairs = max(s.n_steps for s in settings.values()) * options.pairs_per_step
     machine = common.machine(options.threads)
@@ -228,7 +234,8 @@ def run(options: argparse.Namespace, folder: Path) -> None:
     summary = results[OURS].summary
     print(
         f"Machine: {machine}\nData: {data}\nModel: {options.model_shape}, {summary['n_parameters'] / 1e6:.1f} M parameters, "
-        f"{'float32' if options.device == 'cpu' else 'bfloat16'}; {options.pairs_per_step} pairs an optimizer step; "
+        f"{'float32' if options.device == 'cpu' else 'bfloat16'}"
+        f"{f', LoRA of rank {options.lora_rank}' if options.lora_rank else ''}; {options.pairs_per_step} pairs an optimizer step; "
         f"TRL in micro-batches of {options.micro_batch}; tiltmeter of {summary['tokens_per_micro_batch']:,} tokens; "
         f"{options.rounds} rounds of {options.steps} step(s), "
         f"{'one side after the other' if options.one_at_a_time else 'interleaved'}"

@@ -17,7 +17,7 @@ from einops import rearrange
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from benchmarks.common import Message, peak_memory_mb, synchronizer
 from benchmarks.worker import Channel, Turns
@@ -30,9 +30,11 @@ from datamodules.splits import Split
 from datamodules.tokenization import TokenizationReport
 from launch.metrics_csv import MetricsCSV
 from launch.screen import quiet_libraries
+from lightning_modules import base
 from lightning_modules.base import PairResults
 from lightning_modules.dpo import DPOModule
 from lightning_modules.policy import Policy
+from tiltmeter import cpu_linear
 from tiltmeter.batch import PreferenceBatch, StepBatch, TokenizedPair
 from tiltmeter.log_probs import model_inputs, sum_by_sequence
 from tiltmeter.models import SPECIAL_TOKENS
@@ -159,9 +161,16 @@ def make_module(settings: Settings, data: PreferenceDataModule, kind: type[DPOMo
         warmup_share=0.0,
         schedule="constant",
         gradient_clip_norm=1.0,
-        freeze_embeddings=shape.freeze_embeddings,
+        freeze_embeddings=shape.freeze_embeddings or settings.lora is not None,
+        lora=settings.lora,
     )
-    module.attach_model(lambda: build_model(shape, len(tokenizer), special_ids, settings.device))
+
+    def build() -> PreTrainedModel:
+        model = build_model(shape, len(tokenizer), special_ids, settings.device)
+        torch.manual_seed(1)  # adapters are drawn next, the same on both sides
+        return model
+
+    module.attach_model(build)
     return module
 
 
@@ -206,6 +215,8 @@ def work(settings: Message, channel: Channel) -> Message:
     """Train one variant, a turn at a time."""
     quiet()
     settled = Settings(**settings)
+    if settled.variant == "torch_products":
+        base.onednn_is_faster = cpu_linear.onednn_is_faster = lambda: False
     data = make_data(settled)
     module = make_module(settled, data, MODULES.get(settled.variant, DPOModule))
     turns = Turns(settled.turns, channel, synchronizer(settled.device))

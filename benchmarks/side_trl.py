@@ -6,7 +6,9 @@ Only tokenisation and the order of the pairs are taken out of its hands, so that
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset, load_from_disk
+from peft import get_peft_model
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 from transformers.utils import logging
 from trl import DPOConfig, DPOTrainer
@@ -95,7 +97,10 @@ def work(settings: Message, channel: Channel) -> Message:
     special_ids = {name: getattr(tokenizer, name) for name in SPECIAL_TOKENS}
     shape = settled.model_shape
     model = build_model(shape, len(tokenizer), special_ids, settled.device)
-    if shape.freeze_embeddings:
+    if settled.lora is not None:
+        torch.manual_seed(1)
+        model = get_peft_model(model, settled.lora)
+    elif shape.freeze_embeddings:
         for parameter in embedding_parameters(model):
             parameter.requires_grad_(False)
     dataset = open_dataset(folder, [pairs[row] for row in by_length])

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from datamodules.hh import AnthropicHH
@@ -76,6 +77,15 @@ class Settings:
     """Optimizer steps of each turn; the first turn is not timed."""
     n_measured: int
     """Turns after the first whose time is compared; the rest only draws the loss curve."""
+    lora_rank: int | None = None
+    """Train adapters on every linear map of the blocks; None: the weights."""
+
+    @property
+    def lora(self) -> LoraConfig | None:
+        """The adapters."""
+        if self.lora_rank is None:
+            return None
+        return LoraConfig(r=self.lora_rank, lora_alpha=2 * self.lora_rank, target_modules="all-linear")
 
     @property
     def n_steps(self) -> int:
@@ -97,7 +107,7 @@ class Settings:
 
 
 def default_data() -> Path | None:
-    """The HH file that issue 3's figures are about, if it can be had."""
+    """The HH file that the stated figures are about, if it can be had."""
     root = os.environ.get("TILTMETER_SHARED")
     path = Path(root or ".") / "data" / "hh-rlhf" / "harmless-base_test.part80.jsonl.gz"
     return path if root and path.exists() else None

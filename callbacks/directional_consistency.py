@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 
 from callbacks.observation import Observation, Observer, log
 from tiltmeter.files import write_atomically
-from tiltmeter.watching import consistency_metrics, place, steering_vectors
+from tiltmeter.watching import Metrics, consistency_metrics, place, steering_vectors
 
 
 class DirectionalConsistency(Observer):
@@ -23,7 +23,7 @@ class DirectionalConsistency(Observer):
         """Log the cosines, and write the vectors as they are now."""
         if not trainer.is_global_zero:
             return
-        metrics = {}
+        metrics: Metrics = {}
         for point in self.points(seen):
             previous = None if seen.previous is None else seen.previous[point]
             metrics |= consistency_metrics(seen.base, seen.policy, point, previous=previous)

@@ -73,8 +73,10 @@ class GradientGeometry(Callback):
         if trainer.global_step % self.every_n_steps:
             return
         assert self._moments is not None
-        whole = self._moments if trainer.world_size == 1 else self._moments.all_reduce(
-            lambda sums: trainer.strategy.reduce(sums, reduce_op="sum")  # type: ignore[arg-type, return-value]
+        whole = (
+            self._moments
+            if trainer.world_size == 1
+            else self._moments.all_reduce(lambda sums: trainer.strategy.reduce(sums, reduce_op="sum"))
         )
         seen = whole.summary()
         self._moments.reset()

@@ -1,5 +1,6 @@
 """When the probe is read while a model trains, and by whom: one forward pass serves every callback at a step."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,7 +9,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -88,7 +88,9 @@ class ProbeSession:
         if self._head is None:
             head = unembedding(model_of(module))
             weight = head.weight.detach()
-            whole = weight.full_tensor() if isinstance(weight, DTensor) else weight.clone()
+            whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
+            if whole is weight and head.weight.requires_grad:
+                whole = weight.clone()
             bias = head.bias.full_tensor() if isinstance(head.bias, DTensor) else head.bias
             self._head = Unembedding(whole, bias, head.scale, head.soft_cap)
         return self._head
@@ -108,7 +110,9 @@ class ProbeSession:
     def _batches(self, trainer: Trainer) -> list[PreferenceBatch]:
         data = data_of(trainer)
         if not data.splits["probe"].pairs:
-            raise UserError("callbacks: expected held-out pairs to probe, got none; set datamodule.probe_pairs or callbacks=none")
+            raise UserError(
+                "callbacks: expected held-out pairs to probe, got none; set datamodule.probe_pairs or callbacks=none"
+            )
         steps = data.loader("probe", layout=data.layout, change=lambda pair: cut_pair(pair, self.positions))
         return [batch for step in steps for batch in step.micro_batches]
 
@@ -147,7 +151,9 @@ class Observer(Callback):
 
     def report_failed_write(self, path: Path, error: OSError, trainer: Trainer | None = None) -> None:
         """A file that could not be written is no reason to stop training."""
-        rank_zero_warn(f"{path}: could not be written ({error.strerror or error}); training goes on without it")
+        warnings.warn(
+            f"{path}: could not be written ({error.strerror or error}); training goes on without it", stacklevel=2
+        )
         if trainer is not None:
             log(trainer, {"alarm/snapshot": 1.0})
 

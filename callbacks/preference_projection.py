@@ -5,7 +5,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 
 from callbacks.observation import Observation, Observer, ProbeSession, data_of, log
-from tiltmeter.watching import projection_metrics
+from tiltmeter.watching import Metrics, projection_metrics
 
 
 class PreferenceProjection(Observer):
@@ -27,7 +27,7 @@ class PreferenceProjection(Observer):
         if not trainer.is_global_zero:
             return
         clusters = data_of(trainer).splits["probe"].groups
-        metrics = {}
+        metrics: Metrics = {}
         for site, _ in self.points(seen):
             metrics |= projection_metrics(seen.base, seen.policy, site, directions, clusters=clusters, head=head)
         log(trainer, metrics)

@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from callbacks.observation import Observation, Observer, log
 from tiltmeter.errors import UserError
 from tiltmeter.geometry import Variant
-from tiltmeter.watching import spectral_metrics
+from tiltmeter.watching import Metrics, spectral_metrics
 
 
 class SpectralEntropy(Observer):
@@ -30,7 +30,7 @@ class SpectralEntropy(Observer):
         """Log the spectra."""
         if not trainer.is_global_zero:
             return
-        metrics = {}
+        metrics: Metrics = {}
         for point in self.points(seen):
             metrics |= spectral_metrics(seen.base, seen.policy, point, variants=self.variants)
         log(trainer, metrics)

@@ -4,7 +4,6 @@ from collections import deque
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from callbacks.observation import log
 from tiltmeter.batch import StepBatch
@@ -57,7 +56,7 @@ class TrainingAlarms(Callback):
             chosen, rejected = (float(sum(c[side] for c in counts)) for side in (0, 1))
             self._remember("length_ratio", chosen / max(rejected, 1.0))
         if trainer.global_step % self.window == 0:
-            self._report(trainer)
+            self._report(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """A numerical stop is an alarm too."""
@@ -67,7 +66,7 @@ class TrainingAlarms(Callback):
     def _remember(self, name: str, value: float) -> None:
         self._recent.setdefault(name, deque(maxlen=self.window)).append(value)
 
-    def _report(self, trainer: Trainer) -> None:
+    def _report(self, trainer: Trainer, module: LightningModule) -> None:
         means = {name: sum(values) / len(values) for name, values in self._recent.items()}
         alarms = {"nan": 0.0}
         if (logp := means.get("train/logps/chosen")) is not None:
@@ -82,4 +81,4 @@ class TrainingAlarms(Callback):
             value = alarms.get(name, 0.0)
             if max(value, 1 / value if name == "length_ratio" and value else value) >= limit and name not in self._said:
                 self._said.add(name)
-                rank_zero_info(f"alarm/{name}: {value:.3g} at step {trainer.global_step} (alarm from {limit:g})")
+                module.print(f"alarm/{name}: {value:.3g} at step {trainer.global_step} (alarm from {limit:g})")

@@ -162,6 +162,8 @@ def fit(
     max_steps: int = -1,
     accelerator: str = "cpu",
     precision: Any = "32-true",
+    ckpt_path: str | None = None,
+    **options: Any,
 ) -> Trainer:
     """Train one epoch, or ``max_steps``, without validation, from the same random weights each time."""
     spec = CausalLM(init="random", dtype=dtype, architecture={"model_type": family} | _sizes(family))
@@ -179,12 +181,10 @@ def fit(
         accelerator=accelerator,
         precision=precision,
         devices=1,
-        max_epochs=1,
         max_steps=max_steps,
-        limit_val_batches=0,
-        **quiet,
+        **({"max_epochs": 1, "limit_val_batches": 0} | quiet | options),
     )
-    trainer.fit(module, datamodule=data)
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     return trainer
 
 

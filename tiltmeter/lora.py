@@ -116,4 +116,5 @@ def merged_state(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, 
         if isinstance(module, LoraLayer):
             module.merge(safe_merge=True)
             model.set_submodule(name, module.get_base_layer())
+    model.delete_adapter(ADAPTER)  # else it would still be saved as one with adapters
     return dict(model.state_dict())

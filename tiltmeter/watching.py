@@ -8,7 +8,6 @@ position than ``prompt_last`` carry it behind the site (``layer_03@response_last
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -125,7 +124,7 @@ def projection_metrics(
                 metrics |= {f"{kind}/{name}_low/{site}": interval.low, f"{kind}/{name}_high/{site}": interval.high}
         steering = steering_vector(before, after)[None]
         kind_name = "token" if kind == "projection" else "sequence"
-        metrics[f"direction_cosine/{kind_name}/{site}"] = float(cosine(steering, v).nanmean())
+        metrics[f"direction_cosine/{kind_name}/{site}"] = float(cosine(v, steering).nanmean())
     if site == FINAL_POST_NORM:
         metrics["projection/share_grown"] = metrics[f"projection/share_grown/{site}"]
         if head is not None:
@@ -172,5 +171,3 @@ def states_from_tensors(tensors: Mapping[str, Tensor]) -> dict[ReadPoint, Hidden
         ReadPoint(site, position): HiddenStates(*(tensors[f"{site}/{position}/{n}"] for n in HiddenStates._fields))  # type: ignore[arg-type]
         for site, position in points
     }
-
-
