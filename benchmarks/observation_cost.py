@@ -1,15 +1,13 @@
 """What one observation costs without its forward pass: rows streamed through ``tiltmeter.moments``, then all spectra."""
 
-import contextlib
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.common import Message, peak_memory_mb
+from benchmarks.common import Message, forget_peak_memory, peak_memory_mb, resident_memory_mb
 from benchmarks.worker import Channel, Turns
 from tiltmeter.geometry import Variant
 from tiltmeter.moments import MATRICES, UpdateMoments
@@ -67,11 +65,14 @@ def decompose(case: Case, moments: list[UpdateMoments]) -> float:
     return (time.perf_counter() - started) * N_SPECTRA / case.n_spectra
 
 
-def forget_peak() -> float:
-    """Start the process's peak memory anew where Linux lets us; returns what it begins from, in 10^6 bytes."""
-    with contextlib.suppress(OSError):  # elsewhere only what exceeds the peak of importing libraries will show
-        Path("/proc/self/clear_refs").write_text("5")
-    return peak_memory_mb("cpu")
+def held_mb(moments: list[UpdateMoments]) -> float:
+    """What accumulators hold, in 10^6 bytes: rows that are kept or wait, means and scatters."""
+    tensors: list[Tensor | None] = []
+    for rows in (rows for site in moments for rows in site.of.values()):
+        tensors += rows._kept
+        for part in rows._folded or ():
+            tensors += [part.mean, part.scatter]
+    return sum(x.nbytes for x in tensors if x is not None) / 1e6
 
 
 def work(settings: Message, channel: Channel) -> Message:
@@ -82,10 +83,11 @@ def work(settings: Message, channel: Channel) -> Message:
     stream(Case(64, 8, 1), [warm])
     decompose(Case(64, 8, 1), [warm])
     turns.before_step()
-    before = forget_peak()
+    forget_peak_memory()
+    before = resident_memory_mb()
     moments = [UpdateMoments(case.d_model) for _ in range(case.n_sites)]
     stream_seconds = stream(case, moments)
-    held = peak_memory_mb("cpu") - before
+    held = held_mb(moments)
     spectra_seconds = decompose(case, moments)
     turns.end()
     return {

@@ -123,7 +123,7 @@ def report_costs(cases: Sequence[Case], threads: int, folder: Path) -> None:
     common.progress("one observation, by prompts and width")
     found = common.take_turns(workers, {worker.name: 2 for worker in workers})
     rows = [cost_row(case, found[worker.name].summary) for case, worker in zip(cases, workers, strict=True)]
-    head = ["width", "prompts", "rows in, s a site", "spectra, s a site", "MB a site", "MB a site with spectra"]
+    head = ["width", "prompts", "rows in, s a site", "spectra, s a site", "MB held a site", "peak MB of those measured"]
     head += [f"{layers} layers, s" for layers in LAYERS] + [f"{LAYERS[-1]} layers, MB held"]
     title = "One observation, synthetic rows, streamed (= measured; ≈ one or a few sites measured and multiplied)"
     common.print_table(title, head, rows)
@@ -137,7 +137,7 @@ def report_costs(cases: Sequence[Case], threads: int, folder: Path) -> None:
 def cost_row(case: Case, summary: Mapping[str, float]) -> list[str]:
     """One case as the table shows it."""
     stream, spectra = (summary[f"{name}_seconds"] / case.n_sites for name in ("stream", "spectra"))
-    held, peak = (max(summary[f"{name}_mb"], 0) / case.n_sites for name in ("held", "peak"))
+    held = summary["held_mb"] / case.n_sites
 
     def of_model(layers: int, each: float) -> str:
         exact = layers + 1 == case.n_sites and case.n_spectra == N_SPECTRA
@@ -145,7 +145,7 @@ def cost_row(case: Case, summary: Mapping[str, float]) -> list[str]:
 
     mark = "" if case.n_spectra == N_SPECTRA else "*"
     row = [f"{case.d_model:,}", f"{case.n_rows:,}", common.three_digits(stream), common.three_digits(spectra) + mark]
-    row += [f"{held:,.0f}", f"{peak:,.0f}"]
+    row += [f"{held:,.1f}", f"{summary['peak_mb']:,.0f}"]
     row += [of_model(layers, stream + spectra) for layers in LAYERS]
     return [*row, of_model(LAYERS[-1], held)]
 

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from benchmarks.observation_cost import N_SPECTRA, Case, decompose, stream, synthetic_rows
+from benchmarks.observation_cost import N_SPECTRA, Case, decompose, held_mb, stream, synthetic_rows
 from benchmarks.watched_run import RunSettings, Stopwatch, composed, turn_lengths
 from benchmarks.watching import FULL_CASES, LAYERS, cost_row
 from tests.benchmarks.command import result_of, run_benchmark
@@ -67,6 +67,17 @@ def test_a_stopwatch_leaves_out_what_is_timed_inside() -> None:
         time.sleep(0.01)
     assert clock.seconds["inner"] >= 0.05
     assert 0.01 <= clock.seconds["outer"] < 0.05
+
+
+def test_what_accumulators_hold_does_not_grow_with_prompts() -> None:
+    held = []
+    for n_rows in (512, 4_096, 40_960):
+        moments = [UpdateMoments(16)]
+        stream(Case(n_rows, 16, n_sites=1), moments)
+        held.append(held_mb(moments))
+    rows, statistics = 3 * 512 * 16 * 4 / 1e6, 3 * (16 + 16 + 16 * 16) * 8 / 1e6
+    assert held[0] == pytest.approx(rows)
+    assert held[1] == held[2] == pytest.approx(statistics + rows), "means and scatters, and the rows that wait"
 
 
 def test_streamed_rows_are_those_of_the_case_and_their_spectra_are_all_taken() -> None:
