@@ -5,7 +5,8 @@ from pathlib import Path
 from lightning.pytorch import LightningModule, Trainer
 from safetensors.torch import save_file
 
-from callbacks.observation import Observation, Observer, log
+from callbacks.observation import Observation, log, report_failed_write
+from callbacks.observer import Observer
 from tiltmeter.files import write_atomically
 from tiltmeter.watching import Metrics, consistency_metrics, place, steering_vectors
 
@@ -16,7 +17,7 @@ class DirectionalConsistency(Observer):
     At the end v* of every site is written to ``vectors/steering.safetensors`` in the run folder.
 
     Args:
-        sites, positions, every_n_steps: see :class:`~callbacks.observation.Observer`.
+        sites, positions, every_n_steps: see :class:`~callbacks.observer.Observer`.
     """
 
     def on_observation(self, trainer: Trainer, module: LightningModule, seen: Observation) -> None:
@@ -29,9 +30,10 @@ class DirectionalConsistency(Observer):
             metrics |= consistency_metrics(seen.base, seen.policy, point, previous=previous)
         log(trainer, metrics)
         if seen.step:
-            self._write(Path(trainer.default_root_dir) / "vectors" / "steering.safetensors", seen)
+            self._write(trainer, seen)
 
-    def _write(self, path: Path, seen: Observation) -> None:
+    def _write(self, trainer: Trainer, seen: Observation) -> None:
+        path = Path(trainer.default_root_dir) / "vectors" / "steering.safetensors"
         wanted = self.points(seen)
         vectors = {place(p): v.float() for p, v in steering_vectors(seen.base, seen.policy).items() if p in wanted}
         about = {
@@ -42,4 +44,4 @@ class DirectionalConsistency(Observer):
         try:
             write_atomically(path, lambda temporary: save_file(vectors, temporary, metadata=about))
         except OSError as error:
-            self.report_failed_write(path, error)
+            report_failed_write(path, error, trainer)

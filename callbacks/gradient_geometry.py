@@ -13,8 +13,9 @@ from tiltmeter.batch import PreferenceBatch, StepBatch
 from tiltmeter.capture import ReadPoint, capture_gradients
 from tiltmeter.directions import sequence_preference_vectors
 from tiltmeter.errors import UserError
-from tiltmeter.gradients import GradientMoments
+from tiltmeter.gradients import GradientMoments, rows_that_predict
 from tiltmeter.layers import FINAL_POST_NORM
+from tiltmeter.watching import known
 
 _STEERING = ReadPoint(FINAL_POST_NORM, "prompt_last")
 
@@ -22,9 +23,8 @@ _STEERING = ReadPoint(FINAL_POST_NORM, "prompt_last")
 class GradientGeometry(Callback):
     """The gradient of the loss with respect to the final hidden states: its mean resultant, and its energy along v̄ and v*.
 
-    No extra forward pass: a hook sees the gradients that training computes anyway. Logs ``gradient/mean_resultant``
-    (1: all pull one way), ``gradient/energy_along_sequence`` (each pair's own v̄) and ``gradient/energy_along_steering``
-    (v* of the last observation, where another callback reads ``prompt_last``), over the steps since the last log.
+    A hook sees the gradients that training computes anyway. Logs ``gradient/mean_resultant`` (1: all pull one way) and
+    ``gradient/energy_along_…``: ``sequence`` (each pair's own v̄), ``steering`` (v* of the last look at ``prompt_last``).
 
     Args:
         every_n_steps: how often to log.
@@ -48,15 +48,11 @@ class GradientGeometry(Callback):
             batch = next(self._batches, None)
             if batch is None or batch.layout == "chosen_only":
                 return
-            rows, first = torch.unique(batch.target_rows, return_inverse=True)
-            pair_of_row = torch.empty_like(rows).scatter_(0, first, batch.target_sequences % batch.n_pairs)
-            real = batch.weights[pair_of_row] > 0
-            along = sequence_preference_vectors(head, batch)[pair_of_row]
+            rows, pairs = rows_that_predict(batch)
             steering = (session.steering or {}).get(_STEERING, torch.zeros(gradient.shape[-1])).to(gradient.device)
+            along = {"sequence": sequence_preference_vectors(head, batch)[pairs], "steering": steering[None]}
             assert self._moments is not None
-            self._moments.update(
-                gradient.flatten(0, 1)[rows][real], {"sequence": along[real], "steering": steering[None]}
-            )
+            self._moments.update(gradient.flatten(0, 1)[rows], along)
 
         self._hooks.enter_context(capture_gradients(model, receive))
 
@@ -73,16 +69,10 @@ class GradientGeometry(Callback):
         if trainer.global_step % self.every_n_steps:
             return
         assert self._moments is not None
-        whole = (
-            self._moments
-            if trainer.world_size == 1
-            else self._moments.all_reduce(lambda sums: trainer.strategy.reduce(sums, reduce_op="sum"))
-        )
-        seen = whole.summary()
+        seen = self._moments.all_reduce(lambda sums: trainer.strategy.reduce(sums, reduce_op="sum")).summary()
         self._moments.reset()
-        metrics = {"gradient/mean_resultant": seen.mean_resultant}
-        metrics |= {f"gradient/energy_along_{k}": share for k, share in seen.energy_shares.items() if share > 0}
-        log(trainer, {name: value for name, value in metrics.items() if value == value})
+        shares = {f"gradient/energy_along_{k}": share for k, share in seen.energy_shares.items() if share > 0}
+        log(trainer, known({"gradient/mean_resultant": seen.mean_resultant} | shares))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take the hook off, however training ended."""

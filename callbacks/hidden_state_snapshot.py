@@ -5,7 +5,8 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from callbacks.observation import Observation, Observer, data_of
+from callbacks.observation import Observation, data_of, report_failed_write
+from callbacks.observer import Observer
 from tiltmeter.snapshots import BASE, SnapshotWriter, epoch_name
 
 
@@ -16,7 +17,7 @@ class HiddenStateSnapshot(Observer):
 
     Args:
         dtype: ``float32``, or ``bfloat16``, whose rounding is 5 to 74 % of small updates.
-        sites, positions, every_n_steps: see :class:`~callbacks.observation.Observer`.
+        sites, positions, every_n_steps: see :class:`~callbacks.observer.Observer`.
     """
 
     def __init__(self, *, dtype: str = "float32", **options: Any) -> None:
@@ -44,7 +45,7 @@ class HiddenStateSnapshot(Observer):
             try:
                 writer.write(name, {point: states[point] for point in points})
             except OSError as error:
-                self.report_failed_write(folder, error, trainer)
+                report_failed_write(folder, error, trainer)
                 return
 
     def _name(self, trainer: Trainer) -> str:

@@ -1,4 +1,4 @@
-"""When the probe is read while a model trains, and by whom: one forward pass serves every callback at a step."""
+"""The probe of a training run: one forward pass at a step serves every callback; and what callbacks need of a trainer."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -23,6 +23,11 @@ from tiltmeter.probe import PreferenceDirections, Probe, cut_pair
 from tiltmeter.watching import Metrics, states_from_tensors, states_to_tensors, steering_vectors
 
 States = dict[ReadPoint, HiddenStates]
+_BASE = "probe_base"
+NO_BASE = (
+    "callbacks: this checkpoint holds no hidden states of the base model, with which later ones are compared; resume with the "
+    "callbacks that the run was started with, or with callbacks=none"
+)
 
 
 @dataclass
@@ -95,6 +100,16 @@ class ProbeSession:
             self._head = Unembedding(whole, bias, head.scale, head.soft_cap)
         return self._head
 
+    def save(self, checkpoint: dict[str, Any]) -> None:
+        """The base model's rows go with the run: a resumed one couldn't read them any more."""
+        if self.base is not None:
+            checkpoint[_BASE] = states_to_tensors(self.base)
+
+    def load(self, checkpoint: dict[str, Any]) -> None:
+        """Take them back."""
+        if _BASE in checkpoint:
+            self.base = states_from_tensors(checkpoint[_BASE])
+
     def _read(self, trainer: Trainer, module: LightningModule) -> States:
         if self._probe is None:
             self._probe = Probe(self._batches(trainer), sites=self._all_sites(module), positions=self.positions)
@@ -120,89 +135,12 @@ class ProbeSession:
 _SESSIONS: WeakKeyDictionary[Trainer, ProbeSession] = WeakKeyDictionary()
 
 
-class Observer(Callback):
-    """A callback that looks at the probe before training, at the end of every epoch and, if asked, every few steps.
-
-    Args:
-        sites: ``all``, a site or several (``final_post_norm``, ``final_pre_norm``, ``layer_07``).
-        positions: which tokens' hidden states (:mod:`tiltmeter.positions`).
-        every_n_steps: look after so many optimizer steps too; null: at the start and at the ends of epochs.
-    """
-
-    def __init__(
-        self,
-        *,
-        sites: str | Sequence[str] = "all",
-        positions: Sequence[Position] = ("prompt_last",),
-        every_n_steps: int | None = None,
-    ) -> None:
-        if every_n_steps is not None and every_n_steps < 1:
-            raise UserError(f"callbacks: every_n_steps: expected at least 1 or null, got {every_n_steps}")
-        self.sites = sites
-        self.positions = tuple(check_position(position) for position in positions)
-        self.every_n_steps = every_n_steps
-        self._seen: int | None = None
-        self._keeps_base = False
-
-    def points(self, seen: Observation) -> list[ReadPoint]:
-        """The sites and positions that this callback asked for."""
-        sites = resolve_sites(self.sites, seen.n_layers)
-        return [point for point in seen.base if point.site in sites and point.position in self.positions]
-
-    def report_failed_write(self, path: Path, error: OSError, trainer: Trainer | None = None) -> None:
-        """A file that could not be written is no reason to stop training."""
-        warnings.warn(
-            f"{path}: could not be written ({error.strerror or error}); training goes on without it", stacklevel=2
-        )
-        if trainer is not None:
-            log(trainer, {"alarm/snapshot": 1.0})
-
-    def on_observation(self, trainer: Trainer, module: LightningModule, seen: Observation) -> None:
-        """Look; every process calls this."""
-        raise NotImplementedError
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Say what will be read."""
-        session = ProbeSession.of(trainer)
-        self._keeps_base = not session.positions
-        session.want(self.sites, self.positions)
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The base model, before the first step."""
-        if trainer.global_step == 0:
-            self._look(trainer, pl_module)
-        elif ProbeSession.of(trainer).base is None:
-            raise UserError(
-                "callbacks: this checkpoint holds no hidden states of the base model, with which later ones are compared; resume "
-                "with the callbacks that the run was started with, or with callbacks=none"
-            )
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Every few steps."""
-        if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
-            self._look(trainer, pl_module)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """At the end of an epoch."""
-        self._look(trainer, pl_module)
-
-    def _look(self, trainer: Trainer, module: LightningModule) -> None:
-        if self._seen != trainer.global_step:
-            self._seen = trainer.global_step
-            self.on_observation(trainer, module, ProbeSession.of(trainer).observe(trainer, module))
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """The base model's rows go with the run, once: a resumed run couldn't read them any more."""
-        base = ProbeSession.of(trainer).base
-        if self._keeps_base and base is not None:
-            checkpoint["probe_base"] = states_to_tensors(base)
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take them back."""
-        if "probe_base" in checkpoint:
-            ProbeSession.of(trainer).base = states_from_tensors(checkpoint["probe_base"])
+def report_failed_write(path: Path, error: OSError, trainer: Trainer) -> None:
+    """A file that could not be written is an alarm, and no reason to stop training."""
+    warnings.warn(
+        f"{path}: could not be written ({error.strerror or error}); training goes on without it", stacklevel=2
+    )
+    log(trainer, {"alarm/snapshot": 1.0})
 
 
 def log(trainer: Trainer, metrics: Mapping[str, float]) -> None:

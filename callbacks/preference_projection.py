@@ -4,7 +4,8 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from callbacks.observation import Observation, Observer, ProbeSession, data_of, log
+from callbacks.observation import Observation, ProbeSession, data_of, log
+from callbacks.observer import Observer
 from tiltmeter.watching import Metrics, projection_metrics
 
 
@@ -14,7 +15,7 @@ class PreferenceProjection(Observer):
     Read where v is defined: at the state that predicts the first token in which chosen and rejected differ.
 
     Args:
-        sites, every_n_steps: see :class:`~callbacks.observation.Observer`.
+        sites, every_n_steps: see :class:`~callbacks.observer.Observer`.
     """
 
     def __init__(self, **options: Any) -> None:

@@ -5,7 +5,8 @@ from typing import Any, get_args
 
 from lightning.pytorch import LightningModule, Trainer
 
-from callbacks.observation import Observation, Observer, log
+from callbacks.observation import Observation, log
+from callbacks.observer import Observer
 from tiltmeter.errors import UserError
 from tiltmeter.geometry import Variant
 from tiltmeter.watching import Metrics, spectral_metrics
@@ -16,7 +17,7 @@ class SpectralEntropy(Observer):
 
     Args:
         variants: ``raw``, ``centred`` (less the mean row), ``unit_row``, ``outlier_dims_removed``.
-        sites, positions, every_n_steps: see :class:`~callbacks.observation.Observer`.
+        sites, positions, every_n_steps: see :class:`~callbacks.observer.Observer`.
     """
 
     def __init__(self, *, variants: Sequence[Variant] = ("raw", "centred"), **options: Any) -> None:

@@ -9,17 +9,19 @@ from callbacks.observation import log
 from tiltmeter.batch import StepBatch
 from tiltmeter.errors import NumericalStop
 
-ALARMS = ("chosen_logp_drop", "accuracy_saturation", "length_ratio", "nan")
+_SEEN_IN = {
+    "train/logps/chosen": "chosen_logp_drop",
+    "train/rewards/accuracies": "accuracy_saturation",
+    "length_ratio": "length_ratio",
+}
 
 
 class TrainingAlarms(Callback):
     """Logs ``alarm/…`` every few steps and says once in words when one goes off.
 
-    - ``alarm/chosen_logp_drop``: nats by which the log-prob of chosen responses has fallen since the first window: likelihood
-      displacement, which DPO's loss does not see.
-    - ``alarm/accuracy_saturation``: share of training pairs already ordered rightly, mean of the window: at 1 there is nothing
-      left to learn but larger margins.
-    - ``alarm/length_ratio``: tokens of chosen over tokens of rejected responses: far from 1, length can pass for preference.
+    - ``alarm/chosen_logp_drop``: nats that chosen responses have lost since the first window (likelihood displacement).
+    - ``alarm/accuracy_saturation``: share of training pairs ordered rightly: at 1 only margins are left to grow.
+    - ``alarm/length_ratio``: tokens of chosen over rejected responses: far from 1, length can pass for preference.
     - ``alarm/nan``: 1 when training stops for a loss or gradient that isn't finite (the error names the pairs).
 
     Args:
@@ -38,8 +40,7 @@ class TrainingAlarms(Callback):
         length_ratio: float = 1.5,
     ) -> None:
         self.window = window
-        self.limits = {"chosen_logp_drop": chosen_logp_drop, "accuracy_saturation": accuracy_saturation}
-        self.limits["length_ratio"] = length_ratio
+        self.limits = dict(zip(_SEEN_IN.values(), (chosen_logp_drop, accuracy_saturation, length_ratio), strict=True))
         self._first_logp: float | None = None
         self._recent: dict[str, deque[float]] = {}
         self._said: set[str] = set()
@@ -48,9 +49,8 @@ class TrainingAlarms(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: StepBatch, batch_idx: int
     ) -> None:
         """Look at the step's own metrics."""
-        for name in ("train/logps/chosen", "train/rewards/accuracies"):
-            if name in trainer.callback_metrics:
-                self._remember(name, float(trainer.callback_metrics[name]))
+        for name in _SEEN_IN.keys() & trainer.callback_metrics.keys():
+            self._remember(name, float(trainer.callback_metrics[name]))
         counts = [(b.target_counts.view(-1, b.n_pairs) * b.weights).sum(1) for b in batch.micro_batches]
         if counts and len(counts[0]) == 2:
             chosen, rejected = (float(sum(c[side] for c in counts)) for side in (0, 1))
@@ -68,14 +68,10 @@ class TrainingAlarms(Callback):
 
     def _report(self, trainer: Trainer, module: LightningModule) -> None:
         means = {name: sum(values) / len(values) for name, values in self._recent.items()}
-        alarms = {"nan": 0.0}
-        if (logp := means.get("train/logps/chosen")) is not None:
-            self._first_logp = logp if self._first_logp is None else self._first_logp
-            alarms["chosen_logp_drop"] = self._first_logp - logp
-        if (accuracy := means.get("train/rewards/accuracies")) is not None:
-            alarms["accuracy_saturation"] = accuracy
-        if (ratio := means.get("length_ratio")) is not None:
-            alarms["length_ratio"] = ratio
+        alarms = {"nan": 0.0} | {alarm: means[name] for name, alarm in _SEEN_IN.items() if name in means}
+        if "chosen_logp_drop" in alarms:
+            self._first_logp = alarms["chosen_logp_drop"] if self._first_logp is None else self._first_logp
+            alarms["chosen_logp_drop"] = self._first_logp - alarms["chosen_logp_drop"]
         log(trainer, {f"alarm/{name}": value for name, value in alarms.items()})
         for name, limit in self.limits.items():
             value = alarms.get(name, 0.0)

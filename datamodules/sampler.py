@@ -111,7 +111,7 @@ def bucketed_order(
     themselves; a last, incomplete step stays the last.
 
     >>> bucketed_order(np.arange(4), [9, 1, 8, 2], pairs_per_step=2, bucket_steps=2, seed=0, epoch=0).tolist()
-    [1, 3, 2, 0]
+    [2, 0, 1, 3]
     """
     rng = np.random.default_rng((seed, epoch, 1))
     lengths_of = np.asarray(lengths)

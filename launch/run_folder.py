@@ -1,12 +1,14 @@
 """The run folder of DESIGN §4: where it is, and what is written into it, each file whole or not at all."""
 
 import os
+import pickle
 import shutil
 import zipfile
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
@@ -57,6 +59,20 @@ def find_checkpoint(ckpt_path: str, root: Path, experiment: str) -> Path:
             f"ckpt_path=last: no run under {root / experiment} has a checkpoint yet; start one without ckpt_path"
         )
     return found[-1]
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """Optimizer steps that a checkpoint has taken; weights are not read.
+
+    Raises:
+        UserError: damaged.
+    """
+    try:
+        file = checkpoint / "meta.pt" if checkpoint.is_dir() else checkpoint
+        step: int = torch.load(file, weights_only=True, mmap=True, map_location="cpu")["global_step"]
+    except (OSError, RuntimeError, KeyError, ValueError, pickle.UnpicklingError) as error:
+        raise UserError(f"ckpt_path: cannot read {checkpoint} ({type(error).__name__}); choose another one") from error
+    return step
 
 
 _MAY_CHANGE = {"run_dir", "runs_root", "ckpt_path", "debug", "name", "trainer", "monitor"} | {
@@ -138,11 +154,9 @@ def export_model(module: LogProbModule, tokenizer: PreTrainedTokenizerBase, fold
 
 
 def _export_adapters(model: PreTrainedModel, state: dict[str, Tensor], folder: Path) -> None:
-    """What peft reads; the base is the one beside it."""
-    config = model.peft_config[ADAPTER]
-    config.base_model_name_or_path = (
-        "../base" if Path(model.config._name_or_path).is_dir() else model.config._name_or_path
-    )
+    """What peft reads, to be put on ``base/``; it names its base only when that is on the hub."""
+    name = model.config._name_or_path
+    model.peft_config[ADAPTER].base_model_name_or_path = None if Path(name).is_dir() else name
     write_atomically(folder, lambda temporary: model.save_pretrained(temporary, state_dict=state))
 
 

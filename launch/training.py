@@ -16,6 +16,7 @@ from launch.parts import Parts, build_parts, check_options
 from launch.results import provenance, result_rows, write_results
 from launch.run_folder import (
     check_same_run,
+    checkpoint_step,
     export_model,
     find_checkpoint,
     is_first_process,
@@ -69,7 +70,7 @@ def _train(config: DictConfig, created: list[Path]) -> Path:
             created.append(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         write_config(run_dir, config)
-        loggers, line = _open_loggers(config, run_dir, parts)
+        loggers, line = _open_loggers(config, run_dir, parts, checkpoint)
         screen.print(line, soft_wrap=True)
     trainer = make_trainer(config, loggers)
     started = time.perf_counter()
@@ -90,11 +91,12 @@ def _train(config: DictConfig, created: list[Path]) -> Path:
     return run_dir
 
 
-def _open_loggers(config: DictConfig, run_dir: Path, parts: Parts) -> tuple[list[Logger], str]:
+def _open_loggers(config: DictConfig, run_dir: Path, parts: Parts, checkpoint: Path | None) -> tuple[list[Logger], str]:
     facts = {**OmegaConf.to_container(config, resolve=True), **provenance(parts)}  # type: ignore[dict-item]
     options = OmegaConf.to_container(config.logger, resolve=True)
     wandb_logger, line = open_wandb(run_dir=run_dir, config=facts, name=run_dir.name, group=config.name, **options)  # type: ignore[arg-type]
-    loggers: list[Logger] = [MetricsCSV(run_dir / "metrics.csv")]
+    resume_step = None if checkpoint is None else checkpoint_step(checkpoint)
+    loggers: list[Logger] = [MetricsCSV(run_dir / "metrics.csv", resume_step=resume_step)]
     return loggers + ([wandb_logger] if wandb_logger is not None else []), line
 
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.cli import TINY, logged, only_run, run_train
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")]
 LORA = (*TINY, "adapter=lora", "module.lora.r=4", "logger=csv", "callbacks=none", "module.schedule=constant")
 SHORT = ("trainer.max_steps=2", "trainer.val_check_interval=1")
 LONG = ("trainer.max_steps=4", "trainer.val_check_interval=1")

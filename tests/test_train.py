@@ -41,7 +41,7 @@ def test_the_run_folder_holds_what_the_contract_says(finished: tuple[Path, str])
         "wandb",
         "provenance.json",
         "held_out.csv",
-    } | {"probe_prompts.json"}
+    } | {"probe_prompts.json", "snapshots", "vectors"}
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     assert config["name"] == "tiny_synthetic"
@@ -69,7 +69,7 @@ def test_base_and_aligned_open_with_transformers_and_differ_in_the_blocks_only(f
 
 
 def test_the_first_loss_is_ln_2_and_rewards_start_at_0(finished: tuple[Path, str]) -> None:
-    first = metrics_of(only_run(finished[0]))[0]
+    first = next(row for row in metrics_of(only_run(finished[0])) if row["train/loss"])
     assert first["step"] == "0"
     assert float(first["train/loss"]) == pytest.approx(math.log(2), abs=1e-6)
     for side in ("chosen", "rejected", "margins"):
@@ -81,6 +81,14 @@ def test_metric_names_are_those_of_the_contract(finished: tuple[Path, str]) -> N
     logps = {"logps/chosen", "logps/rejected"}
     expected = {f"{stage}/{name}" for stage in ("train", "val") for name in {"loss"} | rewards | logps}
     expected |= {"throughput/tokens_per_second", "throughput/pairs_per_second", "step", "epoch"}
+    expected |= {"throughput/padding_share", "throughput/saved_prompt_share"}
+    sites = ("layer_00", "final_pre_norm", "final_post_norm")
+    expected |= {f"projection/{of}/{site}" for of in ("base", "policy", "delta") for site in sites}
+    spectra = {f"spectral_entropy/{of}/{kind}" for of in ("delta", "policy", "base") for kind in ("energy", "singular")}
+    spectra |= {f"{what}/delta" for what in ("effective_rank", "top1_energy", "shift_share", "sigma_ratio")}
+    spectra |= {"mean_cosine/in_sample", "mean_cosine/leave_one_out", "top1_energy/delta_centred"}
+    expected |= {f"{name}/{site}" for name in spectra for site in sites}
+    expected |= {"projection/share_grown", "hyperplane/share_preferred"}
     assert expected <= set(metrics_of(only_run(finished[0]))[0])
 
 
@@ -130,6 +138,8 @@ def test_a_second_run_finds_the_base_and_a_resumed_one_goes_on(finished: tuple[P
     assert "Base: found" in resumed.stdout
     steps = [row["step"] for row in metrics_of(run) if row["train/loss"]]
     assert len(steps) == len(set(steps)) == len(before) // 2 * 3
+    looks = [row["probe/steps_taken"] for row in metrics_of(run) if row["shift_share/delta/layer_00"]]
+    assert looks == ["3", "6", "9"], "once each, the one that the checkpoint was too early for included"
     assert logged(run, "train/loss")[: len(before)] == before
     rates = logged(run, "train/learning_rate")[len(before) :]
     assert all(rate > 0 for rate in rates), "the schedule must know the new end"

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tiltmeter.batch import PreferenceBatch
 from tiltmeter.layers import Unembedding
 from tiltmeter.log_probs import default_chunk_tokens
 
@@ -121,6 +122,21 @@ class GradientSummary(NamedTuple):
     1 by construction."""
     energy_shares: dict[str, float]
     """Σ ⟨g, k̂⟩² / Σ ‖g‖² along each direction k."""
+
+
+def rows_that_predict(batch: PreferenceBatch) -> tuple[Int[Tensor, " row"], Int[Tensor, " row"]]:
+    """Flattened rows of a batch whose hidden state predicts a target, each once, and the pair that each belongs to.
+
+    Only they get a gradient at ``final_post_norm``; pairs of weight 0 are left out.
+
+    >>> from tiltmeter.batch import TokenizedPair, collate_pairs
+    >>> [x.tolist() for x in rows_that_predict(collate_pairs([TokenizedPair([1, 5], [6, 2], [7])], pair_index=[9]))]
+    [[1, 2], [0, 0]]
+    """
+    rows, places = torch.unique(batch.target_rows, return_inverse=True)
+    pairs = torch.empty_like(rows).scatter_(0, places, batch.target_sequences % batch.n_pairs)
+    real = batch.weights[pairs] > 0
+    return rows[real], pairs[real]
 
 
 class GradientMoments:
