@@ -136,6 +136,34 @@ def projection_metrics(
     return known(metrics)
 
 
+def observation_metrics(
+    base: States,
+    policy: States,
+    directions: PreferenceDirections,
+    *,
+    head: Unembedding | None = None,
+    clusters: Sequence[str] | None = None,
+    previous: Mapping[ReadPoint, Tensor] | None = None,
+) -> Metrics:
+    """Everything above for whatever a probe has read, in one call: what a loop or a callback of any trainer logs.
+
+    Args:
+        head: unembedding of the base model; see :func:`projection_metrics`.
+        clusters: prompt of every pair of the probe; None: no two pairs share one.
+        previous: :func:`steering_vectors` of the observation before.
+    """
+    metrics: Metrics = {}
+    for point in policy:
+        if point.position == "diverge":
+            names = clusters or [str(row) for row in range(len(directions.sequence))]
+            metrics |= projection_metrics(base, policy, point.site, directions, clusters=names, head=head)
+        else:
+            metrics |= spectral_metrics(base, policy, point)
+            before = None if previous is None else previous[point]
+            metrics |= consistency_metrics(base, policy, point, previous=before)
+    return metrics
+
+
 def place(point: ReadPoint) -> str:
     """How a site and position end a metric's name.
 
