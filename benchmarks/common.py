@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -125,8 +125,32 @@ def peak_memory_mb(device: str) -> float:
         import torch
 
         return torch.cuda.max_memory_allocated() / 1e6
+    if (
+        peak := _linux_memory_mb("VmHWM")
+    ) is not None:  # ru_maxrss begins with the size of the process that started this one
+        return peak
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6  # bytes there, kibibytes elsewhere
+
+
+def resident_memory_mb() -> float:
+    """Memory of this process now, in 10^6 bytes; elsewhere than on Linux its largest so far."""
+    resident = _linux_memory_mb("VmRSS")
+    return peak_memory_mb("cpu") if resident is None else resident
+
+
+def forget_peak_memory() -> None:
+    """Let :func:`peak_memory_mb` begin anew from what is resident now, where Linux allows it."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _linux_memory_mb(field: str) -> float | None:
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    (line,) = [line for line in status.read_text().splitlines() if line.startswith(f"{field}:")] or [""]
+    return int(line.split()[1]) * 1024 / 1e6 if line else None
 
 
 @contextmanager

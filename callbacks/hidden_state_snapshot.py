@@ -7,7 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from callbacks.observation import Observation, data_of, report_failed_write
 from callbacks.observer import Observer
-from tiltmeter.snapshots import BASE, SnapshotWriter, epoch_name
+from tiltmeter.snapshots import BASE, SnapshotWriter, check_dtype, epoch_name
 
 
 class HiddenStateSnapshot(Observer):
@@ -23,7 +23,7 @@ class HiddenStateSnapshot(Observer):
     def __init__(self, *, dtype: str = "float32", **options: Any) -> None:
         super().__init__(**options)
         self.dtype = dtype
-        SnapshotWriter(Path(), dtype=dtype, pair_ids={})  # an unknown dtype is refused now
+        check_dtype(dtype)
 
     def on_observation(self, trainer: Trainer, module: LightningModule, seen: Observation) -> None:
         """Write the rows of this moment."""

@@ -97,7 +97,7 @@ class ProbeSession:
             if whole is weight and head.weight.requires_grad:
                 whole = weight.clone()
             bias = head.bias.full_tensor() if isinstance(head.bias, DTensor) else head.bias
-            self._head = Unembedding(whole, bias, head.scale, head.soft_cap)
+            self._head = Unembedding(whole, None if bias is None else bias.detach().clone(), head.scale, head.soft_cap)
         return self._head
 
     def save(self, checkpoint: dict[str, Any]) -> None:

@@ -1,23 +1,21 @@
 """TrainingAlarms: what usually goes wrong in preference optimisation, said while it happens."""
 
-from collections import deque
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 
 from callbacks.observation import log
 from tiltmeter.batch import StepBatch
 from tiltmeter.errors import NumericalStop
 
-_SEEN_IN = {
-    "train/logps/chosen": "chosen_logp_drop",
-    "train/rewards/accuracies": "accuracy_saturation",
-    "length_ratio": "length_ratio",
-}
+_ALARMS = ("chosen_logp_drop", "accuracy_saturation", "length_ratio")
+_MEANS = {"train/logps/chosen": "chosen_logp_drop", "train/rewards/accuracies": "accuracy_saturation"}
 
 
 class TrainingAlarms(Callback):
-    """Logs ``alarm/…`` every few steps and says once in words when one goes off.
+    """Logs ``alarm/…`` after every window of optimizer steps, and says once in words when one goes off.
 
     - ``alarm/chosen_logp_drop``: nats that chosen responses have lost since the first window (likelihood displacement).
     - ``alarm/accuracy_saturation``: share of training pairs ordered rightly: at 1 only margins are left to grow.
@@ -25,10 +23,8 @@ class TrainingAlarms(Callback):
     - ``alarm/nan``: 1 when training stops for a loss or gradient that isn't finite (the error names the pairs).
 
     Args:
-        window: optimizer steps of a mean, and how often to log.
-        chosen_logp_drop: nats that are worth an alarm.
-        accuracy_saturation: accuracy that is.
-        length_ratio: ratio, or one over it, that is.
+        window: optimizer steps.
+        chosen_logp_drop, accuracy_saturation, length_ratio: from where it is an alarm (the ratio, or one over it).
     """
 
     def __init__(
@@ -40,41 +36,45 @@ class TrainingAlarms(Callback):
         length_ratio: float = 1.5,
     ) -> None:
         self.window = window
-        self.limits = dict(zip(_SEEN_IN.values(), (chosen_logp_drop, accuracy_saturation, length_ratio), strict=True))
+        self.limits = dict(zip(_ALARMS, (chosen_logp_drop, accuracy_saturation, length_ratio), strict=True))
         self._first_logp: float | None = None
-        self._recent: dict[str, deque[float]] = {}
-        self._said: set[str] = set()
+        self._sums, self._said = dict[str, Tensor](), set[str]()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: StepBatch, batch_idx: int
     ) -> None:
-        """Look at the step's own metrics."""
-        for name in _SEEN_IN.keys() & trainer.callback_metrics.keys():
-            self._remember(name, float(trainer.callback_metrics[name]))
-        counts = [(b.target_counts.view(-1, b.n_pairs) * b.weights).sum(1) for b in batch.micro_batches]
-        if counts and len(counts[0]) == 2:
-            chosen, rejected = (float(sum(c[side] for c in counts)) for side in (0, 1))
-            self._remember("length_ratio", chosen / max(rejected, 1.0))
-        if trainer.global_step % self.window == 0:
+        """Look at the step's own metrics; every process counts its own tokens."""
+        for name in _MEANS.keys() & trainer.callback_metrics.keys():
+            self._add(name, torch.stack([trainer.callback_metrics[name].detach(), torch.ones(())]).to(pl_module.device))
+        for micro in batch.micro_batches if batch.micro_batches[0].n_sequences > batch.micro_batches[0].n_pairs else ():
+            self._add("length_ratio", (micro.target_counts.view(2, -1) * micro.weights).sum(1))
+        if trainer.global_step % self.window == 0 or trainer.global_step == pl_module.total_steps():  # type: ignore[operator]
             self._report(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """A numerical stop is an alarm too."""
+        """A numerical stop."""
         if isinstance(exception, NumericalStop):
             log(trainer, {"alarm/nan": 1.0})
 
-    def _remember(self, name: str, value: float) -> None:
-        self._recent.setdefault(name, deque(maxlen=self.window)).append(value)
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run compares with."""
+        return {"first_logp": self._first_logp}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take it back."""
+        self._first_logp = state_dict["first_logp"]
+
+    def _add(self, name: str, fraction: Tensor) -> None:
+        self._sums[name] = fraction + self._sums.get(name, 0)
 
     def _report(self, trainer: Trainer, module: LightningModule) -> None:
-        means = {name: sum(values) / len(values) for name, values in self._recent.items()}
-        alarms = {"nan": 0.0} | {alarm: means[name] for name, alarm in _SEEN_IN.items() if name in means}
-        if "chosen_logp_drop" in alarms:
-            self._first_logp = alarms["chosen_logp_drop"] if self._first_logp is None else self._first_logp
-            alarms["chosen_logp_drop"] = self._first_logp - alarms["chosen_logp_drop"]
-        log(trainer, {f"alarm/{name}": value for name, value in alarms.items()})
-        for name, limit in self.limits.items():
-            value = alarms.get(name, 0.0)
-            if max(value, 1 / value if name == "length_ratio" and value else value) >= limit and name not in self._said:
+        sums = {name: trainer.strategy.reduce(fraction, reduce_op="sum") for name, fraction in self._sums.items()}
+        values, self._sums = {_MEANS.get(k, k): float(above / below) for k, (above, below) in sums.items()}, {}
+        if (logp := values.get("chosen_logp_drop")) is not None:
+            self._first_logp = logp if self._first_logp is None else self._first_logp
+            values["chosen_logp_drop"] = self._first_logp - logp
+        log(trainer, {"alarm/nan": 0.0} | {f"alarm/{name}": value for name, value in values.items()})
+        for name, value in values.items():
+            if max(value, 1 / value if name == "length_ratio" else 0) >= self.limits[name] and name not in self._said:
                 self._said.add(name)
-                module.print(f"alarm/{name}: {value:.3g} at step {trainer.global_step} (alarm from {limit:g})")
+                module.print(f"alarm/{name}: {value:.3g} at step {trainer.global_step} (from {self.limits[name]:g})")

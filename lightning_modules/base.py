@@ -217,6 +217,10 @@ class LogProbModule(LightningModule):
         """Validation is no part of a training step's time."""
         self._step_started = time.perf_counter()
 
+    def on_train_batch_start(self, batch: StepBatch, batch_idx: int) -> None:
+        """Log at the number of steps taken, of which Lightning loses count when a run goes on inside an epoch."""
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
+
     def training_step(self, step: StepBatch, batch_idx: int) -> None:
         """One optimizer step: all micro-batches backward, one all-reduce, clip, update."""
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
@@ -279,7 +283,12 @@ class LogProbModule(LightningModule):
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to go on with other data."""
+        """Refuse to go on with other data; take a run that ended at ``max_steps`` inside an epoch for one that may go on.
+
+        Lightning counts that epoch as processed, so a run that is to take more steps would take one epoch too few.
+        """
+        for counts in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
+            counts["processed"] = counts["completed"]
         if checkpoint.get("data_digests") != self._data_digests():
             raise UserError(
                 "ckpt_path: the checkpoint was trained on other data or another tokenisation; resume with the same data options"

@@ -6,6 +6,7 @@ Golub & LeVeque (1983): S = S_a + S_b + n_a n_b / n · (x̄_b − x̄_a)(x̄_b �
 of 1 where Σ x xᵀ − n x̄ x̄ᵀ would lose half of its digits.
 """
 
+import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
@@ -21,22 +22,34 @@ MATRICES: tuple[Matrix, ...] = get_args(Matrix)
 DEFAULT_ROWS_KEPT = 1024
 """Rows kept however narrow they are; wider rows are kept up to as many as they are wide."""
 
-_ROWS_PER_FOLD = 256
-"""Rows that wait to be folded together: a fold walks over d × d matrices whether it brings one row or hundreds."""
+_ROWS_PER_FOLD = 1024
+"""Rows that are folded at a time: enough that one product per d × d matrix is worth it, few enough in float64."""
 
 
 class _Moments(NamedTuple):
-    """Count, mean and scatter about the mean."""
+    """Count, mean and scatter about the mean. ``add`` and ``merge`` take the scatter over and change it in place."""
 
     n: int
     mean: Tensor
     scatter: Tensor | None
 
     @classmethod
-    def of(cls, rows: Tensor, with_scatter: bool) -> "_Moments":
-        mean = rows.mean(0) if len(rows) else rows.new_zeros(rows.shape[1])
-        centred = rows - mean
-        return cls(len(rows), mean, centred.T @ centred if with_scatter else None)
+    def of_nothing(cls, d_model: int, with_scatter: bool, device: torch.device) -> "_Moments":
+        mean = torch.zeros(d_model, dtype=torch.float64, device=device)
+        return cls(0, mean, torch.zeros(d_model, d_model, dtype=torch.float64, device=device) if with_scatter else None)
+
+    def add(self, rows: Tensor) -> "_Moments":
+        """With further float64 rows: Chan's term between the means is one more row of the product that the others need."""
+        if not len(rows):
+            return self
+        mean = rows.mean(0)
+        n, apart = self.n + len(rows), mean - self.mean
+        if self.scatter is not None:
+            centred = rows.new_empty(len(rows) + 1, rows.shape[1])
+            torch.sub(rows, mean, out=centred[:-1])
+            torch.mul(apart, math.sqrt(self.n * len(rows) / n), out=centred[-1])
+            self.scatter.addmm_(centred.T, centred)
+        return _Moments(n, self.mean + apart * (len(rows) / n), self.scatter)
 
     def merge(self, other: "_Moments") -> "_Moments":
         n = self.n + other.n
@@ -46,8 +59,8 @@ class _Moments(NamedTuple):
         mean = self.mean + apart * (other.n / n)
         if self.scatter is None or other.scatter is None:
             return _Moments(n, mean, None)
-        between = torch.outer(apart, apart) * (self.n * other.n / n)
-        return _Moments(n, mean, self.scatter + other.scatter + between)
+        scatter = self.scatter.add_(other.scatter).addr_(apart, apart, alpha=self.n * other.n / n)
+        return _Moments(n, mean, scatter)
 
     def all_reduce(self, n: int, sum_over_ranks: Callable[[Tensor], Tensor]) -> "_Moments":
         """Chan's merge of all ranks at once, by sums alone: each first moves its scatter to the common mean."""
@@ -55,7 +68,7 @@ class _Moments(NamedTuple):
         if self.scatter is None:
             return _Moments(n, mean, None)
         apart = self.mean - mean
-        return _Moments(n, mean, sum_over_ranks(self.scatter + self.n * torch.outer(apart, apart)))
+        return _Moments(n, mean, sum_over_ranks(torch.addr(self.scatter, apart, apart, alpha=self.n)))
 
     def to(self, device: torch.device) -> "_Moments":
         return _Moments(self.n, self.mean.to(device), None if self.scatter is None else self.scatter.to(device))
@@ -68,9 +81,12 @@ class _Folded(NamedTuple):
     unit: _Moments
 
     @classmethod
-    def of(cls, rows: Tensor, unit_scatter: bool) -> "_Folded":
+    def of_nothing(cls, d_model: int, unit_scatter: bool, device: torch.device) -> "_Folded":
+        return cls(_Moments.of_nothing(d_model, True, device), _Moments.of_nothing(d_model, unit_scatter, device))
+
+    def add(self, rows: Tensor) -> "_Folded":
         exact = rows.to(torch.float64)
-        return cls(_Moments.of(exact, True), _Moments.of(unit_rows(exact), unit_scatter))
+        return _Folded(self.plain.add(exact), self.unit.add(unit_rows(exact)))
 
     def merge(self, other: "_Folded") -> "_Folded":
         return _Folded(self.plain.merge(other.plain), self.unit.merge(other.unit))
@@ -141,7 +157,7 @@ class RowMoments:
         rows = rows.to(self.device, torch.promote_types(rows.dtype, torch.float32), copy=True)
         self._kept.append(rows)
         waiting = sum(map(len, self._kept))
-        if waiting > (self.max_rows_kept if self._folded is None else _ROWS_PER_FOLD):
+        if waiting > (self.max_rows_kept if self._folded is None else _ROWS_PER_FOLD - 1):
             self._fold()
 
     def merge(self, other: "RowMoments") -> None:
@@ -204,9 +220,10 @@ class RowMoments:
     def _fold(self) -> "_Folded":
         """Stop keeping rows, and fold those that wait."""
         if self._folded is None or self._kept:
-            new = _Folded.of(self._joined(), self.unit_rows)
-            self._folded = new if self._folded is None else self._folded.merge(new)
-            self._kept = []
+            folded = self._folded or _Folded.of_nothing(self.d_model, self.unit_rows, self.device)
+            for rows in self._joined().split(_ROWS_PER_FOLD):
+                folded = folded.add(rows)
+            self._folded, self._kept = folded, []
         return self._folded
 
     def _joined(self) -> Tensor:

@@ -21,10 +21,10 @@ class ProjectionChange(NamedTuple):
 
 
 class ProjectionSummary(NamedTuple):
-    """Means over pairs with intervals over whole clusters (prompts)."""
+    """Means over pairs; of what changed, with intervals over whole clusters (prompts)."""
 
-    base: Interval
-    policy: Interval
+    base: float
+    policy: float
     change: Interval
     """Paired: the interval of the mean difference."""
     share_grown: Interval
@@ -78,7 +78,8 @@ def summarize_projections(
         return cluster_mean_interval(kept, names, level=level, n_resamples=n_resamples, seed=seed)
 
     grown = (change.change > 0).to(torch.float64)
-    return ProjectionSummary(interval(change.base), interval(change.policy), interval(change.change), interval(grown))
+    base, policy = (float(values.cpu()[there].mean()) for values in (change.base, change.policy))
+    return ProjectionSummary(base, policy, interval(change.change), interval(grown))
 
 
 def logit_gaps(

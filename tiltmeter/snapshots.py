@@ -88,6 +88,12 @@ class Manifest:
         return asdict(self) | {"format": FORMAT, "labels": labels}
 
 
+def check_dtype(dtype: str) -> None:
+    """Raises UserError unless snapshots can be stored so."""
+    if dtype not in DTYPES:
+        raise UserError(f"snapshots: dtype: expected one of {', '.join(DTYPES)}, got {dtype}")
+
+
 class SnapshotWriter:
     """Writes observations of one probe set into a folder; every file is whole or not there.
 
@@ -104,8 +110,7 @@ class SnapshotWriter:
     def __init__(
         self, folder: Path, *, dtype: str, pair_ids: Mapping[int, str], about: Mapping[str, Any] | None = None
     ) -> None:
-        if dtype not in DTYPES:
-            raise UserError(f"snapshots: dtype: expected one of {', '.join(DTYPES)}, got {dtype}")
+        check_dtype(dtype)
         self.folder = folder
         self.dtype = dtype
         self.pair_ids = pair_ids

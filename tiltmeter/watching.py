@@ -115,25 +115,55 @@ def projection_metrics(
     before, after = matching_rows(base, policy, point)
     pairs = base[point].pair_index
     names = [clusters[i] for i in pairs.tolist()]
+    moved = bool((after.double() - before.double()).any())
     metrics: Metrics = {}
     for kind, v in (("projection", directions.token), ("projection_sequence", directions.sequence[pairs])):
-        summary = summarize_projections(projection_change(before, after, v), names)
-        for name, interval in zip(("base", "policy", "delta", "share_grown"), summary, strict=True):
-            metrics[f"{kind}/{name}/{site}"] = interval.value
-            if name in ("delta", "share_grown"):
-                metrics |= {f"{kind}/{name}_low/{site}": interval.low, f"{kind}/{name}_high/{site}": interval.high}
+        change = projection_change(before, after, v)
+        means = {"base": float(change.base.nanmean()), "policy": float(change.policy.nanmean())}
+        metrics |= {f"{kind}/{name}/{site}": value for name, value in means.items()}
+        if not moved:  # before the first step there is no update to speak of
+            continue
+        summary = summarize_projections(change, names)
+        for name, interval in (("delta", summary.change), ("share_grown", summary.share_grown)):
+            ends = {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
+            metrics |= {f"{kind}/{end}/{site}": value for end, value in ends.items()}
         steering = steering_vector(before, after)[None]
         kind_name = "token" if kind == "projection" else "sequence"
         metrics[f"direction_cosine/{kind_name}/{site}"] = float(cosine(v, steering).nanmean())
-    if site == FINAL_POST_NORM:
+    if site == FINAL_POST_NORM and moved:
         metrics["projection/share_grown"] = metrics[f"projection/share_grown/{site}"]
         if head is not None:
             gaps = logit_gaps(before.to(head.weight.device), head, directions.chosen_ids, directions.rejected_ids).cpu()
             metrics["hyperplane/share_preferred"] = share_preferred(hyperplane_distances(after, directions.token, gaps))
-    if not (after.double() - before.double()).any():  # before the first step there is no update to speak of
-        kept = ("base", "policy")
-        metrics = {name: value for name, value in metrics.items() if name.split("/")[1] in kept}
     return known(metrics)
+
+
+def observation_metrics(
+    base: States,
+    policy: States,
+    directions: PreferenceDirections,
+    *,
+    head: Unembedding | None = None,
+    clusters: Sequence[str] | None = None,
+    previous: Mapping[ReadPoint, Tensor] | None = None,
+) -> Metrics:
+    """Everything above for whatever a probe has read, in one call: what a loop or a callback of any trainer logs.
+
+    Args:
+        head: unembedding of the base model; see :func:`projection_metrics`.
+        clusters: prompt of every pair of the probe; None: no two pairs share one.
+        previous: :func:`steering_vectors` of the observation before.
+    """
+    metrics: Metrics = {}
+    for point in policy:
+        if point.position == "diverge":
+            names = clusters or [str(row) for row in range(len(directions.sequence))]
+            metrics |= projection_metrics(base, policy, point.site, directions, clusters=names, head=head)
+        else:
+            metrics |= spectral_metrics(base, policy, point)
+            before = None if previous is None else previous[point]
+            metrics |= consistency_metrics(base, policy, point, previous=before)
+    return metrics
 
 
 def place(point: ReadPoint) -> str:

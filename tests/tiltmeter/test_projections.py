@@ -50,9 +50,9 @@ def test_summary_means_share_and_intervals() -> None:
     base = torch.tensor([[9.0, 0.0], [9.0, 1.0], [9.0, 2.0], [9.0, 3.0]])
     policy = base + torch.tensor([[0.0, 1.0], [5.0, -1.0], [0.0, 3.0], [0.0, 1.0]])
     found = summarize_projections(projection_change(base, policy, v), ["a", "b", "c", "c"])
-    assert (found.base.value, found.policy.value, found.change.value) == (1.5, 2.5, 1.0)
+    assert (found.base, found.policy, found.change.value) == (1.5, 2.5, 1.0)
     assert found.share_grown.value == 0.75
-    for interval in found:
+    for interval in (found.change, found.share_grown):
         assert interval.low <= interval.value <= interval.high
     everyone = summarize_projections(projection_change(base, base + 1, v), ["a", "b", "c", "d"])
     assert everyone.change == (1, 1, 1)

@@ -147,3 +147,33 @@ def test_single_functions_agree_with_the_table() -> None:
     )
     with pytest.raises(ValueError, match=r"expected min\(3, 2\) singular values, got 3"):
         spectrum(sigma, n_rows=3, d_model=2)
+
+
+@pytest.mark.parametrize("kind", ["noise", "shifted", "centred", "rank one", "tiny", "two equal"])
+def test_the_top_direction_of_a_large_gram_matrix_is_that_of_a_whole_decomposition(kind: str) -> None:
+    x = matrix(560, 700)
+    if kind == "shifted":
+        x = x + 3
+    elif kind == "centred":
+        x = x - x.mean(0)
+    elif kind == "rank one":
+        x = torch.outer(x[:, 0], x[0])
+    elif kind == "tiny":
+        x = x * 1e-120
+    elif kind == "two equal":
+        x = orthogonal(560, 1)
+        x[:, :2] *= 5
+    gram = x @ x.T
+    sigma, top = eigen_of_gram(gram)
+    values, vectors = torch.linalg.eigh(gram)
+    assert_close(sigma, singular_values_of_gram(gram), rtol=1e-9, atol=0)
+    assert float(top.norm()) == pytest.approx(1)
+    assert float(top @ gram @ top) == pytest.approx(float(values[-1]), rel=1e-9)
+    if kind != "two equal":
+        assert float((top @ vectors[:, -1]).abs()) == pytest.approx(1, abs=1e-7)
+
+
+def test_a_large_gram_matrix_without_directions_has_none() -> None:
+    sigma, _ = eigen_of_gram(torch.zeros(520, 520, dtype=torch.float64))
+    assert not sigma.any()
+    assert eigen_of_gram(torch.full((520, 520), NAN, dtype=torch.float64))[0].isnan().all()
