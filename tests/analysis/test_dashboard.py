@@ -8,7 +8,7 @@ import pytest
 
 from analysis.dashboard import SECTIONS, check_spec, main, sections_of
 from analysis.loggable import loggable_media, loggable_metrics
-from callbacks.training_alarms import ALARMS
+from callbacks.training_alarms import TrainingAlarms
 from lightning_modules.dpo import DPOModule
 from tiltmeter.errors import UserError
 
@@ -58,7 +58,7 @@ def test_a_panel_of_nothing_is_refused(spec: dict[str, Any], change: dict[str, A
 
 def test_names_that_are_listed_by_hand_are_those_of_the_code() -> None:
     names = loggable_metrics()
-    assert {f"alarm/{name}" for name in ALARMS} <= names
+    assert {f"alarm/{name}" for name in (*TrainingAlarms().limits, "nan")} <= names
     assert {f"{split}/{name}" for split in ("train", "val") for name in DPOModule.columns if "/" in name} <= names
     source = Path(str(sys.modules[DPOModule.__module__].__file__)).parents[1] / "callbacks" / "gradient_geometry.py"
     written = source.read_text(encoding="utf-8")
