@@ -75,6 +75,9 @@ class TrainingAlarms(Callback):
             values["chosen_logp_drop"] = self._first_logp - logp
         log(trainer, {"alarm/nan": 0.0} | {f"alarm/{name}": value for name, value in values.items()})
         for name, value in values.items():
-            if max(value, 1 / value if name == "length_ratio" else 0) >= self.limits[name] and name not in self._said:
+            if (
+                max(value, 1 / value if name == "length_ratio" and value else 0) >= self.limits[name]
+                and name not in self._said
+            ):
                 self._said.add(name)
                 module.print(f"alarm/{name}: {value:.3g} at step {trainer.global_step} (from {self.limits[name]:g})")
