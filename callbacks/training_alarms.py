@@ -51,8 +51,7 @@ class TrainingAlarms(Callback):
         if trainer.global_step % self.window == 0 or trainer.global_step == pl_module.total_steps():  # type: ignore[operator]
             self._report(trainer, pl_module)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """A numerical stop."""
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:  # noqa: D102
         if isinstance(exception, NumericalStop):
             log(trainer, {"alarm/nan": 1.0})
 
@@ -70,14 +69,12 @@ class TrainingAlarms(Callback):
     def _report(self, trainer: Trainer, module: LightningModule) -> None:
         sums = {name: trainer.strategy.reduce(fraction, reduce_op="sum") for name, fraction in self._sums.items()}
         values, self._sums = {_MEANS.get(k, k): float(above / below) for k, (above, below) in sums.items()}, {}
-        if (logp := values.get("chosen_logp_drop")) is not None:
+        if (logp := values.get(_ALARMS[0])) is not None:
             self._first_logp = logp if self._first_logp is None else self._first_logp
-            values["chosen_logp_drop"] = self._first_logp - logp
+            values[_ALARMS[0]] = self._first_logp - logp
         log(trainer, {"alarm/nan": 0.0} | {f"alarm/{name}": value for name, value in values.items()})
         for name, value in values.items():
-            if (
-                max(value, 1 / value if name == "length_ratio" and value else 0) >= self.limits[name]
-                and name not in self._said
-            ):
+            far = 1 / value if name == "length_ratio" and value else value
+            if max(value, far) >= self.limits[name] and name not in self._said:
                 self._said.add(name)
                 module.print(f"alarm/{name}: {value:.3g} at step {trainer.global_step} (from {self.limits[name]:g})")
