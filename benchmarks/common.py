@@ -209,9 +209,17 @@ class Worker:
 
     def take_turn(self) -> float:
         """Let the process run one turn; returns its seconds."""
+        self._go()
+        return float(self.receive()["seconds"])
+
+    def finish(self) -> Message:
+        """Let the process end, once every process has taken its last turn; returns its summary."""
+        self._go()
+        return self.receive()
+
+    def _go(self) -> None:
         assert self._process.stdin is not None
         print("go", file=self._process.stdin, flush=True)
-        return float(self.receive()["seconds"])
 
     def _last_words(self) -> str:
         code = self._process.wait()
@@ -244,4 +252,4 @@ def take_turns(workers: Sequence[Worker], n_turns: Mapping[str, int]) -> dict[st
                 if turn < n_turns[worker.name]:
                     seconds[worker.name].append(worker.take_turn())
                     progress(f"  turn {turn}: {worker.name}, {seconds[worker.name][-1]:.1f} s")
-        return {worker.name: SideResult(seconds[worker.name], worker.receive()) for worker in workers}
+        return {worker.name: SideResult(seconds[worker.name], worker.finish()) for worker in workers}

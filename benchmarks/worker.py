@@ -59,15 +59,18 @@ class Turns:
         """To be called at the start of every optimizer step."""
         if self._left == 0:
             self.end()
-            self._channel.wait_for_turn()
             self._left = self._lengths.pop(0)
             self._started = time.perf_counter()
         self._left -= 1
 
     def end(self) -> None:
-        """To be called after the last optimizer step."""
+        """Report the turn's seconds and wait: for the next turn or, after the last one, until nobody is timed any more.
+
+        To be called after the last optimizer step; what a process does on its way out would else run beside others' turns.
+        """
         self._synchronize()
         self._channel.send(seconds=time.perf_counter() - self._started)
+        self._channel.wait_for_turn()
 
 
 def serve(module: str, settings: str) -> None:
