@@ -1,16 +1,17 @@
 """Is the update one constant shift, layer by layer? Shares, cosines and the table, at the last observation."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pandas as pd
 from matplotlib.axes import Axes
 
-from analysis.figures import COLOURS, EndLabel, house_style, new_figure, set_titles
+from analysis.figures import COLOURS, EndLabel
 from analysis.observations import UPDATE, GeometryRow, deepest, latest, site_name, updates
 from analysis.report import Headline, Section
 from analysis.site_axes import (
-    SITES_LABEL,
+    Panel,
     as_text,
+    draw_over_sites,
     extremes,
     finish_sites,
     last_value,
@@ -36,7 +37,6 @@ SHOWN = {
 }
 """Columns of the table as people read them: heading and format."""
 _BLUE, _NAVY, _GREY = COLOURS["policy"], COLOURS["policy_dark"], COLOURS["mark"]
-Panel = Callable[[Axes, pd.DataFrame], str]
 
 
 def geometry_section(table: pd.DataFrame) -> Section | None:
@@ -53,11 +53,7 @@ def geometry_section(table: pd.DataFrame) -> Section | None:
         panels.append(draw_cosines)
     if not panels:
         return None
-    with house_style():
-        figure, axes = new_figure(len(panels), panel_height_cm=6.0)
-        sentences = [draw(panel, last) for draw, panel in zip(panels, axes, strict=True)]
-        axes[-1].set_xlabel(SITES_LABEL)
-        set_titles(figure, axes, sentences)
+    figure, sentences = draw_over_sites(panels, last, panel_height_cm=6.0)
     return Section(
         name="geometry",
         question="Is what training did to hidden states one constant shift?",

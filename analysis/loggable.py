@@ -11,19 +11,11 @@ from tiltmeter.capture import HiddenStates, ReadPoint
 from tiltmeter.geometry import VARIANTS
 from tiltmeter.layers import FINAL_POST_NORM, Unembedding, all_sites
 from tiltmeter.positions import Position
+from tiltmeter.preference_losses import PAIR_METRICS
 from tiltmeter.probe import PreferenceDirections
 from tiltmeter.watching import consistency_metrics, projection_metrics, spectral_metrics
 
 _SPLITS = ("train", "val")
-_OF_A_SPLIT = (
-    "loss",
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/margins",
-    "rewards/accuracies",
-    "logps/chosen",
-    "logps/rejected",
-)
 _OTHERS = (
     "throughput/tokens_per_second",
     "throughput/pairs_per_second",
@@ -48,7 +40,7 @@ def loggable_metrics() -> frozenset[str]:
     head = Unembedding(torch.randn(_VOCABULARY, _WIDTH, generator=generator))
     pairs = [TokenizedPair([1], [2, 3], [4, 5]) for _ in range(_N_PAIRS)]
     directions, clusters = PreferenceDirections(head, pairs), [str(i) for i in range(_N_PAIRS)]
-    names = {f"{split}/{name}" for split in _SPLITS for name in _OF_A_SPLIT} | set(_OTHERS)
+    names = {f"{split}/{name}" for split in _SPLITS for name in PAIR_METRICS} | set(_OTHERS)
     for point in base:
         if point.position == "diverge":
             names |= set(projection_metrics(base, policy, point.site, directions, clusters=clusters, head=head))

@@ -3,12 +3,13 @@
 import pandas as pd
 from matplotlib.axes import Axes
 
-from analysis.figures import COLOURS, EndLabel, house_style, mark_level, new_figure, set_titles
+from analysis.figures import COLOURS, EndLabel, mark_level
 from analysis.observations import DIVERGE, deepest, latest, site_name
 from analysis.report import Headline, Section
 from analysis.site_axes import (
-    SITES_LABEL,
+    Panel,
     as_text,
+    draw_over_sites,
     extremes,
     finish_sites,
     last_value,
@@ -37,13 +38,9 @@ def projection_section(table: pd.DataFrame, metrics: pd.DataFrame) -> Section | 
     last = projection_table(table)
     if last["token_delta"].isna().all():
         return None
-    with house_style():
-        panels = [draw_change, draw_share_grown]
-        panels += [draw_direction_cosines] if last["cosine_token"].notna().any() else []
-        figure, axes = new_figure(len(panels), panel_height_cm=5.4)
-        sentences = [draw(panel, last) for draw, panel in zip(panels, axes, strict=True)]
-        axes[-1].set_xlabel(SITES_LABEL)
-        set_titles(figure, axes, sentences)
+    panels: list[Panel] = [draw_change, draw_share_grown]
+    panels += [draw_direction_cosines] if last["cosine_token"].notna().any() else []
+    figure, sentences = draw_over_sites(panels, last, panel_height_cm=5.4)
     return Section(
         name="projection",
         question="Do hidden states move along what the preference asks for?",

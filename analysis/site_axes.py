@@ -1,13 +1,14 @@
 """Curves over sites, in the order of the forward pass, and numbers as the sentences above them say them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from analysis.figures import COLOURS, EndLabel, label_ends
+from analysis.figures import COLOURS, EndLabel, house_style, label_ends, new_figure, set_titles
 from analysis.observations import site_name
 from tiltmeter.layers import FINAL_POST_NORM, FINAL_PRE_NORM
 
@@ -15,6 +16,22 @@ SITES_LABEL = "after decoder block (pre, post: around the final norm)"
 _MOST_TICKS = 9
 _LARGEST = 1e6
 """From here on numbers are written with an exponent; none of them is expected to be so large."""
+
+
+Panel = Callable[[Axes, pd.DataFrame], str]
+"""Draws one panel from a table with a row for each site, and returns its message."""
+
+
+def draw_over_sites(
+    panels: Sequence[Panel], table: pd.DataFrame, *, panel_height_cm: float
+) -> tuple[Figure, list[str]]:
+    """Panels below each other over the same sites, and the message of each."""
+    with house_style():
+        figure, axes = new_figure(len(panels), panel_height_cm=panel_height_cm)
+        sentences = [draw(panel, table) for draw, panel in zip(panels, axes, strict=True)]
+        axes[-1].set_xlabel(SITES_LABEL)
+        set_titles(figure, axes, sentences)
+    return figure, sentences
 
 
 def prepare_sites(axes: Axes, sites: Sequence[str]) -> None:

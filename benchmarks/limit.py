@@ -29,7 +29,7 @@ from benchmarks.common import Spread
 from benchmarks.matmul_rate import best_rates, matmul_rates
 from benchmarks.side_tiltmeter import fit, make_data, make_module, padding_share, quiet
 from benchmarks.workload import SHAPES, Settings, load_pairs, n_useful, prepare, random_order
-from datamodules.preference import StepDataset
+from datamodules.step_dataset import StepDataset
 from lightning_modules.dpo import DPOModule
 from tiltmeter import log_probs
 from tiltmeter.batch import TokenizedPair

@@ -31,8 +31,8 @@ from datamodules.tokenization import TokenizationReport
 from launch.metrics_csv import MetricsCSV
 from launch.screen import quiet_libraries
 from lightning_modules import base
-from lightning_modules.base import PairResults
 from lightning_modules.dpo import DPOModule
+from lightning_modules.pair_metrics import PairResults
 from lightning_modules.policy import Policy
 from tiltmeter import cpu_linear
 from tiltmeter.batch import PreferenceBatch, StepBatch, TokenizedPair

@@ -26,8 +26,7 @@ class GradientGeometry(Callback):
     A hook sees the gradients that training computes anyway. Logs ``gradient/mean_resultant`` (1: all pull one way) and
     ``gradient/energy_along_…``: ``sequence`` (each pair's own v̄), ``steering`` (v* of the last look at ``prompt_last``).
 
-    Args:
-        every_n_steps: how often to log.
+    Supervised fine-tuning has no rejected side and so no v̄: nothing is logged there. ``every_n_steps`` says how often.
     """
 
     def __init__(self, *, every_n_steps: int = 10) -> None:

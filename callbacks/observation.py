@@ -24,10 +24,6 @@ from tiltmeter.watching import Metrics, states_from_tensors, states_to_tensors, 
 
 States = dict[ReadPoint, HiddenStates]
 _BASE = "probe_base"
-NO_BASE = (
-    "callbacks: this checkpoint holds no hidden states of the base model, with which later ones are compared; resume with the "
-    "callbacks that the run was started with, or with callbacks=none"
-)
 
 
 @dataclass
@@ -99,6 +95,17 @@ class ProbeSession:
             bias = head.bias.full_tensor() if isinstance(head.bias, DTensor) else head.bias
             self._head = Unembedding(whole, None if bias is None else bias.detach().clone(), head.scale, head.soft_cap)
         return self._head
+
+    def check_base(self, module: LightningModule) -> None:
+        """Refuse to go on without what later readings are compared with. Raises UserError."""
+        wanted = {(site, position) for site in self._all_sites(module) for position in self.positions}
+        missing = wanted - set(self.base or {})
+        if missing:
+            site, position = min(missing)
+            raise UserError(
+                f"callbacks: this checkpoint holds no hidden states of the base model at {site}, {position}, with which later ones "
+                "are compared; resume with the callbacks that the run was started with, or with callbacks=none"
+            )
 
     def save(self, checkpoint: dict[str, Any]) -> None:
         """The base model's rows go with the run: a resumed one couldn't read them any more."""

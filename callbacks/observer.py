@@ -5,7 +5,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from callbacks.observation import NO_BASE, Observation, ProbeSession
+from callbacks.observation import Observation, ProbeSession
 from tiltmeter.capture import ReadPoint
 from tiltmeter.errors import UserError
 from tiltmeter.layers import resolve_sites
@@ -52,8 +52,8 @@ class Observer(Callback):
         """The base model, before the first step."""
         if trainer.global_step == 0:
             self._look(trainer, pl_module)
-        elif ProbeSession.of(trainer).base is None:
-            raise UserError(NO_BASE)
+        else:
+            ProbeSession.of(trainer).check_base(pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -1,6 +1,6 @@
 """PreferenceProjection: do hidden states move along what the preference asks for?"""
 
-from typing import Any
+from collections.abc import Sequence
 
 from lightning.pytorch import LightningModule, Trainer
 
@@ -18,8 +18,8 @@ class PreferenceProjection(Observer):
         sites, every_n_steps: see :class:`~callbacks.observer.Observer`.
     """
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(positions=("diverge",), **options)
+    def __init__(self, *, sites: str | Sequence[str] = "all", every_n_steps: int | None = None) -> None:
+        super().__init__(sites=sites, positions=("diverge",), every_n_steps=every_n_steps)
 
     def on_observation(self, trainer: Trainer, module: LightningModule, seen: Observation) -> None:
         """Log the projections."""

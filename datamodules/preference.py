@@ -7,14 +7,15 @@ from typing import Literal, get_args
 
 import torch
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from datamodules.records import LoadReport, PreferencePair, PreferenceSource
-from datamodules.sampler import StepPlan, StepSampler
+from datamodules.sampler import StepSampler
 from datamodules.splits import LabelControl, Split, control_labels, count_repeats, split_by_group
+from datamodules.step_dataset import StepDataset
 from datamodules.tokenization import PairTokenizer, TextFormat, TokenizationReport, Truncation
-from tiltmeter.batch import Layout, StepBatch, TokenizedPair, collate_pairs, packed_length, row_length
+from tiltmeter.batch import Layout, StepBatch, TokenizedPair, packed_length, row_length
 from tiltmeter.errors import UserError
 from tiltmeter.reference_cache import hash_pairs
 
@@ -34,48 +35,6 @@ class TokenizedSplit:
     def groups(self) -> list[str]:
         """Group (prompt) of each row, the unit of resampling for confidence intervals."""
         return [record.group for record in self.records]
-
-
-class StepDataset(Dataset[StepBatch]):
-    """Maps the plan of an optimizer step to its batches."""
-
-    def __init__(
-        self, pairs: Sequence[TokenizedPair], *, layout: Layout, pad_id: int, predict_prompt: bool, packed: bool
-    ) -> None:
-        self.pairs = pairs
-        self.layout = layout
-        self.packed = packed
-        self.pad_id = pad_id
-        self.predict_prompt = predict_prompt
-
-    def __getitem__(self, plan: StepPlan) -> StepBatch:
-        """Collate the micro-batches of one step."""
-        n_real = len(plan.micro_batches) - plan.n_fillers
-        batches = [
-            collate_pairs(
-                [self.pairs[row] for row in rows],
-                pair_index=rows,
-                layout=self.layout,
-                weights=[float(i < n_real)] * len(rows),
-                pad_id=self.pad_id,
-                predict_prompt=self.predict_prompt,
-                packed=self.packed,
-            )
-            for i, rows in enumerate(plan.micro_batches)
-        ]
-        n_prompt = sum(len(self.pairs[row].prompt_ids) for row in plan.rows)
-        n_response = sum(self._n_response(self.pairs[row]) for row in plan.rows)
-        n_targets = n_response + (n_prompt - len(plan.rows) if self.predict_prompt else 0)
-        return StepBatch(
-            batches,
-            n_pairs=len(plan.rows),
-            n_targets=n_targets,
-            n_tokens=n_prompt + n_response,
-            n_prompt_tokens=n_prompt,
-        )
-
-    def _n_response(self, pair: TokenizedPair) -> int:
-        return len(pair.chosen_ids) + (0 if self.layout == "chosen_only" else len(pair.rejected_ids))
 
 
 class PreferenceDataModule(LightningDataModule):

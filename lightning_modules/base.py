@@ -4,18 +4,18 @@ import math
 import time
 from abc import abstractmethod
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from peft import LoraConfig
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from datamodules.preference import Objective, PreferenceDataModule
+from datamodules.preference import Objective
 from datamodules.splits import Split
+from lightning_modules.pair_metrics import PairMetrics
 from lightning_modules.policy import (
     Policy,
     PolicyBuilder,
@@ -25,7 +25,7 @@ from lightning_modules.policy import (
     shard,
 )
 from lightning_modules.schedule import Schedule, check_number, learning_rate_factor
-from tiltmeter.batch import PreferenceBatch, StepBatch
+from tiltmeter.batch import StepBatch
 from tiltmeter.cpu_linear import onednn_is_faster, use_fast_linear
 from tiltmeter.errors import NumericalStop, UserError
 from tiltmeter.lora import add_lora, check_lora
@@ -34,16 +34,7 @@ from tiltmeter.verification import settle_packing
 _DIGESTED: tuple[Split, ...] = ("train", "val")
 
 
-class PairResults(NamedTuple):
-    """What one micro-batch yields."""
-
-    objective: Tensor
-    """Scalar to minimise: a SUM over real pairs (or tokens); the step divides it."""
-    columns: Tensor
-    """[pair, len(module.columns)] detached figures per pair, float32."""
-
-
-class LogProbModule(LightningModule):
+class LogProbModule(PairMetrics):
     """Base of everything trained on sequence log-probs with whole optimizer steps as batches.
 
     Optimization is manual: a batch is an optimizer step, cut into micro-batches by length, and gradients are the exact
@@ -64,8 +55,6 @@ class LogProbModule(LightningModule):
     """
 
     objective: Objective
-    columns: tuple[str, ...]
-    """Names of the per-pair figures, which are also the metric names behind the stage."""
 
     def __init__(
         self,
@@ -109,19 +98,10 @@ class LogProbModule(LightningModule):
         self.activation_checkpointing = activation_checkpointing
         self.compile_blocks = compile_blocks
         self.policy: Policy | None = None
-        self.validation_table: Tensor | None = None
-        """[row of the validation split, column] of the last validation, the same on every process; NaN: not scored."""
-        self.validated_at_step = 0
         self.seconds_trained = 0.0
         self.pairs_trained = 0
         self._build_model: PolicyBuilder | None = None
-        self._validation_rows: list[tuple[Tensor, Tensor]] = []
-        self._source_cache: dict[Split, Tensor] = {}
         self._step_started = 0.0
-
-    @abstractmethod
-    def pair_results(self, batch: PreferenceBatch, split: Split) -> PairResults:
-        """Objective and per-pair figures of one micro-batch."""
 
     @abstractmethod
     def divisor(self, step: StepBatch) -> int:
@@ -130,11 +110,6 @@ class LogProbModule(LightningModule):
     def attach_model(self, build: PolicyBuilder) -> None:
         """Say how the model is built; it is built in :meth:`configure_model`, once the process group exists."""
         self._build_model = build
-
-    @property
-    def data(self) -> PreferenceDataModule:
-        """The data module of the current fit."""
-        return cast(PreferenceDataModule, self.trainer.datamodule)  # type: ignore[attr-defined]
 
     @property
     def trained_policy(self) -> Policy:
@@ -250,31 +225,6 @@ class LogProbModule(LightningModule):
             metrics["throughput/saved_prompt_share"] = step.n_prompt_tokens / n_unshared
         self.log_dict(metrics | self._throughput(step), batch_size=step.n_pairs)
 
-    def validation_step(self, step: StepBatch, batch_idx: int) -> None:
-        """Collect per-pair figures; they are averaged over the whole split at the end."""
-        for batch in step.micro_batches:
-            results = self.pair_results(batch, "val")
-            real = batch.weights > 0
-            self._validation_rows.append((batch.pair_index[real], results.columns[real]))
-
-    def on_validation_epoch_end(self) -> None:
-        """Means over all held-out pairs, each counted once, whatever batches and processes."""
-        n_rows = len(self.data.splits["val"].pairs)
-        table = torch.zeros(
-            n_rows, len(self.columns) + 1, device=self.device
-        )  # last column: 1 for rows that were scored
-        for rows, values in self._validation_rows:
-            table[rows, :-1] = values
-            table[rows, -1] = 1.0
-        self._validation_rows.clear()
-        table = self._reduce(table)
-        if self.trainer.sanity_checking:
-            return
-        self.validation_table = table[:, :-1].masked_fill(table[:, -1:] == 0, torch.nan).cpu()
-        self.validated_at_step = self.trainer.global_step
-        sums = table.new_zeros(len(self.data.sources), table.shape[1]).index_add(0, self._source_of("val"), table)
-        self.log_dict(self._metrics_by_source(sums, "val"), batch_size=n_rows)
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say which token ids the run was trained on; leave out weights that LoRA doesn't train."""
         checkpoint["data_digests"] = self._data_digests()
@@ -304,37 +254,11 @@ class LogProbModule(LightningModule):
     def _data_digests(self) -> dict[str, str]:
         return {split: self.data.digest(split) for split in _DIGESTED}
 
-    def metrics_from_sums(self, sums: Tensor) -> dict[str, Tensor]:
-        """Metric → value from [column + 1] sums over pairs, the last of which counts them. Default: means over pairs."""
-        return {name: sums[i] / sums[-1] for i, name in enumerate(self.columns)}
-
     def _reduce_with_counts(self, sums: Tensor, step: StepBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Sums over processes, with the tokens computed and the padding among them, in one message."""
         counts = sums.new_tensor([step.n_computed, step.n_padding])
         reduced = self._reduce(torch.cat([sums.flatten(), counts]))
         return reduced[:-2].view_as(sums), reduced[-2], reduced[-1]
-
-    def _sums_by_source(self, batch: PreferenceBatch, columns: Tensor, split: Split) -> Tensor:
-        """[source, column + count]: sums over the batch's real pairs, by source."""
-        source = self._source_of(split)[batch.pair_index]
-        values = torch.cat([columns, torch.ones_like(columns[:, :1])], dim=1) * batch.weights[:, None]
-        return values.new_zeros(len(self.data.sources), values.shape[1]).index_add(0, source, values)
-
-    def _source_of(self, split: Split) -> Tensor:
-        if split not in self._source_cache:
-            self._source_cache[split] = torch.tensor(self.data.source_index(split), device=self.device)
-        return self._source_cache[split]
-
-    def _metrics_by_source(self, sums: Tensor, stage: str) -> dict[str, Tensor]:
-        """Metrics over all pairs and, where pairs come from several sources, over each source's."""
-        metrics = {f"{stage}/{name}": value for name, value in self.metrics_from_sums(sums.sum(0)).items()}
-        if len(sums) > 1:
-            for source, row in zip(self.data.sources, sums, strict=True):
-                if row[-1] > 0:
-                    metrics |= {
-                        f"{stage}/{name}/{source}": value for name, value in self.metrics_from_sums(row).items()
-                    }
-        return metrics
 
     def _stop_for_numbers(self, step: StepBatch) -> None:
         """The norm is the same on every process, so all of them stop here, before the update."""
@@ -376,9 +300,3 @@ class LogProbModule(LightningModule):
         """DDP exchanges gradients once a step; FSDP2 reduces each micro-batch, since it keeps no whole gradient."""
         wrapped = self.trainer.strategy.model
         return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) else nullcontext()
-
-    def _reduce(self, tensor: Tensor) -> Tensor:
-        """Sum over processes."""
-        if self.trainer.world_size == 1:
-            return tensor
-        return cast(Tensor, self.trainer.strategy.reduce(tensor, reduce_op="sum"))

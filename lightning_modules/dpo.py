@@ -13,12 +13,13 @@ from transformers import PreTrainedModel
 
 from datamodules.preference import Objective
 from datamodules.splits import Split
-from lightning_modules.base import LogProbModule, PairResults
+from lightning_modules.base import LogProbModule
+from lightning_modules.pair_metrics import PairResults
 from lightning_modules.reference import cached_reference
 from tiltmeter.batch import PreferenceBatch, StepBatch
 from tiltmeter.errors import UserError
 from tiltmeter.lora import adapters_disabled
-from tiltmeter.preference_losses import PairLogProbs, make_preference_loss
+from tiltmeter.preference_losses import PAIR_METRICS, PairLogProbs, make_preference_loss
 from tiltmeter.reference_cache import ReferenceCache, hash_weights
 
 
@@ -37,15 +38,7 @@ class DPOModule(LogProbModule):
     """
 
     objective: Objective = "preference"
-    columns = (
-        "loss",
-        "rewards/chosen",
-        "rewards/rejected",
-        "rewards/margins",
-        "rewards/accuracies",
-        "logps/chosen",
-        "logps/rejected",
-    )
+    columns = PAIR_METRICS
 
     def __init__(
         self,

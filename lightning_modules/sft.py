@@ -7,7 +7,8 @@ from torch import Tensor
 
 from datamodules.preference import Objective
 from datamodules.splits import Split
-from lightning_modules.base import LogProbModule, PairResults
+from lightning_modules.base import LogProbModule
+from lightning_modules.pair_metrics import PairResults
 from tiltmeter.batch import PreferenceBatch, StepBatch
 
 

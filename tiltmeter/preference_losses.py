@@ -18,6 +18,17 @@ from torch.nn import functional as F
 
 from tiltmeter.errors import UserError
 
+PAIR_METRICS = (
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+)
+"""What is logged of every pair, behind ``train/`` and ``val/`` (TRL's names); rewards are β·log(π/π₀) whatever the loss."""
+
 
 class PairLogProbs(NamedTuple):
     """Summed log-probabilities in nats of B pairs under policy and reference, and the responses' token counts."""

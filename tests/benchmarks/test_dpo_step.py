@@ -30,7 +30,6 @@ def test_quick_comparison_ends_with_its_figures() -> None:
         "max_loss_difference",
         "head_memory_ratio",
     ]
-    assert result["speedup_vs_trl"] > 0
     assert result["padding_share"] == 0
     assert result["max_loss_difference"] <= 1e-5
     assert 0 < result["head_memory_ratio"] < 0.5

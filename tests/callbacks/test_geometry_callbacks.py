@@ -162,7 +162,9 @@ def test_each_callback_works_alone_and_logs_the_same_as_in_company(watched: Any,
     own = {name for name in alone.names if not name.startswith(("train/", "throughput/", "epoch", "step"))}
     for name in own:
         assert alone.of(name)[-1] == pytest.approx(together.of(name)[-1], abs=1e-6), name
-    if kind not in (0, 4):
+    if kind == 0:
+        assert SnapshotReader(tmp_path / "snapshots").names == ["base", "epoch=000", "epoch=001"]
+    else:
         assert own - {"probe/steps_taken"}
 
 
@@ -232,8 +234,22 @@ def test_resuming_without_the_base_is_refused(tmp_path: Path) -> None:
     _, module, data = watch(tmp_path, [])
     checkpoint = tmp_path / "last.ckpt"
     module.trainer.save_checkpoint(checkpoint)
-    with pytest.raises(UserError, match="holds no hidden states of the base model"):
+    with pytest.raises(UserError, match="holds no hidden states of the base model at final_post_norm, prompt_last"):
         watch(tmp_path, [SpectralEntropy()], data=data, max_epochs=2, ckpt_path=str(checkpoint))
+
+
+def test_resuming_with_a_look_at_other_sites_is_refused(tmp_path: Path) -> None:
+    _, module, data = watch(tmp_path, [SpectralEntropy(sites="final_post_norm")])
+    checkpoint = tmp_path / "last.ckpt"
+    module.trainer.save_checkpoint(checkpoint)
+    with pytest.raises(UserError, match="no hidden states of the base model at layer_00, prompt_last"):
+        watch(
+            tmp_path,
+            [SpectralEntropy(sites=["layer_00", "final_post_norm"])],
+            data=data,
+            max_epochs=2,
+            ckpt_path=str(checkpoint),
+        )
 
 
 def test_a_full_disk_raises_an_alarm_and_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,9 @@ from torch.testing import assert_close
 
 from datamodules.preference import PreferenceDataModule
 from datamodules.splits import Split
-from lightning_modules.base import LogProbModule, PairResults
+from lightning_modules.base import LogProbModule
 from lightning_modules.dpo import DPOModule
+from lightning_modules.pair_metrics import PairResults
 from lightning_modules.sft import SFTModule
 from tests.tiny_models import fit, lightning_warnings, make_data
 from tiltmeter.batch import PreferenceBatch
