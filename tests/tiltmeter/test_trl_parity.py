@@ -18,8 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from datamodules.sampler import epoch_order
 from datamodules.splits import Split
-from lightning_modules.base import PairResults
 from lightning_modules.dpo import DPOModule
+from lightning_modules.pair_metrics import PairResults
 from tests.tiny_models import fit, largest_difference, make_data, make_model, make_tokenizer, random_pairs
 from tiltmeter.batch import Layout, PreferenceBatch, TokenizedPair, collate_pairs
 from tiltmeter.log_probs import sequence_log_probs
