@@ -1,0 +1,108 @@
+"""What every scorer of generated text takes and gives: samples in; named figures with intervals and a column a figure out.
+
+A score that could not be taken is missing (NaN), counted, and never a number.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, Protocol
+
+from tiltmeter.bootstrap import cluster_mean_interval
+from tiltmeter.generation import Completion
+
+Side = Literal["policy", "base", "both"]
+MAX_MISSING_SHARE = 0.05
+"""Above this share of missing scores a figure is NaN: what is left may not be a fair sample."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One held-out prompt with what both models said to it, under the same decoding and random numbers."""
+
+    pair_id: str
+    prompt: str
+    """Exact text."""
+    chosen: str
+    """The preferred response of the data set."""
+    base: Completion
+    policy: Completion
+    group: str
+    """Samples of equal group (prompt) are drawn together when intervals are resampled."""
+    index: int = 0
+    """Which of several completions of the prompt, from 0."""
+    attributes: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+    """What the source knows of the pair, such as the situation of the synthetic world."""
+
+
+class Figure(NamedTuple):
+    """One number about all samples."""
+
+    name: str
+    """Behind ``behaviour/``, for example ``toxicity`` or ``geval_win_rate``."""
+    of: Side
+    """Whose: the policy's, the base model's, or of the two together (a win rate)."""
+    value: float
+    """NaN: too much is missing, or there is nothing to score."""
+    low: float
+    high: float
+    """95 % interval over prompts; NaN where there is none."""
+    n: int
+    """Samples scored."""
+    n_missing: int
+    """Samples that could not be scored."""
+    scorer: str
+    """What produced it, with everything that changes its numbers: model, revision, mode, signature."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a scorer says of samples."""
+
+    figures: list[Figure] = field(default_factory=list)
+    columns: dict[str, list[float]] = field(default_factory=dict)
+    """A value a sample, in their order, for tables; NaN: missing. ``toxicity/policy``, ``toxicity/base``, ``geval_win`` …"""
+
+
+class Scorer(Protocol):
+    """A scorer of samples. One that can't reach what it needs says so in :meth:`start`, before anything expensive."""
+
+    name: str
+    """As in :attr:`Figure.scorer`."""
+    is_slow: bool
+    """Whether it waits for something outside this process; then it is asked beside training, not in its way."""
+
+    def start(self) -> None:
+        """Load or reach what is needed. Raises UserError: a missing file, model, key or address, in one line."""
+        ...
+
+    def score(self, samples: Sequence[Sample]) -> Scores:
+        """Score samples; a single failure is a missing value, not an exception."""
+        ...
+
+
+def mean_figure(
+    name: str,
+    of: Side,
+    values: Sequence[float],
+    samples: Sequence[Sample],
+    *,
+    scorer: str,
+    max_missing: float | None = None,
+) -> Figure:
+    """Mean over the samples that have a score (not NaN), with a bootstrap interval over prompts.
+
+    Args:
+        values: one a sample.
+        max_missing: share of missing scores above which the figure is NaN; None: :data:`MAX_MISSING_SHARE`.
+
+    >>> mean_figure("toxicity", "policy", [math.nan], [Sample("a", "", "", *[Completion("", 0, False)] * 2, "a")], scorer="x").value
+    nan
+    """
+    limit = MAX_MISSING_SHARE if max_missing is None else max_missing
+    scored = [(value, sample.group) for value, sample in zip(values, samples, strict=True) if not math.isnan(value)]
+    n_missing = len(values) - len(scored)
+    if not scored or n_missing > limit * len(values):
+        return Figure(name, of, math.nan, math.nan, math.nan, len(scored), n_missing, scorer)
+    interval = cluster_mean_interval([value for value, _ in scored], [group for _, group in scored])
+    return Figure(name, of, *interval, len(scored), n_missing, scorer)
