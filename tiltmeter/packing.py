@@ -139,8 +139,8 @@ def use_packed_attention(model: PreTrainedModel) -> None:
 def packed_attention(
     module: nn.Module,
     query: Float[Tensor, "row head token d_head"],
-    key: Float[Tensor, "row key_head token d_head"],
-    value: Float[Tensor, "row key_head token d_head"],
+    key: Float[Tensor, "row key_head key d_head"],
+    value: Float[Tensor, "row key_head key d_head"],
     attention_mask: Tensor | None,
     *,
     packing: Packing | None = None,
