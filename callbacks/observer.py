@@ -1,24 +1,24 @@
-"""When the probe is looked at while a model trains: the base of all callbacks that measure hidden states."""
+"""The base of all callbacks that measure hidden states: the probe, read on a schedule."""
 
 from collections.abc import Sequence
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from callbacks.observation import Observation, ProbeSession
+from callbacks.schedule import Scheduled
 from tiltmeter.capture import ReadPoint
-from tiltmeter.errors import UserError
 from tiltmeter.layers import resolve_sites
 from tiltmeter.positions import Position, check_position
 
 
-class Observer(Callback):
-    """A callback that looks at the probe before training, at the end of every epoch and, if asked, every few steps.
+class Observer(Scheduled):
+    """A callback that looks at the probe.
 
     Args:
         sites: ``all``, a site or several (``final_post_norm``, ``final_pre_norm``, ``layer_07``).
         positions: which tokens' hidden states (:mod:`tiltmeter.positions`).
-        every_n_steps: look after so many optimizer steps too; null: at the start and at the ends of epochs.
+        every_n_steps: see :class:`~callbacks.schedule.Scheduled`.
     """
 
     def __init__(
@@ -28,12 +28,9 @@ class Observer(Callback):
         positions: Sequence[Position] = ("prompt_last",),
         every_n_steps: int | None = None,
     ) -> None:
-        if every_n_steps is not None and every_n_steps < 1:
-            raise UserError(f"callbacks: every_n_steps: expected at least 1 or null, got {every_n_steps}")
+        super().__init__(every_n_steps=every_n_steps)
         self.sites = sites
         self.positions = tuple(check_position(position) for position in positions)
-        self.every_n_steps = every_n_steps
-        self._seen: int | None = None
 
     def points(self, seen: Observation) -> list[ReadPoint]:
         """The sites and positions that this callback asked for."""
@@ -48,28 +45,13 @@ class Observer(Callback):
         """Announce what will be read."""
         ProbeSession.of(trainer).want(self.sites, self.positions)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The base model, before the first step."""
-        if trainer.global_step == 0:
-            self._look(trainer, pl_module)
-        else:
-            ProbeSession.of(trainer).check_base(pl_module)
+    def on_resume(self, trainer: Trainer, module: LightningModule) -> None:
+        """Later readings are compared with the base's, which only the checkpoint has."""
+        ProbeSession.of(trainer).check_base(module)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Every few steps."""
-        if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
-            self._look(trainer, pl_module)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """At the end of an epoch."""
-        self._look(trainer, pl_module)
-
-    def _look(self, trainer: Trainer, module: LightningModule) -> None:
-        if self._seen != trainer.global_step:
-            self._seen = trainer.global_step
-            self.on_observation(trainer, module, ProbeSession.of(trainer).observe(trainer, module))
+    def look(self, trainer: Trainer, module: LightningModule) -> None:
+        """Read the probe, or take what another callback read at this step."""
+        self.on_observation(trainer, module, ProbeSession.of(trainer).observe(trainer, module))
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep what later readings are compared with."""

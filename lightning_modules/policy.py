@@ -3,11 +3,12 @@
 import os
 import shutil
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from transformers import PreTrainedModel
 
 from tiltmeter.batch import PreferenceBatch
@@ -16,6 +17,7 @@ from tiltmeter.layers import decoder_blocks, embedding_parameters
 from tiltmeter.log_probs import sequence_log_probs
 
 PolicyBuilder = Callable[[], PreTrainedModel]
+T = TypeVar("T")
 
 
 class Policy(nn.Module):
@@ -29,6 +31,10 @@ class Policy(nn.Module):
     def forward(self, batch: PreferenceBatch) -> Tensor:
         """Summed log-probs of every sequence of a batch, in nats."""
         return sequence_log_probs(self.model, batch, chunk_tokens=self.chunk_tokens)
+
+    def run(self, function: Callable[[PreTrainedModel], T]) -> T:
+        """Let a function use the model, its weights gathered where they are sharded; all processes must do so alike."""
+        return function(self.model)
 
 
 def freeze_embeddings(model: PreTrainedModel) -> int:
@@ -70,3 +76,4 @@ def shard(policy: Policy, mesh: DeviceMesh) -> None:
     for block in decoder_blocks(policy.model):
         fully_shard(block, mesh=mesh)
     fully_shard(policy, mesh=mesh)
+    register_fsdp_forward_method(policy, "run")
