@@ -6,7 +6,7 @@ A score that could not be taken is missing (NaN), counted, and never a number.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from tiltmeter.bootstrap import cluster_mean_interval
 from tiltmeter.generation import Completion
@@ -64,6 +64,7 @@ class Scores:
     """A value a sample, in their order, for tables; NaN: missing. ``toxicity/policy``, ``toxicity/base``, ``geval_win`` …"""
 
 
+@runtime_checkable
 class Scorer(Protocol):
     """A scorer of samples. One that can't reach what it needs says so in :meth:`start`, before anything expensive."""
 
@@ -106,3 +107,12 @@ def mean_figure(
         return Figure(name, of, math.nan, math.nan, math.nan, len(scored), n_missing, scorer)
     interval = cluster_mean_interval([value for value, _ in scored], [group for _, group in scored])
     return Figure(name, of, *interval, len(scored), n_missing, scorer)
+
+
+def as_metrics(figures: Sequence[Figure]) -> dict[str, float]:
+    """Figures under the names of logs: ``behaviour/NAME``, and ``behaviour/NAME/base`` for the base model's.
+
+    >>> as_metrics([Figure("bleu", "base", 1.0, 0.0, 2.0, 9, 0, "x")])
+    {'behaviour/bleu/base': 1.0}
+    """
+    return {f"behaviour/{f.name}" + ("/base" if f.of == "base" else ""): f.value for f in figures}
