@@ -18,7 +18,6 @@ from launch.parts import Parts
 from tiltmeter.bootstrap import cluster_mean_interval
 from tiltmeter.files import write_json, write_text
 
-N_SHOWN_PROMPTS = 8
 _PACKAGES = ("torch", "lightning", "transformers", "tokenizers", "hydra-core", "wandb", "safetensors")
 
 
@@ -92,10 +91,17 @@ def _held_out_table(parts: Parts, table: torch.Tensor) -> str:
     return text.getvalue()
 
 
-def _shown_prompts(parts: Parts) -> list[dict[str, str]]:
-    """A few held-out pairs as exact text, for samples that people read."""
-    records = (parts.data.records["probe"] or parts.data.records["val"])[:N_SHOWN_PROMPTS]
+def _shown_prompts(parts: Parts) -> list[dict[str, Any]]:
+    """The probe's pairs as exact text, to generate from again: samples that people read, scores by other scorers."""
+    records = parts.data.splits["probe"].records or parts.data.splits["val"].records
     return [
-        {"pair_id": r.pair_id, "prompt": r.prompt_text, "chosen": r.chosen_text, "rejected": r.rejected_text}
+        {
+            "pair_id": r.pair_id,
+            "prompt": r.prompt_text,
+            "chosen": r.chosen_text,
+            "rejected": r.rejected_text,
+            "group": r.group,
+            "attributes": dict(r.attributes),
+        }
         for r in records
     ]

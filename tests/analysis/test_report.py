@@ -10,7 +10,8 @@ import pytest
 
 from analysis.report import write_report
 from analysis.runs import Run, open_run
-from analysis.samples import Continuation, ProbePrompt, Sample, Samples, Span
+from analysis.models import ProbePrompt
+from analysis.samples import Continuation, Sample, Samples, Span
 from analysis.training_curves import training_section
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -6,8 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from analysis.models import PROMPTS_FILE, load_model, read_prompts
 from analysis.runs import open_run
-from analysis.samples import MAX_NEW_TOKENS, PROMPTS_FILE, compare_samples, continue_greedily, read_prompts
+from analysis.samples import compare_samples
 from datamodules.tokenization import SegmentEncoder
 from tests.tiny_models import make_model, make_tokenizer
 from tiltmeter.errors import UserError
@@ -16,6 +17,8 @@ PROMPTS = [
     {"pair_id": f"p/{i}", "prompt": f"\n\nHuman: {text}\n\nAssistant:", "chosen": " yes", "rejected": " no"}
     for i, text in enumerate(["tea", "kind rain on a blue map", "seven</s>", "tea " * 300, "never asked"])
 ]
+
+_WRONG = json.dumps([PROMPTS[0] | {"attributes": {"a": [1]}}])
 
 
 def save_model(folder: Path, *, seed: int) -> None:
@@ -41,19 +44,15 @@ def test_equal_models_have_nothing_marked(make_run: Callable[..., Path]) -> None
     assert not any(span.differs for sample in samples.rows for span in (*sample.base.spans, *sample.aligned.spans))
 
 
-@torch.inference_mode()
-def test_padding_changes_nothing_and_bos_is_there_once(tmp_path: Path) -> None:
+def test_prompts_are_encoded_as_in_training_with_bos_once(tmp_path: Path) -> None:
     save_model(tmp_path, seed=0)
-    tokenizer, model = make_tokenizer(), make_model("llama", vocab_size=len(make_tokenizer()))
-    texts = [str(p["prompt"]) for p in PROMPTS[:3]]
-    together = continue_greedily(tmp_path, texts)
-    for text, (said, is_cut) in zip(texts, together, strict=True):
-        ids = [tokenizer.bos_token_id, *SegmentEncoder(tokenizer).encode(text)]
-        new: list[int] = []
-        while len(new) < MAX_NEW_TOKENS and tokenizer.eos_token_id not in new:
-            new.append(int(model.eval()(input_ids=torch.tensor([ids + new])).logits[0, -1].argmax()))
-        assert is_cut == (tokenizer.eos_token_id not in new)
-        assert said == tokenizer.decode(new, skip_special_tokens=True)
+    tokenizer, texts = make_tokenizer(), [str(p["prompt"]) for p in PROMPTS[:3]]
+    opened = load_model(tmp_path)
+    plain = [[tokenizer.bos_token_id, *SegmentEncoder(tokenizer).encode(text)] for text in texts]
+    assert opened.encode(texts) == plain
+    assert tokenizer.eos_token_id not in opened.encode(texts)[2]
+    assert tokenizer.eos_token_id in opened.encode(texts, special_tokens=True)[2]
+    assert not opened.model.training
 
 
 def test_without_prompts_or_models_a_sentence_says_why(make_run: Callable[..., Path]) -> None:
@@ -61,16 +60,16 @@ def test_without_prompts_or_models_a_sentence_says_why(make_run: Callable[..., P
     assert "someone/model" in compare_samples(open_run(make_run("b", prompts=PROMPTS))).note
 
 
-@pytest.mark.parametrize("content", ["{", "[1]", '[{"pair_id": "x"}]', '{"a": 1}', "[" * 5000])
+@pytest.mark.parametrize("content", ["{", "[1]", '[{"pair_id": "x"}]', '{"a": 1}', "[" * 5000, _WRONG])
 def test_a_damaged_prompts_file_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / PROMPTS_FILE).write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=r"probe_prompts\.json: expected a list of objects with pair_id"):
-        read_prompts(tmp_path / PROMPTS_FILE)
+        read_prompts(tmp_path / PROMPTS_FILE, n_prompts=9)
 
 
 def test_half_a_surrogate_pair_is_no_crash(tmp_path: Path) -> None:
     (tmp_path / PROMPTS_FILE).write_text(json.dumps([PROMPTS[0] | {"prompt": "\ud800"}]), encoding="utf-8")
-    assert read_prompts(tmp_path / PROMPTS_FILE)[0].prompt == "?"
+    assert read_prompts(tmp_path / PROMPTS_FILE, n_prompts=9)[0].prompt == "?"
 
 
 def test_a_damaged_model_is_named(make_run: Callable[..., Path]) -> None:

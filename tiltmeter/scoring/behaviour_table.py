@@ -1,4 +1,4 @@
-"""Scores on disk: ``behaviour.csv``, a row a figure, and ``samples.csv``, a row a completion; replaced whole, never half."""
+"""Scores on disk: ``behaviour_by_step.csv``, a row a figure, and ``samples.csv``, a row a completion; whole or not there."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ from tiltmeter.errors import UserError
 from tiltmeter.files import write_atomically
 from tiltmeter.scoring.scorer import Figure, Sample, Scores
 
-FIGURES, SAMPLES = "behaviour.csv", "samples.csv"
+FIGURES, SAMPLES = "behaviour_by_step.csv", "samples.csv"
 _WHEN = ["steps_taken", "epoch"]
 _FIGURE_KEY = ["steps_taken", "metric", "of"]
 _SAMPLE_KEY = ["steps_taken", "pair_id", "sample"]

@@ -109,7 +109,7 @@ def test_tables_take_figures_and_columns_when_they_come(tmp_path: Path) -> None:
     tables.add(0, 0, samples, Scores([figure("bleu", 1.0)], {"bleu/policy": [0.5, math.nan, 1.0]}))
     tables.add(7, 1, samples, Scores([figure("bleu", 2.0), figure("bleu", math.nan, "base")]))
     tables.add(0, 0, samples, Scores([figure("slow", 3.0), figure("bleu", 1.5)], {"win": [1.0, 0.5, 0.0]}))
-    found = read_table(tables.folder / "behaviour.csv")
+    found = read_table(tables.folder / "behaviour_by_step.csv")
     assert found[["steps_taken", "metric", "of", "value"]].to_numpy().tolist()[:3] == [
         [0, "bleu", "policy", 1.5],
         [7, "bleu", "policy", 2.0],
@@ -122,18 +122,18 @@ def test_tables_take_figures_and_columns_when_they_come(tmp_path: Path) -> None:
     assert texts["bleu/policy"].isna().tolist() == [False, True, False, True, True, True]
     assert texts["sample"].tolist() == [0, 1, 0, 0, 1, 0]
     tables.forget_after(0)
-    assert set(read_table(tables.folder / "behaviour.csv")["steps_taken"]) == {0}
+    assert set(read_table(tables.folder / "behaviour_by_step.csv")["steps_taken"]) == {0}
     assert len(read_table(tables.folder / "samples.csv")) == 3
 
 
 def test_a_damaged_table_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "behaviour.csv"
+    path = tmp_path / "behaviour_by_step.csv"
     assert read_table(path).empty
     path.write_text("metric,value\nbleu,1\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"behaviour\.csv: expected a column steps_taken"):
+    with pytest.raises(UserError, match=r"behaviour_by_step\.csv: expected a column steps_taken"):
         read_table(path)
     path.write_text("steps_taken,value\n0,abc\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"behaviour\.csv: cannot be read"):
+    with pytest.raises(UserError, match=r"behaviour_by_step\.csv: cannot be read"):
         read_table(path)
 
 
