@@ -1,0 +1,149 @@
+"""What a judge may cost: requests, tokens and money, checked before each request against the most it could use."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from tiltmeter.errors import UserError
+
+PRICE_NAMES = ("input", "output")
+_TOKENS_A_MESSAGE = 16
+_TOKENS_A_REQUEST = 64
+"""What chat templates put around messages, amply."""
+
+
+class Tokens(NamedTuple):
+    """Tokens of one request or of many."""
+
+    prompt: int
+    completion: int
+
+    def plus(self, other: "Tokens") -> "Tokens":
+        """Both together."""
+        return Tokens(self.prompt + other.prompt, self.completion + other.completion)
+
+    def minus(self, other: "Tokens") -> "Tokens":
+        """What is left without the other."""
+        return Tokens(self.prompt - other.prompt, self.completion - other.completion)
+
+
+@dataclass
+class Usage:
+    """What a judge has used since it was made.
+
+    Tokens are the server's count; where a request brought none (it timed out, say) the most it can have used.
+    """
+
+    requests: int = 0
+    retries: int = 0
+    """Requests that repeated a failed one; counted in ``requests`` too."""
+    cached: int = 0
+    """Questions answered from the cache, without a request."""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    usd: float | None = None
+    """None: no prices were given."""
+
+
+class OverBudget(Exception):
+    """The next request could exceed a limit; the message says which."""
+
+
+class Budget:
+    """Limits on requests, tokens and US dollars; None: no limit.
+
+    A request reserves the most that it could use and is told afterwards what it did use. One that fits only if those
+    under way use less than they reserved must wait for them, so the number of requests at a time does not change what is
+    asked. Once a request did not fit, no other is let through: the short ones alone would be no fair sample.
+
+    Args:
+        prices: US dollars per million tokens, ``{"input": …, "output": …}``.
+
+    Raises:
+        UserError: a limit or a price that is none, or ``max_usd`` without prices.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_requests: int | None = None,
+        max_tokens: int | None = None,
+        max_usd: float | None = None,
+        prices: Mapping[str, float] | None = None,
+    ) -> None:
+        limits = {"max_requests": max_requests, "max_tokens": max_tokens, "max_usd": max_usd}
+        for name, value in limits.items():
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise UserError(f"judge.{name}: expected a number above 0 or null, got {value}")
+        if prices is not None and (
+            set(prices) != set(PRICE_NAMES) or not all(0 <= float(x) < math.inf for x in prices.values())
+        ):
+            raise UserError(
+                f"judge.prices: expected US dollars per million tokens as {{input: …, output: …}}, got {dict(prices)}"
+            )
+        if max_usd is not None and prices is None:
+            raise UserError("judge.max_usd: needs judge.prices (US dollars per million tokens: {input: …, output: …})")
+        self._limits = {name: value for name, value in limits.items() if value is not None}
+        self._prices = prices
+        self._reserved = Tokens(0, 0)
+        self._over: str | None = None
+        self.usage = Usage(usd=None if prices is None else 0.0)
+
+    def reserve(self, tokens: Tokens) -> bool:
+        """Count a request in that may use ``tokens``.
+
+        Returns:
+            False: it must wait until a request under way is settled, then ask again.
+
+        Raises:
+            OverBudget: it could exceed a limit, or an earlier one could have.
+        """
+        if self._over is None:
+            self._over = self._exceeded(self._spent.plus(tokens))
+        if self._over is not None:
+            raise OverBudget(self._over)
+        if self._exceeded(self._spent.plus(tokens).plus(self._reserved)) is not None:
+            return False
+        self._reserved = self._reserved.plus(tokens)
+        self.usage.requests += 1
+        return True
+
+    def settle(self, reserved: Tokens, used: Tokens) -> None:
+        """Replace what a request reserved with what it used."""
+        self._reserved = self._reserved.minus(reserved)
+        spent = self._spent.plus(used)
+        self.usage.prompt_tokens, self.usage.completion_tokens = spent
+        self.usage.usd = self._cost(spent)
+
+    @property
+    def _spent(self) -> Tokens:
+        return Tokens(self.usage.prompt_tokens, self.usage.completion_tokens)
+
+    def _cost(self, tokens: Tokens) -> float | None:
+        if self._prices is None:
+            return None
+        dollars = tokens.prompt * float(self._prices["input"]) + tokens.completion * float(self._prices["output"])
+        return dollars / 1e6
+
+    def _exceeded(self, tokens: Tokens) -> str | None:
+        """The limit that one more request and so many tokens in total would exceed."""
+        totals = {
+            "max_requests": self.usage.requests + 1,
+            "max_tokens": sum(tokens),
+            "max_usd": self._cost(tokens) or 0.0,
+        }
+        for name, limit in self._limits.items():
+            if totals[name] > limit:
+                return f"the next request could exceed judge.{name}={limit:g}"
+        return None
+
+
+def most_tokens(messages: list[str], *, n: int, max_tokens: int) -> Tokens:
+    """The most tokens that a request can use: no tokenizer makes more tokens of a text than it has UTF-8 bytes.
+
+    >>> most_tokens(["Is it good?"], n=2, max_tokens=5)
+    Tokens(prompt=91, completion=10)
+    """
+    prompt = _TOKENS_A_REQUEST + sum(len(text.encode("utf-8", "replace")) + _TOKENS_A_MESSAGE for text in messages)
+    return Tokens(prompt, n * max_tokens)

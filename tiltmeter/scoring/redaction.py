@@ -1,0 +1,34 @@
+"""What strangers say, made fit to be shown: no secrets, one line, nothing a terminal would obey."""
+
+import re
+from collections.abc import Sequence
+from urllib.parse import quote
+
+REDACTED = "[redacted]"
+_KEY_LIKE = re.compile(r"\bBearer\s+[^\s\"',;\]}]+|\bsk-[\w*.-]{4,}")
+"""Keys that we do not know: the header they come in, and OpenAI's spelling, also half masked as in its error messages."""
+_SHORTEST = 8
+"""What is shorter is a placeholder that local servers take for a key, such as EMPTY, and a word that answers may hold."""
+
+
+def without(text: str, secrets: Sequence[str]) -> str:
+    """The text without the secrets of 8 characters or more, also where they are percent-encoded.
+
+    >>> without("key=a%2Fb-c-d-e", ["a/b-c-d-e"])
+    'key=[redacted]'
+    """
+    for secret in secrets:
+        if len(secret) >= _SHORTEST:
+            text = text.replace(secret, REDACTED).replace(quote(secret, safe=""), REDACTED)
+    return text
+
+
+def shown(text: str, secrets: Sequence[str] = (), *, limit: int = 200) -> str:
+    r"""The text as part of a message: one printable line without secrets or anything like a key, at most ``limit`` long.
+
+    >>> shown("no such key:\n sk-ab****yz \x1b[31m"), shown("bad header: Bearer abc")
+    ('no such key: [redacted] [31m', 'bad header: [redacted]')
+    """
+    line = " ".join(_KEY_LIKE.sub(REDACTED, without(text, secrets)).split())
+    printable = "".join(character for character in line if character.isprintable())
+    return printable if len(printable) <= limit else printable[: limit - 1] + "…"
