@@ -100,8 +100,22 @@ def mean_figure(
     >>> mean_figure("toxicity", "policy", [math.nan], [Sample("a", "", "", *[Completion("", 0, False)] * 2, "a")], scorer="x").value
     nan
     """
+    groups = [sample.group for sample in samples]
+    return grouped_mean_figure(name, of, values, groups, scorer=scorer, max_missing=max_missing)
+
+
+def grouped_mean_figure(
+    name: str,
+    of: Side,
+    values: Sequence[float],
+    groups: Sequence[str],
+    *,
+    scorer: str,
+    max_missing: float | None = None,
+) -> Figure:
+    """:func:`mean_figure` of values that come with the name of their group alone: pairs, or questions of a benchmark."""
     limit = MAX_MISSING_SHARE if max_missing is None else max_missing
-    scored = [(value, sample.group) for value, sample in zip(values, samples, strict=True) if not math.isnan(value)]
+    scored = [(value, group) for value, group in zip(values, groups, strict=True) if not math.isnan(value)]
     n_missing = len(values) - len(scored)
     if not scored or n_missing > limit * len(values):
         return Figure(name, of, math.nan, math.nan, math.nan, len(scored), n_missing, scorer)
