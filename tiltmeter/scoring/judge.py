@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 Failure = Literal["api", "timeout", "budget", "parse"]
 """Why there is no answer. ``parse`` is the asker's verdict on words that came; the others are the judge's."""
@@ -56,6 +56,7 @@ class Reply:
     reason: str = ""
 
 
+@runtime_checkable
 class Judge(Protocol):
     """Answers questions; see :mod:`tiltmeter.scoring.endpoint_judge` and :mod:`tiltmeter.scoring.local_judge`."""
 
