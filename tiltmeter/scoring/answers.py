@@ -62,7 +62,7 @@ def last_line_choice(text: str, choices: Sequence[str]) -> str | None:
     """
     lines = [line.strip(" \t*_`\"'.") for line in text.splitlines()]
     last = next((line for line in reversed(lines) if line), "")
-    found = re.fullmatch(rf"(?:[^\W\d_][\w ()-]{{0,40}}:[\s*]*)?({'|'.join(map(re.escape, choices))})", last)
+    found = re.fullmatch(rf"(?:- )?(?:[^\W\d_][\w ()-]{{0,40}}:[\s*]*)?({'|'.join(map(re.escape, choices))})", last)
     return found[1] if found else None
 
 

@@ -125,18 +125,21 @@ class EvaluationSteps:
         )
         try:
             self._stored = json.loads(file.read_text(encoding="utf-8"))
-            found = {name: (entry, [str(step) for step in entry["steps"]]) for name, entry in self._stored.items()}
+            found = {name: entry for name, entry in self._stored.items() if name in self._criteria}
+            wrong = [name for name, entry in found.items() if not _is_list_of_text(entry["steps"])]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f"{file}: expected evaluation steps, cannot read them ({type(error).__name__}); {what_to_do}"
+                f"{file}: expected evaluation steps, found none ({type(error).__name__}); {what_to_do}"
             ) from error
-        for name, (entry, _) in found.items():
-            for field, ours in ({"text": self._criteria.get(name)} | self._origin).items():
-                if name in self._criteria and entry.get(field) != ours:
+        if wrong:
+            raise UserError(f"{file}: expected evaluation steps for {wrong[0]} as a list of texts; {what_to_do}")
+        for name, entry in found.items():
+            for field, ours in ({"text": self._criteria[name]} | self._origin).items():
+                if entry.get(field) != ours:
                     raise UserError(
                         f"{file}: steps for {name}: expected {field} {ours!r}, got {entry.get(field)!r}; {what_to_do}"
                     )
-        return {name: steps for name, (_, steps) in found.items() if name in self._criteria}
+        return {name: entry["steps"] for name, entry in found.items()}
 
     def _take(self, given: Sequence[str] | Mapping[str, Sequence[str]]) -> None:
         """Steps of the user."""
@@ -165,3 +168,7 @@ def parse_steps(text: str) -> list[str]:
     ['Read it.', 'Rate it.']
     """
     return [found[1].strip() for line in text.splitlines() if (found := _STEP.fullmatch(line))]
+
+
+def _is_list_of_text(steps: object) -> bool:
+    return isinstance(steps, list) and bool(steps) and all(isinstance(step, str) and step for step in steps)
