@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from analysis.models import PROMPTS_FILE, ProbePrompt, load_model, read_prompts
+from analysis.models import load_model
+from analysis.probe_pairs import PROMPTS_FILE, ProbePair, check_ids, read_probe_pairs
 from analysis.runs import Run
 from tiltmeter.generation import Completion, Decoding, generate
 
@@ -41,7 +42,7 @@ class Continuation:
 class Sample:
     """One prompt and both continuations."""
 
-    prompt: ProbePrompt
+    prompt: ProbePair
     base: Continuation
     aligned: Continuation
 
@@ -60,18 +61,18 @@ def compare_samples(run: Run) -> Samples:
     Raises:
         UserError: a file is damaged or a model can't be loaded.
     """
-    prompts = read_prompts(run.folder / PROMPTS_FILE, n_prompts=N_PROMPTS)
-    if not prompts:
+    pairs = read_probe_pairs(run.folder / PROMPTS_FILE, n_pairs=N_PROMPTS)
+    if not pairs:
         return Samples([], f"The run folder has no {PROMPTS_FILE}, so it isn't known which held-out prompts to ask.")
     if note := _why_not(run):
         return Samples([], note)
-    is_template = run.setting("datamodule.text_format") == "chat_template"
     said = []
     for folder in (run.base, run.aligned):
         opened = load_model(folder)
-        ids = opened.encode([p.prompt for p in prompts], special_tokens=is_template)
+        check_ids(pairs, opened.model, run.folder / PROMPTS_FILE)
+        ids = [pair.ids.prompt_ids for pair in pairs]
         said.append(generate(opened.model, opened.tokenizer, ids, Decoding(max_new_tokens=MAX_NEW_TOKENS)))
-    rows = [Sample(p, *_apart(b[0], a[0])) for p, b, a in zip(prompts, *said, strict=True)]
+    rows = [Sample(p, *_apart(b[0], a[0])) for p, b, a in zip(pairs, *said, strict=True)]
     return Samples(rows)
 
 

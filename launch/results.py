@@ -13,10 +13,13 @@ import pandas as pd
 import torch
 from lightning.pytorch import Trainer
 
+from analysis.behaviour_by_step import behaviour_lines
 from analysis.observations import GeometryRow, geometry_rows
+from analysis.probe_pairs import PROMPTS_FILE, ProbePair
 from launch.parts import Parts
 from tiltmeter.bootstrap import cluster_mean_interval
 from tiltmeter.files import write_json, write_text
+from tiltmeter.scoring.behaviour_table import FIGURES, read_table
 
 _PACKAGES = ("torch", "lightning", "transformers", "tokenizers", "hydra-core", "wandb", "safetensors")
 
@@ -47,9 +50,9 @@ def git_commit() -> str | None:
 
 
 def write_results(run_dir: Path, parts: Parts) -> None:
-    """provenance.json, held_out.csv (the last validation, a row a pair) and probe_prompts.json (texts to generate from)."""
+    """provenance.json, held_out.csv (the last validation, a row a pair) and probe_prompts.json (pairs to be asked again)."""
     write_json(run_dir / "provenance.json", provenance(parts))
-    write_json(run_dir / "probe_prompts.json", _shown_prompts(parts))
+    write_json(run_dir / PROMPTS_FILE, _probe_pairs(parts))
     if parts.module.validation_table is not None:
         write_text(run_dir / "held_out.csv", _held_out_table(parts, parts.module.validation_table))
 
@@ -67,6 +70,7 @@ def result_rows(parts: Parts, trainer: Trainer, seconds: float) -> list[tuple[st
         when = "" if module.validated_at_step == trainer.global_step else f", after step {module.validated_at_step}"
         text = f"{interval.value:.3f}  (95 % CI {interval.low:.3f} … {interval.high:.3f}, {len(scored)} pairs{when})"
         rows.append(("held-out preference accuracy", text))
+    rows += behaviour_lines(read_table(Path(trainer.default_root_dir) / "report" / "tables" / FIGURES))
     if module.seconds_trained:
         rows.append(("throughput", f"{module.pairs_trained / module.seconds_trained:.1f} pairs/s in training steps"))
     if torch.cuda.is_available():
@@ -91,17 +95,12 @@ def _held_out_table(parts: Parts, table: torch.Tensor) -> str:
     return text.getvalue()
 
 
-def _shown_prompts(parts: Parts) -> list[dict[str, Any]]:
-    """The probe's pairs as exact text, to generate from again: samples that people read, scores by other scorers."""
-    records = parts.data.splits["probe"].records or parts.data.splits["val"].records
+def _probe_pairs(parts: Parts) -> list[dict[str, Any]]:
+    """The probe's pairs, to be asked again: samples that people read, scores by other scorers."""
+    split = parts.data.splits["probe" if parts.data.splits["probe"].pairs else "val"]
     return [
-        {
-            "pair_id": r.pair_id,
-            "prompt": r.prompt_text,
-            "chosen": r.chosen_text,
-            "rejected": r.rejected_text,
-            "group": r.group,
-            "attributes": dict(r.attributes),
-        }
-        for r in records
+        ProbePair(
+            r.pair_id, r.source, r.group, r.prompt_text, r.chosen_text, r.rejected_text, ids, r.attributes
+        ).as_json()
+        for r, ids in zip(split.records, split.pairs, strict=True)
     ]

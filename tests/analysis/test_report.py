@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from analysis.probe_pairs import ProbePair
 from analysis.report import write_report
 from analysis.runs import Run, open_run
-from analysis.models import ProbePrompt
 from analysis.samples import Continuation, Sample, Samples, Span
 from analysis.training_curves import training_section
+from tiltmeter.batch import TokenizedPair
 
 ROOT = Path(__file__).resolve().parents[2]
 HOSTILE = "<script>alert(1)</script><img src=https://evil.example/x onerror=alert(2)>\"'{{ 7*7 }}\x1b[31m\u202e"
@@ -38,7 +39,11 @@ def page_of(run: Run, samples: Samples) -> str:
 
 def hostile_samples() -> Samples:
     said = Continuation((Span(HOSTILE, False), Span(HOSTILE, True)), True)
-    return Samples([Sample(ProbePrompt(HOSTILE, HOSTILE, HOSTILE, HOSTILE), said, said)])
+    return Samples([Sample(probe_pair(HOSTILE, HOSTILE, HOSTILE, HOSTILE), said, said)])
+
+
+def probe_pair(pair_id: str, prompt: str, chosen: str, rejected: str) -> ProbePair:
+    return ProbePair(pair_id, "hh", prompt, prompt, chosen, rejected, TokenizedPair([1], [2], [3]), {})
 
 
 def test_the_report_is_complete(make_run: Callable[..., Path]) -> None:
@@ -95,7 +100,7 @@ def test_every_link_leads_to_a_file(make_run: Callable[..., Path]) -> None:
 
 def test_a_model_that_says_nothing_is_shown_as_such(make_run: Callable[..., Path]) -> None:
     nothing, blank = Continuation((), False), Continuation((Span(" \n ", True),), True)
-    prompt = ProbePrompt("p", "Hello", "a", "b")
+    prompt = probe_pair("p", "Hello", "a", "b")
     page = page_of(open_run(make_run()), Samples([Sample(prompt, nothing, blank)]))
     assert "(no words)" in page
     assert "(no words, only white space)" in page

@@ -1,24 +1,40 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from analysis.models import PROMPTS_FILE, load_model, read_prompts
+from analysis.probe_pairs import PROMPTS_FILE, read_probe_pairs
 from analysis.runs import open_run
 from analysis.samples import compare_samples
 from datamodules.tokenization import SegmentEncoder
 from tests.tiny_models import make_model, make_tokenizer
+from tiltmeter.batch import TokenizedPair
 from tiltmeter.errors import UserError
 
-PROMPTS = [
-    {"pair_id": f"p/{i}", "prompt": f"\n\nHuman: {text}\n\nAssistant:", "chosen": " yes", "rejected": " no"}
-    for i, text in enumerate(["tea", "kind rain on a blue map", "seven</s>", "tea " * 300, "never asked"])
-]
+TOKENIZER = make_tokenizer()
 
-_WRONG = json.dumps([PROMPTS[0] | {"attributes": {"a": [1]}}])
+
+def entry(i: int, text: str) -> dict[str, Any]:
+    prompt = f"\n\nHuman: {text}\n\nAssistant:"
+    ids = [[TOKENIZER.bos_token_id, *SegmentEncoder(TOKENIZER).encode(prompt)[-200:]], [5], [6]]
+    texts = {
+        "pair_id": f"p/{i}",
+        "source": "made up",
+        "group": text,
+        "prompt": prompt,
+        "chosen": " yes",
+        "rejected": " no",
+    }
+    return texts | dict(zip(TokenizedPair._fields, ids, strict=True)) | {"attributes": {"situation": "why"}}
+
+
+TEXTS = ["tea", "kind rain on a blue map", "seven</s>", "tea " * 300, "never asked"]
+PROMPTS = [entry(i, text) for i, text in enumerate(TEXTS)]
+WRONG = ({"attributes": {"a": [1]}}, {"prompt_ids": []}, {"chosen_ids": [1.5]}, {"rejected_ids": [-1]})
 
 
 def save_model(folder: Path, *, seed: int) -> None:
@@ -44,32 +60,40 @@ def test_equal_models_have_nothing_marked(make_run: Callable[..., Path]) -> None
     assert not any(span.differs for sample in samples.rows for span in (*sample.base.spans, *sample.aligned.spans))
 
 
-def test_prompts_are_encoded_as_in_training_with_bos_once(tmp_path: Path) -> None:
-    save_model(tmp_path, seed=0)
-    tokenizer, texts = make_tokenizer(), [str(p["prompt"]) for p in PROMPTS[:3]]
-    opened = load_model(tmp_path)
-    plain = [[tokenizer.bos_token_id, *SegmentEncoder(tokenizer).encode(text)] for text in texts]
-    assert opened.encode(texts) == plain
-    assert tokenizer.eos_token_id not in opened.encode(texts)[2]
-    assert tokenizer.eos_token_id in opened.encode(texts, special_tokens=True)[2]
-    assert not opened.model.training
-
-
 def test_without_prompts_or_models_a_sentence_says_why(make_run: Callable[..., Path]) -> None:
     assert PROMPTS_FILE in compare_samples(open_run(make_run("a"))).note
     assert "someone/model" in compare_samples(open_run(make_run("b", prompts=PROMPTS))).note
 
 
-@pytest.mark.parametrize("content", ["{", "[1]", '[{"pair_id": "x"}]', '{"a": 1}', "[" * 5000, _WRONG])
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[1]", '[{"pair_id": "x"}]', '{"a": 1}', "[" * 5000, *(json.dumps([PROMPTS[0] | w]) for w in WRONG)],
+)
 def test_a_damaged_prompts_file_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / PROMPTS_FILE).write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=r"probe_prompts\.json: expected a list of objects with pair_id"):
-        read_prompts(tmp_path / PROMPTS_FILE, n_prompts=9)
+        read_probe_pairs(tmp_path / PROMPTS_FILE)
+
+
+def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
+    path = tmp_path / PROMPTS_FILE
+    path.write_text(json.dumps(PROMPTS), encoding="utf-8")
+    pairs = read_probe_pairs(path)
+    assert [pair.as_json() for pair in pairs] == PROMPTS
+    assert len(read_probe_pairs(path, n_pairs=2)) == 2
+
+
+def test_token_ids_that_the_model_lacks_are_named(make_run: Callable[..., Path]) -> None:
+    folder = make_run(prompts=[PROMPTS[0] | {"prompt_ids": [1, 99_999]}])
+    for name in ("base", "aligned"):
+        save_model(folder / name, seed=0)
+    with pytest.raises(UserError, match=r"probe_prompts\.json: token id 99999"):
+        compare_samples(open_run(folder))
 
 
 def test_half_a_surrogate_pair_is_no_crash(tmp_path: Path) -> None:
     (tmp_path / PROMPTS_FILE).write_text(json.dumps([PROMPTS[0] | {"prompt": "\ud800"}]), encoding="utf-8")
-    assert read_prompts(tmp_path / PROMPTS_FILE, n_prompts=9)[0].prompt == "?"
+    assert read_probe_pairs(tmp_path / PROMPTS_FILE)[0].prompt == "?"
 
 
 def test_a_damaged_model_is_named(make_run: Callable[..., Path]) -> None:
