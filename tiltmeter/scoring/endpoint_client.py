@@ -23,8 +23,10 @@ from tiltmeter.scoring.endpoint_url import KEY, Endpoint, check_addresses
 from tiltmeter.scoring.judge import Question, Reply
 from tiltmeter.scoring.judge_budget import Budget, OverBudget, Tokens, most_tokens
 from tiltmeter.scoring.judge_retry import RequestFailed, Retries, failed_request
+from tiltmeter.scoring.redaction import redacted_logs
 
 OPENAI_HOST = "api.openai.com"
+_LOGGERS = ("openai", "httpx2", "httpcore2")
 _NO_KEY = "none"  # the client insists on one; servers without keys don't look at it
 
 
@@ -98,10 +100,10 @@ class EndpointClient:
             for key in questions:
                 emit(_failure(key, failed, []))
             return
-        async with _connected(
-            self.endpoint, self._api_key, is_local=is_local, timeout=self.request_timeout
-        ) as self._client:
-            await asyncio.gather(*(self._answer(key, question, ends, emit) for key, question in questions.items()))
+        connected = _connected(self.endpoint, self._api_key, is_local=is_local, timeout=self.request_timeout)
+        with redacted_logs(_LOGGERS, self._secrets):
+            async with connected as self._client:
+                await asyncio.gather(*(self._answer(key, one, ends, emit) for key, one in questions.items()))
 
     async def _answer(self, key: str, question: Question, ends: float, emit: Callable[[Answered], None]) -> None:
         responses: list[Response] = []
@@ -190,7 +192,7 @@ class EndpointClient:
                 self._settled.clear()
                 await self._settled.wait()
         except OverBudget as over:
-            raise RequestFailed(str(over), failure="budget", key="max_requests") from None
+            raise RequestFailed(str(over), failure="budget", key=over.limit) from None
 
     def _described(self, error: Exception, question: Question) -> RequestFailed:
         failed = failed_request(

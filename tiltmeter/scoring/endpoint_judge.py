@@ -240,7 +240,7 @@ class EndpointJudge:
             warnings.warn(notice, stacklevel=3)
 
 
-def _check_numbers(**values: float) -> None:
+def _check_numbers(**values: int | float) -> None:
     for name, value in values.items():
         if not (value > 0 and math.isfinite(value)):
             raise UserError(f"judge.{name}: expected a number above 0, got {value}")
