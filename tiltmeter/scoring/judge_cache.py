@@ -16,7 +16,7 @@ from tiltmeter.errors import UserError
 
 T = TypeVar("T")
 _KEYS_AT_A_TIME = 500
-_SECONDS_FOR_A_LOCK = 10.0
+_SECONDS_FOR_A_LOCK = 5.0
 _TABLE = """CREATE TABLE IF NOT EXISTS replies (
     key TEXT PRIMARY KEY, asked TEXT NOT NULL, responses TEXT NOT NULL, stored TEXT NOT NULL
 ) WITHOUT ROWID"""
@@ -79,8 +79,8 @@ class ReplyCache:
             return {}
         return {key: responses for key, text in rows if (responses := _responses(text)) is not None}
 
-    def put(self, key: str, asked: Mapping[str, Any], responses: Sequence[Mapping[str, Any]]) -> None:
-        """Store the responses to what was asked, replacing older ones."""
+    def put(self, key: str, asked: Mapping[str, Any], responses: Sequence[Mapping[str, Any]]) -> bool:
+        """Store the responses to what was asked, replacing older ones; False: the file took nothing."""
         row = (key, json.dumps(asked), json.dumps(responses), datetime.now(UTC).isoformat(timespec="seconds"))
         try:
             self._with_database(
@@ -88,6 +88,8 @@ class ReplyCache:
             )
         except (OSError, sqlite3.Error) as error:
             self._note(error)
+            return False
+        return True
 
     def _with_database(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """What ``work`` makes of the open file; a damaged one is set aside and a new one begun."""

@@ -1,49 +1,21 @@
-"""Everything a judge behind an address may do to a training run, from a real server: it answers, or fails in words and in time."""
+"""What is asked of a server, and what is made of its answers."""
 
 import asyncio
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from tests.tiltmeter.scoring.asking import echo, judge, question
 from tests.tiltmeter.scoring.stub_endpoint import (
-    Fault,
     StubEndpoint,
-    dropped,
-    empty_choices,
-    html,
-    refused_url,
     slow,
-    status,
-    truncated,
 )
 from tiltmeter.errors import UserError
 from tiltmeter.scoring.endpoint_judge import EndpointJudge
-from tiltmeter.scoring.judge import ChatMessage, Question, Reply
-
-
-def question(text: str = "Is it good?", **changes: Any) -> Question:
-    return replace(Question((ChatMessage("user", text),), template="t1", choices=tuple("12345")), **changes)
-
-
-def judge(stub: StubEndpoint, **arguments: Any) -> EndpointJudge:
-    """A judge that notes its waits instead of waiting."""
-    made = EndpointJudge("stub", **{"base_url": stub.base_url, "allow_local": True, "time_limit": 20.0} | arguments)
-    waits: list[float] = []
-
-    async def note(seconds: float) -> None:
-        waits.append(seconds)
-
-    made.retries = replace(made.retries, sleep=note)
-    made.waits = waits  # type: ignore[attr-defined]
-    return made
-
-
-def echo(messages: list[dict[str, str]], params: dict[str, Any]) -> str:
-    return f"about {messages[-1]['content']}"
+from tiltmeter.scoring.judge import ChatMessage, Reply
 
 
 def test_answers_in_order_and_equal_questions_once() -> None:
@@ -117,110 +89,6 @@ def test_a_server_that_insists_on_the_new_name_of_the_limit_gets_it() -> None:
         assert limits == [{"max_tokens": 7}, {"max_completion_tokens": 7}, {"max_completion_tokens": 7}]
 
 
-PASSING: dict[str, Callable[[], Fault]] = {
-    "429": lambda: status(429),
-    "408": lambda: status(408),
-    "409": lambda: status(409),
-    "500": lambda: status(500),
-    "503": lambda: status(503),
-    "html": html,
-    "half a response": truncated,
-    "half a response, then hung up": lambda: truncated(broken_connection=True),
-    "empty choices": empty_choices,
-    "hung up": dropped,
-}
-
-
-@pytest.mark.parametrize("name", PASSING)
-def test_what_may_pass_is_tried_again(name: str) -> None:
-    with StubEndpoint(faults=[PASSING[name](), PASSING[name]()]) as stub:
-        asked = judge(stub)
-        assert asked.ask([question()]) == [Reply(("4",))]
-        assert (asked.usage.requests, asked.usage.retries, len(stub.requests)) == (3, 2, 3)
-
-
-@pytest.mark.parametrize("name", PASSING)
-def test_what_does_not_pass_fails_after_the_last_try(name: str) -> None:
-    with StubEndpoint(always=PASSING[name]()) as stub:
-        asked = judge(stub, max_retries=2)
-        (reply,) = asked.ask([question()])
-        assert (reply.texts, reply.failure, bool(reply.reason)) == ((), "api", True)
-        assert len(stub.requests) == 3
-
-
-@pytest.mark.parametrize("code", [400, 404, 413, 422])
-def test_what_can_not_pass_is_not_tried_again(code: int) -> None:
-    with StubEndpoint(always=status(code, "the context is too long")) as stub:
-        (reply,) = judge(stub).ask([question()])
-        assert (reply.failure, reply.reason) == ("api", f"HTTP {code}: the context is too long")
-        assert len(stub.requests) == 1
-
-
-def test_a_quota_that_is_used_up_is_not_waited_for() -> None:
-    with StubEndpoint(always=status(429, "no credit", code="insufficient_quota")) as stub:
-        (reply,) = judge(stub).ask([question()])
-        assert (reply.reason, len(stub.requests)) == ("HTTP 429: no credit", 1)
-
-
-def test_waits_as_long_as_the_server_asks_else_by_chance_and_ever_longer() -> None:
-    with StubEndpoint(
-        faults=[status(429, retry_after="3"), status(503, retry_after="0.5"), status(429), status(429)]
-    ) as stub:
-        asked = judge(stub)
-        asked.ask([question()])
-        first, second, *drawn = asked.waits  # type: ignore[attr-defined]
-        assert (first, second) == (3.0, 0.5)
-        assert all(0 <= wait <= most for wait, most in zip(drawn, [2.0, 4.0], strict=True))
-
-
-def test_a_wait_beyond_the_time_limit_is_not_begun() -> None:
-    with StubEndpoint(always=status(429, "slow down", retry_after="3600")) as stub:
-        asked = judge(stub)
-        (reply,) = asked.ask([question()])
-        assert reply.failure == "timeout"
-        assert "HTTP 429: slow down" in reply.reason
-        assert "3600 s" in reply.reason
-        assert asked.waits == []  # type: ignore[attr-defined]
-
-
-def test_nobody_there() -> None:
-    asked = EndpointJudge("stub", base_url=refused_url(), allow_local=True, max_retries=0, max_tokens=1000)
-    replies = asked.ask([question(str(i)) for i in range(20)])
-    assert {reply.failure for reply in replies} == {"api"}
-    assert "no connection" in replies[0].reason
-    assert asked.usage.prompt_tokens == 0, "nothing was sent, so nothing is spent"
-
-
-def test_a_slow_answer_is_a_timeout_and_counts_as_spent() -> None:
-    with StubEndpoint(always=slow(30)) as stub:
-        asked = judge(stub, request_timeout=0.1, max_retries=1)
-        assert asked.ask([question()]) == [Reply(failure="timeout", reason="no answer within 0.1 s")]
-        assert len(stub.requests) == 2
-        assert asked.usage.prompt_tokens > 2 * len("Is it good?")
-
-
-def test_after_the_time_limit_there_is_what_there_is() -> None:
-    with StubEndpoint(echo, faults=[None, None], always=slow(60)) as stub:
-        asked = judge(stub, time_limit=0.7, concurrency=2)
-        replies = asked.ask([question(str(i)) for i in range(6)])
-        assert [reply.failure for reply in replies].count("timeout") == 4
-        for i, reply in enumerate(replies):
-            assert reply.failure == "timeout" or reply.texts == (f"about {i}",)
-        assert {reply.reason for reply in replies if reply.failure} == {"not answered within judge.time_limit"}
-
-
-def test_samples_that_came_before_a_failure_are_kept() -> None:
-    with StubEndpoint(supports_n=False, faults=[None, None, status(404)]) as stub:
-        (reply,) = judge(stub).ask([question(n_samples=4)])
-        assert (reply.texts, reply.failure) == (("4", "4"), "api")
-
-
-def test_an_answer_without_words_is_a_failure_with_its_cause() -> None:
-    with StubEndpoint(lambda messages, params: "") as stub:
-        (reply,) = judge(stub).ask([question()])
-        assert (reply.failure, reply.reason) == ("api", "an answer without words (finish_reason=stop)")
-
-
 def test_no_more_requests_at_a_time_than_allowed_from_any_number_of_threads() -> None:
     with StubEndpoint(echo, always=slow(0.02)) as stub:
         asked = judge(stub, concurrency=3)
@@ -249,17 +117,6 @@ def test_asked_from_inside_a_running_loop() -> None:
         assert len(stub.requests) == 1
 
 
-def test_a_name_look_up_that_hangs_does_not_hold_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
-    released = threading.Event()
-    with StubEndpoint() as stub:
-        monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: released.wait(30) and [])
-        before = time.monotonic()
-        (reply,) = judge(stub, time_limit=0.2).ask([question()])
-        assert reply.failure == "timeout"
-        assert time.monotonic() - before < 15
-        released.set()
-
-
 @pytest.fixture
 def running_threads() -> Iterator[None]:
     before = set(threading.enumerate())
@@ -271,106 +128,6 @@ def running_threads() -> Iterator[None]:
 def test_nothing_is_left_running() -> None:
     with StubEndpoint() as stub:
         judge(stub).ask([question()])
-
-
-def test_cached_answers_need_no_endpoint_and_no_budget(tmp_path: Any) -> None:
-    cache = str(tmp_path / "deep" / "cache.sqlite")
-    with StubEndpoint(lambda messages, params: {"4": 0.6, " 5": 0.3}) as stub:
-        questions = [
-            question(want_probabilities=True),
-            question(n_samples=3, temperature=1.0),
-            question(n_samples=2, temperature=1.0),
-            question(template="t2"),
-        ]
-        first = judge(stub, cache=cache).ask(questions)
-        assert len(stub.requests) == 4
-        again = judge(stub, cache=cache, max_requests=1)
-        again._budget.usage.requests = 1
-        assert again.ask(questions + questions) == first * 2
-        assert (len(stub.requests), again.usage.cached) == (4, 4)
-        (reply,) = again.ask([question("new")])
-        assert reply.failure == "budget"
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"template": "t2"},
-        {"temperature": 0.5},
-        {"top_p": 0.5},
-        {"max_tokens": 3},
-        {"n_samples": 2},
-        {"choices": ("A", "B")},
-        {"want_probabilities": True},
-        {"messages": (ChatMessage("system", "Is it good?"),)},
-    ],
-)
-def test_another_question_is_another_entry(change: dict[str, Any], tmp_path: Any) -> None:
-    with StubEndpoint() as stub:
-        asked = judge(stub, cache=str(tmp_path / "cache.sqlite"))
-        asked.ask([question()])
-        asked.ask([question(**change)])
-        assert len(stub.requests) == 2
-
-
-def test_another_model_body_or_address_is_another_entry(tmp_path: Any) -> None:
-    cache = str(tmp_path / "cache.sqlite")
-    with StubEndpoint(models=["stub", "other"]) as stub, StubEndpoint() as elsewhere:
-        judge(stub, cache=cache).ask([question()])
-        EndpointJudge("other", base_url=stub.base_url, allow_local=True, cache=cache).ask([question()])
-        judge(stub, cache=cache, extra_body={"seed": 1}).ask([question()])
-        judge(elsewhere, cache=cache).ask([question()])
-        assert (len(stub.requests), len(elsewhere.requests)) == (3, 1)
-
-
-def test_failures_are_asked_again(tmp_path: Any) -> None:
-    with StubEndpoint(faults=[status(400), None]) as stub:
-        asked = judge(stub, cache=str(tmp_path / "cache.sqlite"))
-        assert [asked.ask([question()])[0].failure for _ in range(3)] == ["api", None, None]
-        assert len(stub.requests) == 2
-
-
-def test_requests_stop_before_the_budget_is_exceeded_and_what_came_is_kept() -> None:
-    with StubEndpoint() as stub:
-        asked = judge(stub, max_requests=5)
-        replies = asked.ask([question(str(i)) for i in range(9)])
-        assert [reply.failure for reply in replies].count("budget") == 4
-        assert len(stub.requests) == asked.usage.requests == 5
-        assert "judge.max_requests=5" in next(reply.reason for reply in replies if reply.failure)
-
-
-def test_retries_are_paid_from_the_same_budget() -> None:
-    with StubEndpoint(always=status(500)) as stub:
-        (reply,) = judge(stub, max_requests=3).ask([question()])
-        assert (reply.failure, len(stub.requests)) == ("budget", 3)
-
-
-@pytest.mark.parametrize("concurrency", [1, 8])
-def test_the_token_budget_holds_and_does_not_depend_on_concurrency(concurrency: int) -> None:
-    """A question may use 80 + 1 + 16 = 97 tokens and uses 11: the sixth request fits in 160, the seventh might not."""
-    with StubEndpoint(always=slow(0.02)) as stub:
-        asked = judge(stub, max_tokens=160, concurrency=concurrency)
-        replies = asked.ask([question(str(i)) for i in range(9)])
-        assert [reply.failure for reply in replies].count(None) == len(stub.requests) == 6
-        assert (asked.usage.prompt_tokens, asked.usage.completion_tokens) == (60, 6)
-
-
-def test_the_money_budget() -> None:
-    """10 and 1 tokens at 1000 and 10000 dollars a million: 2 cents a request; up to 97 and 160 to be sure beforehand."""
-    with StubEndpoint() as stub:
-        prices = {"input": 1000.0, "output": 10000.0}
-        asked = judge(stub, max_usd=0.3, prices=prices)
-        replies = asked.ask([question(str(i)) for i in range(9)])
-        assert [reply.failure for reply in replies].count(None) == 3
-        assert asked.usage.usd == pytest.approx(0.06)
-        assert judge(stub).usage.usd is None
-
-
-def test_a_server_that_counts_nothing_is_charged_the_most_it_can_have_used() -> None:
-    with StubEndpoint(usage=None) as stub:
-        asked = judge(stub)
-        asked.ask([question("12")])
-        assert (asked.usage.prompt_tokens, asked.usage.completion_tokens) == (82, 16)
 
 
 @pytest.mark.parametrize(

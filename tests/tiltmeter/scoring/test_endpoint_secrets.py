@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.tiltmeter.scoring.asking import judge, question
 from tests.tiltmeter.scoring.stub_endpoint import (
     Fault,
     StubEndpoint,
@@ -18,7 +19,6 @@ from tests.tiltmeter.scoring.stub_endpoint import (
     status,
     truncated,
 )
-from tests.tiltmeter.scoring.test_endpoint_judge import judge, question
 from tiltmeter.errors import UserError
 from tiltmeter.scoring.endpoint_judge import EndpointJudge
 

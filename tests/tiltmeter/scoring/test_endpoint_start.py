@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.tiltmeter.scoring.asking import judge, question
 from tests.tiltmeter.scoring.stub_endpoint import (
     Fault,
     StubEndpoint,
@@ -16,7 +17,6 @@ from tests.tiltmeter.scoring.stub_endpoint import (
     slow,
     status,
 )
-from tests.tiltmeter.scoring.test_endpoint_judge import judge, question
 from tiltmeter.errors import UserError
 from tiltmeter.scoring.endpoint_judge import EndpointJudge
 from tiltmeter.scoring.judge import Reply
@@ -138,6 +138,12 @@ def test_who_is_down_is_warned_of_quickly_and_asked_again_later(fault: Fault) ->
         assert len(stub.requests) <= 2
         stub.always = None
         assert asked.ask([question()]) == [Reply(("4",))]
+
+
+@pytest.mark.parametrize("want_probabilities", [True, False])
+def test_who_does_not_answer_at_all_is_warned_of(want_probabilities: bool) -> None:
+    with StubEndpoint(always=slow(60)) as stub, pytest.warns(UserWarning, match=r"within judge\.time_limit"):
+        judge(stub, time_limit=0.2).start(want_probabilities=want_probabilities)
 
 
 def test_nobody_there_is_a_warning() -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from tests.tiltmeter.scoring.asking import judge, question
 from tests.tiltmeter.scoring.stub_endpoint import StubEndpoint
-from tests.tiltmeter.scoring.test_endpoint_judge import judge, question
 from tiltmeter.errors import UserError
 from tiltmeter.scoring.judge_cache import ReplyCache, cache_key
 
@@ -126,6 +126,21 @@ def test_a_locked_file_is_a_miss_and_stays_where_it_is(path: Path, monkeypatch: 
     assert cache.get(["a", "b"]) == {"a": SAID}
     (notice,) = cache.take_notices()
     assert "locked" in notice
+
+
+def test_a_file_that_takes_nothing_is_waited_for_once_a_round(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tiltmeter.scoring.judge_cache._SECONDS_FOR_A_LOCK", 0.01)
+    tries = []
+    put = ReplyCache.put
+    monkeypatch.setattr(ReplyCache, "put", lambda self, *row: tries.append(row) or put(self, *row))
+    ReplyCache(path).check()
+    database = sqlite3.connect(path, isolation_level=None)
+    database.execute("BEGIN IMMEDIATE")
+    with StubEndpoint() as stub, pytest.warns(UserWarning, match="locked"):
+        replies = judge(stub, cache=str(path)).ask([question(str(i)) for i in range(5)])
+    database.close()
+    assert [reply.texts for reply in replies] == [("4",)] * 5
+    assert len(tries) == 1
 
 
 def fill(path: Path, name: str) -> list[str]:
