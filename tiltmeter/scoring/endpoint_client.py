@@ -248,4 +248,5 @@ def _failure(key: str, failed: RequestFailed, responses: list[Response]) -> Answ
 
 def _was_not_charged(error: Exception) -> bool:
     """Whether a request certainly cost nothing: refused by the server, or never sent."""
+    # by its name, since the class belongs to the client's transport, which is not ours to import
     return isinstance(error, openai.APIStatusError) or type(error.__cause__).__name__.startswith("Connect")

@@ -2,6 +2,7 @@ import multiprocessing
 import os
 import sqlite3
 import threading
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,22 @@ def test_a_database_cut_short_or_overwritten_is_a_miss_and_a_new_beginning(path:
         assert cache.get(["new"]) == {"new": SAID}
         (notice,) = cache.take_notices()
         assert "damaged" in notice
+
+
+def test_the_log_of_a_damaged_file_goes_with_it(path: Path) -> None:
+    """Another process has the file open, so its log stays; read into the next file, it would damage that one too."""
+    cache = ReplyCache(path)
+    cache.check()
+    with closing(sqlite3.connect(path)) as other:
+        other.execute("SELECT * FROM replies").fetchall()
+        cache.put("a", {"text": "x" * 9000}, SAID)
+        with path.open("r+b") as file:
+            file.write(b"not a database" * 1000)
+        path.with_name("cache.sqlite-wal").write_bytes(b"no log" * 1000)
+        assert cache.get(["a"]) == {}
+        cache.put("b", {}, SAID)
+        assert cache.get(["a", "b"]) == {"b": SAID}
+        assert list(path.parent.glob("*.damaged-*-wal"))
 
 
 def test_a_damaged_row_is_a_miss(path: Path) -> None:
