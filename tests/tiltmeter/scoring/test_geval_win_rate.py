@@ -45,7 +45,7 @@ def test_an_honest_judge_by_hand() -> None:
     assert figure(scores, "geval_win_rate_ties").value == pytest.approx(0.4)
     assert figure(scores, "geval_position_consistency").value == 1
     assert figure(scores, "geval_first_position_rate").value == 0.5
-    assert figure(scores, "geval_identical").value == pytest.approx(0.2)
+    assert figure(scores, "geval_win_rate_identical").value == pytest.approx(0.2)
     assert figure(scores, "geval_empty", "policy").value == pytest.approx(0.2)
     assert figure(scores, "geval_empty", "base").value == 0
     assert len(judge.questions) == 2 * 4 + 2 * 5
@@ -123,7 +123,7 @@ def test_the_likeliest_letter_is_the_verdict_and_equal_ones_are_a_tie() -> None:
 
     scores, _ = scored(answer, against="base")
     assert scores.columns["geval_win"] == [1, 0, 0.5, 0.5, 0]
-    assert figure(scores, "geval_low_mass").value == 1, "four points and the tie in each pair: .45"
+    assert figure(scores, "geval_win_rate_low_mass").value == 1, "four points and the tie in each pair: .45"
 
 
 def test_a_length_bias_is_seen_in_the_raw_rate_and_taken_out_of_the_controlled_one() -> None:
@@ -162,6 +162,13 @@ def test_nothing_asked_is_a_tie() -> None:
     assert Verdict(()).failed is None
 
 
+def test_scorers_with_prefixes_stand_side_by_side() -> None:
+    both = [scored(prefix=prefix)[0] for prefix in ("geval", "harmless")]
+    keys = [(figure.name, figure.of) for scores in both for figure in scores.figures]
+    assert len(set(keys)) == len(keys)
+    assert not set(both[0].columns) & set(both[1].columns)
+
+
 def test_every_figure_of_a_comparison_says_what_made_it() -> None:
     makers = set()
     for options in [
@@ -181,9 +188,11 @@ def test_every_figure_of_a_comparison_says_what_made_it() -> None:
     ("options", "message"),
     [
         ({"preset": "hh_dpo"}, r"win_rate\.verdict_mode: preset hh_dpo needs text, got 'logprob'"),
-        ({"against": []}, r"win_rate\.against: expected some of base, chosen"),
+        ({"against": []}, r"win_rate\.against: expected base or chosen or both"),
+        ({"against": ["base", "base"]}, r"win_rate\.against: expected base or chosen or both"),
         ({"criterion": "charm"}, r"win_rate\.criterion: expected some of"),
         ({"criterion": {"a": "?", "b": "!"}}, r"win_rate\.criterion: expected one criterion, got a, b"),
+        ({"prefix": "a/b"}, r"win_rate\.prefix: expected letters"),
         ({"max_missing_rate": -0.1}, r"win_rate\.max_missing_rate"),
     ],
 )
