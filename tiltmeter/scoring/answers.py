@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from tiltmeter.errors import UserError
 from tiltmeter.scoring.judge import Failure, Judge, Question, Reply
 from tiltmeter.scoring.scorer import Figure, Side
 
@@ -82,6 +83,17 @@ def reminded(question: Question, reminder: str) -> Question:
     """The same question in other words, so that no cache has the answer that could not be read."""
     *before, last = question.messages
     return replace(question, messages=(*before, last._replace(content=f"{last.content}\n({reminder})")))
+
+
+def checked_prefix(key: str, prefix: str) -> str:
+    """What the names of figures begin with.
+
+    Raises:
+        UserError: not letters, digits and underscores.
+    """
+    if not re.fullmatch(r"[a-z]\w*", prefix, re.ASCII):
+        raise UserError(f"{key}: expected letters, digits and underscores such as geval, got {prefix!r}")
+    return prefix
 
 
 def missing_figures(name: str, of: Side, failures: Sequence[Failure | None], *, scorer: str) -> list[Figure]:

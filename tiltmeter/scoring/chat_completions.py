@@ -71,6 +71,12 @@ def used_tokens(response: Response) -> Tokens | None:
     return None
 
 
+def all_texts(responses: Sequence[Response]) -> tuple[str, ...]:
+    """The words of every choice; what is no string is no word."""
+    contents = [choice["message"].get("content") for response in responses for choice in response["choices"]]
+    return tuple(content if isinstance(content, str) else "" for content in contents)
+
+
 def read_reply(question: Question, responses: Sequence[Response]) -> Reply:
     """The answer in responses that :func:`parse_response` let through.
 
@@ -78,7 +84,7 @@ def read_reply(question: Question, responses: Sequence[Response]) -> Reply:
         RequestFailed: no words at all, or no log-probs where they were asked for.
     """
     choices = [choice for response in responses for choice in response["choices"]]
-    texts = tuple(str(choice["message"].get("content") or "") for choice in choices)[: question.n_samples]
+    texts = all_texts(responses)[: question.n_samples]
     if question.want_probabilities:
         return Reply(texts, first_token_probabilities(choices[0], question.choices))
     if not any(text.strip() for text in texts):

@@ -13,6 +13,7 @@ from tiltmeter.errors import UserError
 from tiltmeter.scoring.chat_completions import (
     LIMIT_NAMES,
     Response,
+    all_texts,
     answer_tokens,
     parse_response,
     read_reply,
@@ -23,8 +24,11 @@ from tiltmeter.scoring.endpoint_url import KEY, Endpoint, check_addresses
 from tiltmeter.scoring.judge import Question, Reply
 from tiltmeter.scoring.judge_budget import Budget, OverBudget, Tokens, most_tokens
 from tiltmeter.scoring.judge_retry import RequestFailed, Retries, failed_request
+from tiltmeter.scoring.redaction import redacted_logs, shown
 
 OPENAI_HOST = "api.openai.com"
+TOO_LATE = "not answered within judge.time_limit"
+_LOGGERS = ("openai", "httpx2", "httpcore2")
 _NO_KEY = "none"  # the client insists on one; servers without keys don't look at it
 
 
@@ -34,8 +38,8 @@ class Learned:
 
     limit_name: str = LIMIT_NAMES[0]
     takes_n: bool = True
-    refusal: RequestFailed | None = None
-    """It does not let us in; asking again would change nothing."""
+    refusal: str = ""
+    """Why it does not let us in; asking again would change nothing."""
 
 
 class Answered(NamedTuple):
@@ -93,15 +97,15 @@ class EndpointClient:
         try:
             async with asyncio.timeout_at(ends):
                 is_local = await check_addresses(self.endpoint)
-        except (UserError, TimeoutError) as error:
-            failed = _wrong_address(error)
+            client = _connected(self.endpoint, self._api_key, is_local=is_local, timeout=self.request_timeout)
+        except Exception as error:  # also what the environment says of proxies and certificates may be wrong
+            failed = self._not_begun(error)
             for key in questions:
                 emit(_failure(key, failed, []))
             return
-        async with _connected(
-            self.endpoint, self._api_key, is_local=is_local, timeout=self.request_timeout
-        ) as self._client:
-            await asyncio.gather(*(self._answer(key, question, ends, emit) for key, question in questions.items()))
+        with redacted_logs(_LOGGERS, self._secrets):
+            async with client as self._client:
+                await asyncio.gather(*(self._answer(key, one, ends, emit) for key, one in questions.items()))
 
     async def _answer(self, key: str, question: Question, ends: float, emit: Callable[[Answered], None]) -> None:
         responses: list[Response] = []
@@ -112,7 +116,7 @@ class EndpointClient:
         except RequestFailed as failed:
             emit(_failure(key, failed, responses))
         except TimeoutError:
-            emit(_failure(key, RequestFailed("not answered within judge.time_limit", failure="timeout"), responses))
+            emit(_failure(key, RequestFailed(TOO_LATE, failure="timeout", is_passing=True), responses))
         except Exception as error:  # a judge must not stop what asked it
             emit(_failure(key, self._described(error, question), responses))
 
@@ -126,7 +130,7 @@ class EndpointClient:
             try:
                 response = await self._with_retries(question, request_body(question, n=n, limit_name=limit_name))
             except RequestFailed as failed:
-                if failed.status not in (400, 422):
+                if failed.status not in (400, 422):  # not about the request's fields
                     raise
                 if limit_name == LIMIT_NAMES[0] and LIMIT_NAMES[1] in failed.reason:
                     self.learned.limit_name = LIMIT_NAMES[1]
@@ -150,14 +154,14 @@ class EndpointClient:
                 wait = self.retries.wait_before(retry, failed)
                 if time.monotonic() + wait >= self.deadline:
                     reason = f"{failed.reason}; the next try would be in {wait:.0f} s, past judge.time_limit"
-                    raise RequestFailed(reason, failure="timeout", is_passing=True, key=failed.key) from None
+                    raise RequestFailed(reason, failure="timeout", is_passing=True) from None
             await self.retries.sleep(wait)
         raise AssertionError("unreachable")
 
     async def _send(self, question: Question, body: dict[str, Any], *, is_retry: bool) -> Response:
         """One request, counted and paid for."""
-        if self.learned.refusal is not None:
-            raise self.learned.refusal
+        if self.learned.refusal:
+            raise RequestFailed(self.learned.refusal, key="api_key_env")
         reserved = most_tokens(
             [message.content for message in question.messages],
             n=body.get("n", 1),
@@ -190,7 +194,14 @@ class EndpointClient:
                 self._settled.clear()
                 await self._settled.wait()
         except OverBudget as over:
-            raise RequestFailed(str(over), failure="budget", key="max_requests") from None
+            raise RequestFailed(str(over), failure="budget", key=over.limit) from None
+
+    def _not_begun(self, error: Exception) -> RequestFailed:
+        if isinstance(error, UserError):
+            return RequestFailed(str(error).removeprefix(f"{KEY}: "), key="base_url")
+        if isinstance(error, TimeoutError):
+            return RequestFailed("the host's name was not found in time", failure="timeout", is_passing=True)
+        return RequestFailed(f"{type(error).__name__}: {shown(str(error), self._secrets)}")
 
     def _described(self, error: Exception, question: Question) -> RequestFailed:
         failed = failed_request(
@@ -200,8 +211,8 @@ class EndpointClient:
             timeout=self.request_timeout,
         )
         if failed.key == "api_key_env":
-            failed = RequestFailed(f"{failed.reason}; {self._key_hint}", status=failed.status, key=failed.key)
-            self.learned.refusal = failed
+            self.learned.refusal = f"{failed.reason}; {self._key_hint}"
+            return RequestFailed(self.learned.refusal, status=failed.status, key=failed.key)
         return failed
 
 
@@ -232,16 +243,10 @@ def _connected(endpoint: Endpoint, api_key: str | None, *, is_local: bool, timeo
 
 
 def _failure(key: str, failed: RequestFailed, responses: list[Response]) -> Answered:
-    texts = tuple(str(choice["message"].get("content") or "") for one in responses for choice in one["choices"])
-    return Answered(key, Reply(texts, failure=failed.failure, reason=failed.reason), [], failed)
-
-
-def _wrong_address(error: Exception) -> RequestFailed:
-    if isinstance(error, UserError):
-        return RequestFailed(str(error).removeprefix(f"{KEY}: "), key="base_url")
-    return RequestFailed("the host's name was not found in time", failure="timeout", is_passing=True)
+    return Answered(key, Reply(all_texts(responses), failure=failed.failure, reason=failed.reason), [], failed)
 
 
 def _was_not_charged(error: Exception) -> bool:
     """Whether a request certainly cost nothing: refused by the server, or never sent."""
+    # by its name, since the class belongs to the client's transport, which is not ours to import
     return isinstance(error, openai.APIStatusError) or type(error.__cause__).__name__.startswith("Connect")

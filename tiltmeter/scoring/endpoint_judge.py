@@ -7,15 +7,16 @@ import re
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tiltmeter.errors import UserError
 from tiltmeter.scoring.background import emitted_in_thread
 from tiltmeter.scoring.chat_completions import SET_HERE, read_reply, request_body
-from tiltmeter.scoring.endpoint_client import OPENAI_HOST, Answered, EndpointClient, Learned
+from tiltmeter.scoring.endpoint_client import OPENAI_HOST, TOO_LATE, Answered, EndpointClient, Learned
 from tiltmeter.scoring.endpoint_url import parse_endpoint
 from tiltmeter.scoring.judge import ChatMessage, Question, Reply
 from tiltmeter.scoring.judge_budget import Budget, Usage
@@ -111,66 +112,59 @@ class EndpointJudge:
         self._api_key()
         if self._cache is not None:
             self._cache.check()
+            self._warn_of_cache()
         self._learned = Learned()
-        seconds = min(self.time_limit, _PROBE_SECONDS)
-        most = min(self.retries.most, _PROBE_RETRIES)
         question = replace(_PROBE, want_probabilities=want_probabilities)
-        answers = self._ask_endpoint({"probe": question}, seconds=seconds, retries=replace(self.retries, most=most))
-        self._warn_of_cache()
-        failed = answers["probe"].failed if answers else RequestFailed("no answer in time", is_passing=True)
-        if failed is None:
-            return
-        if failed.is_passing:
-            warnings.warn(
-                f"judge {self.name} did not answer ({failed.reason}); its scores will be missing until it is back",
-                stacklevel=2,
-            )
-        elif failed.key:
+        retries = replace(self.retries, most=min(self.retries.most, _PROBE_RETRIES))
+        deadline = time.monotonic() + min(self.time_limit, _PROBE_SECONDS)
+        answers = list(self._answers({"probe": question}, deadline=deadline, retries=retries))
+        failed = answers[0].failed if answers else RequestFailed(TOO_LATE, is_passing=True)
+        if failed is None or (not want_probabilities and answers[0].reply.texts):
+            return  # whoever thinks for longer than the probe lets it may say nothing here
+        if failed.key and not failed.is_passing:
             raise UserError(f"judge.{failed.key}: {self.name}: {failed.reason}")
+        warnings.warn(
+            f"judge {self.name} did not answer ({failed.reason}); its scores will be missing until it is back",
+            stacklevel=2,
+        )
 
     def ask(self, questions: Sequence[Question]) -> list[Reply]:
         """Answer all questions within ``time_limit``, in their order; equal ones are asked once.
 
         An answer that is not there comes back as a failure: ``api`` (the endpoint can't or won't), ``timeout`` or ``budget``.
         """
+        deadline = time.monotonic() + self.time_limit
         asked = [self._asked(question) for question in questions]
         keys = [cache_key(one) for one in asked]
+        what = dict(zip(keys, asked, strict=True))
         distinct = dict(zip(keys, questions, strict=True))
         replies = self._remembered(distinct)
         self._budget.usage.cached += len(replies)
         unknown = {key: question for key, question in distinct.items() if key not in replies}
-        if unknown:
-            answers = self._ask_endpoint(
-                unknown, seconds=self.time_limit, retries=self.retries, store=dict(zip(keys, asked, strict=True))
-            )
-            replies |= {key: answer.reply for key, answer in answers.items()}
+        stores = self._cache is not None
+        for answer in self._answers(unknown, deadline=deadline, retries=self.retries):
+            replies[answer.key] = answer.reply
+            if self._cache is not None and stores and answer.failed is None:
+                # a file that takes nothing now is not waited for again
+                stores = self._cache.put(answer.key, what[answer.key], answer.responses)
         self._warn_of_cache()
-        late = Reply(failure="timeout", reason="not answered within judge.time_limit")
+        late = Reply(failure="timeout", reason=TOO_LATE)
         return [replies.get(key, late) for key in keys]
 
-    def _ask_endpoint(
-        self,
-        questions: Mapping[str, Question],
-        *,
-        seconds: float,
-        retries: Retries,
-        store: Mapping[str, Mapping[str, Any]] | None = None,
-    ) -> dict[str, Answered]:
-        """Answers by key, those that came in time; whole ones are stored as they come."""
-        deadline = time.monotonic() + seconds
+    def _answers(self, questions: Mapping[str, Question], *, deadline: float, retries: Retries) -> Iterator[Answered]:
+        """Answers as they come; those that do not come in time are left out."""
+        if not questions:
+            return
         try:
             api_key = self._api_key()
         except UserError as error:
             failed = RequestFailed(str(error), key="api_key_env")
             reply = Reply(failure=failed.failure, reason=failed.reason)
-            return {key: Answered(key, reply, [], failed) for key in questions}
-        answers: dict[str, Answered] = {}
-
-        async def answer_all(emit: Callable[[Answered], None]) -> None:
-            await client.answer_all(questions, emit)
-
-        if not self._turn.acquire(timeout=seconds):
-            return answers
+            yield from (Answered(key, reply, [], failed) for key in questions)
+            return
+        seconds = deadline - time.monotonic()
+        if not self._turn.acquire(timeout=max(0.0, seconds)):
+            return
         try:
             client = EndpointClient(
                 self.endpoint,
@@ -181,17 +175,13 @@ class EndpointJudge:
                 learned=self._learned,
                 retries=retries,
                 concurrency=self.concurrency,
-                request_timeout=min(self.request_timeout, seconds),
+                request_timeout=min(self.request_timeout, max(seconds, 0.0)),
                 deadline=deadline,
                 extra_body=self.extra_body,
             )
-            for answer in emitted_in_thread(answer_all, deadline=deadline):
-                answers[answer.key] = answer
-                if self._cache is not None and store is not None and answer.failed is None:
-                    self._cache.put(answer.key, store[answer.key], answer.responses)
+            yield from emitted_in_thread(partial(client.answer_all, questions), deadline=deadline)
         finally:
             self._turn.release()
-        return answers
 
     def _remembered(self, questions: Mapping[str, Question]) -> dict[str, Reply]:
         """Replies that the cache holds and that can still be read."""
@@ -240,7 +230,7 @@ class EndpointJudge:
             warnings.warn(notice, stacklevel=3)
 
 
-def _check_numbers(**values: float) -> None:
+def _check_numbers(**values: int | float) -> None:
     for name, value in values.items():
         if not (value > 0 and math.isfinite(value)):
             raise UserError(f"judge.{name}: expected a number above 0, got {value}")

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 from tiltmeter.errors import UserError
-from tiltmeter.scoring.answers import LOW_MASS, Answer, ask_choices, missing_figures, warn_of_missing
+from tiltmeter.scoring.answers import LOW_MASS, Answer, ask_choices, checked_prefix, missing_figures, warn_of_missing
 from tiltmeter.scoring.evaluation_steps import EvaluationSteps
 from tiltmeter.scoring.judge import Judge, Question
 from tiltmeter.scoring.judge_prompts import SCORE, resolve_criteria
@@ -49,6 +49,7 @@ class GEvalScorer:
         evaluation_steps: steps of your own, a list for one criterion or criterion → list; the judge is then asked for none.
         seed: of the markers around what is rated.
         max_missing_rate: share of missing scores above which a figure is NaN.
+        prefix: in place of ``geval`` in all names, so that scorers with several judges or modes stand side by side.
 
     Raises:
         UserError: an unknown criterion or mode, options that don't fit together, numbers out of range.
@@ -66,6 +67,7 @@ class GEvalScorer:
         evaluation_steps: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
         seed: int = 0,
         max_missing_rate: float = MAX_MISSING_SHARE,
+        prefix: str = "geval",
     ) -> None:
         if score_mode not in get_args(ScoreMode):
             raise UserError(f"geval.score_mode: expected one of {', '.join(get_args(ScoreMode))}, got {score_mode!r}")
@@ -79,7 +81,7 @@ class GEvalScorer:
             )
         if not 0 <= max_missing_rate <= 1:
             raise UserError(f"geval.max_missing_rate: expected a share from 0 to 1, got {max_missing_rate}")
-        self.judge = judge
+        self.judge, self.prefix = judge, checked_prefix("geval.prefix", prefix)
         self.criteria = resolve_criteria("geval.criteria", criteria)
         self.score_mode = score_mode
         self.seed = seed
@@ -132,7 +134,10 @@ class GEvalScorer:
         self, criterion: str, answers: Mapping[Side, Sequence[Answer]], samples: Sequence[Sample], scores: Scores
     ) -> None:
         """Add the figures and columns of one criterion."""
-        name, scorer = f"geval_score/{criterion}", f"{self.name}, {criterion} by steps {self.steps.digest(criterion)}"
+        name, scorer = (
+            f"{self.prefix}_score/{criterion}",
+            f"{self.name}, {criterion} by steps {self.steps.digest(criterion)}",
+        )
         values = {side: [score_of(answer) for answer in found] for side, found in answers.items()}
         for side, found in answers.items():
             failures = [(answer.failure, answer.reason) for answer in found if answer.failure]
@@ -142,14 +147,16 @@ class GEvalScorer:
             scores.figures.extend(
                 [
                     mean_figure(name, side, values[side], samples, scorer=scorer, max_missing=self.max_missing_rate),
-                    mean_figure(f"geval_low_mass/{criterion}", side, low, samples, scorer=scorer, max_missing=1.0),
+                    mean_figure(
+                        f"{self.prefix}_low_mass/{criterion}", side, low, samples, scorer=scorer, max_missing=1.0
+                    ),
                     *missing_figures(name, side, [answer.failure for answer in found], scorer=scorer),
                 ]
             )
-            scores.columns.update({f"{name}/{side}": values[side], f"geval_mass/{criterion}/{side}": masses})
+            scores.columns.update({f"{name}/{side}": values[side], f"{self.prefix}_mass/{criterion}/{side}": masses})
         gains = [policy - base for policy, base in zip(values["policy"], values["base"], strict=True)]
         limit = self.max_missing_rate
-        difference = f"geval_score_difference/{criterion}"
+        difference = f"{self.prefix}_score_difference/{criterion}"
         scores.figures.append(mean_figure(difference, "both", gains, samples, scorer=scorer, max_missing=limit))
 
 

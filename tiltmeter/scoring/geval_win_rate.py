@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 from tiltmeter.errors import UserError
 from tiltmeter.generation import Completion
-from tiltmeter.scoring.answers import LOW_MASS, missing_figures, warn_of_missing
+from tiltmeter.scoring.answers import LOW_MASS, checked_prefix, missing_figures, warn_of_missing
 from tiltmeter.scoring.judge import Judge
 from tiltmeter.scoring.judge_prompts import digest, resolve_criteria
 from tiltmeter.scoring.local_judge import LocalJudge
@@ -26,8 +26,8 @@ class WinRateScorer:
     Figures, of policy and opponent together, with ``_vs_chosen`` behind the name where the opponent is the data's preferred
     response: those of :func:`~tiltmeter.scoring.win_rate.win_rate_figures` as ``geval_win_rate``, lengths in characters;
     ``geval_position_consistency``, share of judged pairs with the same outcome in both orders; ``geval_first_position_rate``,
-    share of decisive answers for the reply shown first; ``geval_identical``, share of pairs with equal replies;
-    ``geval_low_mass``, share of answers with less than half of the judge's weight on a choice;
+    share of decisive answers for the reply shown first; ``geval_win_rate_identical``, share of pairs with equal
+    replies; ``geval_win_rate_low_mass``, share of answers with less than half of the judge's weight on a choice;
     ``geval_win_rate_missing/<reason>``, counts. Without a suffix: ``geval_empty``, of policy and base, share of empty
     replies. Columns: ``geval_win`` (1, 0.5, 0) and ``geval_consistent``.
 
@@ -39,6 +39,7 @@ class WinRateScorer:
         verdict_mode: ``logprob`` takes the likeliest letter at the first token, ``text`` the letter on the last line.
         seed: of the order in which the two orders are asked, and of the markers around what is judged.
         max_missing_rate: share of missing verdicts above which a figure is NaN.
+        prefix: in place of ``geval`` in all names, so that scorers of several criteria or judges stand side by side.
 
     Raises:
         UserError: an unknown opponent, preset, criterion or mode, or options that don't fit together.
@@ -54,6 +55,7 @@ class WinRateScorer:
         verdict_mode: VerdictMode = "logprob",
         seed: int = 0,
         max_missing_rate: float = MAX_MISSING_SHARE,
+        prefix: str = "geval",
     ) -> None:
         if preset not in PRESETS:
             raise UserError(f"win_rate.preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
@@ -61,9 +63,9 @@ class WinRateScorer:
             modes = " or ".join(PRESETS[preset].modes)
             raise UserError(f"win_rate.verdict_mode: preset {preset} needs {modes}, got {verdict_mode!r}")
         self.against = (against,) if isinstance(against, str) else tuple(against)
-        if not self.against or not set(self.against) <= set(get_args(Opponent)):
+        if not self.against or sorted(set(self.against) & set(get_args(Opponent))) != sorted(self.against):
             raise UserError(
-                f"win_rate.against: expected some of {', '.join(get_args(Opponent))}, got {list(self.against)}"
+                f"win_rate.against: expected {' or '.join(get_args(Opponent))} or both, got {list(self.against)}"
             )
         criteria = resolve_criteria("win_rate.criterion", criterion)
         if len(criteria) != 1:
@@ -72,7 +74,7 @@ class WinRateScorer:
             )
         if not 0 <= max_missing_rate <= 1:
             raise UserError(f"win_rate.max_missing_rate: expected a share from 0 to 1, got {max_missing_rate}")
-        self.judge = judge
+        self.judge, self.prefix = judge, checked_prefix("win_rate.prefix", prefix)
         self.preset, self.verdict_mode = PRESETS[preset], verdict_mode
         ((self.criterion, self.meaning),) = criteria.items()
         self.seed = seed
@@ -117,7 +119,9 @@ class WinRateScorer:
         }
         for side, said in replies.items():
             empty = [float(reply.is_empty) for reply in said]
-            scores.figures.append(mean_figure("geval_empty", side, empty, samples, scorer="no text but white space"))
+            scores.figures.append(
+                mean_figure(f"{self.prefix}_empty", side, empty, samples, scorer="no text but white space")
+            )
         return scores
 
     def _report(
@@ -129,7 +133,7 @@ class WinRateScorer:
         scores: Scores,
     ) -> None:
         """Add the figures and columns of one opponent."""
-        name, limit = f"geval_win_rate{suffix}", self.max_missing_rate
+        name, limit = f"{self.prefix}_win_rate{suffix}", self.max_missing_rate
         values = [verdict.value for verdict in verdicts]
         longer = [len(c.candidate) - len(c.opponent) for c in comparisons]
         groups = [sample.group for sample in samples]
@@ -140,17 +144,20 @@ class WinRateScorer:
 
         def share(figure: str, of: Sequence[tuple[float, Sample]], *, max_missing: float) -> None:
             shares, whose = [value for value, _ in of], [sample for _, sample in of]
-            key = f"{figure}{suffix}"
-            scores.figures.append(mean_figure(key, "both", shares, whose, scorer=self.name, max_missing=max_missing))
+            scores.figures.append(mean_figure(figure, "both", shares, whose, scorer=self.name, max_missing=max_missing))
 
         pairs = list(zip(verdicts, samples, strict=True))
         asked = [(verdict, sample) for verdict, sample in pairs if verdict.judgements]
         answers = [(judgement, sample) for verdict, sample in asked for judgement in verdict.judgements]
         decisive = [(found.prefers_first, sample) for found, sample in answers if not math.isnan(found.prefers_first)]
         low = [(float(found.mass < LOW_MASS), sample) for found, sample in answers if not found.failure]
-        share("geval_position_consistency", [(verdict.is_consistent, s) for verdict, s in asked], max_missing=limit)
-        share("geval_first_position_rate", decisive, max_missing=1.0)
-        share("geval_low_mass", low, max_missing=1.0)
-        share("geval_identical", [(float(not verdict.judgements), s) for verdict, s in pairs], max_missing=1.0)
+        share(
+            f"{self.prefix}_position_consistency{suffix}",
+            [(verdict.is_consistent, s) for verdict, s in asked],
+            max_missing=limit,
+        )
+        share(f"{self.prefix}_first_position_rate{suffix}", decisive, max_missing=1.0)
+        share(f"{name}_low_mass", low, max_missing=1.0)
+        share(f"{name}_identical", [(float(not verdict.judgements), s) for verdict, s in pairs], max_missing=1.0)
         consistent = [verdict.is_consistent for verdict in verdicts]
-        scores.columns.update({f"geval_win{suffix}": values, f"geval_consistent{suffix}": consistent})
+        scores.columns.update({f"{self.prefix}_win{suffix}": values, f"{self.prefix}_consistent{suffix}": consistent})

@@ -47,7 +47,16 @@ class Usage:
 
 
 class OverBudget(Exception):
-    """The next request could exceed a limit; the message says which."""
+    """The next request could exceed a limit.
+
+    Args:
+        limit: its name, such as ``max_tokens``.
+        most: its value.
+    """
+
+    def __init__(self, limit: str, most: int | float) -> None:
+        super().__init__(f"the next request could exceed judge.{limit}={most:g}")
+        self.limit = limit
 
 
 class Budget:
@@ -77,7 +86,8 @@ class Budget:
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise UserError(f"judge.{name}: expected a number above 0 or null, got {value}")
         if prices is not None and (
-            set(prices) != set(PRICE_NAMES) or not all(0 <= float(x) < math.inf for x in prices.values())
+            set(prices) != set(PRICE_NAMES)
+            or not all(isinstance(x, int | float) and 0 <= x < math.inf for x in prices.values())
         ):
             raise UserError(
                 f"judge.prices: expected US dollars per million tokens as {{input: …, output: …}}, got {dict(prices)}"
@@ -88,6 +98,7 @@ class Budget:
         self._prices = prices
         self._reserved = Tokens(0, 0)
         self._over: str | None = None
+        """The limit that ended it."""
         self.usage = Usage(usd=None if prices is None else 0.0)
 
     def reserve(self, tokens: Tokens) -> bool:
@@ -102,7 +113,7 @@ class Budget:
         if self._over is None:
             self._over = self._exceeded(self._spent.plus(tokens))
         if self._over is not None:
-            raise OverBudget(self._over)
+            raise OverBudget(self._over, self._limits[self._over])
         if self._exceeded(self._spent.plus(tokens).plus(self._reserved)) is not None:
             return False
         self._reserved = self._reserved.plus(tokens)
@@ -123,11 +134,11 @@ class Budget:
     def _cost(self, tokens: Tokens) -> float | None:
         if self._prices is None:
             return None
-        dollars = tokens.prompt * float(self._prices["input"]) + tokens.completion * float(self._prices["output"])
+        dollars = tokens.prompt * self._prices["input"] + tokens.completion * self._prices["output"]
         return dollars / 1e6
 
     def _exceeded(self, tokens: Tokens) -> str | None:
-        """The limit that one more request and so many tokens in total would exceed."""
+        """Name of the limit that one more request and so many tokens in total would exceed."""
         totals = {
             "max_requests": self.usage.requests + 1,
             "max_tokens": sum(tokens),
@@ -135,7 +146,7 @@ class Budget:
         }
         for name, limit in self._limits.items():
             if totals[name] > limit:
-                return f"the next request could exceed judge.{name}={limit:g}"
+                return name
         return None
 
 

@@ -5,17 +5,18 @@ A damaged row is a miss: the question is asked again. A damaged file is set asid
 
 import json
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tiltmeter.errors import UserError
 
+T = TypeVar("T")
 _KEYS_AT_A_TIME = 500
-_SECONDS_FOR_A_LOCK = 10.0
+_SECONDS_FOR_A_LOCK = 5.0
 _TABLE = """CREATE TABLE IF NOT EXISTS replies (
     key TEXT PRIMARY KEY, asked TEXT NOT NULL, responses TEXT NOT NULL, stored TEXT NOT NULL
 ) WITHOUT ROWID"""
@@ -53,10 +54,7 @@ class ReplyCache:
             UserError: it can't be opened or written.
         """
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self._usable() as database:
-                database.execute("BEGIN IMMEDIATE")
-                database.execute("ROLLBACK")
+            self._with_database(lambda database: database.executescript("BEGIN IMMEDIATE; ROLLBACK"))
         except (OSError, sqlite3.Error) as error:
             raise UserError(
                 f"judge.cache: {self.path} can't be written ({error}); name another file, or null"
@@ -65,47 +63,48 @@ class ReplyCache:
     def get(self, keys: Iterable[str]) -> dict[str, list[dict[str, Any]]]:
         """The responses of those keys that are there."""
         wanted = list(keys)
-        found: dict[str, list[dict[str, Any]]] = {}
+
+        def read(database: sqlite3.Connection) -> list[tuple[str, str]]:
+            rows = []
+            for start in range(0, len(wanted), _KEYS_AT_A_TIME):
+                some = wanted[start : start + _KEYS_AT_A_TIME]
+                query = f"SELECT key, responses FROM replies WHERE key IN ({','.join('?' * len(some))})"
+                rows += database.execute(query, some).fetchall()
+            return rows
+
         try:
-            with self._usable() as database:
-                for start in range(0, len(wanted), _KEYS_AT_A_TIME):
-                    some = wanted[start : start + _KEYS_AT_A_TIME]
-                    rows = database.execute(
-                        f"SELECT key, responses FROM replies WHERE key IN ({','.join('?' * len(some))})", some
-                    )
-                    found |= {key: json.loads(text) for key, text in rows if _is_json(text)}
+            rows = self._with_database(read)
         except (OSError, sqlite3.Error) as error:
             self._note(error)
-        return found
+            return {}
+        return {key: responses for key, text in rows if (responses := _responses(text)) is not None}
 
-    def put(self, key: str, asked: Mapping[str, Any], responses: Sequence[Mapping[str, Any]]) -> None:
-        """Store the responses to what was asked, replacing older ones."""
+    def put(self, key: str, asked: Mapping[str, Any], responses: Sequence[Mapping[str, Any]]) -> bool:
+        """Store the responses to what was asked, replacing older ones; False: the file took nothing."""
         row = (key, json.dumps(asked), json.dumps(responses), datetime.now(UTC).isoformat(timespec="seconds"))
         try:
-            with self._usable() as database:
-                database.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?)", row)
+            self._with_database(
+                lambda database: database.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?)", row)
+            )
         except (OSError, sqlite3.Error) as error:
             self._note(error)
+            return False
+        return True
 
-    @contextmanager
-    def _usable(self) -> Iterator[sqlite3.Connection]:
-        """An open database with its table; a damaged file is set aside first."""
+    def _with_database(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """What ``work`` makes of the open file; a damaged one is set aside and a new one begun."""
         seen = _inode(self.path)
         try:
-            database = self._open()
+            with closing(self._open()) as database:
+                return work(database)
         except sqlite3.DatabaseError as error:
             if not self._set_aside(error, seen):
                 raise
-            database = self._open()
-        try:
-            yield database
-        except sqlite3.DatabaseError as error:
-            self._set_aside(error, seen)
-            raise
-        finally:
-            database.close()
+        with closing(self._open()) as database:
+            return work(database)
 
     def _open(self) -> sqlite3.Connection:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         database = sqlite3.connect(self.path, timeout=_SECONDS_FOR_A_LOCK, isolation_level=None)
         try:
             database.execute("PRAGMA journal_mode=WAL")
@@ -139,9 +138,9 @@ def _inode(path: Path) -> int | None:
     return path.stat().st_ino if path.exists() else None
 
 
-def _is_json(text: str) -> bool:
+def _responses(text: str) -> list[dict[str, Any]] | None:
     try:
-        json.loads(text)
+        found = json.loads(text)
     except ValueError:
-        return False
-    return True
+        return None
+    return found if isinstance(found, list) and all(isinstance(one, dict) for one in found) else None

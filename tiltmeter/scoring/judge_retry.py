@@ -75,7 +75,7 @@ def failed_request(error: Exception, secrets: list[str], *, asked_for_log_probs:
         return _failed_status(error, secrets, asked_for_log_probs=asked_for_log_probs)
     if isinstance(error, openai.APIConnectionError):
         cause = shown(str(error.__cause__ or error), secrets)
-        return RequestFailed(f"no connection: {cause}", is_passing=True, key="base_url")
+        return RequestFailed(f"no connection: {cause}", is_passing=True)
     return RequestFailed(f"{type(error).__name__}: {shown(str(error), secrets)}")
 
 
@@ -94,14 +94,13 @@ def _failed_status(error: openai.APIStatusError, secrets: list[str], *, asked_fo
         return RequestFailed(
             f"{reason}; it gives no log-probs: set judge.score_mode=sample", status=status, key="model"
         )
-    if status in (401, 403):
+    if status in (401, 403) or error.code in _HOPELESS:
         return RequestFailed(reason, status=status, key="api_key_env")
     if status in _PASSING or status >= 500:
         wait = seconds_to_wait(error.response.headers.get("retry-after"), now=datetime.now(UTC))
-        return RequestFailed(
-            reason, is_passing=error.code not in _HOPELESS, status=status, retry_after=wait, key="base_url"
-        )
-    return RequestFailed(reason, status=status, key="model")
+        return RequestFailed(reason, is_passing=True, status=status, retry_after=wait)
+    where = "; check judge.model and judge.base_url" if status == 404 else ""
+    return RequestFailed(reason + where, status=status, key="model")
 
 
 def seconds_to_wait(retry_after: str | None, *, now: datetime) -> float | None:

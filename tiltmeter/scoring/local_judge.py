@@ -50,6 +50,7 @@ class LocalJudge:
         device: as in PyTorch; None: the first CUDA device if there is one, else the CPU.
         batch_size: prompts in one forward pass.
         max_length: tokens of prompt and answer together; None: as many as the model has positions for.
+        attn_implementation: ``sdpa``, or ``eager`` for families that need it (Gemma 2).
         chat_template: whether questions are laid out by the tokenizer's own template; None: if it has one.
         seed: of drawn answers.
 
@@ -66,9 +67,12 @@ class LocalJudge:
         device: str | None = None,
         batch_size: int = 8,
         max_length: int | None = None,
+        attn_implementation: str = "sdpa",
         chat_template: bool | None = None,
         seed: int = 0,
     ) -> None:
+        if not model:
+            raise UserError("judge.model: expected a hub id or a folder, got none")
         if dtype not in DTYPES:
             raise UserError(f"judge.dtype: expected one of {', '.join(DTYPES)}, got {dtype}")
         if batch_size < 1 or (max_length is not None and max_length < 1):
@@ -79,10 +83,13 @@ class LocalJudge:
             self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         except RuntimeError as error:
             raise UserError(f"judge.device: expected a device such as cpu or cuda:0, got {device}") from error
-        self._spec = CausalLM(name_or_path=model, revision=revision, dtype=dtype)
+        self._spec = CausalLM(
+            name_or_path=model, revision=revision, dtype=dtype, attn_implementation=attn_implementation
+        )
         self._batch_size, self._max_length = batch_size, max_length
         self._chat_template, self._seed = chat_template, seed
         self._loaded: _Loaded | None = None
+        self._spelling_ids: dict[str, list[int]] = {}
         template = {None: "", True: " chat", False: " plain"}[chat_template]
         self.name = f"local:{model}@{revision or 'main'} {dtype}{template}"
 
@@ -122,7 +129,6 @@ class LocalJudge:
 
     def ask(self, questions: Sequence[Question]) -> list[Reply]:
         """Answer all questions, those for probabilities in batches of similar length."""
-        self.start(want_probabilities=False)
         replies: dict[int, Reply] = {}
         prompts = []
         for i, question in enumerate(questions):
@@ -134,11 +140,20 @@ class LocalJudge:
             else:
                 prompts.append(prompt)
         for batch in self._batches(prompts):
-            with torch.no_grad():
-                answer = self._weigh if batch[0].question.want_probabilities else self._speak
-                for prompt, reply in zip(batch, answer(batch), strict=True):
-                    replies[prompt.place] = reply
+            for prompt, reply in zip(batch, self._answer(batch), strict=True):
+                replies[prompt.place] = reply
         return [replies[i] for i in range(len(questions))]
+
+    @torch.no_grad()
+    def _answer(self, batch: Sequence[_Prompt]) -> list[Reply]:
+        """Answer prompts that can run together."""
+        try:
+            return self._weigh(batch) if batch[0].question.want_probabilities else self._speak(batch)
+        except torch.OutOfMemoryError:
+            reason = (
+                f"out of memory with {len(batch)} prompts of up to {len(batch[-1].ids)} tokens; lower judge.batch_size"
+            )
+            return [Reply(failure="api", reason=reason)] * len(batch)
 
     @property
     def _ready(self) -> _Loaded:
@@ -176,10 +191,11 @@ class LocalJudge:
         special = not self._ready.uses_chat_template
         return cast(list[int], self._ready.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
-    def _spellings(self, prompt: _Prompt, choice: str) -> list[int]:
-        """The ids that spell a choice right after the prompt, with and without a space before it."""
-        spelt = [self._encode(prompt.text + spelling) for spelling in (choice, f" {choice}")]
-        return sorted({ids[-1] for ids in spelt if ids[:-1] == prompt.ids})
+    def _spellings(self, choice: str) -> list[int]:
+        """:func:`spelling_ids`, looked for once."""
+        if choice not in self._spelling_ids:
+            self._spelling_ids[choice] = spelling_ids(self._ready.tokenizer, choice)
+        return self._spelling_ids[choice]
 
     def _padded(self, prompts: Sequence[_Prompt]) -> tuple[Tensor, Tensor]:
         """Ids and mask, padded on the left, so that every prompt ends in the last column."""
@@ -193,10 +209,10 @@ class LocalJudge:
         hidden = self._last_hidden_states(prompts)
         replies = []
         for row, prompt in zip(hidden, prompts, strict=True):
-            spellings = {choice: self._spellings(prompt, choice) for choice in prompt.question.choices}
+            spellings = {choice: self._spellings(choice) for choice in prompt.question.choices}
             unspelt = [choice for choice, ids in spellings.items() if not ids]
             if unspelt:
-                reason = f"{unspelt[0]!r} is not a single token of {self.name} after the prompt"
+                reason = f"{unspelt[0]!r} is not a single token of {self.name}"
                 replies.append(Reply(failure="api", reason=reason))
                 continue
             targets = torch.tensor([i for ids in spellings.values() for i in ids], device=self._device)
@@ -223,6 +239,7 @@ class LocalJudge:
         own_end = model.generation_config.eos_token_id if model.generation_config else None
         decoding = GenerationConfig(
             max_new_tokens=question.max_tokens,
+            use_cache=True,  # whatever training left in the model's configuration
             do_sample=draws,
             num_return_sequences=question.n_samples if draws else 1,
             temperature=question.temperature if draws else None,
@@ -241,6 +258,22 @@ class LocalJudge:
         n = len(texts) // len(prompts)
         repeat = 1 if draws else question.n_samples
         return [Reply(texts=tuple(texts[i * n : (i + 1) * n] * repeat)) for i in range(len(prompts))]
+
+
+def spelling_ids(tokenizer: Tokenizer, choice: str) -> list[int]:
+    """Every id that spells a choice after whatever stands before it, with or without a space.
+
+    It is what the id adds to decoded text that counts, so that neither a tokenizer's way to write a space matters nor whether
+    it would have joined the choice to the end of the prompt, which a model that answers token by token can't do.
+    """
+
+    def decoded(ids: list[int]) -> str:
+        return cast(str, tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+    before = cast(list[int], tokenizer("x", add_special_tokens=False)["input_ids"])
+    text = decoded(before)
+    spelt = (f"{text}{choice}", f"{text} {choice}")
+    return sorted(i for piece, i in tokenizer.get_vocab().items() if choice in piece and decoded([*before, i]) in spelt)
 
 
 def _takes_system_turn(tokenizer: Tokenizer) -> bool:

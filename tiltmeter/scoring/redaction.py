@@ -1,7 +1,9 @@
 """What strangers say, made fit to be shown: no secrets, one line, nothing a terminal would obey."""
 
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from urllib.parse import quote
 
 REDACTED = "[redacted]"
@@ -32,3 +34,21 @@ def shown(text: str, secrets: Sequence[str] = (), *, limit: int = 200) -> str:
     line = " ".join(_KEY_LIKE.sub(REDACTED, without(text, secrets)).split())
     printable = "".join(character for character in line if character.isprintable())
     return printable if len(printable) <= limit else printable[: limit - 1] + "…"
+
+
+@contextmanager
+def redacted_logs(packages: Sequence[str], secrets: Sequence[str]) -> Iterator[None]:
+    """Keep secrets out of what the loggers of some packages say meanwhile; at level DEBUG they tell all headers of a response."""
+
+    def without_secrets(record: logging.LogRecord) -> bool:
+        record.msg, record.args = without(record.getMessage(), secrets), None
+        return True
+
+    names = [name for name in logging.root.manager.loggerDict if name.split(".")[0] in packages]
+    for name in names:
+        logging.getLogger(name).addFilter(without_secrets)
+    try:
+        yield
+    finally:
+        for name in names:
+            logging.getLogger(name).removeFilter(without_secrets)

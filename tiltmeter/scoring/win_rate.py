@@ -23,7 +23,7 @@ def win_rate_figures(
     name: str,
     verdicts: Sequence[float],
     clusters: Sequence[str],
-    length_differences: Sequence[float],
+    length_differences: Sequence[int] | Sequence[float],
     *,
     scorer: str,
     max_missing: float = MAX_MISSING_SHARE,

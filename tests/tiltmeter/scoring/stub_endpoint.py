@@ -48,7 +48,7 @@ def slow(seconds: float) -> Fault:
     return lambda request, response: response._replace(delay=seconds)
 
 
-def status(code: int, message: str = "no", *, retry_after: str | None = None, **error: str) -> Fault:
+def status(code: int, message: str = "no", /, *, retry_after: str | None = None, **error: str) -> Fault:
     """An error as OpenAI words it. ``error`` may set code, param and type."""
     headers = {} if retry_after is None else {"Retry-After": retry_after}
     return lambda request, response: Response(code, _json({"error": {"message": message, **error}}), headers)

@@ -248,6 +248,7 @@ def test_steps_that_are_no_list_are_asked_for_once_more() -> None:
         ({"n_samples": 5}, r"geval\.n_samples and geval\.temperature: only for geval\.score_mode=sample"),
         ({"score_mode": "sample", "n_samples": 1}, "at least 2"),
         ({"score_mode": "sample", "temperature": 0.0}, "temperature in"),
+        ({"prefix": ""}, r"geval\.prefix: expected letters"),
         ({"max_missing_rate": 1.5}, r"geval\.max_missing_rate"),
         ({"evaluation_steps": ["a"], "steps_file": "x.json"}, r"geval\.steps_file: not with"),
         ({"evaluation_steps": []}, r"geval\.evaluation_steps: expected steps"),

@@ -1,0 +1,28 @@
+"""What the tests of judges behind an address share: a question, and a judge that waits for nothing."""
+
+from dataclasses import replace
+from typing import Any
+
+from tests.tiltmeter.scoring.stub_endpoint import StubEndpoint
+from tiltmeter.scoring.endpoint_judge import EndpointJudge
+from tiltmeter.scoring.judge import ChatMessage, Question
+
+
+def question(text: str = "Is it good?", **changes: Any) -> Question:
+    return replace(Question((ChatMessage("user", text),), template="t1", choices=tuple("12345")), **changes)
+
+
+def judge(stub: StubEndpoint, *, waits: list[float] | None = None, **arguments: Any) -> EndpointJudge:
+    """A judge that waits for nothing, and notes in ``waits`` how long it would have waited."""
+    made = EndpointJudge("stub", **{"base_url": stub.base_url, "allow_local": True, "time_limit": 20.0} | arguments)
+
+    async def note(seconds: float) -> None:
+        if waits is not None:
+            waits.append(seconds)
+
+    made.retries = replace(made.retries, sleep=note)
+    return made
+
+
+def echo(messages: list[dict[str, str]], params: dict[str, Any]) -> str:
+    return f"about {messages[-1]['content']}"

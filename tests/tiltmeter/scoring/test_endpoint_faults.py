@@ -1,0 +1,149 @@
+"""Whatever a server does, a judge fails in words and in time, and tries again what may pass."""
+
+import re
+import threading
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+
+import pytest
+
+from tests.tiltmeter.scoring.asking import echo, judge, question
+from tests.tiltmeter.scoring.stub_endpoint import (
+    Fault,
+    StubEndpoint,
+    dropped,
+    empty_choices,
+    html,
+    refused_url,
+    slow,
+    status,
+    truncated,
+)
+from tiltmeter.scoring.endpoint_judge import EndpointJudge
+from tiltmeter.scoring.judge import Reply
+
+PASSING: dict[str, Callable[[], Fault]] = {
+    "429": lambda: status(429),
+    "408": lambda: status(408),
+    "409": lambda: status(409),
+    "500": lambda: status(500),
+    "503": lambda: status(503),
+    "html": html,
+    "half a response": truncated,
+    "half a response, then hung up": lambda: truncated(broken_connection=True),
+    "empty choices": empty_choices,
+    "hung up": dropped,
+}
+
+
+@pytest.mark.parametrize("name", PASSING)
+def test_what_may_pass_is_tried_again(name: str) -> None:
+    with StubEndpoint(faults=[PASSING[name](), PASSING[name]()]) as stub:
+        asked = judge(stub)
+        assert asked.ask([question()]) == [Reply(("4",))]
+        assert (asked.usage.requests, asked.usage.retries, len(stub.requests)) == (3, 2, 3)
+
+
+@pytest.mark.parametrize("name", PASSING)
+def test_what_does_not_pass_fails_after_the_last_try(name: str) -> None:
+    with StubEndpoint(always=PASSING[name]()) as stub:
+        asked = judge(stub, max_retries=2)
+        (reply,) = asked.ask([question()])
+        assert (reply.texts, reply.failure, bool(reply.reason)) == ((), "api", True)
+        assert len(stub.requests) == 3
+
+
+@pytest.mark.parametrize("code", [400, 404, 413, 422])
+def test_what_can_not_pass_is_not_tried_again(code: int) -> None:
+    with StubEndpoint(always=status(code, "the context is too long")) as stub:
+        (reply,) = judge(stub).ask([question()])
+        assert reply.failure == "api"
+        assert reply.reason.startswith(f"HTTP {code}: the context is too long")
+        assert len(stub.requests) == 1
+
+
+def test_a_quota_that_is_used_up_is_not_waited_for() -> None:
+    with StubEndpoint(always=status(429, "no credit", code="insufficient_quota")) as stub:
+        replies = judge(stub, concurrency=1).ask([question(), question("another")])
+        assert all(reply.reason.startswith("HTTP 429: no credit") for reply in replies)
+        assert len(stub.requests) == 1
+
+
+def test_waits_as_long_as_the_server_asks_else_by_chance_and_ever_longer() -> None:
+    waits: list[float] = []
+    asks_to_wait = [status(429, retry_after="3"), status(503, retry_after="0.5"), status(429), status(429)]
+    with StubEndpoint(faults=asks_to_wait) as stub:
+        judge(stub, waits=waits).ask([question()])
+        first, second, *drawn = waits
+        assert (first, second) == (3.0, 0.5)
+        assert all(0 <= wait <= most for wait, most in zip(drawn, [2.0, 4.0], strict=True))
+
+
+def test_a_wait_beyond_the_time_limit_is_not_begun() -> None:
+    waits: list[float] = []
+    date = format_datetime(datetime.now(UTC) + timedelta(hours=1), usegmt=True)
+    for retry_after in ("3600", date):
+        with StubEndpoint(always=status(429, "slow down", retry_after=retry_after)) as stub:
+            (reply,) = judge(stub, waits=waits).ask([question()])
+            assert (reply.failure, waits) == ("timeout", [])
+            assert re.match(r"HTTP 429: slow down; the next try would be in 3[56]\d\d s", reply.reason)
+
+
+def test_an_environment_that_can_not_be_used_is_a_failure_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", "/nowhere/certificates.pem")
+    with StubEndpoint() as stub:
+        (reply,) = judge(stub).ask([question()])
+        assert (reply.failure, stub.requests) == ("api", [])
+        with pytest.warns(UserWarning, match="did not answer"):
+            judge(stub).start(want_probabilities=False)
+
+
+def test_nobody_there() -> None:
+    asked = EndpointJudge("stub", base_url=refused_url(), allow_local=True, max_retries=0, max_tokens=1000)
+    replies = asked.ask([question(str(i)) for i in range(20)])
+    assert {reply.failure for reply in replies} == {"api"}
+    assert "no connection" in replies[0].reason
+    assert asked.usage.prompt_tokens == 0, "nothing was sent, so nothing is spent"
+
+
+def test_a_slow_answer_is_a_timeout_and_counts_as_spent() -> None:
+    with StubEndpoint(always=slow(30)) as stub:
+        asked = judge(stub, request_timeout=0.1, max_retries=1)
+        assert asked.ask([question()]) == [Reply(failure="timeout", reason="no answer within 0.1 s")]
+        assert len(stub.requests) == 2
+        assert asked.usage.prompt_tokens > 2 * len("Is it good?")
+
+
+def test_after_the_time_limit_there_is_what_there_is() -> None:
+    with StubEndpoint(echo, faults=[None, None], always=slow(60)) as stub:
+        asked = judge(stub, time_limit=0.7, concurrency=2)
+        replies = asked.ask([question(str(i)) for i in range(6)])
+        assert [reply.failure for reply in replies].count("timeout") == 4
+        for i, reply in enumerate(replies):
+            assert reply.failure == "timeout" or reply.texts == (f"about {i}",)
+        assert {reply.reason for reply in replies if reply.failure} == {"not answered within judge.time_limit"}
+
+
+def test_samples_that_came_before_a_failure_are_kept() -> None:
+    with StubEndpoint(supports_n=False, faults=[None, None, status(404)]) as stub:
+        (reply,) = judge(stub).ask([question(n_samples=4)])
+        assert (reply.texts, reply.failure) == (("4", "4"), "api")
+
+
+def test_an_answer_without_words_is_a_failure_with_its_cause() -> None:
+    with StubEndpoint(lambda messages, params: "") as stub:
+        (reply,) = judge(stub).ask([question()])
+        assert (reply.failure, reply.reason) == ("api", "an answer without words (finish_reason=stop)")
+
+
+def test_a_name_look_up_that_hangs_does_not_hold_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    released = threading.Event()
+    with StubEndpoint() as stub:
+        monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: released.wait(30) and [])
+        before = time.monotonic()
+        (reply,) = judge(stub, time_limit=0.2).ask([question()])
+        assert reply.failure == "timeout"
+        assert time.monotonic() - before < 15
+        released.set()
