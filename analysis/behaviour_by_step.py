@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
@@ -10,8 +11,12 @@ from matplotlib.axes import Axes
 
 from analysis.figures import COLOURS, EndLabel, house_style, label_ends, mark_level, new_figure, set_titles
 from analysis.report import Headline, Section
+from analysis.runs import Run
 from analysis.site_axes import as_text
+from tiltmeter.errors import UserError
+from tiltmeter.scoring.behaviour_table import FIGURES, read_table
 
+NAME = "behaviour_by_step"
 Panel = Callable[[Axes, pd.DataFrame], str]
 
 
@@ -44,12 +49,28 @@ MEASURES = (
 """In the order of the report; what is not among them stands in the table."""
 
 
-def behaviour_section(table: pd.DataFrame) -> Section | None:
-    """The section ``behaviour_by_step``; None for a run that scored nothing.
+def behaviour_of_run(run: Run) -> Section:
+    """The section ``behaviour_by_step`` of a finished run.
 
-    Args:
-        table: :func:`tiltmeter.scoring.behaviour_table.read_table` of the run's figures.
+    Raises:
+        UserError: it scored nothing, or its table is damaged.
     """
+    found = behaviour_by_step_section(run.folder)
+    if found is None:
+        raise UserError(
+            f"analysis={NAME}: {run.folder} has no scores of generated text (expected a run trained with callbacks=standard, "
+            "behaviour or full); analysis=behaviour scores its models now"
+        )
+    return found
+
+
+def behaviour_by_step_section(folder: Path) -> Section | None:
+    """The section ``behaviour_by_step`` of a run folder; None for a run that scored nothing.
+
+    Raises:
+        UserError: its table is damaged; names the file.
+    """
+    table = read_table(folder / "report" / "tables" / FIGURES)
     if table.empty:
         return None
     panels: list[Panel] = [partial(draw_win_rate, metric=m) for m in WIN_RATES if _has(table, m)]
@@ -64,13 +85,13 @@ def behaviour_section(table: pd.DataFrame) -> Section | None:
         axes[-1].set_xlabel("optimizer steps taken")
         set_titles(figure, axes, sentences)
     return Section(
-        name="behaviour_by_step",
+        name=NAME,
         question="What does the model say, and how is it scored?",
         sentences=sentences,
         figure=figure,
         table=table,
-        reading=_reading(table),
-        headlines=_headlines(table),
+        reading=reading_of(table),
+        headlines=headlines_of(table),
         shown=shown_behaviour(table),
     )
 
@@ -84,7 +105,7 @@ def draw_win_rate(axes: Axes, table: pd.DataFrame, *, metric: str) -> str:
         labels.append(_curve(axes, table, f"{metric}_vs_chosen", "both", COLOURS["chosen"], "vs chosen"))
     axes.set_ylabel("share preferred")
     label_ends(axes, [label for label in labels if math.isfinite(label.y)])
-    last = _last(table, metric, "both")
+    last = last_point(table, metric, "both")
     return (
         f"{_capital(WIN_RATES[metric])} prefers the policy’s answer to its base’s at "
         f"{as_text(last.value, 'percent')} of prompts ({as_text(last.ci_low, 'percent')} to {as_text(last.ci_high, 'percent')})"
@@ -99,7 +120,7 @@ def draw_measure(axes: Axes, table: pd.DataFrame, *, measure: Measure) -> str:
     ]
     axes.set_ylabel(measure.unit)
     label_ends(axes, [label for label in labels if math.isfinite(label.y)])
-    last, base = _last(table, measure.metric, "policy"), _last(table, measure.metric, "base")
+    last, base = last_point(table, measure.metric, "policy"), last_point(table, measure.metric, "base")
     start = base.value if math.isfinite(base.value) else _first(table, measure.metric, "policy")
     if not math.isfinite(last.value):
         return f"{_capital(measure.words)} could not be scored at the end: too much is missing"
@@ -113,7 +134,7 @@ def shown_behaviour(table: pd.DataFrame) -> pd.DataFrame:
     """Every figure at the end of training as text: base, policy (or the two compared), interval, counts, what produced it."""
     rows = []
     for metric in dict.fromkeys(table["metric"]):
-        last, base = _last(table, metric, _of(table, metric)), _last(table, metric, "base")
+        last, base = last_point(table, metric, _of(table, metric)), last_point(table, metric, "base")
         rows.append(
             {
                 "figure": metric,
@@ -132,15 +153,17 @@ def behaviour_lines(table: pd.DataFrame) -> Sequence[tuple[str, str]]:
     """The figures that lead the terminal's closing table: name, and start → end with interval, counts and scorer."""
     lines = []
     for metric in [m for m in WIN_RATES if _has(table, m)]:
-        last, start = _last(table, metric, "both"), _first(table, metric, "both")
-        lines.append((metric.replace("_", " "), _change(start, last)))
+        last, start = last_point(table, metric, "both"), _first(table, metric, "both")
+        lines.append((name_of(metric), _change(start, last)))
     for measure in [m for m in MEASURES if _has(table, m.metric)]:
-        base, last = _last(table, measure.metric, "base"), _last(table, measure.metric, "policy")
+        base, last = last_point(table, measure.metric, "base"), last_point(table, measure.metric, "policy")
         lines.append((measure.unit, _change(base.value, last)))
     return lines
 
 
-class _Point(NamedTuple):
+class Point(NamedTuple):
+    """A figure at one moment."""
+
     value: float
     ci_low: float
     ci_high: float
@@ -158,11 +181,12 @@ def _has(table: pd.DataFrame, metric: str, of: str | None = None) -> bool:
     return bool(((table["metric"] == metric) & (True if of is None else table["of"] == of)).any())
 
 
-def _last(table: pd.DataFrame, metric: str, of: str) -> _Point:
+def last_point(table: pd.DataFrame, metric: str, of: str) -> Point:
+    """The last value of a figure; NaN when there is none."""
     rows = _rows(table, metric, of)
     if rows.empty:
-        return _Point(math.nan, math.nan, math.nan, 0, 0, "")
-    return _Point(*rows.iloc[-1][list(_Point._fields)])
+        return Point(math.nan, math.nan, math.nan, 0, 0, "")
+    return Point(*rows.iloc[-1][list(Point._fields)])
 
 
 def _of(table: pd.DataFrame, metric: str) -> str:
@@ -184,11 +208,11 @@ def _curve(axes: Axes, table: pd.DataFrame, metric: str, of: str, colour: str, n
     return EndLabel(float(rows["value"].iloc[-1]), name, colour)
 
 
-def _reading(table: pd.DataFrame) -> list[str]:
+def reading_of(table: pd.DataFrame) -> list[str]:
+    """What a reader must know of these figures."""
     n_prompts = int(table["n"].max())
     lines = [
-        f"Base and policy complete the same {n_prompts} held-out prompts with the same decoding and random numbers; at 0 steps "
-        "they are one model.",
+        f"Base and policy complete the same {n_prompts} held-out prompts with the same decoding and random numbers.",
         "Bands: 95 % intervals over prompts (bootstrap).",
         "Every number names its scorer in the table below; numbers of different scorers are not comparable.",
     ]
@@ -207,14 +231,24 @@ def _reading(table: pd.DataFrame) -> list[str]:
     return lines
 
 
-def _headlines(table: pd.DataFrame) -> list[Headline]:
+def headlines_of(table: pd.DataFrame) -> list[Headline]:
+    """Win rates for the first screen."""
     found = []
     for metric, who in WIN_RATES.items():
-        last = _last(table, metric, "both")
+        last = last_point(table, metric, "both")
         if math.isfinite(last.value):
             interval = f"95 % CI {last.ci_low:.3f} … {last.ci_high:.3f}, {last.n:.0f} prompts"
             found.append(Headline(f"{last.value:.3f}", f"of answers preferred to the base’s by {who}", interval))
     return found
+
+
+def name_of(metric: str) -> str:
+    """A figure's name as people read it.
+
+    >>> name_of("oracle_preference_rate_vs_chosen")
+    'oracle preference rate vs chosen'
+    """
+    return metric.replace("_", " ")
 
 
 def _number(value: float) -> str:
@@ -225,7 +259,7 @@ def _capital(words: str) -> str:
     return words[0].upper() + words[1:]
 
 
-def _change(start: float, last: _Point) -> str:
+def _change(start: float, last: Point) -> str:
     before = f"{_number(start)} → " if math.isfinite(start) else ""
     missing = f", {last.n_missing:.0f} missing" if last.n_missing else ""
     interval = f"95 % CI {_number(last.ci_low)} … {_number(last.ci_high)}, {last.n:.0f} samples{missing}"

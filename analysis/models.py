@@ -19,13 +19,16 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase
 
 
-def load_model(where: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> LoadedModel:
-    """Open a folder of ``save_pretrained`` or, for anything else, a model of the Hugging Face hub.
+def load_model(
+    where: str | Path, *, revision: str | None = None, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> LoadedModel:
+    """Open a folder of ``save_pretrained`` or, for anything else, a model of the Hugging Face hub at a revision.
 
     Raises:
         UserError: missing, damaged, weights that are not safetensors, or a tokenizer larger than the vocabulary.
     """
-    safe: dict[str, Any] = {"local_files_only": Path(where).is_dir(), "trust_remote_code": False}
+    safe: dict[str, Any] = {"trust_remote_code": False}
+    safe |= {"local_files_only": True} if Path(where).is_dir() else {"revision": revision}
     tokenizer = _or_user_error(where, lambda: AutoTokenizer.from_pretrained(where, **safe))
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "attn_implementation": "sdpa"}
     model = _or_user_error(where, lambda: AutoModelForCausalLM.from_pretrained(where, **options, **safe))

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from datamodules.records import PreferencePair
 from tiltmeter.batch import TokenizedPair
 from tiltmeter.errors import UserError
 
@@ -32,6 +33,12 @@ class ProbePair:
     ids: TokenizedPair
     attributes: Mapping[str, str | int | float | bool]
     """What the source knows beyond the text."""
+
+    @classmethod
+    def of(cls, record: PreferencePair, ids: TokenizedPair) -> "ProbePair":
+        """That of a record and its token ids."""
+        texts = record.prompt_text, record.chosen_text, record.rejected_text
+        return cls(record.pair_id, record.source, record.group, *texts, ids, record.attributes)
 
     def as_json(self) -> dict[str, Any]:
         """The object that :func:`read_probe_pairs` reads."""

@@ -1,6 +1,7 @@
 """Open a finished run folder as DATA: text and numbers are read and checked, nothing in it is imported or instantiated."""
 
 import csv
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -44,6 +45,23 @@ class Run:
     def aligned(self) -> Path:
         """The model after the last step."""
         return self.folder / "aligned"
+
+    @property
+    def base_source(self) -> tuple[str, str | None]:
+        """Where the model before training can be loaded from, and its revision: base/ itself, or what it points to.
+
+        Raises:
+            UserError: neither; names the file.
+        """
+        if (self.base / "config.json").is_file():
+            return str(self.base), None
+        path = self.base / "pointer.json"
+        try:
+            pointer = json.loads(path.read_text(encoding="utf-8"))
+            name, revision = pointer["name"], pointer["revision"]
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{path}: expected name and revision of the base model ({error}); restore it") from error
+        return str(name), None if revision is None else str(revision)
 
     @property
     def report(self) -> Path:

@@ -10,6 +10,7 @@ from analysis.models import load_model
 from analysis.probe_pairs import PROMPTS_FILE, ProbePair, check_ids, read_probe_pairs
 from analysis.runs import Run
 from tiltmeter.generation import Completion, Decoding, generate
+from tiltmeter.scoring.scorer import Sample as ScoredSample
 
 N_PROMPTS = 4
 MAX_NEW_TOKENS = 48
@@ -74,6 +75,12 @@ def compare_samples(run: Run) -> Samples:
         said.append(generate(opened.model, opened.tokenizer, ids, Decoding(max_new_tokens=MAX_NEW_TOKENS)))
     rows = [Sample(p, *_apart(b[0], a[0])) for p, b, a in zip(pairs, *said, strict=True)]
     return Samples(rows)
+
+
+def samples_of(pairs: Sequence[ProbePair], scored: Sequence[ScoredSample]) -> Samples:
+    """The first samples that were generated for scoring."""
+    by_id = {pair.pair_id: pair for pair in pairs}
+    return Samples([Sample(by_id[s.pair_id], *_apart(s.base, s.policy)) for s in scored[:N_PROMPTS] if not s.index])
 
 
 def _why_not(run: Run) -> str:

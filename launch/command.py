@@ -1,7 +1,7 @@
 """The command line around a Hydra main: arguments checked first, wrong input as one line and exit code 2."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,10 +12,9 @@ from omegaconf.errors import OmegaConfBaseException
 from launch.configuration import prepare_overrides
 from launch.run_folder import is_first_process
 from launch.screen import quiet_libraries
-from tiltmeter.errors import NumericalStop, UserError
+from tiltmeter.errors import IncompleteEvaluation, NumericalStop, UserError
 
-WRONG_INPUT = 2
-NUMERICAL_STOP = 4
+EXIT_CODES: Mapping[type[Exception], int] = {UserError: 2, IncompleteEvaluation: 3, NumericalStop: 4}
 
 
 def run_command(main: Callable[[], Any], *, config_name: str) -> None:
@@ -30,7 +29,7 @@ def run_command(main: Callable[[], Any], *, config_name: str) -> None:
 
 @contextmanager
 def one_line_errors(*, debug: bool, clean_up: Callable[[], object] = lambda: None) -> Iterator[None]:
-    """End the process with one line on wrong input (exit code 2) or numbers gone wrong (4); anything else passes.
+    """End the process with one line on wrong input or another known reason (``EXIT_CODES``); anything else passes.
 
     Args:
         debug: show the traceback instead.
@@ -40,17 +39,17 @@ def one_line_errors(*, debug: bool, clean_up: Callable[[], object] = lambda: Non
         yield
     except Exception as error:
         clean_up()
-        known = error if isinstance(error, NumericalStop) else as_user_error(error)
+        known = error if isinstance(error, NumericalStop | IncompleteEvaluation) else as_user_error(error)
         if known is None or debug:
             raise
         exit_with(known)
 
 
-def exit_with(error: UserError | NumericalStop) -> None:
+def exit_with(error: UserError | IncompleteEvaluation | NumericalStop) -> None:
     """Print one line and leave with the exit code of its kind; only the first process prints."""
     if is_first_process():
         print(f"tiltmeter: {error}", file=sys.stderr, flush=True)  # noqa: T201
-    sys.exit(NUMERICAL_STOP if isinstance(error, NumericalStop) else WRONG_INPUT)
+    sys.exit(EXIT_CODES[type(error)])
 
 
 def as_user_error(error: BaseException) -> UserError | None:

@@ -98,9 +98,4 @@ def _held_out_table(parts: Parts, table: torch.Tensor) -> str:
 def _probe_pairs(parts: Parts) -> list[dict[str, Any]]:
     """The probe's pairs, to be asked again: samples that people read, scores by other scorers."""
     split = parts.data.splits["probe" if parts.data.splits["probe"].pairs else "val"]
-    return [
-        ProbePair(
-            r.pair_id, r.source, r.group, r.prompt_text, r.chosen_text, r.rejected_text, ids, r.attributes
-        ).as_json()
-        for r, ids in zip(split.records, split.pairs, strict=True)
-    ]
+    return [ProbePair.of(record, ids).as_json() for record, ids in zip(split.records, split.pairs, strict=True)]

@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from hydra.utils import instantiate
@@ -9,6 +10,8 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers.logger import Logger
 from omegaconf import DictConfig, OmegaConf
 
+from callbacks.generation_metrics import GenerationMetrics
+from datamodules.records import PreferenceSource
 from launch.base_model import find_or_train_base, progress_callbacks
 from launch.command import one_line_errors
 from launch.metrics_csv import MetricsCSV
@@ -52,8 +55,12 @@ def _train(config: DictConfig, created: list[Path]) -> Path:
     checkpoint = find_checkpoint(config.ckpt_path, root, config.name) if config.ckpt_path else None
     if checkpoint is not None:
         check_same_run(checkpoint, config)
-    make_trainer(config, [])  # options that only a trainer can judge, before a base is trained
+    run_dir = checkpoint.parent.parent if checkpoint else new_run_dir(root, config.name)
+    config.run_dir = str(run_dir)
+    watching = [instantiate(node) for node in (config.callbacks or {}).values()]
+    make_trainer(config, watching, [])  # options that only a trainer can judge, before a base is trained
     parts = build_parts(config)
+    start_scorers(watching, parts.data.source)
     screen.print(data_table(parts.data, parts.data.labels))
     if config.base is not None:
         parts.model, line = find_or_train_base(config, parts.model, parts.tokenizer, parts.data)
@@ -63,8 +70,6 @@ def _train(config: DictConfig, created: list[Path]) -> Path:
     if isinstance(parts.module, DPOModule):
         parts.module.reference_cache_dir = root / "cache" / "reference"
 
-    run_dir = checkpoint.parent.parent if checkpoint else new_run_dir(root, config.name)
-    config.run_dir = str(run_dir)
     loggers: list[Logger] = []
     if is_first:
         if not run_dir.exists():
@@ -73,17 +78,14 @@ def _train(config: DictConfig, created: list[Path]) -> Path:
         write_config(run_dir, config)
         loggers, line = _open_loggers(config, run_dir, parts, checkpoint)
         screen.print(line, soft_wrap=True)
-    trainer = make_trainer(config, loggers)
+    trainer = make_trainer(config, watching, loggers)
     started = time.perf_counter()
     trainer.fit(
         parts.module, datamodule=parts.data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True
     )
     seconds = time.perf_counter() - started
     run_dir = Path(trainer.strategy.broadcast(str(run_dir)))
-    if trainer.is_global_zero:
-        keep_base(run_dir, parts.model, parts.tokenizer)
-        write_results(run_dir, parts)
-    export_model(parts.module, parts.tokenizer, run_dir / "aligned", trainer)
+    _keep(run_dir, parts, trainer)
     for logger in loggers:
         if isinstance(logger, RunLogger):
             close_wandb(logger)
@@ -92,6 +94,14 @@ def _train(config: DictConfig, created: list[Path]) -> Path:
         screen.print(geometry_table(geometry))
     screen.print(f"Run: {run_dir}\nNext: python analyze.py run={run_dir}", soft_wrap=True)
     return run_dir
+
+
+def _keep(run_dir: Path, parts: Parts, trainer: Trainer) -> None:
+    """What makes the folder a finished run; every process calls this, the first one writes."""
+    if trainer.is_global_zero:
+        keep_base(run_dir, parts.model, parts.tokenizer)
+        write_results(run_dir, parts)
+    export_model(parts.module, parts.tokenizer, run_dir / "aligned", trainer)
 
 
 def _open_loggers(config: DictConfig, run_dir: Path, parts: Parts, checkpoint: Path | None) -> tuple[list[Logger], str]:
@@ -103,12 +113,19 @@ def _open_loggers(config: DictConfig, run_dir: Path, parts: Parts, checkpoint: P
     return loggers + ([wandb_logger] if wandb_logger is not None else []), line
 
 
-def make_trainer(config: DictConfig, loggers: list[Logger]) -> Trainer:
-    """The trainer of the run."""
+def start_scorers(callbacks: Sequence[Callback], source: PreferenceSource) -> None:
+    """Let scorers of generated text load or reach what they need, before anything that takes long. Raises UserError."""
+    for callback in callbacks if is_first_process() else ():
+        if isinstance(callback, GenerationMetrics):
+            callback.scoring.start(source)
+
+
+def make_trainer(config: DictConfig, watching: Sequence[Callback], loggers: list[Logger]) -> Trainer:
+    """The trainer of the run, with the callbacks of ``config.callbacks``."""
     callbacks: list[Callback] = progress_callbacks(config, config.arm)
     if config.trainer.get("enable_checkpointing", True):
         callbacks += [instantiate(config.checkpoint), instantiate(config.last_checkpoint)]
-    callbacks += [instantiate(node) for node in (config.callbacks or {}).values()]
+    callbacks += watching
     callbacks += [WandbMedia(logger, Path(config.run_dir)) for logger in loggers if isinstance(logger, RunLogger)]
     trainer: Trainer = instantiate(
         config.trainer,

@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import WandbLogger
 
 from analysis.observations import STEPS_TAKEN
 from analysis.wandb_login import is_logged_in
+from tiltmeter.scoring.scorer import SCORED_STEP
 
 STEP_AXIS = "trainer/global_step"
 METRIC_GROUPS = (
@@ -35,6 +36,8 @@ class RunLogger(WandbLogger):
 
     observed_at: int | None = None
     """Optimizer steps that had been taken when hidden states were last compared with the base's."""
+    n_scored = 0
+    """How often scores of generated text were logged."""
     _failed = False
 
     @rank_zero_only
@@ -42,6 +45,7 @@ class RunLogger(WandbLogger):
         """Log scalars; the first failure is reported once, training and metrics.csv go on."""
         if any(name.startswith(_OBSERVATION) for name in metrics):
             self.observed_at = int(metrics[STEPS_TAKEN])
+        self.n_scored += SCORED_STEP in metrics
         if self._failed:
             return
         try:

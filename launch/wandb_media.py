@@ -1,4 +1,4 @@
-"""Pictures of the hidden states for W&B while a run trains, and two small artifacts when it ends."""
+"""Pictures of the hidden states and a table of samples for W&B while a run trains, and two small artifacts when it ends."""
 
 import io
 import warnings
@@ -14,10 +14,14 @@ from analysis.cosines import EDGES
 from analysis.figures import png_bytes
 from analysis.hidden_states import Watched, hidden_state_sections
 from launch.wandb_logger import STEP_AXIS, RunLogger
+from tiltmeter.scoring.behaviour_table import SAMPLES, read_table
+
+MOST_SAMPLES = 1000
+"""Rows of a table of samples; W&B itself takes 10,000."""
 
 
 class WandbMedia(Callback):
-    """Uploads the report's figures of hidden states after every observation, and histograms already binned.
+    """Uploads the report's figures of hidden states after every observation, histograms already binned, and scored samples.
 
     Some 100 kB a figure. At the end of training, as artifacts: the manifest of snapshots/ (what was read, of which pairs, with
     hashes; the rows stay in the run folder) and the steering vectors v*. Goes behind the callbacks that observe. A failure
@@ -32,6 +36,7 @@ class WandbMedia(Callback):
         self.logger = logger
         self.run_dir = run_dir
         self._shown: int | None = None
+        self._n_scored = 0
         self._failed = False
 
     def on_train_batch_end(
@@ -45,13 +50,18 @@ class WandbMedia(Callback):
         self._show(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Hand over the small files."""
+        """Hand over the last scores and the small files."""
+        self._show(trainer)
         self._attempt(self._send_artifacts)
 
     def _show(self, trainer: Trainer) -> None:
         if self.logger.observed_at != self._shown:
             self._shown = self.logger.observed_at
             self._attempt(lambda: self._send_figures(max(trainer.global_step - 1, 0)))
+
+        if self.logger.n_scored != self._n_scored:
+            self._n_scored = self.logger.n_scored
+            self._attempt(lambda: self._send_samples(max(trainer.global_step - 1, 0)))
 
     def _attempt(self, send: Callable[[], object]) -> None:
         if self._failed:
@@ -75,6 +85,15 @@ class WandbMedia(Callback):
                 media[f"cosines/{side}/{seen.cosines.site}"] = wandb.Histogram(np_histogram=(counts, EDGES))
         if media:
             self.logger.experiment.log(media | {STEP_AXIS: step})
+
+    def _send_samples(self, step: int) -> None:
+        """Base and policy side by side with all scores, as they are in the run folder now."""
+        import wandb
+
+        table = read_table(self.run_dir / "report" / "tables" / SAMPLES)
+        if not table.empty:
+            rows = table[table["steps_taken"] == table["steps_taken"].max()].head(MOST_SAMPLES)
+            self.logger.experiment.log({"samples": wandb.Table(dataframe=rows), STEP_AXIS: step})
 
     def _send_artifacts(self) -> None:
         import wandb

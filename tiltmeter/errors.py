@@ -1,4 +1,4 @@
-"""The exceptions that end a run with one line: wrong input (exit code 2), and numbers that went wrong (exit code 4)."""
+"""What ends a program with one line: wrong input (exit code 2), scores that are missing (3), numbers gone wrong (4)."""
 
 
 class UserError(ValueError):
@@ -11,3 +11,7 @@ class UserError(ValueError):
 
 class NumericalStop(RuntimeError):
     """Training met a loss or gradient that is not finite: shown as one line, exit code 4, nothing exported."""
+
+
+class IncompleteEvaluation(RuntimeError):
+    """Too many scores of a figure are missing: shown as one line, exit code 3; everything that could be scored is kept."""

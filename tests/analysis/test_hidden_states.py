@@ -14,6 +14,7 @@ from analysis.observations import UPDATE, geometry_rows, latest, most_entropy, o
 from analysis.report import Section, write_report
 from analysis.runs import open_run
 from analysis.samples import Samples
+from analysis.subject import subject_of_run
 from tests.analysis import planted_geometry as planted
 from tests.analysis.conftest import dpo_rows
 from tiltmeter.errors import UserError
@@ -231,7 +232,7 @@ def test_the_report_has_every_section_its_files_and_the_table(make_run: Callable
     planted.write_snapshots(folder / "snapshots")
     run = open_run(folder)
     sections = hidden_state_sections(Watched.of_run(run))
-    page = write_report(run, sections, Samples([], "Because.")).read_text(encoding="utf-8")
+    page = write_report(subject_of_run(run), sections, Samples([], "Because.")).read_text(encoding="utf-8")
     for name in SECTIONS:
         assert (run.report / "tables" / f"{name}.csv").is_file()
         assert (run.report / "figures" / f"{name}.png").is_file()

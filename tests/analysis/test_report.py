@@ -12,6 +12,7 @@ from analysis.probe_pairs import ProbePair
 from analysis.report import write_report
 from analysis.runs import Run, open_run
 from analysis.samples import Continuation, Sample, Samples, Span
+from analysis.subject import subject_of_run
 from analysis.training_curves import training_section
 from tiltmeter.batch import TokenizedPair
 
@@ -34,7 +35,7 @@ class Page(HTMLParser):
 
 
 def page_of(run: Run, samples: Samples) -> str:
-    return write_report(run, [training_section(run)], samples).read_text(encoding="utf-8")
+    return write_report(subject_of_run(run), [training_section(run)], samples).read_text(encoding="utf-8")
 
 
 def hostile_samples() -> Samples:

@@ -27,6 +27,14 @@ class Prompt:
     attributes: Mapping[str, str | int | float | bool] = field(default_factory=dict)
 
 
+def one_a_group(prompts: Sequence[Prompt], n_prompts: int | None) -> list[Prompt]:
+    """The first ``n_prompts`` different prompts, or all; of pairs that share one, the first."""
+    first: dict[str, Prompt] = {}
+    for prompt in prompts:
+        first.setdefault(prompt.group, prompt)
+    return list(first.values())[:n_prompts]
+
+
 def complete(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

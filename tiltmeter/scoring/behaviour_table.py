@@ -1,6 +1,6 @@
 """Scores on disk: ``behaviour_by_step.csv``, a row a figure, and ``samples.csv``, a row a completion; whole or not there."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -31,13 +31,8 @@ class BehaviourTables:
 
     def add(self, step: int, epoch: int, samples: Sequence[Sample], scores: Scores) -> None:
         """Add or replace the figures and columns of one moment."""
-        when: dict[str, Cell] = {"steps_taken": step, "epoch": epoch}
-        figures = pd.DataFrame([when | _figure_row(figure) for figure in scores.figures])
-        rows = pd.DataFrame([when | _sample_row(sample) for sample in samples])
-        for name, column in scores.columns.items():
-            rows[name] = column
-        self._merge(FIGURES, figures, _FIGURE_KEY)
-        self._merge(SAMPLES, rows, _SAMPLE_KEY)
+        self._merge(FIGURES, figure_table(step, epoch, scores.figures), _FIGURE_KEY)
+        self._merge(SAMPLES, sample_table(step, epoch, samples, scores.columns), _SAMPLE_KEY)
 
     def forget_after(self, step: int) -> None:
         """Drop what was scored after a step that will be taken again."""
@@ -62,6 +57,19 @@ class BehaviourTables:
     def _write(self, name: str, table: pd.DataFrame) -> None:
         columns = [*_WHEN, *(c for c in table.columns if c not in _WHEN)]
         write_atomically(self.folder / name, lambda path: table[columns].to_csv(path, index=False, lineterminator="\n"))
+
+
+def figure_table(step: int, epoch: int, figures: Sequence[Figure]) -> pd.DataFrame:
+    """A row a figure."""
+    return pd.DataFrame([{"steps_taken": step, "epoch": epoch, **_figure_row(figure)} for figure in figures])
+
+
+def sample_table(
+    step: int, epoch: int, samples: Sequence[Sample], columns: Mapping[str, Sequence[float]]
+) -> pd.DataFrame:
+    """A row a completion, with a column a score."""
+    rows = pd.DataFrame([{"steps_taken": step, "epoch": epoch, **_sample_row(sample)} for sample in samples])
+    return rows.assign(**{name: list(column) for name, column in columns.items()})
 
 
 def read_table(path: Path) -> pd.DataFrame:

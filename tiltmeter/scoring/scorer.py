@@ -12,6 +12,8 @@ from tiltmeter.bootstrap import cluster_mean_interval
 from tiltmeter.generation import Completion
 
 Side = Literal["policy", "base", "both"]
+SCORED_STEP = "behaviour/of_steps_taken"
+"""Logged beside scores: the optimizer steps that the model had taken when it said what is scored."""
 MAX_MISSING_SHARE = 0.05
 """Above this share of missing scores a figure is NaN: what is left may not be a fair sample."""
 

@@ -1,0 +1,126 @@
+"""Two checkpoints to be asked the same: those of a run, or any pair; and the held-out pairs to ask them about."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from analysis.models import LoadedModel, load_model
+from analysis.probe_pairs import PROMPTS_FILE, ProbePair, check_ids, read_probe_pairs
+from analysis.runs import Run
+from datamodules.records import LoadReport, PreferencePair, PreferenceSource
+from datamodules.splits import with_clean_label
+from datamodules.synthetic import SyntheticWorld
+from datamodules.tokenization import PairTokenizer, TextFormat
+from tiltmeter.errors import UserError
+from tiltmeter.models import DTYPES
+
+Device = str | None
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """A base and an aligned model with one tokenizer, and pairs that are asked about.
+
+    Args:
+        base, aligned: opened, in evaluation mode.
+        pairs: held out, in a fixed order.
+        world: the synthetic world that the pairs are from, if they are.
+    """
+
+    base: LoadedModel
+    aligned: LoadedModel
+    pairs: Sequence[ProbePair]
+    world: SyntheticWorld | None = None
+
+
+def checkpoints_of_run(run: Run, *, dtype: str = "float32", device: Device = None) -> Checkpoints:
+    """The base and the aligned model of a finished run, and its probe's pairs.
+
+    Raises:
+        UserError: no pairs, a model that can't be opened, or pairs of another tokenizer.
+    """
+    pairs = read_probe_pairs(run.folder / PROMPTS_FILE)
+    if not pairs:
+        raise UserError(
+            f"{run.folder / PROMPTS_FILE}: no such file, so it isn't known what to ask; train the run again"
+        )
+    base, revision = run.base_source
+    opened = _open(base, str(run.aligned), dtype, device, revision)
+    check_ids(pairs, opened[0].model, run.folder / PROMPTS_FILE)
+    return Checkpoints(*opened, pairs, _world_of(run))
+
+
+class HeldOutPairs:
+    """Pairs to ask any two checkpoints about, one a prompt, drawn by a seed from any source.
+
+    Whether the aligned model was trained on these prompts is not known here.
+
+    Args:
+        n_pairs: so many at most.
+        max_length, text_format: see :class:`~datamodules.tokenization.PairTokenizer`.
+        seed: of the draw.
+
+    Raises:
+        UserError: a value out of range.
+    """
+
+    def __init__(
+        self, *, n_pairs: int = 256, max_length: int = 1024, text_format: TextFormat = "transcript", seed: int = 0
+    ) -> None:
+        if n_pairs < 1 or seed < 0:
+            raise UserError(f"pairs: expected n_pairs of at least 1 and a seed from 0, got {n_pairs} and {seed}")
+        self.n_pairs, self.max_length, self.text_format, self.seed = n_pairs, max_length, text_format, seed
+
+    def ask(
+        self, base: str, aligned: str, source: PreferenceSource, *, dtype: str = "float32", device: Device = None
+    ) -> tuple[Checkpoints, list[LoadReport]]:
+        """Open two checkpoints, folders or hub ids, and draw the pairs.
+
+        Raises:
+            UserError: a model that can't be opened, two tokenizers, or no pairs.
+        """
+        records, reports = source.load()
+        if not records:
+            raise UserError("data: no preference pair is left after filtering")
+        opened = _open(base, aligned, dtype, device)
+        limit = getattr(opened[0].model.config, "max_position_embeddings", None) or self.max_length
+        encode = PairTokenizer(opened[0].tokenizer, min(self.max_length, limit), text_format=self.text_format)
+        kept, ids, _ = encode([with_clean_label(r) for r in _one_a_prompt(records, self.n_pairs, self.seed)])
+        pairs = [ProbePair.of(record, tokens) for record, tokens in zip(kept, ids, strict=True)]
+        return Checkpoints(*opened, pairs, source if isinstance(source, SyntheticWorld) else None), reports
+
+
+def _one_a_prompt(records: Sequence[PreferencePair], n: int, seed: int) -> list[PreferencePair]:
+    first: dict[str, PreferencePair] = {}
+    for record in records:
+        first.setdefault(record.group, record)
+    names = sorted(first)
+    return [first[names[i]] for i in np.random.default_rng(seed).permutation(len(names))[:n]]
+
+
+def _open(
+    base: str, aligned: str, dtype: str, device: Device, base_revision: str | None = None
+) -> tuple[LoadedModel, LoadedModel]:
+    if dtype not in DTYPES:
+        raise UserError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype}")
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    opened = [
+        load_model(name, revision=revision, dtype=DTYPES[dtype], device=where)
+        for name, revision in ((base, base_revision), (aligned, None))
+    ]
+    if opened[0].tokenizer.get_vocab() != opened[1].tokenizer.get_vocab():
+        raise UserError(f"base={base} aligned={aligned}: their tokenizers differ; give two checkpoints of one model")
+    return opened[0], opened[1]
+
+
+def _world_of(run: Run) -> SyntheticWorld | None:
+    """The synthetic world of a run, from the plain numbers of its configuration; None for any other data."""
+    if run.setting("data._target_") != f"{SyntheticWorld.__module__}.{SyntheticWorld.__name__}":
+        return None
+    options = {name: value for name, value in run.node("data").items() if name != "_target_"}
+    try:
+        return SyntheticWorld(**options)
+    except TypeError as error:
+        raise UserError(f"{run.folder / 'config.yaml'}: data: {error}; restore the run's own file") from error

@@ -1,0 +1,47 @@
+"""Held-out prompts of a run, and what the model in training says to them, over all processes."""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch.distributed
+from lightning.pytorch import LightningModule, Trainer
+
+from callbacks.observation import data_of
+from datamodules.preference import PreferenceDataModule
+from tiltmeter.errors import UserError
+from tiltmeter.generation import Decoding
+from tiltmeter.scoring.behaviour import Completions, Prompt, complete, one_a_group
+
+
+def prompts_of(data: PreferenceDataModule, n_prompts: int) -> list[Prompt]:
+    """The first prompts of the probe, or of validation in a run without one; each prompt once.
+
+    Raises:
+        UserError: there is none.
+    """
+    split = data.splits["probe" if data.splits["probe"].pairs else "val"]
+    if not split.pairs:
+        raise UserError("callbacks: expected held-out prompts to complete, got none; set datamodule.probe_pairs")
+    prompts = [
+        Prompt(r.pair_id, r.prompt_text, pair.prompt_ids, r.chosen_text, r.group, r.attributes)
+        for r, pair in zip(split.records, split.pairs, strict=True)
+    ]
+    return one_a_group(prompts, n_prompts)
+
+
+def gather_completions(
+    trainer: Trainer, module: LightningModule, prompts: Sequence[Prompt], decoding: Decoding
+) -> Completions:
+    """What the model says now, the same on every process; a collective."""
+    tokenizer = data_of(trainer).tokenizer
+    assert tokenizer is not None
+    rank, world_size = trainer.global_rank, trainer.world_size
+    with trainer.precision_plugin.forward_context():
+        own: Completions = cast(Any, module).trained_policy.run(
+            lambda model: complete(model, tokenizer, prompts, decoding, rank=rank, world_size=world_size)
+        )
+    if world_size == 1:
+        return own
+    shares: list[Completions] = [{} for _ in range(world_size)]
+    torch.distributed.all_gather_object(shares, own)
+    return {key: said for share in shares for key, said in share.items()}

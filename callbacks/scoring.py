@@ -1,0 +1,74 @@
+"""The scoring half of GenerationMetrics, on the first process: quick scorers now, slow ones beside training, all of it kept."""
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+from datamodules.oracle import PlantedOracle
+from lightning.pytorch import Trainer
+
+from callbacks.observation import log, report_failed_write
+from datamodules.records import PreferenceSource
+from tiltmeter.scoring.behaviour import Scored, ScoringBeside, score_all
+from tiltmeter.scoring.behaviour_table import BehaviourTables
+from tiltmeter.scoring.scorer import SCORED_STEP, Sample, Scorer, as_metrics
+
+
+class Scoring:
+    """Scores samples, logs ``behaviour/…`` and writes ``report/tables/{behaviour_by_step,samples}.csv`` of the run folder.
+
+    Args:
+        scorers: by the name that the configuration gives them.
+    """
+
+    def __init__(self, scorers: Mapping[str, Scorer]) -> None:
+        self.scorers = dict(scorers)
+        self._fast = {name: scorer for name, scorer in scorers.items() if not scorer.is_slow}
+        self._beside = ScoringBeside({name: scorer for name, scorer in scorers.items() if scorer.is_slow})
+        self._is_started = False
+
+    def start(self, source: PreferenceSource) -> None:
+        """Let scorers load or reach what they need, once. Raises UserError."""
+        if self._is_started:
+            return
+        for scorer in self.scorers.values():
+            if isinstance(scorer, PlantedOracle):
+                scorer.use_world(source)
+            scorer.start()
+        self._is_started = True
+
+    def score(self, trainer: Trainer, samples: list[Sample]) -> None:
+        """Score what can be scored at once; the rest is asked for."""
+        step, epoch = trainer.global_step, trainer.current_epoch
+        self._record(trainer, Scored(step, epoch, samples, score_all(self._fast, samples)))
+        self._beside.submit(step, epoch, samples)
+
+    def collect(self, trainer: Trainer) -> None:
+        """Log what slow scorers have finished since the last call."""
+        for scored in self._beside.take():
+            self._record(trainer, scored)
+
+    def finish(self, trainer: Trainer, *, wait_seconds: float) -> None:
+        """Wait for slow scorers, so long at most."""
+        if n_late := self._beside.wait(wait_seconds):
+            warnings.warn(
+                f"behaviour: {n_late} sets of samples were not judged within {wait_seconds:.0f} s of the end of training; "
+                "analyze.py run=… analysis=behaviour scores them again",
+                stacklevel=2,
+            )
+        self.collect(trainer)
+
+    def forget_after(self, trainer: Trainer) -> None:
+        """Drop what was scored at steps that will be taken again."""
+        self._tables(trainer).forget_after(trainer.global_step)
+
+    def _record(self, trainer: Trainer, scored: Scored) -> None:
+        tables = self._tables(trainer)
+        try:
+            tables.add(scored.step, scored.epoch, scored.samples, scored.scores)
+        except OSError as error:
+            report_failed_write(tables.folder, error, trainer)
+        log(trainer, as_metrics(scored.scores.figures) | {SCORED_STEP: scored.step})
+
+    def _tables(self, trainer: Trainer) -> BehaviourTables:
+        return BehaviourTables(Path(trainer.default_root_dir) / "report" / "tables")

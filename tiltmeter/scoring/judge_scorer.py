@@ -1,0 +1,83 @@
+"""One judge, asked everything: G-Eval scores of both models' replies, and which of two replies is better."""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from tiltmeter.scoring.geval import N_SAMPLES, TEMPERATURE, GEvalScorer, ScoreMode
+from tiltmeter.scoring.geval_win_rate import Opponent, WinRateScorer
+from tiltmeter.scoring.judge import Judge
+from tiltmeter.scoring.scorer import Sample, Scores
+
+
+class JudgeScorer:
+    """:class:`~tiltmeter.scoring.geval.GEvalScorer` and :class:`~tiltmeter.scoring.geval_win_rate.WinRateScorer` by the same judge.
+
+    They share its budget, cache and limits.
+
+    Args:
+        judge: who rates and compares.
+        criteria: rated, each; the first one also decides which of two replies is better.
+        score_mode: ``logprob``, ``sample`` or ``integer``. Verdicts on two replies are read as probabilities under the first
+            and as words under the others, unless the preset has words only.
+        against: whom the policy is compared with; empty: nobody.
+        preset: how two replies are compared.
+        n_samples, temperature, steps_file, evaluation_steps: of the G-Eval scores.
+        seed: of the order of questions and the markers around what is judged.
+
+    Raises:
+        UserError: what the two scorers refuse.
+    """
+
+    def __init__(
+        self,
+        judge: Judge,
+        *,
+        criteria: str | Sequence[str] | Mapping[str, str] = "helpfulness",
+        score_mode: ScoreMode = "logprob",
+        against: Opponent | Sequence[Opponent] = ("base", "chosen"),
+        preset: Literal["plain", "hh_dpo"] = "plain",
+        n_samples: int = N_SAMPLES,
+        temperature: float = TEMPERATURE,
+        steps_file: str | None = None,
+        evaluation_steps: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
+        seed: int = 0,
+    ) -> None:
+        rated = GEvalScorer(
+            judge,
+            criteria=criteria,
+            score_mode=score_mode,
+            n_samples=n_samples,
+            temperature=temperature,
+            steps_file=steps_file,
+            evaluation_steps=evaluation_steps,
+            seed=seed,
+        )
+        self._scorers: list[GEvalScorer | WinRateScorer] = [rated]
+        if against:
+            first, meaning = next(iter(rated.criteria.items()))
+            in_words = preset == "hh_dpo" or score_mode != "logprob"
+            compared = WinRateScorer(
+                judge,
+                against=against,
+                preset=preset,
+                criterion={first: meaning},
+                verdict_mode="text" if in_words else "logprob",
+                seed=seed,
+            )
+            self._scorers.append(compared)
+        self.name = rated.name
+        self.is_slow = rated.is_slow
+
+    def start(self) -> None:
+        """Check the judge for both. Raises UserError."""
+        for scorer in self._scorers:
+            scorer.start()
+
+    def score(self, samples: Sequence[Sample]) -> Scores:
+        """Rate and compare."""
+        whole = Scores()
+        for scorer in self._scorers:
+            scores = scorer.score(samples)
+            whole.figures.extend(scores.figures)
+            whole.columns.update(scores.columns)
+        return whole
