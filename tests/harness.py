@@ -27,18 +27,22 @@ def log_likelihood(
 
 
 def score_question(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], start: str, max_length: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], start: str, each_once: bool
 ) -> dict[str, float]:
-    """A row of mc_task.json: set of answers → what the question counts. Each distinct answer runs once."""
+    """A row of mc_task.json: set of answers → what the question counts."""
     context = f"{start}Q: {row['question']}\nA:"
     sets = {kind: row[f"{kind}_targets"] for kind in ("mc0", "mc1", "mc2") if f"{kind}_targets" in row}
-    known = {
-        answer: log_likelihood(model, tokenizer, context, " " + answer, max_length)
-        for answer in dict.fromkeys(answer for answers in sets.values() for answer in answers)
-    }
+    known: dict[str, float] = {}
+
+    def value(answer: str) -> float:
+        if not each_once or answer not in known:
+            limit = model.config.max_position_embeddings
+            known[answer] = log_likelihood(model, tokenizer, context, " " + answer, limit)
+        return known[answer]
+
     results = {}
     for kind, answers in sets.items():
-        values, labels = np.array([known[answer] for answer in answers]), np.array(list(answers.values()))
+        values, labels = np.array([value(answer) for answer in answers]), np.array(list(answers.values()))
         if kind == "mc2":
             shares = np.exp(values) / np.exp(values).sum()
             results[kind] = float(shares[labels == 1].sum())
@@ -48,9 +52,13 @@ def score_question(
 
 
 def score_all(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]], *, start: str = ""
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[dict[str, Any]],
+    *,
+    start: str = "",
+    each_once: bool = True,
 ) -> dict[str, list[float]]:
-    """Set of answers → a value a question."""
-    limit = model.config.max_position_embeddings
-    scored = [score_question(model, tokenizer, row, start, limit) for row in rows]
+    """Set of answers → a value a question; the harness itself runs an answer once for every set that it stands in."""
+    scored = [score_question(model, tokenizer, row, start, each_once) for row in rows]
     return {kind: [one[kind] for one in scored] for kind in scored[0]}

@@ -1,0 +1,109 @@
+"""The truth about responses in the synthetic world, which is planted: no judge model, no network, no noise."""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from datamodules.synthetic import SyntheticWorld
+from datamodules.synthetic_phrases import SITUATIONS
+from tiltmeter.errors import UserError
+from tiltmeter.scoring.scorer import Sample, Scores, mean_figure
+
+
+class PlantedOracle:
+    """Scores responses by the planted utility of a synthetic world, and judges which of two is preferred.
+
+    A verdict is 1, ½ or 0 by the sign of the utilities' difference. A response without a single word of the world, such as an
+    empty one, has no utility: it loses against one that has, and draws with another.
+
+    Args:
+        world: the run's data; None: given later by :meth:`use_world`.
+    """
+
+    is_slow = False
+
+    def __init__(self, world: SyntheticWorld | None = None) -> None:
+        self.world = world
+        self._words: frozenset[str] = frozenset()
+
+    def use_world(self, world: object) -> None:
+        """Take a run's own source of pairs; what is no synthetic world is refused by :meth:`start`."""
+        self.world = world if isinstance(world, SyntheticWorld) else None
+
+    @property
+    def name(self) -> str:
+        """The oracle and its world."""
+        if self.world is None:
+            return "planted oracle"
+        return f"planted oracle of the synthetic world (seed {self.world.seed}, rank {self.world.planted_rank})"
+
+    def start(self) -> None:
+        """Learn the world's words.
+
+        Raises:
+            UserError: there is no world.
+        """
+        if self.world is None:
+            raise UserError(
+                "judge=oracle: only for data=synthetic, whose preferences are planted; choose another judge for this data"
+            )
+        pairs, _ = self.world.load()
+        self._words = frozenset().union(*(_words(m.content) for pair in pairs for m in (pair.chosen, pair.rejected)))
+
+    def score(self, samples: Sequence[Sample]) -> Scores:
+        """Preference rates of the policy over base and chosen, and mean utilities of policy and base (no unit).
+
+        A sample that does not say its situation has no score. A mean utility is missing for a response without a word
+        of the world.
+        """
+        utilities = [self._utilities(sample) for sample in samples]
+        columns = {
+            "oracle_preference_rate": [_verdict(one.policy, one.base) for one in utilities],
+            "oracle_preference_rate_vs_chosen": [_verdict(one.policy, one.chosen) for one in utilities],
+            "oracle_utility/policy": [one.policy for one in utilities],
+            "oracle_utility/base": [one.base for one in utilities],
+        }
+        columns = {name: [math.nan if math.isinf(x) else x for x in values] for name, values in columns.items()}
+        figures = [
+            mean_figure(name, "both", columns[name], samples, scorer=self.name)
+            for name in ("oracle_preference_rate", "oracle_preference_rate_vs_chosen")
+        ]
+        for side in ("policy", "base"):
+            values = columns[f"oracle_utility/{side}"]
+            figures.append(mean_figure("oracle_utility", side, values, samples, scorer=self.name))
+        return Scores(figures, columns)
+
+    def _utilities(self, sample: Sample) -> "_Utilities":
+        situation = sample.attributes.get("situation")
+        if situation not in SITUATIONS:
+            return _Utilities(math.nan, math.nan, math.nan)
+        texts = (sample.policy.text, sample.base.text, sample.chosen)
+        return _Utilities(*(self._utility(text, str(situation)) for text in texts))
+
+    def _utility(self, text: str, situation: str) -> float:
+        assert self.world is not None
+        return self.world.score(text, situation) if _words(text) & self._words else -math.inf
+
+
+class _Utilities(NamedTuple):
+    """Of the three responses to a prompt; −∞: without a word of the world, NaN: the situation is unknown."""
+
+    policy: float
+    base: float
+    chosen: float
+
+
+def _verdict(first: float, second: float) -> float:
+    """1, ½ or 0.
+
+    >>> _verdict(0.3, -math.inf), _verdict(-math.inf, -math.inf), _verdict(-1.0, 2.0)
+    (1.0, 0.5, 0.0)
+    """
+    if math.isnan(first) or math.isnan(second):
+        return math.nan
+    return 0.5 if first == second else float(first > second)
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(re.findall(r"[a-z']+", text.lower()))
