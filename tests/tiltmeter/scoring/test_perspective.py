@@ -57,6 +57,10 @@ class Service:
                 self.end_headers()
                 self.wfile.write(reply)
 
+            def do_GET(self) -> None:  # where a client that follows a redirect would come
+                service.requests.append(Request(self.path, dict(self.headers), {}))
+                self.send_error(404)
+
             def log_message(self, *_: Any) -> None:
                 pass
 
