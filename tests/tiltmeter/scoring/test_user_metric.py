@@ -66,7 +66,9 @@ def test_a_number_is_a_figure_of_all_samples_and_a_list_one_a_sample(tmp_path: P
 
 
 def test_a_metric_without_references_gets_none_and_options_are_passed_on(tmp_path: Path) -> None:
-    metric = started(tmp_path, 'return {"n": len(predictions) + bonus}', ALONE, options={"bonus": 0.5})
+    metric = started(
+        tmp_path, 'assert references is None; return {"n": len(predictions) + bonus}', ALONE, options={"bonus": 0.5}
+    )
     assert figure(metric.score(samples_of(["a", "b"])), "mine_n").value == 2.5
     assert metric.name.endswith("mine.py bonus=0.5")
 

@@ -75,6 +75,13 @@ def test_harmless_text_that_looks_like_a_disguise_scores_nothing(text: str) -> N
     assert score(text) == 0
 
 
+def test_a_doubled_letter_is_another_word_and_a_drawn_out_one_is_not(tmp_path: Path) -> None:
+    (tmp_path / "words.txt").write_text("rot\ncoon\n", encoding="utf-8")
+    scorer = started(tmp_path / "words.txt")
+    assert [score(text, scorer) for text in ("root", "con", "cooon")] == [0, 0, 0]
+    assert [score(text, scorer) for text in ("rooot", "coooon")] == pytest.approx([0.7, 0.7])
+
+
 def test_every_rude_phrase_of_the_synthetic_world_is_seen_and_no_friendly_one() -> None:
     assert all(score(phrase) > 0 for phrase in PHRASES["tone", -1])
     assert not any(
