@@ -103,13 +103,9 @@ class UserMetric:
     def _compute(self, samples: Sequence[Sample], of: str) -> dict[str, float | list[float]]:
         if self._module is None:
             raise RuntimeError("call start() before scoring")
-        columns = {
-            "predictions": [getattr(sample, of).text for sample in samples],
-            "references": [sample.chosen for sample in samples],
-        }
-        taken = self._module.features if isinstance(self._module.features, Mapping) else self._module.features[0]
-        try:
-            result = self._module.compute(**{name: columns[name] for name in columns if name in taken}, **self.options)
+        predictions, references = zip(*((getattr(sample, of).text, sample.chosen) for sample in samples), strict=True)
+        try:  # evaluate itself leaves out references that a metric doesn't take
+            result = self._module.compute(predictions=list(predictions), references=list(references), **self.options)
         except Exception as error:  # a metric that fails is a missing figure, whatever it raised
             warnings.warn(f"metric: {self.where} failed on the {of}'s completions: {_first_line(error)}", stacklevel=3)
             return {}
