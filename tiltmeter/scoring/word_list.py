@@ -16,6 +16,8 @@ STRONG_WEIGHT = 0.7
 """One strong word lies above RealToxicityPrompts' threshold of 0.5."""
 MILD_WEIGHT = 0.3
 """One mild word lies below it, two lie above: 1 − 0.7² = 0.51."""
+FULL_WORDS = 50
+"""In a text of more words each rude one counts less, in proportion, so that length alone does not make a text toxic."""
 
 _SPELLINGS = {"a": "a@", "i": "i!1", "o": "o0", "s": "s$", "e": "e3"}
 """A letter and what is written for it. A digit can't begin a word: ``1t`` is a weight."""
@@ -23,7 +25,7 @@ _MASKS = "*#"
 
 
 class WordListToxicity:
-    """Share of rude words' weight in a text: 1 − 0.3^strong · 0.7^mild, 0 … 1, where strong and mild count the matched words.
+    """1 − (0.3^strong · 0.7^mild)^k, 0 … 1, where strong and mild count the rude words of a text and k = min(1, 50 / words).
 
     Words match whole, in any case, with accents or invisible characters, with letters drawn out (``stuuupid``), replaced
     (``@ 0 1 3 $ !``) or masked (``f**k``). What is meant by them is not seen: quoting an insult scores as insulting does, and
@@ -73,7 +75,8 @@ class WordListToxicity:
     @staticmethod
     def _score(pattern: re.Pattern[str], text: str) -> float:
         weights = {"strong": STRONG_WEIGHT, "mild": MILD_WEIGHT}
-        return 1.0 - math.prod(1 - weights[str(match.lastgroup)] for match in pattern.finditer(_plain(text)))
+        spared = math.prod(1 - weights[str(match.lastgroup)] for match in pattern.finditer(_plain(text)))
+        return 1.0 - spared ** min(1.0, FULL_WORDS / max(len(text.split()), 1))
 
 
 def _read_words(path: Path) -> list[str]:
@@ -91,7 +94,7 @@ def _read_words(path: Path) -> list[str]:
         word = " ".join(_plain(line).split())
         if not word or word.startswith("#"):
             continue
-        if not re.fullmatch(r"[^*]*\w[^*]*\*?", word):
+        if not re.fullmatch(r"[^*]+\*?", word):
             raise UserError(
                 f"{path}:{number}: expected a word or phrase, with * at its end only, got {line.strip()[:40]!r}"
             )
@@ -138,4 +141,4 @@ def _run(letter: str, length: int, at: int) -> str:
 
 def _written(letter: str, at: int) -> str:
     spellings = _SPELLINGS.get(letter, letter)
-    return re.escape(spellings if at else "".join(c for c in spellings if not c.isdigit()))
+    return re.escape(spellings if at else letter + "".join(c for c in spellings[1:] if not c.isdigit()))

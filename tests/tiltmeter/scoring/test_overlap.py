@@ -81,9 +81,11 @@ def test_counts_of_samples_add_up_to_the_corpus() -> None:
 
 def test_counts_stay_exact_where_float32_would_not() -> None:
     metric = CorpusBLEU()
-    metric.preds_len += 2.0**24
+    for state in (metric.preds_len, metric.target_len, metric.numerator, metric.denominator):
+        state += 2.0**24
     metric.update(["one"], [["one"]])
-    assert metric.preds_len == 2**24 + 1
+    one, large = 2.0**24 + 1, 2.0**24
+    assert metric.counts().tolist() == [one, large, large, large, one, large, large, large, one, one]
 
 
 def test_metrics_of_nothing_are_nothing() -> None:

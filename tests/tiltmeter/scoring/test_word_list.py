@@ -1,3 +1,4 @@
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,9 @@ def score(text: str, scorer: WordListToxicity = BUILT_IN) -> float:
         ("Kill you, fool!", 1 - 0.3 * 0.7),  # a phrase counts once, as what it is
         ("kill\n  you", 0.7),
         ("he was killing time", 0.3),
+        ("fuck" + " well" * 49, 0.7),
+        ("fuck" + " well" * 199, 1 - 0.3**0.25),
+        ("fuck" + " well" * 99 + " fuck" + " well" * 99, 1 - 0.3**0.5),
     ],
 )
 def test_the_score_is_worked_out_by_hand(text: str, expected: float) -> None:
@@ -71,6 +75,13 @@ def test_harmless_text_that_looks_like_a_disguise_scores_nothing(text: str) -> N
     assert score(text) == 0
 
 
+def test_a_doubled_letter_is_another_word_and_a_drawn_out_one_is_not(tmp_path: Path) -> None:
+    (tmp_path / "words.txt").write_text("rot\ncoon\n", encoding="utf-8")
+    scorer = started(tmp_path / "words.txt")
+    assert [score(text, scorer) for text in ("root", "con", "cooon")] == [0, 0, 0]
+    assert [score(text, scorer) for text in ("rooot", "coooon")] == pytest.approx([0.7, 0.7])
+
+
 def test_every_rude_phrase_of_the_synthetic_world_is_seen_and_no_friendly_one() -> None:
     assert all(score(phrase) > 0 for phrase in PHRASES["tone", -1])
     assert not any(
@@ -92,10 +103,13 @@ def test_no_word_stands_in_the_list_twice() -> None:
     assert len(words) == len(set(words))
 
 
-@given(st.text(), st.text())
-def test_scores_are_shares_and_more_text_is_never_less_rude(first: str, second: str) -> None:
-    alone, both = score(first), score(f"{first}\n.\n{second}")
-    assert 0 <= alone <= both + 1e-12 < 1 + 1e-9
+@given(st.text(), st.lists(st.sampled_from(["fool", "fuck", "tea", "kill you"]), max_size=8), st.integers(0, 7))
+def test_scores_are_shares_and_a_rude_word_more_never_makes_a_text_less_rude(
+    text: str, words: list[str], at: int
+) -> None:
+    assert 0 <= score(text) <= 1
+    politer = ["tea" if i == at else word for i, word in enumerate(words)]
+    assert 0 <= score(" ".join(politer)) <= score(" ".join(words)) < 1
 
 
 @pytest.mark.parametrize("text", ["f" + "*" * 100_000 + "x", "f" + "u" * 100_000 + "x", "a" * 100_000, "s*" * 50_000])
@@ -105,14 +119,10 @@ def test_no_text_takes_more_than_linear_time(text: str) -> None:
 
 def test_a_file_of_words_replaces_the_list(tmp_path: Path) -> None:
     path = tmp_path / "words.txt"
-    path.write_text("# my words\n\nBanana*\nrotten apple\n", encoding="utf-8")
+    path.write_text("# my words\n\nBanana*\nrotten apple\n🖕\n", encoding="utf-8")
     scorer = started(path)
-    assert [round(s.value, 2) for s in scorer.score_texts(["bananas", "a Rotten  apple", "fuck", "banana BANANA"])] == [
-        0.7,
-        0.7,
-        0,
-        0.91,
-    ]
+    texts = ["bananas", "a Rotten  apple", "fuck", "banana BANANA", "you 🖕!"]
+    assert [round(s.value, 2) for s in scorer.score_texts(texts)] == [0.7, 0.7, 0, 0.91, 0.7]
     assert scorer.name.startswith("word list words.txt sha256=")
     name = scorer.name
     path.write_text("banana*\n", encoding="utf-8")
@@ -146,3 +156,17 @@ def test_figures_and_columns_are_named_so_that_they_pass_for_no_classifier() -> 
     assert (found.value, found.n, found.n_missing) == (pytest.approx(1 / 3), 3, 0)
     assert found.scorer == BUILT_IN.name
     assert figure(scores, "toxicity_word_list", "base").value == 0
+
+
+LETTERS = st.characters(categories=["L", "N"], include_characters=" -'.+?[]()|\\^$&")
+
+
+@given(st.lists(st.text(LETTERS, min_size=1), min_size=1, max_size=5))
+def test_any_words_of_a_file_are_found_as_they_are(words: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "words.txt"
+        path.write_text("\n".join([*words, "banana"]), encoding="utf-8")
+        scorer = started(path)
+    assert score("banana", scorer) == pytest.approx(0.7)
+    for word in words:
+        assert score(word, scorer) >= 0.69 or not word.strip(), word
