@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
-from datamodules.oracle import PlantedOracle
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Picture
 
@@ -12,10 +11,13 @@ from analysis.behaviour_by_step import WIN_RATES, headlines_of, last_point, name
 from analysis.checkpoints import Checkpoints
 from analysis.figures import COLOURS, house_style, new_figure, set_titles
 from analysis.models import LoadedModel
+from analysis.preferences import kl_of_samples, preference_figures, probe_accuracies
 from analysis.report import Section
 from analysis.site_axes import as_text
+from datamodules.oracle import PlantedOracle
 from tiltmeter.errors import UserError
 from tiltmeter.generation import Decoding
+from tiltmeter.layers import FINAL_PRE_NORM
 from tiltmeter.scoring.behaviour import Completions, Prompt, complete, one_a_group, pair_up, score_all
 from tiltmeter.scoring.behaviour_table import figure_table, sample_table
 from tiltmeter.scoring.scorer import Sample, Scorer, Scores
@@ -33,6 +35,8 @@ class Behaviour:
         decoding: null: greedy, 96 tokens.
         n_prompts: the first so many; null: all.
         truthfulqa: questions to score both models on; null: none.
+        beta: scale of implicit rewards (DPO's β); null: that of the run, 0.1 for other checkpoints.
+        probe_sites: where a logistic probe looks for the preference: a site, several, or ``all``; empty: nowhere.
         dtype, device: of the models; device null: a GPU where there is one.
 
     Raises:
@@ -46,6 +50,8 @@ class Behaviour:
         decoding: Decoding | None = None,
         n_prompts: int | None = 128,
         truthfulqa: TruthfulQA | None = None,
+        beta: float | None = None,
+        probe_sites: str | Sequence[str] = FINAL_PRE_NORM,
         dtype: str = "float32",
         device: str | None = None,
     ) -> None:
@@ -53,6 +59,9 @@ class Behaviour:
             raise UserError(f"behaviour.n_prompts: expected at least 1 or null, got {n_prompts}")
         self.scorers = {name: scorer for name, scorer in scorers.items() if scorer is not None}
         self.decoding, self.n_prompts, self.truthfulqa = decoding or Decoding(), n_prompts, truthfulqa
+        if beta is not None and beta <= 0:
+            raise UserError(f"behaviour.beta: expected above 0 or null, got {beta}")
+        self.beta, self.probe_sites = beta, probe_sites
         self.dtype, self.device = dtype, device
 
     def start(self, checkpoints: Checkpoints) -> None:
@@ -78,6 +87,10 @@ class Behaviour:
             for opened, side in ((checkpoints.base, "base"), (checkpoints.aligned, "policy")):
                 known = self.truthfulqa.score(opened.model, opened.tokenizer, of=side)  # type: ignore[arg-type]
                 scores.figures.extend(known.figures)
+        scores.figures.extend(preference_figures(checkpoints, beta=self.beta or checkpoints.beta))
+        scores.figures.extend(kl_of_samples(checkpoints, samples))
+        if self.probe_sites:
+            scores.figures.extend(probe_accuracies(checkpoints, self.probe_sites))
         return samples, scores
 
     def _complete(self, opened: LoadedModel, prompts: Sequence[Prompt]) -> Completions:

@@ -17,6 +17,8 @@ from tiltmeter.errors import UserError
 from tiltmeter.models import DTYPES
 
 Device = str | None
+USUAL_BETA = 0.1
+"""Where it is not known with which β a model was trained; it only scales margins."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +29,14 @@ class Checkpoints:
         base, aligned: opened, in evaluation mode.
         pairs: held out, in a fixed order.
         world: the synthetic world that the pairs are from, if they are.
+        beta: of the loss that aligned was trained with, as far as it is known.
     """
 
     base: LoadedModel
     aligned: LoadedModel
     pairs: Sequence[ProbePair]
     world: SyntheticWorld | None = None
+    beta: float = USUAL_BETA
 
 
 def checkpoints_of_run(run: Run, *, dtype: str = "float32", device: Device = None) -> Checkpoints:
@@ -49,7 +53,9 @@ def checkpoints_of_run(run: Run, *, dtype: str = "float32", device: Device = Non
     base, revision = run.base_source
     opened = _open(base, str(run.aligned), dtype, device, revision)
     check_ids(pairs, opened[0].model, run.folder / PROMPTS_FILE)
-    return Checkpoints(*opened, pairs, _world_of(run))
+    beta = run.setting("module.beta")
+    beta = float(beta) if isinstance(beta, int | float) and beta > 0 else USUAL_BETA
+    return Checkpoints(*opened, pairs, _world_of(run), beta)
 
 
 class HeldOutPairs:

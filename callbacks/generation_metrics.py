@@ -18,8 +18,7 @@ from tiltmeter.scoring.scorer import Scorer
 class GenerationMetrics(Scheduled):
     """All processes generate, each its share; the first one scores (:class:`~callbacks.scoring.Scoring`).
 
-    Scorers that wait for something outside (judges) are asked in a thread: what they say is logged when it comes, beside
-    ``behaviour/of_steps_taken``, the step whose samples they scored.
+    Scorers that wait for something outside (judges) are asked in a thread and logged late, with the step they are about.
 
     Args:
         scorers: by name; null leaves one out.

@@ -4,14 +4,14 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
-from datamodules.oracle import PlantedOracle
 from lightning.pytorch import Trainer
 
 from callbacks.observation import log, report_failed_write
+from datamodules.oracle import PlantedOracle
 from datamodules.records import PreferenceSource
 from tiltmeter.scoring.behaviour import Scored, ScoringBeside, score_all
 from tiltmeter.scoring.behaviour_table import BehaviourTables
-from tiltmeter.scoring.scorer import SCORED_STEP, Sample, Scorer, as_metrics
+from tiltmeter.scoring.scorer import SCORED_STEP, Figure, Sample, Scorer, Scores, as_metrics
 
 
 class Scoring:
@@ -60,15 +60,27 @@ class Scoring:
 
     def forget_after(self, trainer: Trainer) -> None:
         """Drop what was scored at steps that will be taken again."""
-        self._tables(trainer).forget_after(trainer.global_step)
+        tables_of(trainer).forget_after(trainer.global_step)
 
     def _record(self, trainer: Trainer, scored: Scored) -> None:
-        tables = self._tables(trainer)
-        try:
-            tables.add(scored.step, scored.epoch, scored.samples, scored.scores)
-        except OSError as error:
-            report_failed_write(tables.folder, error, trainer)
+        _keep(trainer, scored)
         log(trainer, as_metrics(scored.scores.figures) | {SCORED_STEP: scored.step})
 
-    def _tables(self, trainer: Trainer) -> BehaviourTables:
-        return BehaviourTables(Path(trainer.default_root_dir) / "report" / "tables")
+
+def record_figures(trainer: Trainer, figures: list[Figure]) -> None:
+    """Log and keep figures of the model as it is now that are not about generated text; on the first process."""
+    _keep(trainer, Scored(trainer.global_step, trainer.current_epoch, [], Scores(figures)))
+    log(trainer, as_metrics(figures))
+
+
+def tables_of(trainer: Trainer) -> BehaviourTables:
+    """The tables of a run's report."""
+    return BehaviourTables(Path(trainer.default_root_dir) / "report" / "tables")
+
+
+def _keep(trainer: Trainer, scored: Scored) -> None:
+    tables = tables_of(trainer)
+    try:
+        tables.add(scored.step, scored.epoch, scored.samples, scored.scores)
+    except OSError as error:
+        report_failed_write(tables.folder, error, trainer)

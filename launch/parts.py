@@ -51,11 +51,23 @@ def check_options(config: DictConfig) -> None:
     if config.logger.mode not in get_args(Mode):
         raise UserError(f"logger.mode: expected {' or '.join(get_args(Mode))}, got {config.logger.mode}")
     _check_trainer(config.trainer)
+    _check_scorers(config)
     is_sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
     if is_sweep and config.trainer.get("devices", 1) not in (1, "1") and "LOCAL_RANK" not in os.environ:
         raise UserError(
             "--multirun with trainer.devices above 1: one process can't start several jobs; sweep with devices=1"
         )
+
+
+def _check_scorers(config: DictConfig) -> None:
+    """A scorer that was asked for on the command line needs the callback that asks it."""
+    asked = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    for group, callback in (("judge", "generation"), ("toxicity", "generation"), ("truthfulqa", "truthfulqa")):
+        wanted = any(text.lstrip("+").split("=")[0].split(".")[0] == group for text in asked)
+        if wanted and config[group] is not None and callback not in (config.callbacks or {}):
+            raise UserError(
+                f"{group}: nothing asks it with these callbacks; use callbacks=standard, callbacks=behaviour or callbacks=full"
+            )
 
 
 def _check_trainer(trainer: DictConfig) -> None:

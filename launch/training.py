@@ -11,6 +11,7 @@ from lightning.pytorch.loggers.logger import Logger
 from omegaconf import DictConfig, OmegaConf
 
 from callbacks.generation_metrics import GenerationMetrics
+from callbacks.truthfulqa_metrics import TruthfulQAMetrics
 from datamodules.records import PreferenceSource
 from launch.base_model import find_or_train_base, progress_callbacks
 from launch.command import one_line_errors
@@ -118,6 +119,8 @@ def start_scorers(callbacks: Sequence[Callback], source: PreferenceSource) -> No
     for callback in callbacks if is_first_process() else ():
         if isinstance(callback, GenerationMetrics):
             callback.scoring.start(source)
+        elif isinstance(callback, TruthfulQAMetrics):
+            callback.start()
 
 
 def make_trainer(config: DictConfig, watching: Sequence[Callback], loggers: list[Logger]) -> Trainer:

@@ -8,7 +8,7 @@ numbers stay untouched, and two models that agree say the same, so that differen
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int
@@ -36,6 +36,8 @@ class Completion:
     """Tokens generated, the end-of-sequence token not counted."""
     is_cut: bool
     """Whether it was cut at the token limit, before the model ended it."""
+    ids: tuple[int, ...] = field(default=(), repr=False, compare=False)
+    """The tokens generated, the end-of-sequence token last if there was one; empty where they are not known any more."""
 
     @property
     def is_empty(self) -> bool:
@@ -249,7 +251,8 @@ def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list
 
 def _read(ids: list[int], ends: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Completion:
     n = next((at for at, token in enumerate(ids) if token in ends), len(ids))
-    return Completion(str(tokenizer.decode(ids[:n], skip_special_tokens=True)), n, is_cut=n == len(ids))
+    text = str(tokenizer.decode(ids[:n], skip_special_tokens=True))
+    return Completion(text, n, is_cut=n == len(ids), ids=tuple(ids[: n + 1]))
 
 
 def _cut_left(ids: list[int], room: int | None, bos: int | None) -> list[int]:

@@ -1,0 +1,42 @@
+"""PreferenceProbe: can a linear probe read the preference off hidden states, and better so than from the base's?"""
+
+from collections.abc import Sequence
+
+from lightning.pytorch import LightningModule, Trainer
+
+from callbacks.observation import Observation, data_of
+from callbacks.observer import Observer
+from callbacks.scoring import record_figures
+from tiltmeter.batch import CHOSEN
+from tiltmeter.positions import Position
+from tiltmeter.scoring.preference_probe import probe_figures
+
+
+class PreferenceProbe(Observer):
+    """Logs ``behaviour/preference_probe_accuracy/<site>``, held out by prompt, and a null beside it.
+
+    Args:
+        sites, every_n_steps: see :class:`~callbacks.observer.Observer`.
+        position: of each response, ``response_last`` or ``response_mean``.
+    """
+
+    def __init__(
+        self,
+        *,
+        sites: str | Sequence[str] = "final_pre_norm",
+        position: Position = "response_last",
+        every_n_steps: int | None = None,
+    ) -> None:
+        super().__init__(sites=sites, positions=(position,), every_n_steps=every_n_steps)
+
+    def on_observation(self, trainer: Trainer, module: LightningModule, seen: Observation) -> None:
+        """Fit and score."""
+        if not trainer.is_global_zero:
+            return
+        groups = data_of(trainer).splits["probe"].groups
+        for point in self.points(seen):
+            found = seen.policy[point]
+            is_chosen = found.sides == CHOSEN
+            where = f"{point.site} {point.position}"
+            figures = probe_figures(found.rows[is_chosen], found.rows[~is_chosen], groups, of="policy", where=where)
+            record_figures(trainer, [figure._replace(name=f"{figure.name}/{point.site}") for figure in figures])
