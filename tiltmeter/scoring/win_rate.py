@@ -30,12 +30,12 @@ def win_rate_figures(
 ) -> list[Figure]:
     """All figures of one comparison, with 95 % intervals by bootstrap over prompts.
 
-    ========================== ===========================================================================
-    ``<name>``                 (wins + ties / 2) / verdicts
-    ``<name>_wins`` …          share of wins, ``_ties`` and ``_losses``
+    ============================ ====================================================================
+    ``<name>``                   (wins + ties / 2) / verdicts
+    ``<name>_wins``              share of wins; ``_ties`` and ``_losses`` likewise
     ``<name>_length_controlled`` the win rate between replies of equal length (:func:`length_controlled`)
     ``<name>_length_difference`` mean length of the candidate less that of its opponent, over all pairs
-    ========================== ===========================================================================
+    ============================ ====================================================================
 
     Args:
         verdicts: 1 the candidate is better, 0.5 tie, 0 worse, NaN missing.

@@ -11,7 +11,7 @@ from tests import stories260k
 from tests.tiltmeter.scoring.fake_judge import sample
 from tests.tiny_models import ARCHITECTURES, make_model
 from tiltmeter.errors import UserError
-from tiltmeter.scoring import local_judge
+from tiltmeter.scoring import evaluation_steps, local_judge
 from tiltmeter.scoring.geval import POINTS, GEvalScorer
 from tiltmeter.scoring.geval_win_rate import WinRateScorer
 from tiltmeter.scoring.judge import ChatMessage, Question, Reply
@@ -277,7 +277,10 @@ def test_a_real_model_tells_likely_from_unlikely_letters(shared_data: Path, tmp_
     assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-4, atol=1e-7)
 
 
-def test_a_judge_that_writes_no_steps_leaves_no_file(folder: Path, tmp_path: Path) -> None:
+def test_a_judge_that_writes_no_steps_leaves_no_file(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation_steps, "_STEPS_TOKENS", 24)
     file = tmp_path / "steps.json"
     judge = LocalJudge(str(folder))
     scorer = GEvalScorer(judge, steps_file=str(file))

@@ -90,18 +90,18 @@ def test_length_control_is_scikit_learns_logistic_regression(seed: int) -> None:
 
 
 def test_a_planted_length_bias_is_taken_out() -> None:
-    verdicts, longer = planted(1500, skill=0.0, length_effect=2.0)
-    clusters = [str(i) for i in range(1500)]
+    verdicts, longer = planted(600, skill=0.0, length_effect=2.0)
+    clusters = [str(i) for i in range(600)]
     raw = float(np.mean(verdicts))
     ours = length_controlled(verdicts, clusters, longer)
     assert raw > 0.6
     assert ours.low < 0.5 < ours.high
-    assert ours.value == pytest.approx(0.5, abs=0.03)
+    assert ours.value == pytest.approx(0.5, abs=0.06)
 
 
 def test_without_a_length_bias_skill_stays() -> None:
-    verdicts, longer = planted(1500, skill=math.log(3), length_effect=0.0)
-    ours = length_controlled(verdicts, [str(i) for i in range(1500)], longer)
+    verdicts, longer = planted(600, skill=math.log(3), length_effect=0.0)
+    ours = length_controlled(verdicts, [str(i) for i in range(600)], longer)
     assert ours.low < 0.75 < ours.high
 
 
