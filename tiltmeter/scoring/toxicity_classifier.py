@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PretrainedConfig
 
 from tiltmeter.errors import UserError
 from tiltmeter.scoring.scorer import Sample, Scores
@@ -125,17 +125,20 @@ class ClassifierToxicity:
         """
         where = str(Path(self.model).expanduser()) if self._is_folder else self.model
         try:
-            options = {"revision": self.revision, "trust_remote_code": False}
+            config = AutoConfig.from_pretrained(where, revision=self.revision, trust_remote_code=False)
+            # All from one commit; and where "main" lacks safetensors, transformers would have them made by a public service.
+            commit = getattr(config, "_commit_hash", None) or self.revision
+            options = {"revision": commit, "trust_remote_code": False}
             self._tokenizer = AutoTokenizer.from_pretrained(where, **options)
             model = AutoModelForSequenceClassification.from_pretrained(
-                where, use_safetensors=True, dtype=torch.float32, **options
+                where, config=config, use_safetensors=True, dtype=torch.float32, **options
             )
         except (OSError, ValueError, ImportError, SafetensorError) as error:
             raise UserError(self._cannot_load(error)) from error
-        self._column = _find_label(self.label, model.config.id2label, self.model)
-        self.activation = self.activation or _activation_of(model.config, self.model)
-        self._check_length(model.config)
-        self.name = self._name(getattr(model.config, "_commit_hash", None) or self.revision)
+        self._column = _find_label(self.label, config.id2label, self.model)
+        self.activation = self.activation or _activation_of(config, self.model)
+        self._check_length(config)
+        self.name = self._name(commit)
         try:
             self._classifier = model.to(self.device).eval()
         except (RuntimeError, AssertionError) as error:

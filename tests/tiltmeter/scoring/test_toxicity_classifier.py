@@ -10,6 +10,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -179,6 +181,31 @@ def test_a_model_that_can_not_be_had_is_one_line(model: str) -> None:
     with pytest.raises(UserError, match=r"^toxicity\.model: can't load") as caught:
         ClassifierToxicity(model).start()
     assert "\n" not in str(caught.value)
+
+
+def test_an_unpinned_model_is_loaded_from_one_commit_which_its_name_then_tells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub is played by a folder whose configuration says which commit it came from."""
+    make_classifier(tmp_path, **MULTI)
+    commit = "0123456789abcdef" * 2 + "01234567"
+    asked: list[str | None] = []
+    for auto in (AutoConfig, AutoTokenizer, AutoModelForSequenceClassification):
+        load = auto.from_pretrained
+
+        def from_folder(name: str, *, load: Any = load, revision: str | None = None, **options: Any) -> Any:
+            if name == "someone/some-classifier":  # the tokenizer asks for the folder's configuration too
+                asked.append(revision)
+            found = load(tmp_path, **options)
+            if isinstance(found, PreTrainedConfig):
+                found._commit_hash = commit
+            return found
+
+        monkeypatch.setattr(auto, "from_pretrained", from_folder)
+    scorer = ClassifierToxicity("someone/some-classifier", max_length=LONGEST)
+    scorer.start()
+    assert asked == [None, commit, commit]
+    assert scorer.name == f"someone/some-classifier@0123456789ab label=toxicity max_length={LONGEST}"
 
 
 def test_an_unknown_device_is_one_line(tmp_path: Path) -> None:
