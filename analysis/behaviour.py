@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Picture
 
 from analysis.behaviour_by_step import WIN_RATES, headlines_of, last_point, name_of, reading_of, shown_behaviour
-from analysis.checkpoints import Checkpoints
+from analysis.checkpoints import Checkpoints, prompts_of_file
 from analysis.figures import COLOURS, house_style, new_figure, set_titles
 from analysis.models import LoadedModel
 from analysis.preferences import kl_of_samples, preference_figures, probe_accuracies
@@ -16,7 +16,7 @@ from analysis.report import Section
 from analysis.site_axes import as_text
 from datamodules.oracle import PlantedOracle
 from tiltmeter.errors import UserError
-from tiltmeter.generation import Decoding
+from tiltmeter.generation import Decoding, as_words
 from tiltmeter.layers import FINAL_PRE_NORM
 from tiltmeter.scoring.behaviour import Completions, Prompt, complete, one_a_group, pair_up, score_all
 from tiltmeter.scoring.behaviour_table import figure_table, sample_table
@@ -34,6 +34,7 @@ class Behaviour:
         scorers: of generated text, by name; null leaves one out.
         decoding: null: greedy, 96 tokens.
         n_prompts: the first so many; null: all.
+        prompts: file of prompts to complete instead of the pairs' own, such as RealToxicityPrompts; null: the pairs'.
         truthfulqa: questions to score both models on; null: none.
         beta: scale of implicit rewards (DPO's β); null: that of the run, 0.1 for other checkpoints.
         probe_sites: where a logistic probe looks for the preference: a site, several, or ``all``; empty: nowhere.
@@ -49,6 +50,7 @@ class Behaviour:
         scorers: Mapping[str, Scorer | None],
         decoding: Decoding | None = None,
         n_prompts: int | None = 128,
+        prompts: str | None = None,
         truthfulqa: TruthfulQA | None = None,
         beta: float | None = None,
         probe_sites: str | Sequence[str] = FINAL_PRE_NORM,
@@ -59,6 +61,7 @@ class Behaviour:
             raise UserError(f"behaviour.n_prompts: expected at least 1 or null, got {n_prompts}")
         self.scorers = {name: scorer for name, scorer in scorers.items() if scorer is not None}
         self.decoding, self.n_prompts, self.truthfulqa = decoding or Decoding(), n_prompts, truthfulqa
+        self.prompts = prompts
         if beta is not None and beta <= 0:
             raise UserError(f"behaviour.beta: expected above 0 or null, got {beta}")
         self.beta, self.probe_sites = beta, probe_sites
@@ -75,10 +78,7 @@ class Behaviour:
 
     def score(self, checkpoints: Checkpoints) -> tuple[list[Sample], Scores]:
         """Generate and score; slow scorers are waited for."""
-        prompts = one_a_group(
-            [Prompt(p.pair_id, p.prompt, p.ids.prompt_ids, p.chosen, p.group, p.attributes) for p in checkpoints.pairs],
-            self.n_prompts,
-        )
+        prompts = self._prompts(checkpoints)
         samples = pair_up(
             prompts, *(self._complete(opened, prompts) for opened in (checkpoints.base, checkpoints.aligned))
         )
@@ -88,16 +88,23 @@ class Behaviour:
                 known = self.truthfulqa.score(opened.model, opened.tokenizer, of=side)  # type: ignore[arg-type]
                 scores.figures.extend(known.figures)
         scores.figures.extend(preference_figures(checkpoints, beta=self.beta or checkpoints.beta))
-        scores.figures.extend(kl_of_samples(checkpoints, samples))
+        scores.figures.extend(kl_of_samples(checkpoints, prompts, samples))
         if self.probe_sites:
             scores.figures.extend(probe_accuracies(checkpoints, self.probe_sites))
         return samples, scores
+
+    def _prompts(self, checkpoints: Checkpoints) -> list[Prompt]:
+        if self.prompts is not None:
+            return prompts_of_file(self.prompts, self.n_prompts, checkpoints.base)
+        pairs = checkpoints.pairs
+        prompts = [Prompt(p.pair_id, p.prompt, p.ids.prompt_ids, p.chosen, p.group, p.attributes) for p in pairs]
+        return one_a_group(prompts, self.n_prompts)
 
     def _complete(self, opened: LoadedModel, prompts: Sequence[Prompt]) -> Completions:
         return complete(opened.model, opened.tokenizer, prompts, self.decoding)
 
 
-def behaviour_section(samples: Sequence[Sample], scores: Scores) -> Section:
+def behaviour_section(samples: Sequence[Sample], scores: Scores, decoding: Decoding) -> Section:
     """The section ``behaviour``: win rates, base beside policy, and the table of every figure.
 
     Raises:
@@ -113,7 +120,7 @@ def behaviour_section(samples: Sequence[Sample], scores: Scores) -> Section:
         sentences=sentences,
         figure=figure,
         table=table.drop(columns=["steps_taken", "epoch"]),
-        reading=reading_of(table),
+        reading=reading_of(table, as_words(decoding)),
         headlines=headlines_of(table),
         shown=shown_behaviour(table),
         more_tables={

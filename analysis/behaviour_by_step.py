@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
@@ -14,6 +14,7 @@ from analysis.report import Headline, Section
 from analysis.runs import Run
 from analysis.site_axes import as_text
 from tiltmeter.errors import UserError
+from tiltmeter.generation import Decoding
 from tiltmeter.scoring.behaviour_table import FIGURES, read_table
 
 NAME = "behaviour_by_step"
@@ -55,7 +56,7 @@ def behaviour_of_run(run: Run) -> Section:
     Raises:
         UserError: it scored nothing, or its table is damaged.
     """
-    found = behaviour_by_step_section(run.folder)
+    found = behaviour_by_step_section(run)
     if found is None:
         raise UserError(
             f"analysis={NAME}: {run.folder} has no scores of generated text (expected a run trained with callbacks=standard, "
@@ -64,13 +65,13 @@ def behaviour_of_run(run: Run) -> Section:
     return found
 
 
-def behaviour_by_step_section(folder: Path) -> Section | None:
-    """The section ``behaviour_by_step`` of a run folder; None for a run that scored nothing.
+def behaviour_by_step_section(run: Run) -> Section | None:
+    """The section ``behaviour_by_step`` of a run; None for a run that scored nothing.
 
     Raises:
         UserError: its table is damaged; names the file.
     """
-    table = read_table(folder / "report" / "tables" / FIGURES)
+    table = read_table(run.folder / "report" / "tables" / FIGURES)
     if table.empty:
         return None
     panels: list[Panel] = [partial(draw_win_rate, metric=m) for m in WIN_RATES if _has(table, m)]
@@ -90,7 +91,7 @@ def behaviour_by_step_section(folder: Path) -> Section | None:
         sentences=sentences,
         figure=figure,
         table=table,
-        reading=reading_of(table),
+        reading=reading_of(table, decoding_of(run)),
         headlines=headlines_of(table),
         shown=shown_behaviour(table),
     )
@@ -208,11 +209,17 @@ def _curve(axes: Axes, table: pd.DataFrame, metric: str, of: str, colour: str, n
     return EndLabel(float(rows["value"].iloc[-1]), name, colour)
 
 
-def reading_of(table: pd.DataFrame) -> list[str]:
+def decoding_of(run: Run) -> str:
+    """How the run drew its completions, in words."""
+    known = {f.name: run.setting(f"decoding.{f.name}") for f in fields(Decoding)}
+    return as_words(Decoding(**{name: value for name, value in known.items() if value is not None}))  # type: ignore[arg-type]
+
+
+def reading_of(table: pd.DataFrame, decoding: str) -> list[str]:
     """What a reader must know of these figures."""
     n_prompts = int(table["n"].max())
     lines = [
-        f"Base and policy complete the same {n_prompts} held-out prompts with the same decoding and random numbers.",
+        f"Base and policy complete the same {n_prompts} prompts ({decoding}), with the same random numbers.",
         "Bands: 95 % intervals over prompts (bootstrap).",
         "Every number names its scorer in the table below; numbers of different scorers are not comparable.",
     ]

@@ -9,12 +9,14 @@ import torch
 from analysis.models import LoadedModel, load_model
 from analysis.probe_pairs import PROMPTS_FILE, ProbePair, check_ids, read_probe_pairs
 from analysis.runs import Run
+from datamodules.prompts import PromptFile
 from datamodules.records import LoadReport, PreferencePair, PreferenceSource
 from datamodules.splits import with_clean_label
 from datamodules.synthetic import SyntheticWorld
-from datamodules.tokenization import PairTokenizer, TextFormat
+from datamodules.tokenization import PairTokenizer, SegmentEncoder, TextFormat
 from tiltmeter.errors import UserError
 from tiltmeter.models import DTYPES
+from tiltmeter.scoring.behaviour import Prompt
 
 Device = str | None
 USUAL_BETA = 0.1
@@ -96,6 +98,16 @@ class HeldOutPairs:
         kept, ids, _ = encode([with_clean_label(r) for r in _one_a_prompt(records, self.n_pairs, self.seed)])
         pairs = [ProbePair.of(record, tokens) for record, tokens in zip(kept, ids, strict=True)]
         return Checkpoints(*opened, pairs, source if isinstance(source, SyntheticWorld) else None), reports
+
+
+def prompts_of_file(path: str, n_prompts: int | None, opened: LoadedModel) -> list[Prompt]:
+    """Prompts without preferences, such as those of RealToxicityPrompts, encoded behind one BOS. Raises UserError."""
+    encoder, bos = SegmentEncoder(opened.tokenizer), opened.tokenizer.bos_token_id
+    start = [] if bos is None else [bos]
+    return [
+        Prompt(p.pair_id, p.text, [*start, *encoder.encode(p.text)], "", p.pair_id, p.attributes)
+        for p in PromptFile(path, n_prompts).load()
+    ]
 
 
 def _one_a_prompt(records: Sequence[PreferencePair], n: int, seed: int) -> list[PreferencePair]:

@@ -11,6 +11,7 @@ from tiltmeter.batch import CHOSEN, TokenizedPair, collate_pairs
 from tiltmeter.log_probs import sequence_log_probs
 from tiltmeter.positions import Position
 from tiltmeter.probe import Probe, read_points
+from tiltmeter.scoring.behaviour import Prompt
 from tiltmeter.scoring.preference import kl_figures, preference_scores
 from tiltmeter.scoring.preference_probe import probe_figures
 from tiltmeter.scoring.scorer import Figure, Sample, Side
@@ -33,9 +34,9 @@ def preference_figures(checkpoints: Checkpoints, *, beta: float) -> list[Figure]
     return preference_scores(chosen, rejected, beta=beta, groups=groups, sources=sources).figures
 
 
-def kl_of_samples(checkpoints: Checkpoints, samples: Sequence[Sample]) -> list[Figure]:
+def kl_of_samples(checkpoints: Checkpoints, asked: Sequence[Prompt], samples: Sequence[Sample]) -> list[Figure]:
     """log π − log π₀ of the aligned model's own completions, a completion and a token."""
-    prompts = {pair.pair_id: pair.ids.prompt_ids for pair in checkpoints.pairs}
+    prompts = {prompt.pair_id: prompt.ids for prompt in asked}
     said = [sample for sample in samples if sample.policy.ids]
     if not said:
         return []

@@ -80,7 +80,9 @@ def compare_samples(run: Run) -> Samples:
 def samples_of(pairs: Sequence[ProbePair], scored: Sequence[ScoredSample]) -> Samples:
     """The first samples that were generated for scoring."""
     by_id = {pair.pair_id: pair for pair in pairs}
-    return Samples([Sample(by_id[s.pair_id], *_apart(s.base, s.policy)) for s in scored[:N_PROMPTS] if not s.index])
+    shown = [s for s in scored if not s.index and s.pair_id in by_id][:N_PROMPTS]
+    note = "" if shown else "The prompts are not those of the pairs; tables/behaviour_samples.csv has what was said."
+    return Samples([Sample(by_id[s.pair_id], *_apart(s.base, s.policy)) for s in shown], note)
 
 
 def _why_not(run: Run) -> str:

@@ -33,7 +33,7 @@ class GenerationMetrics(Scheduled):
         *,
         scorers: Mapping[str, Scorer | None],
         decoding: Decoding | None = None,
-        n_prompts: int = 64,
+        n_prompts: int = 128,
         wait_seconds: float = 300.0,
         **options: Any,
     ) -> None:

@@ -66,7 +66,7 @@ def _analyze_run(config: DictConfig, run: Run) -> Path:
         section, figures, _ = _ask(asked, checkpoints)
         sections = [section]
     elif config.analysis == ALL:
-        scored = behaviour_by_step_section(run.folder)
+        scored = behaviour_by_step_section(run)
         sections = [training_section(run), *([scored] if scored else []), *hidden_state_sections(Watched.of_run(run))]
     else:
         sections = [ANALYSES[config.analysis](run)]
@@ -94,7 +94,7 @@ def _ask(asked: Behaviour, checkpoints: Checkpoints) -> tuple[Section, list[Figu
     asked.start(checkpoints)
     with console().status("Both models answer, and are scored …"):
         samples, scores = asked.score(checkpoints)
-    return behaviour_section(samples, scores), scores.figures, samples
+    return behaviour_section(samples, scores, asked.decoding), scores.figures, samples
 
 
 def _finish(page: Path, figures: Sequence[Figure]) -> Path:

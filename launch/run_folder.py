@@ -77,6 +77,9 @@ def checkpoint_step(checkpoint: Path) -> int:
 
 _MAY_CHANGE = {"run_dir", "runs_root", "ckpt_path", "debug", "name", "trainer", "monitor"} | {
     "callbacks",
+    "judge",
+    "toxicity",
+    "truthfulqa",
     "logger",
     "checkpoint",
     "last_checkpoint",

@@ -33,6 +33,9 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault(
+        "DISABLE_SAFETENSORS_CONVERSION", "1"
+    )  # transformers would ask a public service to convert weights
     for name in _SILENCED:
         logging.getLogger(name).setLevel(logging.ERROR)
     disable_progress_bar()

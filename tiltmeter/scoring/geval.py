@@ -34,10 +34,10 @@ class GEvalScorer:
     ``integer``  one answer at temperature 0
     ============ ======================================================================================
 
-    Figures, for each criterion: ``geval_score/<criterion>`` of policy and base; ``geval_score_difference/<criterion>``, policy
-    less base on the same prompts; ``geval_low_mass/<criterion>``, share of scores for which less than half of the judge's
-    weight fell on a number; ``geval_score/<criterion>_missing/<reason>``, counts. Columns: ``geval_score/<criterion>/<side>``
-    and ``geval_mass/<criterion>/<side>``, Σ p(i).
+    Figures: ``geval_score`` of policy and base, the mean over criteria. For each criterion: ``geval_score/<criterion>`` of both;
+    ``geval_score_difference/<criterion>``, policy less base on the same prompts; ``geval_low_mass/<criterion>``, share of
+    scores for which less than half of the judge's weight fell on a number; ``geval_score/<criterion>_missing/<reason>``,
+    counts. Columns: ``geval_score/<criterion>/<side>`` and ``geval_mass/<criterion>/<side>``, Σ p(i).
 
     Args:
         judge: who rates.
@@ -119,6 +119,14 @@ class GEvalScorer:
             lacking = self.steps.missing.get(criterion, Answer())
             of = {side: [answers.get((criterion, side, i), lacking) for i in range(len(samples))] for side in _SIDES}
             self._report(criterion, of, samples, scores)
+        name = f"{self.prefix}_score"
+        for side in _SIDES:
+            columns = [scores.columns[f"{name}/{criterion}/{side}"] for criterion in self.criteria]
+            means = [sum(values) / len(values) for values in zip(*columns, strict=True)]  # NaN if one is missing
+            scorer = f"{self.name}, mean of {', '.join(self.criteria)}"
+            scores.figures.append(
+                mean_figure(name, side, means, samples, scorer=scorer, max_missing=self.max_missing_rate)
+            )
         return scores
 
     def _question(self, sample: Sample, criterion: str, side: Side) -> Question:

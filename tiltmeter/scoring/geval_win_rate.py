@@ -94,9 +94,10 @@ class WinRateScorer:
         self.judge.start(want_probabilities=self.verdict_mode == "logprob")
 
     def score(self, samples: Sequence[Sample]) -> Scores:
-        """Compare the policy's reply to every sample with each opponent's."""
+        """Compare the policy's reply to every sample with each opponent's; where no prompt has a chosen response, with the base's."""
         scores = Scores()
-        for opponent in self.against:
+        has_chosen = any(sample.chosen.strip() for sample in samples)
+        for opponent in (o for o in self.against if o != "chosen" or has_chosen):
             comparisons = [
                 Comparison(
                     f"{s.pair_id}/{s.index}", s.prompt, s.policy.text, s.chosen if opponent == "chosen" else s.base.text

@@ -154,8 +154,10 @@ class OverlapScorer:
         """Nothing is needed."""
 
     def score(self, samples: Sequence[Sample]) -> Scores:
-        """Score the completions."""
+        """Score the completions; no figures for prompts of which none has a chosen response."""
         scores = Scores()
+        if self.reference == "chosen" and samples and not any(sample.chosen.strip() for sample in samples):
+            return scores
         is_chosen = self.reference == "chosen"
         suffix = "" if is_chosen else "_to_base"
         references = [sample.chosen if is_chosen else sample.base.text for sample in samples]
