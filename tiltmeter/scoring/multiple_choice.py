@@ -118,6 +118,8 @@ def choice_log_probs(
     passes (fillers where batches don't divide, which count nowhere), and each returns 0 for what others compute, so that
     the sum over processes is the result.
 
+    Tokens are summed in float64 and the sum has the precision of the model's log-probs: in float32 about 1e-7 of its size.
+
     Args:
         tokens_per_batch: tokens of a forward pass, padding included; an answer with its context that is longer runs alone.
         packed: documents behind one another in one row; None: where the model can, as
