@@ -14,7 +14,7 @@ from analysis.report import Headline, Section
 from analysis.runs import Run
 from analysis.site_axes import as_text
 from tiltmeter.errors import UserError
-from tiltmeter.generation import Decoding
+from tiltmeter.generation import Decoding, as_words
 from tiltmeter.scoring.behaviour_table import FIGURES, read_table
 
 NAME = "behaviour_by_step"

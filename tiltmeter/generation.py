@@ -86,12 +86,9 @@ def as_words(decoding: Decoding) -> str:
     >>> as_words(Decoding(max_new_tokens=20, temperature=1.0, top_p=0.9, n_samples=5))
     'temperature 1, top-p 0.9, 5 each, at most 20 tokens'
     """
-    drawn = f"temperature {decoding.temperature:g}" if decoding.temperature else "the likeliest token each time"
-    parts = (
-        [drawn]
-        + [f"top-p {decoding.top_p:g}"] * (decoding.top_p < 1)
-        + [f"{decoding.n_samples} each"] * (decoding.n_samples > 1)
-    )
+    parts = [f"temperature {decoding.temperature:g}" if decoding.temperature else "the likeliest token each time"]
+    parts += [f"top-p {decoding.top_p:g}"] * (decoding.top_p < 1)
+    parts += [f"{decoding.n_samples} each"] * (decoding.n_samples > 1)
     return ", ".join([*parts, f"at most {decoding.max_new_tokens} tokens"])
 
 

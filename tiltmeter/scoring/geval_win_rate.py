@@ -94,7 +94,7 @@ class WinRateScorer:
         self.judge.start(want_probabilities=self.verdict_mode == "logprob")
 
     def score(self, samples: Sequence[Sample]) -> Scores:
-        """Compare the policy's reply to every sample with each opponent's; where no prompt has a chosen response, with the base's."""
+        """Compare the policy's reply to every sample with each opponent's; without chosen responses, with the base's."""
         scores = Scores()
         has_chosen = any(sample.chosen.strip() for sample in samples)
         for opponent in (o for o in self.against if o != "chosen" or has_chosen):

@@ -1,5 +1,6 @@
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -145,10 +146,29 @@ def test_every_figure_says_what_made_it() -> None:
     texts = set()
     for options in [{}, {"score_mode": "integer"}, {"score_mode": "sample", "n_samples": 3}, {"seed": 1}]:
         scores, _ = scored(Reply(texts=("4",), probabilities={"4": 1.0}), **options)
-        (text,) = {figure.scorer for figure in scores.figures}
-        assert "fake@here" in text
-        texts.add(text)
-    assert len(texts) == 4
+        found = {figure.scorer for figure in scores.figures}
+        assert all("fake@here" in text for text in found)
+        texts |= found
+    assert len(texts) == 8  # of the criterion by its steps, and of the mean over criteria
+
+
+def test_the_score_is_the_mean_over_criteria_and_missing_where_one_is() -> None:
+    """5 points on one criterion are 1, 3 on the other ½: ¾; without an answer on the other there is no mean."""
+
+    def answer(question: Question) -> Reply:
+        if "brevity" in material(question).rest:
+            return replies.pop(0)
+        return Reply(probabilities={"5": 1.0})
+
+    criteria, steps = {"truth": "It is true.", "brevity": "It is short."}, {"truth": ["Read."], "brevity": ["Read."]}
+    for last, expected in ((Reply(probabilities={"3": 1.0}), 0.75), (Reply(failure="api", reason="down"), math.nan)):
+        replies = [Reply(probabilities={"3": 1.0})] * 5 + [last] * 9
+        scorer = GEvalScorer(FakeJudge(answer), criteria=criteria, evaluation_steps=steps)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = figure(scorer.score(SAMPLES), "geval_score", "base")
+        assert found.value == pytest.approx(expected, nan_ok=True)
+        assert (found.n, found.n_missing) == ((3, 0) if expected == 0.75 else (2, 1))
 
 
 def test_nothing_to_score_is_no_figure() -> None:
