@@ -23,10 +23,6 @@ from tiltmeter.layers import FINAL_POST_NORM
 STEP_AXIS = "trainer/global_step"
 NAME = "tiltmeter"
 _AT_EVERY_SITE = "(layer_[0-9]+|final_pre_norm|final_post_norm)$"
-_SAMPLES = (
-    "Continuations of base and aligned model, side by side with the differences marked, are in each run's own report: "
-    "`python analyze.py run=last`, then `report/index.html`."
-)
 SECTIONS: dict[str, list[tuple[str, list[str] | str]]] = {
     "Loss, accuracy, margins": [
         ("Loss", ["train/loss", "val/loss"]),
@@ -55,11 +51,25 @@ SECTIONS: dict[str, list[tuple[str, list[str] | str]]] = {
         ("Entropy of ΔH (nats)", f"^spectral_entropy/delta/energy/{_AT_EVERY_SITE}"),
     ],
     "Behaviour": [
+        (
+            "Answers preferred to the base's, and to the chosen ones",
+            [
+                f"behaviour/{who}{than}"
+                for who in ("geval_win_rate", "oracle_preference_rate")
+                for than in ("", "_vs_chosen")
+            ],
+        ),
+        ("Preference accuracy, held out", ["behaviour/preference_accuracy"]),
+        ("Toxicity of policy and base", "^behaviour/(toxicity|toxicity_word_list|hate_speech)(/base)?$"),
+        ("G-Eval score of policy and base", "^behaviour/geval_score(/base)?$"),
+        ("Degenerate, empty, cut: share of completions", "^behaviour/(degeneration|empty|cut)$"),
+        ("Overlap with chosen: ROUGE-L", ["behaviour/rougeL", "behaviour/rougeL/base"]),
+        ("TruthfulQA", "^behaviour/truthfulqa_"),
         ("Log-probs of responses (nats)", ["val/logps/chosen", "val/logps/rejected"]),
         ("Implicit rewards (β · nats)", ["val/rewards/chosen", "val/rewards/rejected"]),
         ("Alarms", "^alarm/"),
     ],
-    "Samples": [],
+    "Samples": [("Base and policy side by side, with every score", ["samples"])],
 }
 """Sections in order: panels with their title and either exact names (those of figures are shown as pictures) or a pattern."""
 
@@ -83,13 +93,15 @@ def build_workspace(entity: str, project: str) -> Any:
     def panel(title: str, what: list[str] | str) -> Any:
         if isinstance(what, str):
             return panels.LinePlot(title=title, x=STEP_AXIS, metric_regex=what)
+        if what == ["samples"]:
+            return panels.WeavePanelSummaryTable(table_name="samples")
         if what[0].startswith("figures/"):
             return panels.MediaBrowser(title=title, media_keys=what, num_columns=1)
         return panels.LinePlot(title=title, x=STEP_AXIS, y=what)
 
     sections = []
     for name, wanted in SECTIONS.items():
-        shown = [panel(title, what) for title, what in wanted] or [panels.MarkdownPanel(markdown=_SAMPLES)]
+        shown = [panel(title, what) for title, what in wanted]
         layout = workspaces.SectionLayoutSettings(columns=3, rows=-(-len(shown) // 3))  # all panels on one page
         sections.append(workspaces.Section(name=name, panels=shown, is_open=True, layout_settings=layout))
     return workspaces.Workspace(entity=entity, project=project, name=NAME, sections=sections)
@@ -119,15 +131,21 @@ def check_spec(spec: dict[str, Any]) -> None:
         for panel in panels:
             config = panel.get("config", {})
             title = config.get("chartTitle") or panel.get("viewType")
-            names = [*config.get("metrics", []), *config.get("mediaKeys", [])]
+            names = [*config.get("metrics", []), *config.get("mediaKeys", []), *_tables_of(config)]
             pattern, text = config.get("metricRegex"), config.get("value")
             if not (names or pattern or text):
                 raise UserError(f"dashboard: {section}: panel {title!r} shows nothing")
             for name in names:
-                if name not in (media if "mediaKeys" in config else metrics):
+                if name not in (metrics if "metrics" in config else media):
                     raise UserError(f"dashboard: {section}: panel {title!r}: nothing logs {name}")
             if pattern and not any(re.search(pattern, name) for name in metrics):
                 raise UserError(f"dashboard: {section}: panel {title!r}: no logged name matches {pattern}")
+
+
+def _tables_of(config: dict[str, Any]) -> list[str]:
+    """The logged tables that a panel of W&B's own query language shows."""
+    query = json.dumps(config.get("panel2Config", {}))
+    return re.findall(r'"key": {"nodeType": "const", "type": "string", "val": "(\w+)"', query)
 
 
 def sections_of(spec: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]]:

@@ -1,18 +1,31 @@
-"""Names that a run can log: those of hidden states from the code that makes them, on numbers without meaning."""
+"""Names that a run can log, from the code that makes them, on numbers and texts without meaning."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 
 from analysis.cosines import SIDES
 from analysis.hidden_states import SECTIONS
+from datamodules.oracle import PlantedOracle
+from datamodules.synthetic import SyntheticWorld
 from tiltmeter.batch import PROMPT, TokenizedPair
 from tiltmeter.capture import HiddenStates, ReadPoint
+from tiltmeter.generation import Completion
 from tiltmeter.geometry import VARIANTS
 from tiltmeter.layers import FINAL_POST_NORM, Unembedding, all_sites
 from tiltmeter.positions import Position
 from tiltmeter.preference_losses import PAIR_METRICS
 from tiltmeter.probe import PreferenceDirections
+from tiltmeter.scoring.degeneration import DegenerationScorer
+from tiltmeter.scoring.judge import Question, Reply
+from tiltmeter.scoring.judge_scorer import JudgeScorer
+from tiltmeter.scoring.overlap import OverlapScorer
+from tiltmeter.scoring.preference import preference_scores
+from tiltmeter.scoring.preference_probe import probe_figures
+from tiltmeter.scoring.scorer import SCORED_STEP, Sample, Scorer, as_metrics
+from tiltmeter.scoring.truthfulqa import FIGURES as TRUTHFULQA
+from tiltmeter.scoring.word_list import WordListToxicity
 from tiltmeter.watching import consistency_metrics, projection_metrics, spectral_metrics
 
 _SPLITS = ("train", "val")
@@ -47,12 +60,13 @@ def loggable_metrics() -> frozenset[str]:
             continue
         names |= set(spectral_metrics(base, policy, point, variants=VARIANTS))
         names |= set(consistency_metrics(base, policy, point, previous=torch.ones(_WIDTH)))
-    return frozenset(names)
+    return frozenset(names | _behaviour())
 
 
 def loggable_media() -> frozenset[str]:
     """Figures and histograms; of histograms those of the deepest site."""
-    return frozenset({f"figures/{name}" for name in SECTIONS} | {f"cosines/{side}/{FINAL_POST_NORM}" for side in SIDES})
+    figures = {f"figures/{name}" for name in SECTIONS} | {f"cosines/{side}/{FINAL_POST_NORM}" for side in SIDES}
+    return frozenset(figures | {"samples"})
 
 
 def _states(seed: int) -> dict[ReadPoint, HiddenStates]:
@@ -64,3 +78,38 @@ def _states(seed: int) -> dict[ReadPoint, HiddenStates]:
         for site in all_sites(_N_LAYERS)
         for position in positions
     }
+
+
+def _behaviour() -> set[str]:
+    """Figures of generated text by every scorer that a run may have, of what the model knows, and of what it prefers."""
+    said = Completion("Yes.", 1, is_cut=False)
+    samples = [Sample(str(i), "Why?", "So.", said, said, str(i), 0, {"situation": "why"}) for i in range(6)]
+    scorers: list[Scorer] = [
+        OverlapScorer(),
+        DegenerationScorer(),
+        WordListToxicity(),
+        PlantedOracle(SyntheticWorld(n_prompts=6)),
+        JudgeScorer(_Always(), evaluation_steps=["Read."]),
+    ]
+    figures = preference_scores([1.0], [0.0], beta=1.0, groups=["a"]).figures
+    for scorer in scorers:
+        scorer.start()
+        figures += scorer.score(samples).figures
+    for site in all_sites(_N_LAYERS):
+        rows = torch.randn(6, _WIDTH)
+        probe = probe_figures(rows, -rows, [s.group for s in samples], of="policy", where=site)
+        figures += [figure._replace(name=f"{figure.name}/{site}") for figure in probe]
+    known = [name + suffix for name, _ in TRUTHFULQA.values() for suffix in ("", "_zero_shot")]
+    names = {f"behaviour/{name}" for name in ["toxicity", "toxicity/base", *known]}
+    return names | set(as_metrics(figures)) | {SCORED_STEP}
+
+
+class _Always:
+    """A judge that likes everything."""
+
+    name = "anybody"
+
+    def start(self, *, want_probabilities: bool) -> None: ...
+
+    def ask(self, questions: Sequence[Question]) -> list[Reply]:
+        return [Reply(probabilities=dict.fromkeys(question.choices[:1], 1.0)) for question in questions]

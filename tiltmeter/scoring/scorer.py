@@ -70,10 +70,15 @@ class Scores:
 class Scorer(Protocol):
     """A scorer of samples. One that can't reach what it needs says so in :meth:`start`, before anything expensive."""
 
-    name: str
-    """As in :attr:`Figure.scorer`."""
-    is_slow: bool
-    """Whether it waits for something outside this process; then it is asked beside training, not in its way."""
+    @property
+    def name(self) -> str:
+        """As in :attr:`Figure.scorer`."""
+        ...
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether it waits for something outside this process; then it is asked beside training, not in its way."""
+        ...
 
     def start(self) -> None:
         """Load or reach what is needed. Raises UserError: a missing file, model, key or address, in one line."""
