@@ -28,7 +28,7 @@ from callbacks import gradient_geometry
 from launch.configuration import CONF
 from launch.metrics_csv import MetricsCSV
 from launch.parts import Parts, build_parts
-from launch.training import make_trainer
+from launch.training import make_trainer, watching_callbacks
 from lightning_modules.dpo import DPOModule
 from tiltmeter.probe import Probe
 
@@ -176,7 +176,7 @@ def work(settings: Message, channel: Channel) -> Message:
     parts.module.reference_cache_dir = Path(settled.folder) / "reference"
     metrics = Path(config.run_dir) / "metrics.csv"
     metrics.parent.mkdir()
-    trainer = make_trainer(config, [MetricsCSV(metrics)])
+    trainer = make_trainer(config, watching_callbacks(config), [MetricsCSV(metrics)])
     clock = time_callbacks(trainer.callbacks)  # type: ignore[attr-defined]
     turns = Turns(settled.turns, channel, synchronizer("cpu"))
     taking = TakeTurnsFromTheStart(turns)

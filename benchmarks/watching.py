@@ -2,7 +2,7 @@
 
     python benchmarks/watching.py [--quick]
 
-First whole runs of conf/experiment/tiny_hh.yaml with the default callbacks (conf/callbacks/geometry.yaml) and with none:
+First whole runs of conf/experiment/tiny_hh.yaml with the callbacks that watch hidden states (callbacks=geometry) and with none:
 every run is a process of its own, and the two of a round take turns of a few optimizer steps, so that a slow minute of
 the machine hits both. Then what one observation costs as it grows: prompts, layers and width, on synthetic rows.
 """

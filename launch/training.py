@@ -58,7 +58,7 @@ def _train(config: DictConfig, created: list[Path]) -> Path:
         check_same_run(checkpoint, config)
     run_dir = checkpoint.parent.parent if checkpoint else new_run_dir(root, config.name)
     config.run_dir = str(run_dir)
-    watching = [instantiate(node) for node in (config.callbacks or {}).values()]
+    watching = watching_callbacks(config)
     make_trainer(config, watching, [])  # options that only a trainer can judge, before a base is trained
     parts = build_parts(config)
     start_scorers(watching, parts.data.source)
@@ -123,8 +123,13 @@ def start_scorers(callbacks: Sequence[Callback], source: PreferenceSource) -> No
             callback.start()
 
 
+def watching_callbacks(config: DictConfig) -> list[Callback]:
+    """The callbacks that the configuration names."""
+    return [instantiate(node) for node in (config.callbacks or {}).values()]
+
+
 def make_trainer(config: DictConfig, watching: Sequence[Callback], loggers: list[Logger]) -> Trainer:
-    """The trainer of the run, with the callbacks of ``config.callbacks``."""
+    """The trainer of the run, with :func:`watching_callbacks` and those that every run has."""
     callbacks: list[Callback] = progress_callbacks(config, config.arm)
     if config.trainer.get("enable_checkpointing", True):
         callbacks += [instantiate(config.checkpoint), instantiate(config.last_checkpoint)]
