@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from hydra.utils import instantiate
@@ -32,6 +32,7 @@ from launch.screen import console, data_table, geometry_table, quiet_libraries, 
 from launch.wandb_logger import RunLogger, close_wandb, open_wandb
 from launch.wandb_media import WandbMedia
 from lightning_modules.dpo import DPOModule
+from tiltmeter.scoring.judge_scorer import JudgeScorer
 
 
 def train(config: DictConfig) -> Path:
@@ -61,7 +62,8 @@ def _train(config: DictConfig, created: list[Path]) -> Path:
     watching = watching_callbacks(config)
     make_trainer(config, watching, [])  # options that only a trainer can judge, before a base is trained
     parts = build_parts(config)
-    start_scorers(watching, parts.data.source)
+    for line in start_scorers(watching, parts.data.source):
+        screen.print(line, soft_wrap=True)
     screen.print(data_table(parts.data, parts.data.labels))
     if config.base is not None:
         parts.model, line = find_or_train_base(config, parts.model, parts.tokenizer, parts.data)
@@ -114,13 +116,21 @@ def _open_loggers(config: DictConfig, run_dir: Path, parts: Parts, checkpoint: P
     return loggers + ([wandb_logger] if wandb_logger is not None else []), line
 
 
-def start_scorers(callbacks: Sequence[Callback], source: PreferenceSource) -> None:
-    """Let scorers of generated text load or reach what they need, before anything that takes long. Raises UserError."""
+def start_scorers(callbacks: Sequence[Callback], source: PreferenceSource) -> Iterator[str]:
+    """Let scorers load or reach what they need, before anything that takes long; yields what a judge will be asked.
+
+    Raises:
+        UserError: something is missing.
+    """
     for callback in callbacks if is_first_process() else ():
-        if isinstance(callback, GenerationMetrics):
-            callback.scoring.start(source)
-        elif isinstance(callback, TruthfulQAMetrics):
+        if isinstance(callback, TruthfulQAMetrics):
             callback.start()
+        elif isinstance(callback, GenerationMetrics):
+            callback.scoring.start(source)
+            for judge in callback.scoring.scorers.values():
+                if isinstance(judge, JudgeScorer):
+                    n = judge.questions_per_sample * callback.n_prompts * callback.decoding.n_samples
+                    yield f"Judge: {judge.name}; about {n} questions each time, fewer where answers are equal or known"
 
 
 def watching_callbacks(config: DictConfig) -> list[Callback]:

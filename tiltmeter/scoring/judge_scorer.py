@@ -42,7 +42,7 @@ class JudgeScorer:
         evaluation_steps: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
         seed: int = 0,
     ) -> None:
-        rated = GEvalScorer(
+        self._rated = GEvalScorer(
             judge,
             criteria=criteria,
             score_mode=score_mode,
@@ -52,11 +52,11 @@ class JudgeScorer:
             evaluation_steps=evaluation_steps,
             seed=seed,
         )
-        self._scorers: list[GEvalScorer | WinRateScorer] = [rated]
+        self._compared: WinRateScorer | None = None
         if against:
-            first, meaning = next(iter(rated.criteria.items()))
+            first, meaning = next(iter(self._rated.criteria.items()))
             in_words = preset == "hh_dpo" or score_mode != "logprob"
-            compared = WinRateScorer(
+            self._compared = WinRateScorer(
                 judge,
                 against=against,
                 preset=preset,
@@ -64,20 +64,24 @@ class JudgeScorer:
                 verdict_mode="text" if in_words else "logprob",
                 seed=seed,
             )
-            self._scorers.append(compared)
-        self.name = rated.name
-        self.is_slow = rated.is_slow
+        self.name = self._rated.name
+        self.is_slow = self._rated.is_slow
+
+    @property
+    def questions_per_sample(self) -> int:
+        """Questions that a sample takes: one a criterion and side, one an opponent and order; more only to ask once again."""
+        opponents = self._compared.against if self._compared is not None else ()
+        return 2 * len(self._rated.criteria) + 2 * len(opponents)
 
     def start(self) -> None:
-        """Check the judge for both. Raises UserError."""
-        for scorer in self._scorers:
-            scorer.start()
+        """Check that the judge can do what scores need, which is all that comparisons need. Raises UserError."""
+        self._rated.start()
 
     def score(self, samples: Sequence[Sample]) -> Scores:
         """Rate and compare."""
-        whole = Scores()
-        for scorer in self._scorers:
-            scores = scorer.score(samples)
-            whole.figures.extend(scores.figures)
-            whole.columns.update(scores.columns)
+        whole = self._rated.score(samples)
+        if self._compared is not None:
+            compared = self._compared.score(samples)
+            whole.figures.extend(compared.figures)
+            whole.columns.update(compared.columns)
         return whole
