@@ -6,6 +6,7 @@ numbers stay untouched, and two models that agree say the same, so that differen
 """
 
 import hashlib
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -33,7 +34,7 @@ class Completion:
     text: str
     """Decoded without special tokens."""
     n_tokens: int
-    """Tokens generated, the end-of-sequence token not counted."""
+    """Tokens generated, the end-of-sequence token not counted; those that complete a stop text are."""
     is_cut: bool
     """Whether it was cut at the token limit, before the model ended it."""
     ids: tuple[int, ...] = field(default=(), repr=False, compare=False)
@@ -55,6 +56,7 @@ class Decoding:
         top_p: share of probability that tokens are drawn from, the likeliest first.
         n_samples: completions of each prompt.
         seed: of the random streams.
+        stop: texts that end a completion, and are no part of it: where the other speaker's turn would begin in a transcript.
 
     Raises:
         UserError: a value out of range, or several samples that would all be the same.
@@ -65,9 +67,13 @@ class Decoding:
     top_p: float = 1.0
     n_samples: int = 1
     seed: int = 0
+    stop: Sequence[str] = ("\n\nHuman:",)
 
     def __post_init__(self) -> None:
         """Check the options against each other."""
+        object.__setattr__(self, "stop", tuple(self.stop))
+        if "" in self.stop:
+            raise UserError("decoding.stop: expected texts, got an empty one, which would end everything at once")
         for name, least in (("max_new_tokens", 1), ("n_samples", 1), ("seed", 0), ("temperature", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"decoding.{name}: expected at least {least}, got {getattr(self, name)}")
@@ -84,12 +90,13 @@ def as_words(decoding: Decoding) -> str:
     """How completions were drawn, for people.
 
     >>> as_words(Decoding(max_new_tokens=20, temperature=1.0, top_p=0.9, n_samples=5))
-    'temperature 1, top-p 0.9, 5 each, at most 20 tokens'
+    'temperature 1, top-p 0.9, 5 each, at most 20 tokens, up to “Human:”'
     """
     parts = [f"temperature {decoding.temperature:g}" if decoding.temperature else "the likeliest token each time"]
     parts += [f"top-p {decoding.top_p:g}"] * (decoding.top_p < 1)
     parts += [f"{decoding.n_samples} each"] * (decoding.n_samples > 1)
-    return ", ".join([*parts, f"at most {decoding.max_new_tokens} tokens"])
+    parts += [f"at most {decoding.max_new_tokens} tokens", *(f"up to “{text.strip()}”" for text in decoding.stop)]
+    return ", ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -190,7 +197,7 @@ def _complete(
             isinstance(p, DTensor) for p in model.parameters()
         ),  # sharded: all processes step equally often
     )
-    return [_read(row, ends, tokenizer) for row in rows[:, width:].tolist()]
+    return [_read(row, ends, tokenizer, decoding.stop) for row in rows[:, width:].tolist()]
 
 
 class _NoNaN(LogitsProcessor):
@@ -261,10 +268,19 @@ def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list
     return list(dict.fromkeys([tokenizer.eos_token_id, *named]))
 
 
-def _read(ids: list[int], ends: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Completion:
+def _read(ids: list[int], ends: Sequence[int], tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> Completion:
     n = next((at for at, token in enumerate(ids) if token in ends), len(ids))
-    text = str(tokenizer.decode(ids[:n], skip_special_tokens=True))
-    return Completion(text, n, is_cut=n == len(ids), ids=tuple(ids[: n + 1]))
+    said = str(tokenizer.decode(ids[:n], skip_special_tokens=True))
+    found = [at for at in (said.find(text) for text in stop) if at >= 0]
+    if not found:
+        return Completion(said, n, is_cut=n == len(ids), ids=tuple(ids[: n + 1]))
+
+    def has_stopped(m: int) -> bool:
+        so_far = str(tokenizer.decode(ids[:m], skip_special_tokens=True))
+        return any(text in so_far for text in stop)
+
+    n = 1 + bisect_left(range(1, n + 1), True, key=has_stopped)
+    return Completion(said[: min(found)], n, is_cut=False, ids=tuple(ids[:n]))
 
 
 def _cut_left(ids: list[int], room: int | None, bos: int | None) -> list[int]:

@@ -127,6 +127,24 @@ def test_fillers_add_batches_and_nothing_else() -> None:
     assert say(model, [], Decoding(max_new_tokens=4), n_batches=1) == []
 
 
+def test_a_stop_text_ends_a_completion_and_is_no_part_of_it() -> None:
+    model, prompts = make_model("llama", torch.float64), make_prompts()
+    plain = [said[0] for said in say(model, prompts, Decoding(max_new_tokens=8, temperature=1.0))]
+    for prompt_index, whole in enumerate(plain):
+        words = whole.text.split()
+        if len(words) < 6 or len(set(words)) < len(words):
+            continue
+        stop = [f"{words[3]} {words[4]}", "never said"]
+        decoding = Decoding(max_new_tokens=8, temperature=1.0, stop=stop)
+        stopped = say(model, prompts, decoding)[prompt_index][0]
+        assert stopped.text == " ".join(words[:3]) + " "
+        assert not stopped.is_cut
+        assert stopped.ids == whole.ids[: stopped.n_tokens]
+        assert stopped.ids[-1] == int(words[4])
+        return
+    raise AssertionError("no completion of six different words to test with")
+
+
 def test_nan_is_refused_and_not_spoken() -> None:
     model = make_model("gemma2", torch.float64, "eager")  # padded rows overflow in its float32 softmax
     with pytest.raises(UserError, match="NaN"):
@@ -150,6 +168,7 @@ def test_a_long_prompt_loses_its_beginning_but_not_its_bos() -> None:
         ({"temperature": -1.0}, "temperature"),
         ({"top_p": 0.0, "temperature": 1.0}, "top_p"),
         ({"n_samples": 2}, "temperature=0"),
+        ({"stop": [""]}, "stop"),
         ({"top_p": 0.9}, "temperature=0"),
     ],
 )
