@@ -1,6 +1,7 @@
 """GenerationMetrics: base and policy complete the same held-out prompts, and scorers say what changed."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -8,7 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from callbacks.completions import gather_completions, prompts_of
 from callbacks.observation import data_of
 from callbacks.schedule import Scheduled
-from callbacks.scoring import Scoring
+from callbacks.scoring import Scoring, forget_steps_ahead
 from tiltmeter.errors import UserError
 from tiltmeter.generation import Completion, Decoding
 from tiltmeter.scoring.behaviour import Completions, pair_up
@@ -43,6 +44,7 @@ class GenerationMetrics(Scheduled):
         self.decoding, self.n_prompts, self.wait_seconds = decoding or Decoding(), n_prompts, wait_seconds
         self.scoring = Scoring({name: scorer for name, scorer in scorers.items() if scorer is not None})
         self._base: Completions = {}
+        self._decoded: dict[str, Any] = asdict(self.decoding)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: D102
         if trainer.is_global_zero:
@@ -57,14 +59,14 @@ class GenerationMetrics(Scheduled):
             self.scoring.score(trainer, pair_up(prompts, self._base, said))
 
     def on_resume(self, trainer: Trainer, module: LightningModule) -> None:
-        """The base model's completions come from the checkpoint."""
-        if not self._base:
+        """The base model's completions come from the checkpoint: of these prompts, drawn as the policy's will be."""
+        asked = prompts_of(data_of(trainer), self.n_prompts)
+        if self._decoded != asdict(self.decoding) or not self._base.keys() >= {prompt.pair_id for prompt in asked}:
             raise UserError(
-                "callbacks: this checkpoint holds no completions of the base model to compare with; resume with the callbacks "
-                "that the run was started with, or with callbacks=none"
+                "callbacks: this checkpoint holds no completions of the base model to compare with, of as many prompts and by "
+                "the same decoding; resume with the callbacks that the run was started with, or with callbacks=none"
             )
-        if trainer.is_global_zero:
-            self.scoring.forget_after(trainer)
+        forget_steps_ahead(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:  # noqa: D102
         super().on_train_batch_end(trainer, *args, **kwargs)
@@ -74,7 +76,10 @@ class GenerationMetrics(Scheduled):
         self.scoring.finish(trainer, wait_seconds=self.wait_seconds)
 
     def state_dict(self) -> dict[str, Any]:  # noqa: D102
-        return {"base": {key: [[c.text, c.n_tokens, c.is_cut] for c in said] for key, said in self._base.items()}}
+        return {"decoding": self._decoded} | {
+            "base": {key: [[c.text, c.n_tokens, c.is_cut] for c in said] for key, said in self._base.items()}
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: D102
+        self._decoded = state_dict["decoding"]
         self._base = {key: [Completion(*c) for c in said] for key, said in state_dict["base"].items()}

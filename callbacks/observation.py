@@ -142,11 +142,10 @@ class ProbeSession:
 _SESSIONS: WeakKeyDictionary[Trainer, ProbeSession] = WeakKeyDictionary()
 
 
-def report_failed_write(path: Path, error: OSError, trainer: Trainer) -> None:
-    """A file that could not be written is an alarm, and no reason to stop training."""
-    warnings.warn(
-        f"{path}: could not be written ({error.strerror or error}); training goes on without it", stacklevel=2
-    )
+def report_failed_write(path: Path, error: OSError | UserError, trainer: Trainer) -> None:
+    """A file that could not be written, or that somebody damaged, is an alarm, and no reason to stop training."""
+    reason = getattr(error, "strerror", None) or error
+    warnings.warn(f"{path}: could not be written ({reason}); training goes on without it", stacklevel=2)
     log(trainer, {"alarm/snapshot": 1.0})
 
 

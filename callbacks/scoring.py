@@ -9,6 +9,7 @@ from lightning.pytorch import Trainer
 from callbacks.observation import log, report_failed_write
 from datamodules.oracle import PlantedOracle
 from datamodules.records import PreferenceSource
+from tiltmeter.errors import UserError
 from tiltmeter.scoring.behaviour import Scored, ScoringBeside, score_all
 from tiltmeter.scoring.behaviour_table import BehaviourTables
 from tiltmeter.scoring.scorer import SCORED_STEP, Figure, Sample, Scorer, Scores, as_metrics
@@ -58,10 +59,6 @@ class Scoring:
             )
         self.collect(trainer)
 
-    def forget_after(self, trainer: Trainer) -> None:
-        """Drop what was scored at steps that will be taken again."""
-        tables_of(trainer).forget_after(trainer.global_step)
-
     def _record(self, trainer: Trainer, scored: Scored) -> None:
         _keep(trainer, scored)
         log(trainer, as_metrics(scored.scores.figures) | {SCORED_STEP: scored.step})
@@ -73,14 +70,19 @@ def record_figures(trainer: Trainer, figures: list[Figure]) -> None:
     log(trainer, as_metrics(figures))
 
 
-def tables_of(trainer: Trainer) -> BehaviourTables:
-    """The tables of a run's report."""
+def forget_steps_ahead(trainer: Trainer) -> None:
+    """Drop what was scored at steps that a resumed run will take again."""
+    if trainer.is_global_zero:
+        _tables_of(trainer).forget_after(trainer.global_step)
+
+
+def _tables_of(trainer: Trainer) -> BehaviourTables:
     return BehaviourTables(Path(trainer.default_root_dir) / "report" / "tables")
 
 
 def _keep(trainer: Trainer, scored: Scored) -> None:
-    tables = tables_of(trainer)
+    tables = _tables_of(trainer)
     try:
         tables.add(scored.step, scored.epoch, scored.samples, scored.scores)
-    except OSError as error:
+    except (OSError, UserError) as error:
         report_failed_write(tables.folder, error, trainer)

@@ -57,8 +57,8 @@ def write_results(run_dir: Path, parts: Parts) -> None:
         write_text(run_dir / "held_out.csv", _held_out_table(parts, parts.module.validation_table))
 
 
-def result_rows(parts: Parts, trainer: Trainer, seconds: float) -> list[tuple[str, str]]:
-    """Figures of the closing table: name and value."""
+def result_rows(run_dir: Path, parts: Parts, trainer: Trainer, seconds: float) -> list[tuple[str, str]]:
+    """Figures of the closing table: name and value; on the first process, whose folder has them all."""
     known = {name: float(value) for name, value in trainer.callback_metrics.items()}
     module = parts.module
     rows = [("optimizer steps", f"{trainer.global_step} in {seconds:.0f} s, reference and validation included")]
@@ -70,7 +70,8 @@ def result_rows(parts: Parts, trainer: Trainer, seconds: float) -> list[tuple[st
         when = "" if module.validated_at_step == trainer.global_step else f", after step {module.validated_at_step}"
         text = f"{interval.value:.3f}  (95 % CI {interval.low:.3f} … {interval.high:.3f}, {len(scored)} pairs{when})"
         rows.append(("held-out preference accuracy", text))
-    rows += behaviour_lines(read_table(Path(trainer.default_root_dir) / "report" / "tables" / FIGURES))
+    behaviour = read_table(run_dir / "report" / "tables" / FIGURES)
+    rows += [] if behaviour.empty else behaviour_lines(behaviour)
     if module.seconds_trained:
         rows.append(("throughput", f"{module.pairs_trained / module.seconds_trained:.1f} pairs/s in training steps"))
     if torch.cuda.is_available():

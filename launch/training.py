@@ -92,9 +92,10 @@ def _train(config: DictConfig, created: list[Path]) -> Path:
     for logger in loggers:
         if isinstance(logger, RunLogger):
             close_wandb(logger)
-    screen.print(result_table(result_rows(parts, trainer, seconds)))
-    if trainer.is_global_zero and (geometry := geometry_of(run_dir)):
-        screen.print(geometry_table(geometry))
+    if trainer.is_global_zero:
+        screen.print(result_table(result_rows(run_dir, parts, trainer, seconds)))
+        if geometry := geometry_of(run_dir):
+            screen.print(geometry_table(geometry))
     screen.print(f"Run: {run_dir}\nNext: python analyze.py run={run_dir}", soft_wrap=True)
     return run_dir
 

@@ -19,24 +19,15 @@ from callbacks.spectral_entropy import SpectralEntropy
 from callbacks.training_alarms import TrainingAlarms
 from datamodules.preference import PreferenceDataModule
 from lightning_modules.base import LogProbModule
-from lightning_modules.dpo import DPOModule
 from lightning_modules.sft import SFTModule
 from tests.callbacks.memory_logger import MemoryLogger
+from tests.callbacks.watched import dpo, probe_data, watch
 from tests.tiny_models import fit, lightning_warnings, make_data
 from tiltmeter.errors import UserError
 from tiltmeter.snapshots import SnapshotReader
 
 pytestmark = lightning_warnings
 SITES = ("layer_00", "final_pre_norm", "final_post_norm")
-N_PROBE = 9
-
-
-def probe_data(**options: Any) -> PreferenceDataModule:
-    return make_data(12 + N_PROBE, **({"pairs_per_step": 4, "probe_pairs": N_PROBE} | options))
-
-
-def dpo(**options: Any) -> DPOModule:
-    return DPOModule(**({"learning_rate": 3e-3, "warmup_share": 0.0} | options))
 
 
 def everything(**options: Any) -> list[Callback]:
@@ -47,20 +38,6 @@ def everything(**options: Any) -> list[Callback]:
         DirectionalConsistency(**options),
     ]
     return [*observers, GradientGeometry(every_n_steps=2), TrainingAlarms(window=2)]
-
-
-def watch(
-    folder: Path,
-    callbacks: list[Callback],
-    *,
-    module: LogProbModule | None = None,
-    data: PreferenceDataModule | None = None,
-    **options: Any,
-) -> tuple[MemoryLogger, LogProbModule, PreferenceDataModule]:
-    logger, module, data = MemoryLogger(), module or dpo(), data or probe_data()
-    options = {"callbacks": callbacks, "logger": logger, "default_root_dir": folder, "log_every_n_steps": 1} | options
-    fit(module, data, family="llama", dtype="float32", **options)
-    return logger, module, data
 
 
 @pytest.fixture(scope="module")
