@@ -9,6 +9,7 @@ from hydra.utils import instantiate
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers.logger import Logger
 from omegaconf import DictConfig, OmegaConf
+from rich.table import Table
 
 from callbacks.generation_metrics import GenerationMetrics
 from callbacks.truthfulqa_metrics import TruthfulQAMetrics
@@ -17,7 +18,7 @@ from launch.base_model import find_or_train_base, progress_callbacks
 from launch.command import one_line_errors
 from launch.metrics_csv import MetricsCSV
 from launch.parts import Parts, build_parts, check_options
-from launch.results import geometry_of, provenance, result_rows, write_results
+from launch.results import behaviour_of, geometry_of, provenance, result_rows, write_results
 from launch.run_folder import (
     check_same_run,
     checkpoint_step,
@@ -28,7 +29,7 @@ from launch.run_folder import (
     new_run_dir,
     write_config,
 )
-from launch.screen import console, data_table, geometry_table, quiet_libraries, result_table
+from launch.screen import behaviour_table, console, data_table, geometry_table, quiet_libraries, result_table
 from launch.wandb_logger import RunLogger, close_wandb, open_wandb
 from launch.wandb_media import WandbMedia
 from lightning_modules.dpo import DPOModule
@@ -92,12 +93,19 @@ def _train(config: DictConfig, created: list[Path]) -> Path:
     for logger in loggers:
         if isinstance(logger, RunLogger):
             close_wandb(logger)
-    if trainer.is_global_zero:
-        screen.print(result_table(result_rows(run_dir, parts, trainer, seconds)))
-        if geometry := geometry_of(run_dir):
-            screen.print(geometry_table(geometry))
+    for table in closing_tables(run_dir, parts, trainer, seconds) if trainer.is_global_zero else ():
+        screen.print(table)
     screen.print(f"Run: {run_dir}\nNext: python analyze.py run={run_dir}", soft_wrap=True)
     return run_dir
+
+
+def closing_tables(run_dir: Path, parts: Parts, trainer: Trainer, seconds: float) -> Iterator[Table]:
+    """What a person sees at the end: figures of training, what the model says, what hidden states did."""
+    yield result_table(result_rows(parts, trainer, seconds))
+    if behaviour := behaviour_of(run_dir):
+        yield behaviour_table(behaviour)
+    if geometry := geometry_of(run_dir):
+        yield geometry_table(geometry)
 
 
 def _keep(run_dir: Path, parts: Parts, trainer: Trainer) -> None:
