@@ -58,7 +58,7 @@ def checkpoints_of_run(run: Run, *, dtype: str = "float32", device: Device = Non
     opened = _open(base, str(run.aligned), dtype, device, revision)
     check_ids(pairs, opened[0].model, run.folder / PROMPTS_FILE)
     beta = run.setting("module.beta")
-    beta = float(beta) if isinstance(beta, int | float) and beta > 0 else USUAL_BETA
+    beta = float(beta) if type(beta) in (int, float) and beta > 0 else USUAL_BETA
     return Checkpoints(*opened, pairs, _world_of(run), beta)
 
 

@@ -36,7 +36,7 @@ def load_model(
         raise UserError(f"{where}: its tokenizer has more tokens than its model; restore the run's own files")
     try:
         return LoadedModel(model.eval().to(device), tokenizer)
-    except (RuntimeError, AssertionError) as error:  # PyTorch asserts that it was built for a device
+    except (RuntimeError, AssertionError, ImportError) as error:  # as PyTorch refuses devices that it wasn't built for
         reason = " ".join(str(error).split())[:120]
         raise UserError(
             f"behaviour.device={device}: this model can't be moved there ({reason}); try cpu, or leave it out"

@@ -136,7 +136,7 @@ def test_the_number_of_prompts_is_that_of_the_completions(make_run: MakeRun) -> 
     BehaviourTables(folder / "report" / "tables").add(10, 0, samples, Scores([*planted.look(0.75, 0.1), pairs]))
     found = behaviour_of_run(open_run(folder))
     assert found.reading[0] == (
-        "Both models complete the same 3 prompts (temperature 0.5, 2 each, at most 96 tokens), with the same random numbers."
+        "Both models complete the same 3 prompts (temperature 0.5, 2 each, at most 96 tokens, up to “Human:”), with the same random numbers."
     )
 
 
