@@ -13,7 +13,7 @@ from datamodules.prompts import PromptFile
 from datamodules.records import LoadReport, PreferencePair, PreferenceSource
 from datamodules.splits import with_clean_label
 from datamodules.synthetic import SyntheticWorld
-from datamodules.tokenization import PairTokenizer, SegmentEncoder, TextFormat
+from datamodules.tokenization import PairTokenizer, SegmentEncoder, TextFormat, TokenizationReport
 from tiltmeter.errors import UserError
 from tiltmeter.models import DTYPES
 from tiltmeter.scoring.behaviour import Prompt
@@ -21,6 +21,8 @@ from tiltmeter.scoring.behaviour import Prompt
 Device = str | None
 USUAL_BETA = 0.1
 """Where it is not known with which β a model was trained; it only scales margins."""
+_LEAST_LENGTH = 8
+"""As :class:`~datamodules.tokenization.PairTokenizer` takes it."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def checkpoints_of_run(run: Run, *, dtype: str = "float32", device: Device = Non
     opened = _open(base, str(run.aligned), dtype, device, revision)
     check_ids(pairs, opened[0].model, run.folder / PROMPTS_FILE)
     beta = run.setting("module.beta")
-    beta = float(beta) if isinstance(beta, int | float) and beta > 0 else USUAL_BETA
+    beta = float(beta) if type(beta) in (int, float) and beta > 0 else USUAL_BETA
     return Checkpoints(*opened, pairs, _world_of(run), beta)
 
 
@@ -67,7 +69,7 @@ class HeldOutPairs:
 
     Args:
         n_pairs: so many at most.
-        max_length, text_format: see :class:`~datamodules.tokenization.PairTokenizer`.
+        max_length, text_format: see :class:`~datamodules.tokenization.PairTokenizer`; never longer than the model has positions.
         seed: of the draw.
 
     Raises:
@@ -77,14 +79,17 @@ class HeldOutPairs:
     def __init__(
         self, *, n_pairs: int = 256, max_length: int = 1024, text_format: TextFormat = "transcript", seed: int = 0
     ) -> None:
-        if n_pairs < 1 or seed < 0:
-            raise UserError(f"pairs: expected n_pairs of at least 1 and a seed from 0, got {n_pairs} and {seed}")
+        if n_pairs < 1 or seed < 0 or max_length < _LEAST_LENGTH:
+            raise UserError(
+                f"pairs: expected n_pairs of at least 1, a seed from 0 and max_length from {_LEAST_LENGTH}, got {n_pairs}, {seed} "
+                f"and {max_length}"
+            )
         self.n_pairs, self.max_length, self.text_format, self.seed = n_pairs, max_length, text_format, seed
 
     def ask(
         self, base: str, aligned: str, source: PreferenceSource, *, dtype: str = "float32", device: Device = None
-    ) -> tuple[Checkpoints, list[LoadReport]]:
-        """Open two checkpoints, folders or hub ids, and draw the pairs.
+    ) -> tuple[Checkpoints, list[LoadReport], TokenizationReport]:
+        """Open two checkpoints, folders or hub ids, and draw the pairs; with what was read, and what encoding cut or dropped.
 
         Raises:
             UserError: a model that can't be opened, two tokenizers, or no pairs.
@@ -94,10 +99,14 @@ class HeldOutPairs:
             raise UserError("data: no preference pair is left after filtering")
         opened = _open(base, aligned, dtype, device)
         limit = getattr(opened[0].model.config, "max_position_embeddings", None) or self.max_length
-        encode = PairTokenizer(opened[0].tokenizer, min(self.max_length, limit), text_format=self.text_format)
-        kept, ids, _ = encode([with_clean_label(r) for r in _one_a_prompt(records, self.n_pairs, self.seed)])
+        drawn = [with_clean_label(record) for record in _one_a_prompt(records, self.n_pairs, self.seed)]
+        try:
+            encode = PairTokenizer(opened[0].tokenizer, min(self.max_length, limit), text_format=self.text_format)
+            kept, ids, cuts = encode(drawn)
+        except UserError as error:  # the options have another name here
+            raise UserError(str(error).replace("datamodule.", "pairs.")) from error
         pairs = [ProbePair.of(record, tokens) for record, tokens in zip(kept, ids, strict=True)]
-        return Checkpoints(*opened, pairs, source if isinstance(source, SyntheticWorld) else None), reports
+        return Checkpoints(*opened, pairs, source if isinstance(source, SyntheticWorld) else None), reports, cuts
 
 
 def prompts_of_file(path: str, n_prompts: int | None, opened: LoadedModel) -> list[Prompt]:
@@ -121,8 +130,6 @@ def _one_a_prompt(records: Sequence[PreferencePair], n: int, seed: int) -> list[
 def _open(
     base: str, aligned: str, dtype: str, device: Device, base_revision: str | None = None
 ) -> tuple[LoadedModel, LoadedModel]:
-    if dtype not in DTYPES:
-        raise UserError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype}")
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     opened = [
         load_model(name, revision=revision, dtype=DTYPES[dtype], device=where)
@@ -140,5 +147,5 @@ def _world_of(run: Run) -> SyntheticWorld | None:
     options = {name: value for name, value in run.node("data").items() if name != "_target_"}
     try:
         return SyntheticWorld(**options)
-    except TypeError as error:
+    except (TypeError, UserError) as error:
         raise UserError(f"{run.folder / 'config.yaml'}: data: {error}; restore the run's own file") from error

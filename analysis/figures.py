@@ -51,6 +51,7 @@ STYLE: Mapping[str, Any] = {
     "xtick.major.width": 0.6,
     "ytick.major.width": 0.0,
     "figure.facecolor": "white",
+    "text.parse_math": False,  # names of figures may hold anything
     "pdf.fonttype": 42,
 }
 WIDTH_CM = 8.0
@@ -87,13 +88,15 @@ def house_style() -> Any:
 
 
 def set_titles(figure: Figure, axes: Sequence[Axes], sentences: Sequence[str]) -> None:
-    """Each panel's message, flush with the figure's left edge and broken to its width."""
+    """Each panel's message, flush with the figure's left edge and broken to its width; the last thing done to a figure."""
     wrapped = [textwrap.fill(sentence, _TITLE_CHARACTERS) for sentence in sentences]
-    titles = [panel.set_title(text, linespacing=1.25) for panel, text in zip(axes, wrapped, strict=True)]
-    figure.draw_without_rendering()  # the layout decides where the axes begin
-    for panel, title in zip(axes, titles, strict=True):
+    for panel, text in zip(axes, wrapped, strict=True):
+        panel.set_title("\n".join("x" for _ in text.splitlines()), linespacing=1.25)
+    figure.draw_without_rendering()  # the layout makes room for the lines, but for no title that is wider than its axes
+    figure.set_layout_engine("none")
+    for panel, text in zip(axes, wrapped, strict=True):
         box = panel.get_position()
-        title.set_x((0.01 - box.x0) / box.width)
+        panel.set_title(text, linespacing=1.25, x=(0.01 - box.x0) / box.width)
 
 
 def mark_level(axes: Axes, y: float) -> None:
@@ -129,6 +132,8 @@ def spread(heights: Sequence[float], *, gap: float) -> list[float]:
     >>> [round(y, 2) for y in spread([0.50, 0.52, 0.9], gap=0.1)]
     [0.46, 0.56, 0.9]
     """
+    if not heights:
+        return []
     order = np.argsort(heights, kind="stable")
     steps = gap * np.arange(len(order))
     free = isotonic_regression(np.asarray(heights)[order] - steps).x  # least squares under "above stays above"

@@ -34,7 +34,13 @@ def load_model(
     model = _or_user_error(where, lambda: AutoModelForCausalLM.from_pretrained(where, **options, **safe))
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         raise UserError(f"{where}: its tokenizer has more tokens than its model; restore the run's own files")
-    return LoadedModel(model.eval().to(device), tokenizer)
+    try:
+        return LoadedModel(model.eval().to(device), tokenizer)
+    except (RuntimeError, AssertionError, ImportError) as error:  # as PyTorch refuses devices that it wasn't built for
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(
+            f"behaviour.device={device}: this model can't be moved there ({reason}); try cpu, or leave it out"
+        ) from error
 
 
 def _or_user_error(where: str | Path, load: Callable[[], Any]) -> Any:

@@ -8,6 +8,7 @@ from torch import Tensor
 from analysis.checkpoints import Checkpoints
 from analysis.models import LoadedModel
 from tiltmeter.batch import CHOSEN, TokenizedPair, collate_pairs
+from tiltmeter.generation import Decoding, fit_prompt
 from tiltmeter.log_probs import sequence_log_probs
 from tiltmeter.positions import Position
 from tiltmeter.probe import Probe, read_points
@@ -34,9 +35,15 @@ def preference_figures(checkpoints: Checkpoints, *, beta: float) -> list[Figure]
     return preference_scores(chosen, rejected, beta=beta, groups=groups, sources=sources).figures
 
 
-def kl_of_samples(checkpoints: Checkpoints, asked: Sequence[Prompt], samples: Sequence[Sample]) -> list[Figure]:
-    """log π − log π₀ of the aligned model's own completions, a completion and a token."""
-    prompts = {prompt.pair_id: prompt.ids for prompt in asked}
+def kl_of_samples(
+    checkpoints: Checkpoints, asked: Sequence[Prompt], samples: Sequence[Sample], decoding: Decoding
+) -> list[Figure]:
+    """log π − log π₀ of the aligned model's own completions, a completion and a token.
+
+    Both are of the tokens that the aligned model continued: a prompt that left no room was cut.
+    """
+    aligned_model = checkpoints.aligned.model, checkpoints.aligned.tokenizer
+    prompts = {prompt.pair_id: fit_prompt(prompt.ids, *aligned_model, decoding) for prompt in asked}
     said = [sample for sample in samples if sample.policy.ids]
     if not said:
         return []

@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from analysis.figures import save_figure
-from analysis.samples import MAX_NEW_TOKENS, Samples
+from analysis.samples import Samples
 from analysis.subject import Subject
 from tiltmeter.errors import UserError
 from tiltmeter.files import write_text
@@ -42,7 +42,9 @@ class Section:
         table: the numbers drawn.
         reading: how to read the figure.
         headlines: numbers for the first screen.
-        shown: a small table for the page, as text; None: the files have the numbers.
+        shown: a table for the page, as text; None: the files have the numbers.
+        caption: what that table holds.
+        notes: what numbers in its last column stand for, from 1.
         more_tables: name → further tables for report/tables/.
     """
 
@@ -54,6 +56,8 @@ class Section:
     reading: Sequence[str]
     headlines: Sequence[Headline]
     shown: pd.DataFrame | None = None
+    caption: str = "The numbers by site, as last observed"
+    notes: Sequence[str] = ()
     more_tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
 
 
@@ -93,7 +97,6 @@ def render_page(subject: Subject, sections: Sequence[Section], samples: Samples,
         sections=list(shown),
         missing=_missing(sections),
         samples=samples,
-        max_new_tokens=MAX_NEW_TOKENS,
         command=subject.command,
     )
 

@@ -9,11 +9,11 @@ from typing import NamedTuple
 from analysis.models import load_model
 from analysis.probe_pairs import PROMPTS_FILE, ProbePair, check_ids, read_probe_pairs
 from analysis.runs import Run
-from tiltmeter.generation import Completion, Decoding, generate
+from tiltmeter.generation import Completion, Decoding, as_words, generate
 from tiltmeter.scoring.scorer import Sample as ScoredSample
 
 N_PROMPTS = 4
-MAX_NEW_TOKENS = 48
+_DECODING = Decoding(max_new_tokens=48)
 _WEIGHT_BYTES = 4 * 2**30
 """Larger models are not sampled here: this runs on the CPU in float32."""
 _SHARED_WORDS = 3
@@ -50,10 +50,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class Samples:
-    """Samples, or one sentence on why there are none."""
+    """Samples and how they came about, or one sentence on why there are none."""
 
     rows: Sequence[Sample]
     note: str = ""
+    how: str = ""
 
 
 def compare_samples(run: Run) -> Samples:
@@ -72,17 +73,23 @@ def compare_samples(run: Run) -> Samples:
         opened = load_model(folder)
         check_ids(pairs, opened.model, run.folder / PROMPTS_FILE)
         ids = [pair.ids.prompt_ids for pair in pairs]
-        said.append(generate(opened.model, opened.tokenizer, ids, Decoding(max_new_tokens=MAX_NEW_TOKENS)))
+        said.append(generate(opened.model, opened.tokenizer, ids, _DECODING))
     rows = [Sample(p, *_apart(b[0], a[0])) for p, b, a in zip(pairs, *said, strict=True)]
-    return Samples(rows)
+    return Samples(rows, how=f"The first {len(rows)} held-out probe prompts, not selected: {as_words(_DECODING)}.")
 
 
-def samples_of(pairs: Sequence[ProbePair], scored: Sequence[ScoredSample]) -> Samples:
-    """The first samples that were generated for scoring."""
+def samples_of(pairs: Sequence[ProbePair], scored: Sequence[ScoredSample], decoding: Decoding) -> Samples:
+    """The first completions, one a prompt, of those that were scored.
+
+    Args:
+        pairs: that may have been asked about.
+        decoding: how the completions were drawn.
+    """
     by_id = {pair.pair_id: pair for pair in pairs}
     shown = [s for s in scored if not s.index and s.pair_id in by_id][:N_PROMPTS]
     note = "" if shown else "The prompts are not those of the pairs; tables/behaviour_samples.csv has what was said."
-    return Samples([Sample(by_id[s.pair_id], *_apart(s.base, s.policy)) for s in shown], note)
+    how = f"The first {len(shown)} of the prompts above, not selected, as scored: {as_words(decoding)}."
+    return Samples([Sample(by_id[s.pair_id], *_apart(s.base, s.policy)) for s in shown], note, how)
 
 
 def _why_not(run: Run) -> str:

@@ -1,11 +1,15 @@
 """What a report is about: a run, or two checkpoints; its title, the facts of its first screen, and where it goes."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from analysis.checkpoints import Checkpoints
+from analysis.models import LoadedModel
 from analysis.runs import Run
 from datamodules.records import LoadReport
+from datamodules.tokenization import TokenizationReport
 
 _CONTROLS = {
     "shuffled": "a control: training labels reversed with probability ½, so held-out accuracy should stay near ½",
@@ -21,7 +25,7 @@ class Subject:
         kind: above the title.
         title: heading.
         facts: name and value, for the first screen.
-        origin: where the numbers come from, in one sentence.
+        origin: where the numbers come from, in one sentence that goes on behind their files.
         report: folder that it is written to.
         command: what makes it again, to which sections add ``analysis=NAME``.
     """
@@ -34,33 +38,58 @@ class Subject:
     command: str
 
 
-def subject_of_run(run: Run) -> Subject:
-    """That of a finished run."""
+def subject_of_run(run: Run, *, asked_with: Sequence[str] | None = None) -> Subject:
+    """That of a finished run.
+
+    Args:
+        asked_with: further words of the command that asked its models again; None: they were not asked.
+    """
     title = f"{run.setting('name') or run.folder.name}: {run.setting('arm') or 'one run'}, {run.n_steps} steps"
-    origin = (
-        "drawn from the metrics.csv of this one run and the tables and snapshots beside it. Held-out: pairs whose prompts were not "
-        "trained on."
-    )
-    command = f"python analyze.py run={run.folder}"
+    where = "drawn from the metrics.csv of this one run and the tables and snapshots beside it"
+    if asked_with is not None:
+        where = "of this run’s base and aligned model, asked again after training"
+    origin = f"{where}. Held-out: pairs whose prompts were not trained on."
+    command = shlex.join(["python", "analyze.py", f"run={run.folder}", *(asked_with or ())])
     return Subject("report of one run", title, _facts(run), origin, run.report, command)
 
 
 def subject_of_checkpoints(
-    base: str, aligned: str, data: str, reports: Sequence[LoadReport], n_pairs: int, report: Path
+    checkpoints: Checkpoints,
+    base: str,
+    aligned: str,
+    *,
+    reports: Sequence[LoadReport],
+    cuts: TokenizationReport,
+    options: Sequence[str],
+    report: Path,
 ) -> Subject:
     """That of two checkpoints which were not trained here.
 
     Args:
-        data: the choice of data on the command line.
+        base, aligned: as they were given.
         reports: what was read.
-        n_pairs: pairs that are asked about.
+        cuts: what encoding the pairs cut or dropped.
+        options: further words of the command.
     """
     read = "; ".join(f"{r.source} ({r.location}), {r.n_kept} of {r.n_rows} pairs" for r in reports)
-    facts = [("Base", base), ("Aligned", aligned), ("Data", read), ("Asked about", f"{n_pairs} pairs, one a prompt")]
-    facts.append(("Held out?", "not known: the aligned model may have been trained on these prompts"))
-    command = f"python analyze.py base={base} aligned={aligned} data={data}"
+    lost = [f"{n} {what}" for what, n in cuts.dropped.items()]
+    lost += [f"{n} {what} cut" for n, what in ((cuts.prompts_cut, "prompts"), (cuts.responses_cut, "responses")) if n]
+    facts = [
+        ("Base", base + _commit(checkpoints.base)),
+        ("Aligned", aligned + _commit(checkpoints.aligned)),
+        ("Data", read),
+        ("Asked about", "; ".join([f"{len(checkpoints.pairs)} pairs, one a prompt", *lost])),
+        ("Held out?", "not known: the aligned model may have been trained on these prompts"),
+    ]
+    command = shlex.join(["python", "analyze.py", f"base={base}", f"aligned={aligned}", *options])
     title = f"{Path(aligned).name} against {Path(base).name}"
     return Subject("report of two checkpoints", title, facts, "of these two checkpoints, asked now.", report, command)
+
+
+def _commit(opened: LoadedModel) -> str:
+    """The commit of a model from the hub; nothing for one from a folder."""
+    commit = getattr(opened.model.config, "_commit_hash", None)
+    return f" at {commit}" if commit else ""
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:

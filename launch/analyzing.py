@@ -1,31 +1,30 @@
 """From a composed configuration to a report, of a run or of any two checkpoints."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from analysis.behaviour import NAME as BEHAVIOUR
-from analysis.behaviour import Behaviour, behaviour_section
+from analysis.behaviour import Answers, Behaviour
 from analysis.behaviour_by_step import NAME as BEHAVIOUR_BY_STEP
 from analysis.behaviour_by_step import behaviour_by_step_section, behaviour_of_run
+from analysis.behaviour_section import NAME as BEHAVIOUR
+from analysis.behaviour_section import behaviour_section
 from analysis.checkpoints import Checkpoints, HeldOutPairs, checkpoints_of_run
 from analysis.hidden_states import SECTIONS, Watched, hidden_state_sections, section_of_run
 from analysis.report import Section, write_report
 from analysis.runs import Run, find_run, open_run
 from analysis.samples import compare_samples, samples_of
-from analysis.subject import subject_of_checkpoints, subject_of_run
+from analysis.subject import Subject, subject_of_checkpoints, subject_of_run
 from analysis.training_curves import training_section
 from launch.configuration import check_config
 from launch.screen import console
 from tiltmeter.errors import IncompleteEvaluation, UserError
-from tiltmeter.scoring.scorer import Figure
 
 ALL = "all"
 ANALYSES: Mapping[str, Callable[[Run], Section]] = {
@@ -34,6 +33,9 @@ ANALYSES: Mapping[str, Callable[[Run], Section]] = {
     **{name: partial(section_of_run, name) for name in SECTIONS},
 }
 """What is read off the folder of a run; ``analysis=behaviour`` asks the models again."""
+_FOR_ASKING = ("behaviour", "decoding", "judge", "toxicity", "truthfulqa")
+_FOR_CHECKPOINTS = ("data", "pairs", "out")
+"""Keys of the configuration by what they are for."""
 
 
 def analyze(config: DictConfig) -> Path:
@@ -48,29 +50,29 @@ def analyze(config: DictConfig) -> Path:
     if config.analysis not in known:
         raise UserError(f"analysis={config.analysis}: there is none of that name (there are: {', '.join(known)})")
     given = {name for name in ("run", "base", "aligned") if config[name] not in (None, "")}
-    if given == {"run"}:
+    if given not in ({"run"}, {"base", "aligned"}):
+        raise UserError(
+            "run: expected a run folder, for example run=runs/tiny_synthetic/2026-01-31_12-00-00, or run=last; or two checkpoints, "
+            f"base=… aligned=… data=…; got {' and '.join(sorted(given)) or 'neither'}"
+        )
+    _refuse_unused(config)
+    if config.run:
         return _analyze_run(config, open_run(find_run(str(config.run), Path(config.runs_root))))
-    if given == {"base", "aligned"}:
-        return _analyze_checkpoints(config)
-    raise UserError(
-        "run: expected a run folder, for example run=runs/tiny_synthetic/2026-01-31_12-00-00, or run=last; or two checkpoints, "
-        "base=… aligned=… data=…"
-    )
+    return _analyze_checkpoints(config)
 
 
 def _analyze_run(config: DictConfig, run: Run) -> Path:
-    figures: list[Figure] = []
     if config.analysis == BEHAVIOUR:
         asked: Behaviour = instantiate(config.behaviour)
         checkpoints = checkpoints_of_run(run, dtype=asked.dtype, device=asked.device)
-        section, figures, _ = _ask(asked, checkpoints)
-        sections = [section]
-    elif config.analysis == ALL:
+        answers = _ask(asked, checkpoints)
+        return _report(subject_of_run(run, asked_with=_options("run")), checkpoints, answers)
+    if config.analysis == ALL:
         scored = behaviour_by_step_section(run)
         sections = [training_section(run), *([scored] if scored else []), *hidden_state_sections(Watched.of_run(run))]
     else:
         sections = [ANALYSES[config.analysis](run)]
-    return _finish(write_report(subject_of_run(run), sections, compare_samples(run)), figures)
+    return write_report(subject_of_run(run), sections, compare_samples(run))
 
 
 def _analyze_checkpoints(config: DictConfig) -> Path:
@@ -81,23 +83,50 @@ def _analyze_checkpoints(config: DictConfig) -> Path:
     pairs: HeldOutPairs = instantiate(config.pairs)
     asked: Behaviour = instantiate(config.behaviour)
     base, aligned = str(config.base), str(config.aligned)
-    checkpoints, reports = pairs.ask(base, aligned, instantiate(config.data), dtype=asked.dtype, device=asked.device)
-    section, figures, samples = _ask(asked, checkpoints)
+    checkpoints, reports, cuts = pairs.ask(
+        base, aligned, instantiate(config.data), dtype=asked.dtype, device=asked.device
+    )
+    answers = _ask(asked, checkpoints)
     stamp = datetime.now().astimezone().strftime("%Y-%m-%d_%H-%M-%S")
     folder = Path(config.out) if config.out else Path(config.runs_root) / "checkpoints" / stamp / "report"
-    data = HydraConfig.get().runtime.choices.get("data") if HydraConfig.initialized() else None
-    subject = subject_of_checkpoints(base, aligned, str(data), reports, len(checkpoints.pairs), folder)
-    return _finish(write_report(subject, [section], samples_of(checkpoints.pairs, samples)), figures)
+    subject = subject_of_checkpoints(
+        checkpoints, base, aligned, reports=reports, cuts=cuts, options=_options("base", "aligned"), report=folder
+    )
+    return _report(subject, checkpoints, answers)
 
 
-def _ask(asked: Behaviour, checkpoints: Checkpoints) -> tuple[Section, list[Figure], Sequence[Any]]:
+def _ask(asked: Behaviour, checkpoints: Checkpoints) -> Answers:
     asked.start(checkpoints)
     with console().status("Both models answer, and are scored …"):
-        samples, scores = asked.score(checkpoints)
-    return behaviour_section(samples, scores, asked.decoding), scores.figures, samples
+        return asked.score(checkpoints)
 
 
-def _finish(page: Path, figures: Sequence[Figure]) -> Path:
+def _overrides() -> list[str]:
+    """What was set on the command line, without Hydra's signs for adding keys."""
+    return [text.lstrip("+") for text in HydraConfig.get().overrides.task] if HydraConfig.initialized() else []
+
+
+def _options(*but: str) -> list[str]:
+    """The command line without some of its words, and without the analysis, which each section names itself."""
+    return [text for text in _overrides() if text.partition("=")[0] not in (*but, "analysis")]
+
+
+def _refuse_unused(config: DictConfig) -> None:
+    """Refuse what was set on the command line and would have no effect."""
+    unused = dict.fromkeys(_FOR_CHECKPOINTS, "two checkpoints, base=… aligned=…") if config.run else {}
+    if config.run and config.analysis != BEHAVIOUR:
+        unused |= dict.fromkeys(_FOR_ASKING, f"analysis={BEHAVIOUR}")
+    for text in _overrides():
+        key = text.lstrip("~").partition("=")[0]
+        if (needs := unused.get(key.split(".")[0])) is not None:
+            raise UserError(f"{key}: has no effect here; it is for {needs}")
+
+
+def _report(subject: Subject, checkpoints: Checkpoints, answers: Answers) -> Path:
+    """Write it, then say what has no number."""
+    samples = samples_of(checkpoints.pairs, answers.samples, answers.decoding)
+    page = write_report(subject, [behaviour_section(answers)], samples)
+    figures = answers.scores.figures
     lost = [f"{f.name} of {f.of}" for f in figures if f.n_missing and math.isnan(f.value)]
     if lost:
         raise IncompleteEvaluation(

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from lightning.pytorch import Trainer
 
-from analysis.behaviour_by_step import behaviour_lines
+from analysis.behaviour_words import LeadRow, lead_rows
 from analysis.observations import GeometryRow, geometry_rows
 from analysis.probe_pairs import PROMPTS_FILE, ProbePair
 from launch.parts import Parts
@@ -70,7 +70,6 @@ def result_rows(parts: Parts, trainer: Trainer, seconds: float) -> list[tuple[st
         when = "" if module.validated_at_step == trainer.global_step else f", after step {module.validated_at_step}"
         text = f"{interval.value:.3f}  (95 % CI {interval.low:.3f} … {interval.high:.3f}, {len(scored)} pairs{when})"
         rows.append(("held-out preference accuracy", text))
-    rows += behaviour_lines(read_table(Path(trainer.default_root_dir) / "report" / "tables" / FIGURES))
     if module.seconds_trained:
         rows.append(("throughput", f"{module.pairs_trained / module.seconds_trained:.1f} pairs/s in training steps"))
     if torch.cuda.is_available():
@@ -81,6 +80,11 @@ def result_rows(parts: Parts, trainer: Trainer, seconds: float) -> list[tuple[st
 def geometry_of(run_dir: Path) -> list[GeometryRow]:
     """The update at every site as last observed; none for a run without a probe."""
     return geometry_rows(pd.read_csv(run_dir / "metrics.csv"))
+
+
+def behaviour_of(run_dir: Path) -> list[LeadRow]:
+    """What the model says now, beside its base; none for a run that scored nothing."""
+    return lead_rows(read_table(run_dir / "report" / "tables" / FIGURES))
 
 
 def _held_out_table(parts: Parts, table: torch.Tensor) -> str:

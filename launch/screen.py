@@ -9,8 +9,10 @@ from typing import Literal
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from transformers.utils.logging import disable_progress_bar
 
+from analysis.behaviour_words import LeadRow, as_counts, has_interval, number
 from analysis.layer_curves import shown_table
 from analysis.observations import GeometryRow
 from datamodules.preference import PreferenceDataModule
@@ -26,6 +28,7 @@ _SILENCED = (
     "httpx",
     "torch",
 )
+_SCORER_CHARACTERS = 76
 
 
 def quiet_libraries() -> None:
@@ -98,6 +101,34 @@ def geometry_table(rows: Sequence[GeometryRow]) -> Table:
     for line in shown.itertuples(index=False):
         table.add_row(*line)
     return table
+
+
+def behaviour_table(rows: Sequence[LeadRow]) -> Table:
+    """What the model says, a line a figure; the scorers that its last column counts stand below."""
+    steps = max(row.last.steps_taken for row in rows)
+    table = Table(
+        title=f"Behaviour: policy beside its base, after {steps:.0f} steps",
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        caption_justify="left",
+    )
+    are_of_one_step = all(row.last.steps_taken == steps for row in rows)
+    for heading in ("figure", *(() if are_of_one_step else ("step",)), "base", "policy", "95 % interval", "n", "by"):
+        table.add_column(heading, justify="left" if heading == "figure" else "right", no_wrap=True)
+    scorers: dict[str, int] = {}
+    for figure, before, last in rows:
+        interval = f"{number(last.ci_low)} … {number(last.ci_high)}" if has_interval(last) else "–"
+        by = str(scorers.setdefault(last.scorer, len(scorers) + 1))
+        when = () if are_of_one_step else (f"{last.steps_taken:.0f}",)
+        table.add_row(figure, *when, number(before), number(last.value), interval, as_counts(last), by)
+    table.caption = Text("\n".join(f" {i} {_cut(name)}" for name, i in scorers.items()))
+    return table
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _SCORER_CHARACTERS else f"{text[: _SCORER_CHARACTERS - 1]}…"
 
 
 def console(*, enabled: bool = True) -> Console:

@@ -17,7 +17,7 @@ from launch.base_model import find_or_train_base, progress_callbacks
 from launch.command import one_line_errors
 from launch.metrics_csv import MetricsCSV
 from launch.parts import Parts, build_parts, check_options
-from launch.results import geometry_of, provenance, result_rows, write_results
+from launch.results import behaviour_of, geometry_of, provenance, result_rows, write_results
 from launch.run_folder import (
     check_same_run,
     checkpoint_step,
@@ -28,7 +28,7 @@ from launch.run_folder import (
     new_run_dir,
     write_config,
 )
-from launch.screen import console, data_table, geometry_table, quiet_libraries, result_table
+from launch.screen import behaviour_table, console, data_table, geometry_table, quiet_libraries, result_table
 from launch.wandb_logger import RunLogger, close_wandb, open_wandb
 from launch.wandb_media import WandbMedia
 from lightning_modules.dpo import DPOModule
@@ -91,6 +91,8 @@ def _train(config: DictConfig, created: list[Path]) -> Path:
         if isinstance(logger, RunLogger):
             close_wandb(logger)
     screen.print(result_table(result_rows(parts, trainer, seconds)))
+    if trainer.is_global_zero and (behaviour := behaviour_of(run_dir)):
+        screen.print(behaviour_table(behaviour))
     if trainer.is_global_zero and (geometry := geometry_of(run_dir)):
         screen.print(geometry_table(geometry))
     screen.print(f"Run: {run_dir}\nNext: python analyze.py run={run_dir}", soft_wrap=True)

@@ -128,15 +128,9 @@ def generate(
     Raises:
         UserError: ``max_new_tokens`` leaves no room for a prompt; logits that are NaN.
     """
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and decoding.max_new_tokens >= limit:
-        raise UserError(
-            f"decoding.max_new_tokens: expected less than the model's {limit} tokens, got {decoding.max_new_tokens}"
-        )
-    room = None if limit is None else limit - decoding.max_new_tokens
     names = [str(i) for i in range(len(prompts))] if keys is None else keys
     jobs = [
-        _Job(place, _cut_left(list(ids), room, tokenizer.bos_token_id), _stream(decoding.seed, name, sample))
+        _Job(place, fit_prompt(ids, model, tokenizer, decoding), _stream(decoding.seed, name, sample))
         for place, (ids, name, sample) in enumerate(
             (ids, name, sample)
             for ids, name in zip(prompts, names, strict=True)
@@ -151,6 +145,23 @@ def generate(
                 found[job.place] = completion
     n = decoding.n_samples
     return [[found[prompt * n + sample] for sample in range(n)] for prompt in range(len(prompts))]
+
+
+def fit_prompt(
+    ids: Sequence[int], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, decoding: Decoding
+) -> list[int]:
+    """The tokens of a prompt that a completion continues: cut from the left (BOS kept) where no room is left for one.
+
+    Raises:
+        UserError: ``max_new_tokens`` leaves no room for any prompt.
+    """
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and decoding.max_new_tokens >= limit:
+        raise UserError(
+            f"decoding.max_new_tokens: expected less than the model's {limit} tokens, got {decoding.max_new_tokens}"
+        )
+    room = None if limit is None else limit - decoding.max_new_tokens
+    return _cut_left(list(ids), room, tokenizer.bos_token_id)
 
 
 def count_batches(lengths: Sequence[int], decoding: Decoding, *, tokens_per_batch: int = 16384) -> int:
