@@ -52,6 +52,7 @@ class JudgeScorer:
             evaluation_steps=evaluation_steps,
             seed=seed,
         )
+        self._rated = rated
         self._scorers: list[GEvalScorer | WinRateScorer] = [rated]
         if against:
             first, meaning = next(iter(rated.criteria.items()))
@@ -69,9 +70,8 @@ class JudgeScorer:
         self.is_slow = rated.is_slow
 
     def start(self) -> None:
-        """Check the judge for both. Raises UserError."""
-        for scorer in self._scorers:
-            scorer.start()
+        """Check the judge, once: whoever rates as asked here can compare. Raises UserError."""
+        self._rated.start()
 
     def score(self, samples: Sequence[Sample]) -> Scores:
         """Rate and compare."""
