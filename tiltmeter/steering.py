@@ -4,6 +4,7 @@ What happens at a site is an :class:`Intervention`; :func:`steer` puts any numbe
 ``with``. Nothing is written in place, and a token that an intervention doesn't reach keeps every bit.
 """
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -157,9 +158,9 @@ class _Pass:
         """The attention mask, as the backbone was given it."""
         self.is_packed = False
 
-    def begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Look at what the backbone is given."""
-        given = dict(zip(("input_ids", "attention_mask"), args, strict=False)) | kwargs
+        given = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
         cache = given.get("past_key_values")
         self.cached = None if cache is None else int(cache.get_seq_length())
         self.mask = given.get("attention_mask")
@@ -223,7 +224,9 @@ class _Writer:
         self.current = current
         self.tokens = intervention.tokens
         self.operator = TABLE[intervention.operator]
-        self.vectors = self.operator.prepare(intervention.vectors)
+        given = intervention.vectors
+        exact = torch.float32 if given.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+        self.vectors = self.operator.prepare(given.to(exact))
         self.strengths = intervention.strengths()
 
     def __call__(self, hidden: Float[Tensor, "row token d_model"]) -> Tensor | None:
