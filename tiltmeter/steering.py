@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -21,7 +21,7 @@ from tiltmeter.layers import backbone
 from tiltmeter.steering_operators import TABLE, Operator, check_vectors
 from tiltmeter.steering_vector import SteeringVector, check_site_and_width
 
-Tokens = Literal["all", "new", "prompt"]
+TOKENS = ("all", "new", "prompt")
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +30,7 @@ class Intervention:
 
     Args:
         site: as :mod:`tiltmeter.layers` names it. ``final_post_norm`` adds to the logits alone, the same for every context.
-        vectors: along which, or one for each row with coefficients that are diagonal.
+        vectors: [vector d_model], along which; with diagonal coefficients [row row], a vector of its own for each row.
         coefficients: a number for every row and vector; [row] for all vectors of a row; [row vector]; or
             [row token vector] where tokens are those of each forward pass. An operator with one strength for all its
             vectors (``project_out``, ``rotate``) has one in the place of vectors. In units of the vector (add, subtract,
@@ -42,20 +42,24 @@ class Intervention:
             [row token] has a column for every token of the sequence, padding and what a cache holds included.
 
     Raises:
-        UserError: an unknown operator or choice of tokens, or vectors or coefficients that don't fit.
+        UserError: an unknown operator or choice of tokens, or vectors or coefficients that don't fit or aren't finite.
     """
 
     site: str
-    vectors: Float[Tensor, "vector d_model"]
+    vectors: Tensor
     coefficients: float | int | Tensor = 1.0
     operator: Operator = "add"
-    tokens: Tokens | Bool[Tensor, "row token"] = "all"
+    tokens: str | Tensor = "all"
 
     def __post_init__(self) -> None:
         """Check everything that can be checked without a model."""
+        if self.vectors.ndim != 2 or not self.vectors.is_floating_point() or not self.vectors.numel():
+            raise UserError(
+                f"steering: vectors: expected floating-point [vector, d_model], got {self.vectors.dtype} {list(self.vectors.shape)}"
+            )
         check_vectors(self.operator, self.vectors)
-        if isinstance(self.tokens, str) and self.tokens not in get_args(Tokens):
-            raise UserError(f"steering: tokens: expected {', '.join(get_args(Tokens))} or a mask, got {self.tokens!r}")
+        if isinstance(self.tokens, str) and self.tokens not in TOKENS:
+            raise UserError(f"steering: tokens: expected {', '.join(TOKENS)} or a mask, got {self.tokens!r}")
         if isinstance(self.tokens, Tensor) and (self.tokens.dtype != torch.bool or self.tokens.ndim != 2):
             raise UserError(
                 f"steering: tokens: expected a boolean mask [row, token], got {self.tokens.dtype} {list(self.tokens.shape)}"
@@ -76,7 +80,7 @@ class Intervention:
         coefficients: float | int | Tensor = 1.0,
         *,
         operator: Operator = "add",
-        tokens: Tokens | Tensor = "all",
+        tokens: str | Tensor = "all",
     ) -> "Intervention":
         """The same from steering vectors, which know their site.
 
@@ -166,7 +170,7 @@ class _Pass:
         self.mask = given.get("attention_mask")
         self.is_packed = given.get("packing") is not None
 
-    def reached(self, tokens: Tokens | Tensor, hidden: Tensor) -> Bool[Tensor, "rows token"] | None:
+    def reached(self, tokens: str | Tensor, hidden: Tensor) -> Bool[Tensor, "rows token"] | None:
         """Which tokens of this pass are meant, for every row or one for all; None: not a single one."""
         columns = slice(self.cached or 0, (self.cached or 0) + hidden.shape[1])
         if isinstance(tokens, Tensor):
@@ -190,7 +194,7 @@ class _Pass:
             )
         return given.repeat_interleave(self.copies, dim=0)
 
-    def _named(self, tokens: Tokens, columns: slice) -> Bool[Tensor, "1 token"]:
+    def _named(self, tokens: str, columns: slice) -> Bool[Tensor, "1 token"]:
         at = torch.arange(columns.start, columns.stop)[None]
         if tokens == "all":
             return torch.ones_like(at, dtype=torch.bool)
