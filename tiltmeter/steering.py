@@ -35,7 +35,7 @@ class Intervention:
             [row token vector] where tokens are those of each forward pass. An operator with one strength for all its
             vectors (``project_out``, ``rotate``) has one in the place of vectors. In units of the vector (add, subtract,
             add_keeping_norm), as a share (project_out), in activation units (clamp), in radians (rotate).
-            Where they are 0 nothing is touched, not a bit; only ``clamp`` has no such value.
+            A single row serves all rows. Where they are 0 nothing is touched, not a bit; only ``clamp`` has no such value.
         operator: see :mod:`tiltmeter.steering_operators`.
         tokens: which tokens. ``all``: every real one; ``prompt``; ``new``: those after the prompt, which the model reads back
             after having made them, so the first new token, predicted from the prompt's last, is not changed. A mask
@@ -120,21 +120,29 @@ def steer(
     """Let interventions act on every forward pass of a model inside the ``with``, in their order at each site.
 
     The forward pass may be ``generate`` (with a cache or without, padded on any side, beams), the model, its backbone; with
-    gradients or without, which reach vectors and coefficients that ask for them. Padding is never touched. A
-    :func:`~tiltmeter.capture.capture` opened inside reads the steered states, one that was open before those of
-    the model. Hooks are gone when the ``with`` ends, however it ends. Compiled modules run uncompiled
-    inside it, since a compiled one would not see its new hooks.
+    gradients or without, which reach vectors and coefficients that ask for them. Padding is never touched. At a site that
+    is steered, a :func:`~tiltmeter.capture.capture` opened inside reads what interventions have left, one that was open
+    before reads what they were given. Hooks are gone when the ``with`` ends, however it ends. Compiled modules run
+    uncompiled inside it, since a compiled one would not see its new hooks. Activation checkpointing as transformers
+    does it leaves hooks outside of what is recomputed, so that the backward pass may run after the ``with``.
 
     Args:
-        prompt_width: tokens of the prompt, padding included, in passes without a cache that see prompt and new tokens at
-            once; None: the first pass on an empty cache is the prompt, what comes after is new.
-        rows_per_coefficient: rows of the model in a row for each row of coefficients and masks: number of
-            beams or of returned sequences.
+        prompt_width: tokens of the prompt, padding included; None: the pass on an empty cache is the prompt and what
+            follows is new. To be said where passes have no cache, or the prompt comes in pieces.
+        rows_per_coefficient: adjacent rows of the model that share a row of coefficients or of a mask: ``num_beams``, or
+            ``num_return_sequences`` without beams.
 
     Raises:
         UserError: an unknown site, vectors of another width, or a model without recognisable blocks or final norm.
         ValueError: from inside the forward pass: another number of rows or tokens than coefficients or a mask are for, or
-            no way to know which tokens are padding or new.
+            no way to know which tokens are new (no cache) or padding (a mask of attention that is not [row, token]).
+
+    Example::
+
+        v = load_vectors(run / "vectors" / "steering.safetensors")["layer_07"]
+        strengths = torch.tensor([0.0, 0.5, 1.0])  # one for each row of ids
+        with steer(model, Intervention.along(v, strengths, tokens="new")):
+            model.generate(input_ids=ids, attention_mask=mask)
     """
     listed = [interventions] if isinstance(interventions, Intervention) else list(interventions)
     for intervention in listed:

@@ -190,6 +190,17 @@ def test_nothing_is_written_in_place() -> None:
     assert torch.equal(hidden, kept)
 
 
+def test_a_capture_reads_what_was_there_when_it_was_opened() -> None:
+    model, ids, v = model_of("gpt2"), ids_of(), noise(1, WIDTH)
+    zeros = torch.zeros(ids.numel(), dtype=torch.long)
+    wanted = {"response_all": Readings(torch.arange(ids.numel()), None, zeros, zeros, zeros, (3, 6))}
+    outside, inside = (capture(model, "layer_00", wanted) for _ in range(2))
+    with torch.no_grad(), outside as before, steer(model, Intervention("layer_00", v)), inside as after:
+        model(input_ids=ids)
+    (own,), (steered,) = before.values(), after.values()
+    assert torch.equal(steered, own + v)
+
+
 def test_gradients_reach_vectors_and_coefficients() -> None:
     model, ids = model_of("gpt2"), ids_of(2, 4)
     v, strength = noise(1, WIDTH).requires_grad_(), torch.tensor([0.5, 0.0], dtype=torch.float64, requires_grad=True)

@@ -2,6 +2,7 @@ import errno
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.testing import assert_close
 
-from tests.tiny_models import LAYERS, WIDTH, make_model
+from callbacks.directional_consistency import DirectionalConsistency
+from callbacks.observation import Observation
+from tests.tiny_models import LAYERS, WIDTH, make_model, random_pairs
+from tiltmeter.batch import collate_pairs
+from tiltmeter.capture import read_hidden_states
+from tiltmeter.directions import steering_vector
 from tiltmeter.errors import UserError
 from tiltmeter.steering_vector import SteeringVector, load_vectors, save_vectors
 
@@ -134,6 +140,25 @@ def test_the_file_that_training_writes_is_read(tmp_path: Path) -> None:
     v = found["layer_00"]
     assert v.made == metadata["what"]
     assert v.provenance == {"n_rows": "64", "steps_taken": "120"}
+
+
+def test_the_file_of_the_callback_itself_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = collate_pairs(random_pairs(4), pair_index=range(4))
+    base, policy = (
+        read_hidden_states(make_model("gpt2", seed=seed), batch, sites="all", positions=["prompt_last", "diverge"])
+        for seed in (0, 1)
+    )
+    monkeypatch.setattr("callbacks.directional_consistency.log", lambda trainer, metrics: None)
+    callback = DirectionalConsistency(positions=["prompt_last", "diverge"])
+    trainer: Any = SimpleNamespace(is_global_zero=True, default_root_dir=tmp_path)
+    callback.on_observation(trainer, trainer, Observation(7, LAYERS, base, policy, None))
+    found = load_vectors(tmp_path / "vectors" / "steering.safetensors")
+    by_place = {(v.site, v.position): v for v in found.values()}
+    assert set(by_place) == set(base)
+    for point, v in by_place.items():
+        assert_close(v.values, steering_vector(base[point].rows, policy[point].rows).float())
+        v.check_fits(make_model("gpt2"))
+    assert by_place["layer_00", "diverge"].provenance["steps_taken"] == "7"
 
 
 @pytest.mark.parametrize(
