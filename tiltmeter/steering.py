@@ -153,7 +153,7 @@ def steer(
         watched = backbone(model).register_forward_pre_hook(current.begin, with_kwargs=True)
         stack.callback(watched.remove)
         for intervention in listed:
-            handle = hook_site(model, intervention.site, _Writer(intervention, current))
+            handle = hook_site(model, intervention.site, _Writer(intervention, current, model.device))
             stack.callback(handle.remove)
         yield
 
@@ -230,16 +230,21 @@ class _Pass:
 
 
 class _Writer:
-    """One intervention as a hook; keeps its vectors and coefficients where the hidden states are."""
+    """One intervention as a hook."""
 
-    def __init__(self, intervention: Intervention, current: _Pass) -> None:
+    def __init__(self, intervention: Intervention, current: _Pass, device: torch.device) -> None:
         self.current = current
         self.tokens = intervention.tokens
         self.operator = TABLE[intervention.operator]
-        given = intervention.vectors
-        exact = torch.float32 if given.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
-        self.vectors = self.operator.prepare(given.to(exact))
-        self.strengths = intervention.strengths()
+        self.given = intervention.vectors
+        self.vectors = None if self.given.requires_grad else self._prepare().to(device)
+        strengths = intervention.strengths()
+        self.strengths = strengths if strengths.requires_grad else strengths.to(device)
+
+    def _prepare(self) -> Float[Tensor, "vector d_model"]:
+        """The vectors as the operator wants them; anew in each pass where they learn, since each has a graph of its own."""
+        exact = torch.float32 if self.given.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+        return self.operator.prepare(self.given.to(exact))
 
     def __call__(self, hidden: Float[Tensor, "row token d_model"]) -> Tensor | None:
         """The hidden states to go on with; None: those that there are."""
@@ -247,15 +252,14 @@ class _Writer:
         if touched is None:
             return None
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        self.vectors = self.vectors.to(hidden.device, wide)
-        self.strengths = self.strengths.to(hidden.device, wide)
-        strengths = self.current.by_row(self.strengths, len(hidden), "coefficients")
+        vectors = (self._prepare() if self.vectors is None else self.vectors).to(hidden.device, wide)
+        strengths = self.current.by_row(self.strengths.to(hidden.device, wide), len(hidden), "coefficients")
         if strengths.shape[1] not in (1, hidden.shape[1]):
             raise ValueError(f"steering: coefficients of {strengths.shape[1]} tokens in a pass of {hidden.shape[1]}")
         if not self.operator.changes_at_zero:
             touched = touched & (strengths != 0).any(-1)
         with torch.autocast(hidden.device.type, enabled=False):
-            steered = self.operator.apply(hidden.to(wide), self.vectors, strengths)
+            steered = self.operator.apply(hidden.to(wide), vectors, strengths)
         return torch.where(touched[..., None], steered.to(hidden.dtype), hidden)
 
 
