@@ -190,6 +190,22 @@ def test_padding_is_never_touched(tokens: str, left: bool) -> None:
     assert_close(after[is_real], before[is_real] + v, rtol=0, atol=1e-14)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_mask_given_by_place_is_seen_as_one_given_by_name(family: str) -> None:
+    model, v = make_model(family, torch.float64), direction()
+    ids, mask = prompts()
+    base = backbone(model)
+    args = {"llama": (ids, mask), "gpt2": (ids, None, mask)}[family]
+    with torch.no_grad(), steer(model, Intervention("final_post_norm", v)):
+        by_place = base(*args, use_cache=False).last_hidden_state
+        by_name = base(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        unmasked = base(ids, use_cache=False).last_hidden_state
+    assert torch.equal(by_place, by_name)
+    assert not torch.equal(by_place, unmasked)
+    before = base(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    assert torch.equal(by_place[mask == 0], before[mask == 0])
+
+
 def test_a_static_cache_is_steered_like_a_growing_one() -> None:
     model, v = make_model("llama", torch.float64), direction()
     ids, mask = prompts()
