@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tiltmeter.bootstrap import Interval, cluster_interval
+from tiltmeter.bootstrap import Interval, cluster_intervals
 
 Direction = Literal["interpolation", "inversion"]
 
@@ -48,6 +48,15 @@ class Recovery(NamedTuple):
     """Rows with at least one token."""
 
 
+class RecoverySummary(NamedTuple):
+    """One sweep over strengths."""
+
+    start: Recovery
+    """The model that steering starts from, as if of strength 0: R is 0."""
+    steered: list[Recovery]
+    """In the order of the strengths."""
+
+
 def kl_divergences(
     logits_p: Float[Tensor, "target vocab"], logits_q: Float[Tensor, "target vocab"]
 ) -> Float[Tensor, " target"]:
@@ -57,7 +66,7 @@ def kl_divergences(
     >>> round(float(kl_divergences(p, q)), 6)  # ½ ln 2 + ½ ln ⅔
     0.143841
     """
-    return _kl(_log_softmax(logits_p), _log_softmax(logits_q))
+    return _Goal.of(logits_p).kl(logits_q)
 
 
 def top1_agreement(
@@ -68,9 +77,65 @@ def top1_agreement(
     >>> top1_agreement(torch.tensor([[1.0, 2.0], [3.0, 0.0]]), torch.tensor([[0.0, 0.1], [0.0, 0.1]])).tolist()
     [1.0, 0.0]
     """
-    (best_p, word_p), (best_q, word_q) = logits_p.max(-1), logits_q.max(-1)
-    agree = (word_p == word_q).to(torch.promote_types(logits_p.dtype, torch.float32))
-    return agree.masked_fill(best_p.isnan() | best_q.isnan(), torch.nan)
+    return _Goal.of(logits_p).agreement(logits_q)
+
+
+def restricted_updates(
+    updates: Float[Tensor, "row d_model"],
+    v: Float[Tensor, " d_model"],
+    directions: Float[Tensor, "k d_model"],
+    ranks: Sequence[int],
+) -> dict[str, Float[Tensor, "row d_model"]]:
+    """What to add to each row's base state at λ = 1 for the ladder of control C16, in float64.
+
+    ``mean``: v*, the same for all; ``rank_k``: the row's own update within the first k directions; ``own``: its whole update,
+    the oracle, which at the final site recovers everything. Far less recovered by ``mean`` or ``rank_1`` than by ``own`` refutes
+    "one vector".
+
+    Args:
+        updates: δ_i of the rows that are steered.
+        v: v*, of other prompts than those.
+        directions: orthonormal, of those other prompts' ΔH (:func:`tiltmeter.directions.update_directions`).
+        ranks: each at most k.
+
+    Raises:
+        ValueError: a rank that there are no directions for.
+
+    >>> updates, x = torch.tensor([[2.0, 5.0]]), torch.tensor([[1.0, 0.0]])
+    >>> {name: rows.tolist() for name, rows in restricted_updates(updates, x[0], x, [1]).items()}
+    {'mean': [[1.0, 0.0]], 'rank_1': [[2.0, 0.0]], 'own': [[2.0, 5.0]]}
+    """
+    if not all(1 <= rank <= len(directions) for rank in ranks):
+        raise ValueError(f"restricted_updates: expected ranks from 1 to {len(directions)}, got {list(ranks)}")
+    own, basis = updates.to(torch.float64), directions.to(torch.float64)
+    ladder = {f"rank_{rank}": own @ basis[:rank].T @ basis[:rank] for rank in ranks}
+    return {"mean": v.to(torch.float64).expand_as(own)} | ladder | {"own": own}
+
+
+class _Goal(NamedTuple):
+    """What comparisons with one distribution share."""
+
+    log_probs: Tensor
+    probs: Tensor
+    words: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor) -> "_Goal":
+        log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        return cls(log_probs, log_probs.exp(), logits.argmax(-1))
+
+    def kl(self, logits: Tensor) -> Tensor:
+        others = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        terms = self.probs * (self.log_probs - others)
+        found = terms.sum(-1)
+        if found.isnan().any():  # 0 · (−∞ − x) of words that are ruled out
+            found = terms.masked_fill(self.probs == 0, 0.0).sum(-1)
+        return found
+
+    def agreement(self, logits: Tensor) -> Tensor:
+        best, words = logits.max(-1)
+        unknown = best.isnan() | self.probs[:, 0].isnan()  # a softmax with one NaN has nothing else
+        return (words == self.words).to(self.probs.dtype).masked_fill(unknown, torch.nan)
 
 
 class RecoveryMoments:
@@ -84,7 +149,7 @@ class RecoveryMoments:
     >>> moments = RecoveryMoments([0.0, 1.0], n_rows=1)
     >>> policy, base = torch.tensor([[2.0, 0.0, 0.0]]), torch.tensor([[0.0, 1.0, 0.0]])
     >>> moments.update(policy, base, [base, policy], torch.tensor([0]))
-    >>> [found.recovery.value for found in moments.summary(["a prompt"])]
+    >>> [found.recovery.value for found in moments.summary(["a prompt"]).steered]
     [0.0, 1.0]
     """
 
@@ -117,30 +182,26 @@ class RecoveryMoments:
             ValueError: shapes that differ, or another number of steered models than strengths.
         """
         goal, start = (policy, base) if self.direction == "interpolation" else (base, policy)
-        log_goal = _log_softmax(goal)
-        parts = [torch.ones_like(log_goal[:, 0])]
+        fixed = _Goal.of(goal)
+        parts = [torch.ones_like(fixed.probs[:, 0])]
         for logits in chain([start], steered):
-            parts += [_kl(log_goal, _log_softmax(logits)), top1_agreement(goal, logits)]
+            parts += [fixed.kl(logits).to(fixed.probs.dtype), fixed.agreement(logits)]
         n_steered = (len(parts) - 3) // 2
         if n_steered != len(self.strengths):
             raise ValueError(f"RecoveryMoments: expected logits of {len(self.strengths)} strengths, got {n_steered}")
-        self._rounding = max(self._rounding, torch.finfo(log_goal.dtype).eps)
+        self._rounding = max(self._rounding, torch.finfo(fixed.probs.dtype).eps)
         kept = rows >= 0
-        table = torch.stack([part.to(log_goal.dtype) for part in parts])[:, kept]
-        self._sums.index_add_(1, rows[kept].cpu(), table.cpu().to(torch.float64))
+        self._sums.index_add_(1, rows[kept].cpu(), torch.stack(parts)[:, kept].cpu().to(torch.float64))
 
     def row_sums(self) -> RowSums:
         """What every row has gathered: for paired differences between vectors, layers or arms."""
         n_tokens, kl_start, agree_start = self._sums[:3].clone()
         return RowSums(n_tokens, kl_start, agree_start, self._sums[3::2].clone(), self._sums[4::2].clone())
 
-    def start(self, groups: Sequence[str], *, n_resamples: int = 2000, seed: int = 0) -> Recovery:
-        """The model that steering starts from, as :meth:`summary` would say of strength 0."""
-        sums = self.row_sums()
-        return self._recovery(0.0, sums.kl_start, sums.agree_start, groups, n_resamples, seed)
+    def summary(self, groups: Sequence[str], *, n_resamples: int = 2000, seed: int = 0) -> RecoverySummary:
+        """R, KL and agreement of the start and of every strength, with 95 % bootstrap intervals over prompts.
 
-    def summary(self, groups: Sequence[str], *, n_resamples: int = 2000, seed: int = 0) -> list[Recovery]:
-        """R, KL and agreement of every strength, with 95 % bootstrap intervals over prompts (of ratios of sums).
+        Each is a ratio of sums, so every token weighs the same; all are taken from the same resamples.
 
         Args:
             groups: a name for each row; rows of one prompt share it.
@@ -148,39 +209,25 @@ class RecoveryMoments:
         Raises:
             ValueError: another number of names than rows, or no token at all.
         """
-        sums = self.row_sums()
-        return [
-            self._recovery(strength, kl, agree, groups, n_resamples, seed)
-            for strength, kl, agree in zip(self.strengths, sums.kl_steered, sums.agree_steered, strict=True)
-        ]
-
-    def _recovery(
-        self, strength: float, kl: Tensor, agree: Tensor, groups: Sequence[str], n_resamples: int, seed: int
-    ) -> Recovery:
-        n_tokens, kl_start = self._sums[0], self._sums[1]
+        n_tokens = self._sums[0]
         if len(groups) != len(n_tokens):
             raise ValueError(f"RecoveryMoments: expected {len(n_tokens)} names of groups, got {len(groups)}")
         read = n_tokens > 0
         names = [name for name, there in zip(groups, read.tolist(), strict=True) if there]
+        sums = self._sums[:, read].T
+        is_defined = float(sums[:, 1].sum()) > self._rounding * float(sums[:, 0].sum())
 
-        def ratio(above: Tensor, below: Tensor) -> Interval:
-            a, b = above[read], below[read]
-            return cluster_interval(lambda drawn: drawn @ a / (drawn @ b), names, n_resamples=n_resamples, seed=seed)
+        def figures(drawn: Tensor) -> Tensor:
+            """R, KL and agreement, each of the start and then of every strength."""
+            tokens, rest = (drawn @ sums).tensor_split([1], dim=1)
+            kl, agree = rest[:, 0::2], rest[:, 1::2]
+            recovery = 1 - kl / (kl[:, :1] if is_defined else math.nan)
+            return torch.cat([recovery, kl / tokens, agree / tokens], dim=1)
 
-        if float(kl_start.sum()) > self._rounding * float(n_tokens.sum()):
-            lost = ratio(kl, kl_start)
-            recovery = Interval(1 - lost.value, 1 - lost.high, 1 - lost.low)
-        else:
-            recovery = Interval(math.nan, math.nan, math.nan)
-        return Recovery(
-            strength, recovery, ratio(kl, n_tokens), ratio(agree, n_tokens), int(n_tokens.sum()), len(names)
+        found = cluster_intervals(figures, names, n_resamples=n_resamples, seed=seed)
+        step = 1 + len(self.strengths)
+        start, *steered = (
+            Recovery(strength, found[i], found[step + i], found[2 * step + i], int(n_tokens.sum()), len(names))
+            for i, strength in enumerate([0.0, *self.strengths])
         )
-
-
-def _log_softmax(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-
-
-def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    terms = (log_p.exp() * (log_p - log_q)).masked_fill(log_p == -math.inf, 0.0)
-    return terms.sum(-1)
+        return RecoverySummary(start, steered)

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
+from tiltmeter.directions import steering_vector, update_directions
 from tiltmeter.layers import Unembedding
-from tiltmeter.recovery import Direction, RecoveryMoments, kl_divergences, top1_agreement
+from tiltmeter.recovery import Direction, RecoveryMoments, kl_divergences, restricted_updates, top1_agreement
 
 STRENGTHS = [0.0, 0.5, 1.0, 2.0]
 DIRECTIONS: list[Direction] = ["interpolation", "inversion"]
@@ -65,22 +66,21 @@ def test_the_start_recovers_nothing_and_the_goal_everything(direction: Direction
     moments = RecoveryMoments(STRENGTHS, n_rows=5, direction=direction)
     moments.update(policy, base, steered, torch.arange(30) % 5)
     names = [f"p{i}" for i in range(5)]
-    zero, half, one, beyond = moments.summary(names)
+    start, (zero, half, one, beyond) = moments.summary(names)
     assert tuple(zero.recovery) == pytest.approx((0, 0, 0), abs=1e-12)
     assert tuple(one.recovery) == pytest.approx((1, 1, 1), abs=1e-12)
     assert tuple(one.kl) == pytest.approx((0, 0, 0), abs=1e-12)
     assert tuple(one.agreement) == (1, 1, 1)
     assert 0 < half.recovery.value < 1
     assert beyond.recovery.value < 1
-    assert moments.start(names).kl == zero.kl
-    assert moments.start(names).agreement == zero.agreement
+    assert start == zero
 
 
 def test_inversion_measures_from_the_base() -> None:
     policy, base, steered = sweep()
     moments = RecoveryMoments(STRENGTHS, n_rows=1, direction="inversion")
     moments.update(policy, base, steered, torch.zeros(30, dtype=torch.long))
-    (_, half, _, _) = moments.summary(["a"])
+    (_, half, _, _) = moments.summary(["a"]).steered
     expected = 1 - kl_divergences(base, steered[1]).mean() / kl_divergences(base, policy).mean()
     assert half.recovery.value == pytest.approx(float(expected))
 
@@ -96,7 +96,7 @@ def test_own_updates_at_the_final_site_give_the_policys_logits_and_recovery_one(
     back = RecoveryMoments([0.0, 1.0], n_rows=4, direction="inversion")
     back.update(policy, base, ((hp - s * (hp - h0)) @ head.weight.T for s in (0.0, 1.0)), rows)
     for moments in (forth, back):
-        found = moments.summary(list("abcd"))
+        found = moments.summary(list("abcd")).steered
         assert [x.recovery.value for x in found] == pytest.approx([0, 1], abs=1e-12)
         assert found[1].agreement.value == 1
 
@@ -141,7 +141,7 @@ def test_without_a_difference_recovery_is_undefined(dtype: torch.dtype) -> None:
     for base in (policy, policy * (1 + torch.finfo(dtype).eps), policy + 3):
         moments = RecoveryMoments(STRENGTHS, n_rows=2)
         moments.update(policy, base, steered, torch.arange(30) % 2)
-        for found in moments.summary(["a", "b"]):
+        for found in moments.summary(["a", "b"]).steered:
             assert all(math.isnan(x) for x in found.recovery)
             assert math.isfinite(found.kl.value)
 
@@ -151,7 +151,7 @@ def test_one_bad_row_makes_the_figure_missing() -> None:
     steered[1, 3, 2] = math.nan
     moments = RecoveryMoments(STRENGTHS, n_rows=3)
     moments.update(policy, base, steered, torch.arange(30) % 3)
-    zero, half, *_ = moments.summary(list("abc"))
+    zero, half, *_ = moments.summary(list("abc")).steered
     assert zero.recovery.value == 0
     assert math.isnan(half.recovery.value)
     assert math.isnan(half.agreement.value)
@@ -166,11 +166,11 @@ def test_the_interval_is_over_prompts_and_holds_the_ratio_of_sums() -> None:
     rows = torch.arange(n_rows).repeat_interleave(tokens)
     moments = RecoveryMoments([0.5], n_rows=n_rows)
     moments.update(policy, base, half[None], rows)
-    (found,) = moments.summary([f"p{i // 2}" for i in range(n_rows)])
+    (found,) = moments.summary([f"p{i // 2}" for i in range(n_rows)]).steered
     ratio = kl_divergences(policy, half).sum() / kl_divergences(policy, base).sum()
     assert found.recovery.value == pytest.approx(1 - float(ratio))
     assert found.recovery.low < found.recovery.value < found.recovery.high
-    (wide,) = moments.summary([f"p{i // 20}" for i in range(n_rows)])
+    (wide,) = moments.summary([f"p{i // 20}" for i in range(n_rows)]).steered
     assert wide.recovery.value == found.recovery.value
     assert (found.n_tokens, found.n_rows) == (600, 60)
 
@@ -179,7 +179,7 @@ def test_rows_without_tokens_count_nowhere() -> None:
     policy, base, steered = sweep()
     moments = RecoveryMoments(STRENGTHS, n_rows=4)
     moments.update(policy, base, steered, torch.where(torch.arange(30) < 10, 2, -1))
-    found = moments.summary(list("abcd"))[1]
+    found = moments.summary(list("abcd")).steered[1]
     assert (found.n_tokens, found.n_rows) == (10, 1)
     assert (found.kl.low, found.kl.high) == (-math.inf, math.inf), "one prompt has no interval"
 
@@ -197,3 +197,18 @@ def test_wrong_shapes_are_refused() -> None:
         RecoveryMoments([], n_rows=1)
     with pytest.raises(ValueError, match="at least one row"):
         moments.summary(["a"])
+
+
+def test_the_ladder_of_ranks_ends_at_the_rows_own_update() -> None:
+    base, policy = noise(30, 8), noise(30, 8, seed=1) + 2
+    directions = update_directions(base, policy, 8, centred=False).directions
+    updates, v = policy - base, steering_vector(base, policy)
+    found = restricted_updates(updates, v, directions, [1, 2, 8])
+    assert list(found) == ["mean", "rank_1", "rank_2", "rank_8", "own"]
+    assert_close(found["mean"], v.expand(30, -1))
+    left = [float((updates - rows).norm()) for rows in found.values()]
+    sigma = torch.linalg.svdvals(updates)
+    assert left[1:] == pytest.approx([float(sigma[rank:].norm()) for rank in (1, 2, 8, 8)], abs=1e-9)
+    assert left[0] >= left[1], "no constant comes closer than the best direction with lengths of its own"
+    with pytest.raises(ValueError, match="ranks from 1 to 8, got"):
+        restricted_updates(updates, v, directions, [9])

@@ -7,7 +7,8 @@ leaves what the model has learned, with one branch for either sign:
     PrefOdds(m) = (α m + β) D(m) + b,    UtilOdds(m) = β D(m) + b
 
 Here the + branch holds above m₊ ≥ 0, the − branch below m₋ ≤ 0, and D = 1 between the two, so that D is continuous and its
-largest value is 1. L and p are hardly told apart by a sweep (a large L with a large p is a Gaussian); where D falls to ½ is.
+largest value is 1; p is looked for from 0.05 to 10. L and p are hardly told apart by a sweep (a large L with a large p is a
+Gaussian); where D falls to ½ is.
 """
 
 import math
