@@ -10,8 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
+from tests.tiny_models import make_model, random_pairs
+from tiltmeter.batch import collate_pairs
 from tiltmeter.directions import steering_vector, update_directions
-from tiltmeter.layers import Unembedding
+from tiltmeter.layers import Unembedding, decoder_blocks, unembedding
+from tiltmeter.log_probs import _logits, target_hidden_states
 from tiltmeter.recovery import Direction, RecoveryMoments, kl_divergences, restricted_updates, top1_agreement
 
 STRENGTHS = [0.0, 0.5, 1.0, 2.0]
@@ -99,6 +102,29 @@ def test_own_updates_at_the_final_site_give_the_policys_logits_and_recovery_one(
         found = moments.summary(list("abcd")).steered
         assert [x.recovery.value for x in found] == pytest.approx([0, 1], abs=1e-12)
         assert found[1].agreement.value == 1
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "cohere", "phi"])
+def test_a_tuned_model_is_recovered_by_its_own_updates_in_front_of_the_unembedding(family: str) -> None:
+    """Head with scale, bias or cap: its module gives the logits, as a sweep would have them."""
+    base, policy = (make_model(family, attn="eager").eval() for _ in range(2))
+    with torch.no_grad():
+        for parameter in decoder_blocks(policy).parameters():
+            parameter.add_(0.1 * noise(*parameter.shape).to(parameter.dtype))
+    batch = collate_pairs(random_pairs(4), pair_index=range(4), layout="concatenated")
+    head, hidden = unembedding(base), []
+    with torch.no_grad():
+        for model in (base, policy):
+            hidden.append(target_hidden_states(model, batch))
+        h0, hp = hidden
+        logits = [_logits(h, head.weight, head.bias, head.scale, head.soft_cap)[0] for h in (hp, h0, h0 + (hp - h0))]
+    moments = RecoveryMoments([0.0, 1.0], n_rows=8)
+    moments.update(logits[0], logits[1], logits[1:], batch.target_sequences)
+    (zero, one) = moments.summary([f"p{i % 4}" for i in range(8)]).steered
+    assert zero.recovery.value == 0
+    assert zero.kl.value > 1e-3
+    assert one.recovery.value == pytest.approx(1, abs=1e-5)
+    assert moments.row_sums().n_tokens.tolist() == torch.bincount(batch.target_sequences).tolist()
 
 
 @given(st.integers(1, 40), st.integers(1, 6), st.integers(1, 4), st.integers(0, 99))
