@@ -185,6 +185,10 @@ class RecoveryMoments:
         fixed = _Goal.of(goal)
         parts = [torch.ones_like(fixed.probs[:, 0])]
         for logits in chain([start], steered):
+            if logits.shape != goal.shape:  # would broadcast
+                raise ValueError(
+                    f"RecoveryMoments: expected logits of shape {tuple(goal.shape)}, got {tuple(logits.shape)}"
+                )
             parts += [fixed.kl(logits).to(fixed.probs.dtype), fixed.agreement(logits)]
         n_steered = (len(parts) - 3) // 2
         if n_steered != len(self.strengths):
