@@ -188,3 +188,4 @@ def test_gradients_without_direction_count_nowhere_and_bad_ones_are_seen() -> No
     for limit in (100, 10):
         assert math.isnan(smallest_pairwise_cosine(rows, exact_up_to=limit)[0])
     assert math.isnan(field_summary(rows).mean_resultant)
+    assert math.isnan(post_norm_field(rows, rows[0], reference_gap=0.0, beta=1.0).summary.mean_resultant)
