@@ -62,6 +62,8 @@ def kl_divergences(
 ) -> Float[Tensor, " target"]:
     """KL(p ‖ q) = Σ_j p_j (log p_j − log q_j) in nats at each place, in float32 or better; words that p rules out add 0.
 
+    In float32 a place is known to about 1e-6 nats; means over many places to much less.
+
     >>> p, q = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
     >>> round(float(kl_divergences(p, q)), 6)  # ½ ln 2 + ½ ln ⅔
     0.143841
