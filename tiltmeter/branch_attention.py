@@ -15,7 +15,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.masking_utils import sdpa_mask
 
 from tiltmeter.errors import UserError
@@ -63,10 +63,16 @@ class BranchCache(Cache):
     def __post_init__(self) -> None:
         """Make room for the branches."""
         super().__init__(layers=[])
-        self._held = [self._layer(layer.keys, layer.values) for layer in self.prompt.layers]
+        self._held = [self._layer(layer) for layer in self.prompt.layers]
         self.prompt = DynamicCache()
 
-    def _layer(self, keys: Tensor, values: Tensor) -> _Layer:
+    def _layer(self, layer: object) -> _Layer:
+        if not isinstance(layer, DynamicLayer) or layer.keys is None or layer.values is None:
+            raise UserError(
+                f"model: a block keeps {type(layer).__name__} instead of keys and values, so a sweep can't share its prompts; "
+                "generate with one strength at a time"
+            )
+        keys, values = layer.keys, layer.values
         shape = (*keys.shape[:2], self.n_branches, self.n_steps)
         return _Layer(keys, values, keys.new_empty(*shape, keys.shape[3]), values.new_empty(*shape, values.shape[3]))
 
@@ -87,9 +93,7 @@ class BranchCache(Cache):
     def layer(self, index: int) -> _Layer:
         """What is held of a block, room for later steps left out."""
         held, n = self._held[index], self.step + 1
-        return _Layer(
-            held.prompt_keys, held.prompt_values, held.own_keys[:, :, :, :n], held.own_values[:, :, :, :n]
-        )
+        return _Layer(held.prompt_keys, held.prompt_values, held.own_keys[:, :, :, :n], held.own_values[:, :, :, :n])
 
     def hidden_from(
         self, window: int | None, n_prompt: int
@@ -136,11 +140,14 @@ def branch_attention(
     """Attention of one new token a branch to the prompt and to the branch's own tokens, this one included.
 
     Raises:
-        ValueError: an option that changes attention and isn't known here (sinks, position biases).
+        UserError: an option that changes attention and isn't known here (sinks, position biases).
     """
     unknown = [name for name, value in options.items() if value is not None and name not in _HARMLESS]
     if unknown or dropout:
-        raise ValueError(f"branch attention does not support {', '.join(unknown) or 'dropout'}")
+        raise UserError(
+            f"model: its attention has {', '.join(unknown) or 'dropout'}, which branches of one prompt don't support; generate "
+            "with one strength at a time"
+        )
     held = branches.layer(module.layer_idx)  # type: ignore[arg-type]
     n_prompt, n_heads = held.prompt_keys.shape[2], held.prompt_keys.shape[1]
     query = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)

@@ -5,34 +5,34 @@ are. So the first new token, which the prompt's last token predicts, is the same
 run per vector, with the same random numbers.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 
 from tiltmeter.branch_attention import BranchCache, use_branch_attention
-from tiltmeter.errors import UserError
 from tiltmeter.generation import (
     Completion,
     Decoding,
-    _batches,
-    _cut_left,
-    _end_ids,
-    _GumbelSampling,
-    _Job,
-    _NoNaN,
-    _read,
-    _ready_to_generate,
-    _stream,
+    GumbelSampling,
+    Job,
+    cut_into_batches,
+    end_ids,
+    make_jobs,
+    read_completion,
+    ready_to_generate,
+    refuse_nan,
 )
-from tiltmeter.layers import FINAL_POST_NORM, FINAL_PRE_NORM, backbone, decoder_blocks, final_norm, site_depth, unembedding
+from tiltmeter.hooks import hook_site
+from tiltmeter.layers import backbone, unembedding
 from tiltmeter.log_probs import default_chunk_tokens, scale_and_cap
+from tiltmeter.steering_operators import check_vectors
+from tiltmeter.steering_vector import check_site_and_width
 
 
 @torch.no_grad()
@@ -63,36 +63,22 @@ def generate_branches(
         UserError: as :func:`tiltmeter.generation.generate`; shifts of another width; a family whose attention can't be
             changed.
     """
-    check_shifts(model, site, shifts)
-    jobs = _jobs(model, tokenizer, prompts, decoding, keys)
+    check_site_and_width(model, site, shifts.shape[1])
+    check_vectors("add", shifts)
+    jobs = make_jobs(model, tokenizer, prompts, decoding, keys)
     held = replace(decoding, max_new_tokens=decoding.max_new_tokens * len(shifts))
-    ends = _end_ids(model, tokenizer)
+    ends = end_ids(model, tokenizer)
     found: dict[int, list[Completion]] = {}
-    with _ready_to_generate(model):
-        for batch in _batches(jobs, held, tokens_per_batch, None):
+    with ready_to_generate(model):
+        for batch in cut_into_batches(jobs, held, tokens_per_batch, None):
             said = _BatchOfBranches(model, batch, decoding, ends, site, shifts).complete()
             for job, branches in zip(batch, said.tolist(), strict=True):
-                found[job.place] = [_read(ids, ends, tokenizer) for ids in branches]
+                found[job.place] = [read_completion(ids, ends, tokenizer) for ids in branches]
     n = decoding.n_samples
     return [
         [[found[prompt * n + sample][branch] for sample in range(n)] for prompt in range(len(prompts))]
         for branch in range(len(shifts))
     ]
-
-
-def check_shifts(model: PreTrainedModel, site: str, shifts: Float[Tensor, "shift width"]) -> None:
-    """Refuse what can't be added to a model's hidden states at a site.
-
-    Raises:
-        UserError: no such site, no vector at all, or one of another width.
-    """
-    site_depth(site, model.config.num_hidden_layers)
-    d_model = unembedding(model).weight.shape[1]
-    if not len(shifts) or shifts.shape[1] != d_model:
-        raise UserError(
-            f"vector: expected at least one of width {d_model}, that of {type(model).__name__} at {site}, got {len(shifts)} "
-            f"of width {shifts.shape[1]}; was it made with another model?"
-        )
 
 
 class _BatchOfBranches:
@@ -104,7 +90,7 @@ class _BatchOfBranches:
     def __init__(
         self,
         model: PreTrainedModel,
-        jobs: Sequence[_Job],
+        jobs: Sequence[Job],
         decoding: Decoding,
         ends: Sequence[int],
         site: str,
@@ -114,7 +100,7 @@ class _BatchOfBranches:
         self.head = unembedding(model)
         self.shifts = shifts.to(model.device, torch.promote_types(model.dtype, torch.float32))
         self.ends = torch.tensor(ends, device=model.device)
-        self.samplers = [_GumbelSampling([job.stream], decoding.temperature, decoding.top_p) for job in jobs]
+        self.samplers = [GumbelSampling([job.stream], decoding.temperature, decoding.top_p) for job in jobs]
         self.rows = torch.arange(len(jobs), device=model.device)
         self.branches = torch.arange(len(shifts), device=model.device)
         self.ended = torch.zeros(len(jobs), len(shifts), dtype=torch.bool, device=model.device)
@@ -125,7 +111,8 @@ class _BatchOfBranches:
         said = self.ends[0].repeat(len(self.rows), len(self.branches), n_new)
         first, cache = self._read_prompts()
         tokens = first.expand(-1, len(self.branches))
-        with use_branch_attention(self.model), self._steered():
+        with use_branch_attention(self.model), ExitStack() as stack:
+            stack.callback(hook_site(self.model, self.site, self._shifted).remove)
             for step in range(n_new):
                 if step:
                     hidden = self._forward(tokens, cache)
@@ -142,7 +129,9 @@ class _BatchOfBranches:
         lengths = [len(job.ids) for job in self.jobs]
         padded = [job.ids + job.ids[-1:] * (max(lengths) - len(job.ids)) for job in self.jobs]
         ids = torch.tensor(padded, device=self.model.device)
-        prompt = DynamicCache()  # without the model's configuration, so that layers with a sliding window keep all tokens
+        prompt = (
+            DynamicCache()
+        )  # without the model's configuration, so that layers with a sliding window keep all tokens
         out = backbone(self.model)(
             input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=prompt, use_cache=True
         )
@@ -154,7 +143,9 @@ class _BatchOfBranches:
         out = backbone(self.model)(
             input_ids=tokens,
             position_ids=cache.positions,
-            attention_mask=tokens.new_ones(1, 1, 1, 1, dtype=torch.bool),  # four dimensions: the model makes none itself
+            attention_mask=tokens.new_ones(
+                1, 1, 1, 1, dtype=torch.bool
+            ),  # four dimensions: the model makes none itself
             past_key_values=cache,
             use_cache=True,
             branches=cache,
@@ -170,14 +161,16 @@ class _BatchOfBranches:
         for start in range(0, len(hidden), at_a_time):
             raw = self.model.get_output_embeddings()(hidden[start : start + at_a_time])
             logits = scale_and_cap(raw, self.head).to(torch.float32)  # as transformers does, whatever the model's dtype
-            scores = _NoNaN()(self.ends, logits)
+            refuse_nan(logits)
             if self.decoding.temperature > 0:  # one stream a row: the same noise in all of its branches
                 samplers = self.samplers[start : start + at_a_time]
-                scores = torch.stack([draw(self.ends, row) for draw, row in zip(samplers, scores, strict=True)])
-            chosen.append(scores.argmax(-1))
+                logits = torch.stack([by.perturbed(row) for by, row in zip(samplers, logits, strict=True)])
+            chosen.append(logits.argmax(-1))
         return torch.cat(chosen)
 
-    def _drop_what_ended(self, tokens: Int[Tensor, "row branch"], cache: BranchCache) -> Int[Tensor, "row branch"]:
+    def _drop_what_ended(
+        self, tokens: Int[Tensor, "row branch"], cache: BranchCache
+    ) -> Int[Tensor, "kept_row kept_branch"]:
         rows, branches = (~self.ended).any(1).nonzero()[:, 0], (~self.ended).any(0).nonzero()[:, 0]
         if len(rows) == len(self.rows) and len(branches) == len(self.branches):
             return tokens
@@ -187,47 +180,5 @@ class _BatchOfBranches:
         self.samplers = [self.samplers[row] for row in rows.tolist()]
         return tokens[rows][:, branches]
 
-    @contextmanager
-    def _steered(self) -> Iterator[None]:
-        """Add each branch's vector at the site."""
-
-        def moved(hidden: Tensor) -> Tensor:
-            return (hidden + self.shifts).to(hidden.dtype)
-
-        def on_output(_module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> Any:
-            return (moved(output[0]), *output[1:]) if isinstance(output, tuple) else moved(output)
-
-        def on_input(_module: nn.Module, inputs: tuple[Any, ...]) -> Any:
-            return (moved(inputs[0]), *inputs[1:])
-
-        if self.site == FINAL_PRE_NORM:
-            handle = final_norm(self.model).register_forward_pre_hook(on_input)
-        elif self.site == FINAL_POST_NORM:
-            handle = final_norm(self.model).register_forward_hook(on_output)
-        else:
-            blocks = decoder_blocks(self.model)
-            handle = blocks[site_depth(self.site, len(blocks))].register_forward_hook(on_output)
-        try:
-            yield
-        finally:
-            handle.remove()
-
-
-def _jobs(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
-    decoding: Decoding,
-    keys: Sequence[str] | None,
-) -> list[_Job]:
-    limit = getattr(model.config, "max_position_embeddings", None)
-    room = None if limit is None else limit - decoding.max_new_tokens
-    names = [str(i) for i in range(len(prompts))] if keys is None else keys
-    return [
-        _Job(place, _cut_left(list(ids), room, tokenizer.bos_token_id), _stream(decoding.seed, name, sample))
-        for place, (ids, name, sample) in enumerate(
-            (ids, name, sample)
-            for ids, name in zip(prompts, names, strict=True)
-            for sample in range(decoding.n_samples)
-        )
-    ]
+    def _shifted(self, hidden: Float[Tensor, "row branch d_model"]) -> Float[Tensor, "row branch d_model"]:
+        return (hidden + self.shifts).to(hidden.dtype)

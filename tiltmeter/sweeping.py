@@ -9,7 +9,7 @@ Adding a vector at a site changes nothing before it, so what lies before is comp
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,8 +18,8 @@ from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
 from tiltmeter.batch import PAD, PROMPT, PreferenceBatch
-from tiltmeter.branching import check_shifts
 from tiltmeter.cpu_linear import linear
+from tiltmeter.hooks import hook_site
 from tiltmeter.layers import (
     FINAL_POST_NORM,
     decoder_blocks,
@@ -28,9 +28,9 @@ from tiltmeter.layers import (
     unembedding,
 )
 from tiltmeter.log_probs import default_chunk_tokens, run_backbone, scale_and_cap
-
-
-Tokens = Literal["all", "new", "prompt"]
+from tiltmeter.steering import Tokens
+from tiltmeter.steering_operators import check_vectors
+from tiltmeter.steering_vector import check_site_and_width
 
 
 class SteeredLogits(NamedTuple):
@@ -86,7 +86,6 @@ def sweep_log_probs(
 
     Args, Raises: as :func:`steered_logits`.
     """
-    check_shifts(model, site, shifts)
     found = shifts.new_empty(len(shifts), len(batch.target_ids), dtype=torch.float64)
     for logits, targets in steered_logits(
         model, batch, site=site, shifts=shifts, tokens=tokens, tokens_per_batch=tokens_per_batch
@@ -122,7 +121,8 @@ def steered_logits(
     Raises:
         UserError: an unknown site, or shifts of another width.
     """
-    check_shifts(model, site, shifts)
+    check_site_and_width(model, site, shifts.shape[1])
+    check_vectors("add", shifts)
     head = unembedding(model)
     shifts = shifts.to(head.weight.device, torch.promote_types(head.weight.dtype, torch.float32))
     reached = _reached(batch, tokens)
@@ -163,7 +163,9 @@ def _hidden_at_targets(
     hidden = unsteered.new_empty(len(shifts), *unsteered.shape)
     moved = shifts.any(1)
     hidden[~moved] = unsteered
-    n_at_once = max(1, tokens_per_batch // reached.numel()) if batch.packing is None else 1  # kernels take one packed row
+    n_at_once = (
+        max(1, tokens_per_batch // reached.numel()) if batch.packing is None else 1
+    )  # kernels take one packed row
     for some in moved.nonzero()[:, 0].split(n_at_once):
         hidden[some] = _run_above(model, prefix, shifts[some], reached, batch.target_rows)
     return hidden
@@ -176,15 +178,12 @@ def _run_prefix(model: PreTrainedModel, batch: PreferenceBatch, site: str) -> _P
     at_site: list[Tensor] = []
     calls: list[_Call] = []
 
-    def keep_output(_module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
-        at_site.append(_first(output))
-
     def keep_call(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls.append(_Call(args[1:], kwargs))
 
     with ExitStack() as stack:
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # a compiled block would not see its new hooks
-        stack.callback(blocks[depth].register_forward_hook(keep_output).remove)
+        stack.callback(hook_site(model, site, at_site.append).remove)
         for block in blocks[depth + 1 :]:
             stack.callback(block.register_forward_pre_hook(keep_call, with_kwargs=True).remove)
         final = run_backbone(model, batch)

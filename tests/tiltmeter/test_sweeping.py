@@ -1,7 +1,6 @@
-"""Sweeps against one full forward pass per vector, hooked by hand."""
+"""Sweeps against one whole forward pass for each strength through ``steer``."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,62 +10,57 @@ from torch.testing import assert_close
 from transformers import PreTrainedModel
 
 from tests.tiny_models import FAMILIES, WIDTH, make_model, random_pairs
-from tiltmeter.batch import CHOSEN, LAYOUTS, PAD, PROMPT, PreferenceBatch, collate_pairs
+from tiltmeter.batch import CHOSEN, LAYOUTS, PAD, PROMPT, PreferenceBatch, TokenizedPair, collate_pairs
 from tiltmeter.errors import UserError
 from tiltmeter.layers import FINAL_POST_NORM, FINAL_PRE_NORM, all_sites, decoder_blocks, final_norm
 from tiltmeter.log_probs import model_inputs
 from tiltmeter.packing import use_packed_attention
+from tiltmeter.steering import Intervention, steer
 from tiltmeter.sweeping import steered_logits, sweep_cost, sweep_log_probs
 
 DEPTH = 3
 SITES = (*all_sites(DEPTH), f"layer_{DEPTH - 1:02d}")
 LAMBDAS = torch.tensor([-2.0, -0.3, 0.0, 1.0, 4.0], dtype=torch.float64)
+DIRECTION = torch.randn(WIDTH, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+MASKS: dict[str, Callable[[Tensor], Tensor]] = {
+    "all": lambda segments: segments != PAD,
+    "new": lambda segments: segments >= CHOSEN,
+    "prompt": lambda segments: segments == PROMPT,
+}
 WINDOWS: dict[str, dict[str, Any]] = {"mistral": {"sliding_window": 5}, "gemma2": {"sliding_window": 5}}
 
 
-def make(family: str, dtype: torch.dtype = torch.float64, attention: str = "sdpa", **changes: Any) -> PreTrainedModel:
+def make(family: str, dtype: torch.dtype = torch.float64, **changes: Any) -> PreTrainedModel:
     depth = {"n_layer": DEPTH} if family == "gpt2" else {"num_hidden_layers": DEPTH}
-    if family == "gemma2" and dtype == torch.float64:  # eager attention of padded rows is NaN in float64
-        changes["attn_logit_softcapping"] = None
-    elif family == "gemma2":
-        attention = "eager"
-    return make_model(family, dtype, attention, **depth, **changes)
+    kernel = "eager" if family == "gemma2" else "sdpa"
+    return make_model(family, dtype, kernel, **depth, **changes)
 
 
 def make_shifts(dtype: torch.dtype = torch.float64) -> Tensor:
-    direction = torch.randn(WIDTH, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    return (LAMBDAS[:, None] * direction).to(dtype)
+    return (LAMBDAS[:, None] * DIRECTION).to(dtype)
 
 
 def make_batch(n: int = 3, **options: Any) -> PreferenceBatch:
     return collate_pairs(random_pairs(n, seed=2), pair_index=range(n), **({"layout": "concatenated"} | options))
 
 
-@contextmanager
-def shifted_by_hand(model: PreTrainedModel, site: str, shift: Tensor, mask: Tensor) -> Iterator[None]:
-    def moved(hidden: Tensor) -> Tensor:
-        return torch.where(mask[..., None], hidden + shift, hidden)
-
-    def on_output(_m: Any, _i: Any, output: Any) -> Any:
-        return (moved(output[0]), *output[1:]) if isinstance(output, tuple) else moved(output)
-
-    if site == FINAL_PRE_NORM:
-        handle = final_norm(model).register_forward_pre_hook(lambda _m, inputs: (moved(inputs[0]), *inputs[1:]))
-    elif site == FINAL_POST_NORM:
-        handle = final_norm(model).register_forward_hook(on_output)
-    else:
-        handle = decoder_blocks(model)[int(site[-2:])].register_forward_hook(on_output)
-    try:
-        yield
-    finally:
-        handle.remove()
+def unpadded_batch() -> PreferenceBatch:
+    """For eager attention in float64, which is NaN where rows are padded."""
+    twice = [
+        TokenizedPair([1, 5, 9, 30, 8], [7, 44, 2], [21, 3, 60]),
+        TokenizedPair([1, 6, 6, 7, 50], [3, 3, 9], [9, 4, 2]),
+    ]
+    return collate_pairs(twice, pair_index=range(2), layout="concatenated")
 
 
 @torch.no_grad()
-def one_by_one(model: PreTrainedModel, batch: PreferenceBatch, site: str, shifts: Tensor, mask: Tensor) -> Tensor:
+def one_by_one(model: PreTrainedModel, batch: PreferenceBatch, site: str, tokens: Any = "all") -> Tensor:
+    """One whole pass through the model for each strength."""
+    if isinstance(tokens, str):
+        tokens = MASKS[tokens](batch.segments)
     found = []
-    for shift in shifts:
-        with shifted_by_hand(model, site, shift, mask):
+    for strength in LAMBDAS.tolist():
+        with steer(model, Intervention(site, DIRECTION[None], strength, tokens=tokens)):
             found.append(model(**model_inputs(model, batch)).logits.flatten(0, 1)[batch.target_rows])
     return torch.stack(found)
 
@@ -81,11 +75,14 @@ def together(model: PreTrainedModel, batch: PreferenceBatch, **options: Any) -> 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_logits_are_those_of_one_pass_a_vector(family: str, site: str, dtype: torch.dtype) -> None:
-    model, batch, shifts = make(family, dtype, **WINDOWS.get(family, {})), make_batch(), make_shifts(dtype)
-    expected = one_by_one(model, batch, site, shifts, batch.segments != PAD)
+    model, shifts = make(family, dtype, **WINDOWS.get(family, {})), make_shifts(dtype)
+    batch = unpadded_batch() if family == "gemma2" and dtype == torch.float64 else make_batch()
+    expected = one_by_one(model, batch, site)
     found = together(model, batch, site=site, shifts=shifts)
     exact = dtype == torch.float64
-    assert_close(found, expected, rtol=1e-12 if exact else 1e-5, atol=1e-12 if exact else 1e-5 * expected.abs().max().item())
+    assert_close(
+        found, expected, rtol=1e-12 if exact else 1e-5, atol=1e-12 if exact else 1e-5 * expected.abs().max().item()
+    )
     assert (found[0] - found[-1]).abs().max() > 0.1, "steering had no effect"
 
 
@@ -93,14 +90,9 @@ def test_logits_are_those_of_one_pass_a_vector(family: str, site: str, dtype: to
 @pytest.mark.parametrize("site", [FINAL_POST_NORM, FINAL_PRE_NORM, "layer_00"])
 def test_which_tokens_are_reached(site: str, tokens: Any) -> None:
     model, batch, shifts = make("llama"), make_batch(4), make_shifts()
-    masks = {
-        "all": batch.segments != PAD,
-        "new": batch.segments >= CHOSEN,
-        "prompt": batch.segments == PROMPT,
-        "mask": torch.rand(batch.segments.shape, generator=torch.Generator().manual_seed(1)) < 0.5,
-    }
-    wanted = masks["mask"] if tokens == "mask" else tokens
-    expected = one_by_one(model, batch, site, shifts, masks[tokens])
+    some = torch.rand(batch.segments.shape, generator=torch.Generator().manual_seed(1)) < 0.5
+    wanted = some if tokens == "mask" else tokens
+    expected = one_by_one(model, batch, site, wanted)
     assert_close(together(model, batch, site=site, shifts=shifts, tokens=wanted), expected, rtol=1e-12, atol=1e-12)
 
 
@@ -113,7 +105,7 @@ def test_every_layout_and_any_cut_give_the_same(site: str, layout: str, packed: 
     batch = make_batch(n, layout=layout, packed=packed)
     if packed:
         use_packed_attention(model)
-    expected = one_by_one(model, batch, site, shifts, batch.segments != PAD)
+    expected = one_by_one(model, batch, site)
     for tokens_per_batch in (1, 3 * batch.segments.numel(), 10**6):
         found = together(model, batch, site=site, shifts=shifts, tokens_per_batch=tokens_per_batch)
         assert_close(found, expected, rtol=1e-12, atol=1e-12)
@@ -128,7 +120,7 @@ def test_zeros_leave_every_bit(site: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "cohere"])
 def test_post_norm_is_a_logit_bias_before_scale_and_cap(family: str) -> None:
-    model, batch, shifts = make(family), make_batch(), make_shifts()
+    model, batch, shifts = make(family), unpadded_batch(), make_shifts()
     logits = together(model, batch, site=FINAL_POST_NORM, shifts=shifts)
     config = model.config
     if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
@@ -141,7 +133,7 @@ def test_post_norm_is_a_logit_bias_before_scale_and_cap(family: str) -> None:
 @pytest.mark.parametrize("site", [FINAL_POST_NORM, "layer_01"])
 def test_log_probs_are_those_of_the_logits(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch, shifts = make("llama"), make_batch(), make_shifts()
-    logits = one_by_one(model, batch, site, shifts, batch.segments != PAD)
+    logits = one_by_one(model, batch, site)
     expected = logits.log_softmax(-1).gather(-1, batch.target_ids.expand(len(shifts), -1)[..., None])[..., 0]
     assert_close(sweep_log_probs(model, batch, site=site, shifts=shifts), expected, rtol=1e-12, atol=1e-12)
     monkeypatch.setattr("tiltmeter.sweeping.default_chunk_tokens", lambda _: 11)
@@ -150,12 +142,15 @@ def test_log_probs_are_those_of_the_logits(site: str, monkeypatch: pytest.Monkey
     assert_close(sweep_log_probs(model, batch, site=site, shifts=shifts), expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(("site", "expected"), [("layer_00", 1 + 4 * 2 / 3), ("layer_01", 1 + 4 / 3), ("layer_02", 1.0)])
+@pytest.mark.parametrize(
+    ("site", "expected"), [("layer_00", 1 + 4 * 2 / 3), ("layer_01", 1 + 4 / 3), ("layer_02", 1.0)]
+)
 def test_only_blocks_above_the_site_run_again(site: str, expected: float) -> None:
     model, batch, shifts = make("llama"), make_batch(), make_shifts()
     rows: list[int] = []
     handles = [
-        block.register_forward_pre_hook(lambda _m, inputs: rows.append(len(inputs[0]))) for block in decoder_blocks(model)
+        block.register_forward_pre_hook(lambda _m, inputs: rows.append(len(inputs[0])))
+        for block in decoder_blocks(model)
     ]
     sweep_log_probs(model, batch, site=site, shifts=shifts)
     for handle in handles:
