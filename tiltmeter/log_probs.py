@@ -186,7 +186,7 @@ def _scale_and_cap(raw: Tensor, scale: float, soft_cap: float | None) -> tuple[T
     slope = None
     if scale != 1.0:
         logits = logits * scale
-        slope = torch.full_like(logits[:, :1], scale)
+        slope = torch.full_like(logits[..., :1], scale)
     if soft_cap is not None:
         squashed = torch.tanh(logits / soft_cap)
         logits = squashed * soft_cap

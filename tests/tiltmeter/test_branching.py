@@ -50,10 +50,11 @@ def one_by_one(
     strengths: tuple[float, ...] = STRENGTHS,
     **options: Any,
 ) -> Said:
+    prompts = options.pop("prompts", make_prompts())
     said = []
     for strength in strengths:
         with steer(model, Intervention(site, direction[None], strength, tokens="new")):
-            said.append(generate(model, spelling(), make_prompts(), decoding, **options))
+            said.append(generate(model, spelling(), prompts, decoding, **options))
     return said
 
 
@@ -65,15 +66,16 @@ def ids_of(said: Said) -> list[list[list[tuple[int, ...]]]]:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_greedy_tokens_are_those_of_one_run_a_strength(family: str, dtype: torch.dtype) -> None:
-    if family == "gemma2" and dtype == torch.float64:
-        pytest.skip("model.generate is NaN for left-padded rows with eager attention in float64")
+    prompts = make_prompts()
+    if family == "gemma2" and dtype == torch.float64:  # model.generate is NaN for left-padded rows in float64
+        prompts = [prompt[:7] for prompt in prompts if len(prompt) >= 7]
     model = make(family, dtype, **SLIDING.get(family, {}))
     for site in SITES if family == "llama" else SITES[::3]:
-        expected = one_by_one(model, site=site)
-        found = together(model, site=site)
+        expected = one_by_one(model, site=site, prompts=prompts)
+        found = together(model, site=site, prompts=prompts)
         assert found == expected
         assert ids_of(found) == ids_of(expected)
-        assert len({samples[0].text for branch in found for samples in branch}) > len(make_prompts()), "no effect"
+        assert len({samples[0].text for branch in found for samples in branch}) > len(prompts), "no effect"
 
 
 @pytest.mark.parametrize("site", ["layer_00", FINAL_POST_NORM])
