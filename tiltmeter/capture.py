@@ -2,16 +2,17 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from tiltmeter.batch import REJECTED, PreferenceBatch
-from tiltmeter.layers import FINAL_POST_NORM, FINAL_PRE_NORM, decoder_blocks, final_norm, resolve_sites, site_depth
+from tiltmeter.hooks import hook_site
+from tiltmeter.layers import FINAL_POST_NORM, resolve_sites
 from tiltmeter.log_probs import run_backbone
 from tiltmeter.positions import Position, Readings, readings
 
@@ -72,7 +73,7 @@ def capture(
     with ExitStack() as stack:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         for site in names:
-            handle = _hook(model, site, record)
+            handle = hook_site(model, site, partial(record, site))
             stack.callback(handle.remove)
         yield captured
 
@@ -147,29 +148,12 @@ def capture_gradients(
     """
     (name,) = resolve_sites(site, model.config.num_hidden_layers)
 
-    def watch(_site: str, hidden: Tensor) -> None:
+    def watch(hidden: Tensor) -> None:
         if hidden.requires_grad:
             hidden.register_hook(lambda gradient: receive(gradient.detach()))
 
-    handle = _hook(model, name, watch)
+    handle = hook_site(model, name, watch)
     try:
         yield
     finally:
         handle.remove()
-
-
-def _hook(model: PreTrainedModel, site: str, record: Callable[[str, Tensor], None]) -> RemovableHandle:
-    """Call ``record(site, hidden)`` with the residual stream at a site whenever the model computes it."""
-
-    def on_output(_module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
-        record(site, output[0] if isinstance(output, tuple) else output)
-
-    def on_input(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        record(site, inputs[0])
-
-    if site == FINAL_PRE_NORM:
-        return final_norm(model).register_forward_pre_hook(on_input)
-    if site == FINAL_POST_NORM:
-        return final_norm(model).register_forward_hook(on_output)
-    blocks = decoder_blocks(model)
-    return blocks[site_depth(site, len(blocks))].register_forward_hook(on_output)
