@@ -113,12 +113,36 @@ def cluster_interval(
     >>> cluster_interval(lambda w: w @ x / w.sum(1), ["a", "b", "c"]).value
     2.0
     """
+
+    def as_column(drawn: Tensor) -> Tensor:
+        return statistic(drawn)[:, None]
+
+    return cluster_intervals(as_column, clusters, level=level, n_resamples=n_resamples, seed=seed)[0]
+
+
+def cluster_intervals(
+    statistic: Callable[[Float[Tensor, "resample row"]], Float[Tensor, "resample figure"]],
+    clusters: Sequence[str],
+    *,
+    level: float = 0.95,
+    n_resamples: int = 2000,
+    seed: int = 0,
+) -> list[Interval]:
+    """:func:`cluster_interval` of several figures of the same rows at once: the same resamples, drawn once for all.
+
+    Args:
+        statistic: as there, with a column a figure.
+        clusters: N names; rows of equal name are drawn together.
+
+    Raises:
+        ValueError: no rows.
+    """
     if not len(clusters):
         raise ValueError("expected at least one row, got none")
     names, index = np.unique(np.asarray(clusters), return_inverse=True)
-    value = float(statistic(torch.ones(1, len(clusters), dtype=torch.float64))[0])
+    values = statistic(torch.ones(1, len(clusters), dtype=torch.float64))[0].tolist()
     if len(names) < 2:
-        return Interval(value, float("-inf"), float("inf"))
+        return [Interval(value, float("-inf"), float("inf")) for value in values]
     rng = np.random.default_rng(seed)
     at_a_time = max(1, _WEIGHTS_AT_A_TIME // len(clusters))
     found = []
@@ -127,5 +151,5 @@ def cluster_interval(
         drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=count)
         found.append(statistic(torch.from_numpy(drawn[:, index].astype(np.float64))))
     ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-    low, high = torch.cat(found).to(torch.float64).nanquantile(ends).tolist()
-    return Interval(value, low, high)
+    low, high = torch.cat(found).to(torch.float64).nanquantile(ends, dim=0).tolist()
+    return [Interval(*bounds) for bounds in zip(values, low, high, strict=True)]

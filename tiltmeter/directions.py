@@ -1,7 +1,9 @@
-"""Directions in hidden-state space: what the preference asks for (v, v̄), what training did (v*), what varies most (PCA).
+"""Directions in hidden-state space: what the preference asks for (v, v̄), what training did (v*, u_k), what varies most (PCA).
 
 e_t is row t of the unembedding W_U. The paper uses one word for v and v*; they are different vectors, and
-:func:`tiltmeter.consistency.cosine` between them is a measurement. ``final_post_norm`` is the site that e_t lives at.
+:func:`tiltmeter.consistency.cosine` between them is a measurement. ``final_post_norm`` is the site that e_t lives at. What a
+linear probe reads the preference from is :func:`tiltmeter.scoring.preference_probe.probe_direction`; vectors that should not
+work are in :mod:`tiltmeter.controls`.
 """
 
 from typing import NamedTuple
@@ -107,3 +109,22 @@ def principal_directions(
         directions * torch.where(along < 0, -1.0, 1.0)[:, None],
         sigma[:n_directions].square() / sigma.square().sum(),
     )
+
+
+def update_directions(
+    base: Float[Tensor, "row d_model"], policy: Float[Tensor, "row d_model"], n_directions: int, *, centred: bool
+) -> PrincipalDirections:
+    """Top right singular vectors u_k of ΔH = H_π − H_0, each with ⟨u_k, v*⟩ ≥ 0, in float64 (:func:`principal_directions`).
+
+    Args:
+        centred: subtract v* from every row first: what is left of the update beside the constant shift. There the sign
+            is free where a direction is orthogonal to v*.
+
+    Raises:
+        ValueError: more directions than min(N, d).
+
+    >>> base, policy = torch.zeros(2, 2), torch.tensor([[-3.0, -4.0], [-3.0, -4.0]])
+    >>> update_directions(base, policy, 1, centred=False).directions.round(decimals=6).tolist()
+    [[-0.6, -0.8]]
+    """
+    return principal_directions(policy.to(torch.float64) - base.to(torch.float64), n_directions, centred=centred)

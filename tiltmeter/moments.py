@@ -193,6 +193,15 @@ class RowMoments:
         """x̄ in float64; of an update matrix it is v*, the empirical steering vector. NaN without rows."""
         return self.rows.to(torch.float64).mean(0) if self._folded is None else self._fold().plain.mean
 
+    def scatter(self) -> Float[Tensor, "d_model d_model"]:
+        """Σ (x − x̄)(x − x̄)ᵀ in float64: N − 1 times the rows' covariance. Rows that are still kept stay kept."""
+        if self._folded is None:
+            centred = self.rows.to(torch.float64) - self.mean()
+            return centred.T @ centred
+        scatter = self._fold().plain.scatter
+        assert scatter is not None
+        return scatter.clone()
+
     def geometry(self, variant: Variant = "raw", *, outlier_dims: Int[Tensor, " outlier"] | None = None) -> RowGeometry:
         """Spectrum, shift share and cosines of a variant of the rows.
 

@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from tiltmeter.bootstrap import Interval, cluster_interval, cluster_mean_interval, paired_difference_interval
+from tiltmeter.bootstrap import (
+    Interval,
+    cluster_interval,
+    cluster_intervals,
+    cluster_mean_interval,
+    paired_difference_interval,
+)
 
 WORLDS = 1500
 
@@ -92,3 +98,16 @@ def test_what_cannot_be_resampled_is_refused_or_infinite() -> None:
         cluster_interval(lambda w: w.sum(1), [])
     with pytest.raises(ValueError, match="both sides, got 1 and 2"):
         paired_difference_interval([1.0], [1.0, 2.0], ["a"])
+
+
+def test_several_figures_at_once_are_each_as_if_alone() -> None:
+    x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x[0, 2] = math.nan
+    prompts = [str(i // 2) for i in range(40)]
+    together = cluster_intervals(lambda w: w @ x / w.sum(1, True), prompts, n_resamples=300)
+    for column, found in enumerate(together[:2]):
+        assert found == pytest.approx(cluster_interval(lambda w: w @ x[:, column] / w.sum(1), prompts, n_resamples=300))  # noqa: B023
+    assert all(math.isnan(bound) for bound in together[2])
+    assert cluster_intervals(lambda w: w @ x / w.sum(1, True), ["a"] * 40)[0][1:] == (-math.inf, math.inf)
+    with pytest.raises(ValueError, match="at least one row"):
+        cluster_intervals(lambda w: w, [])

@@ -13,6 +13,7 @@ from tiltmeter.directions import (
     sequence_preference_vectors,
     steering_vector,
     token_preference_vectors,
+    update_directions,
 )
 from tiltmeter.errors import UserError
 from tiltmeter.layers import Unembedding
@@ -81,6 +82,28 @@ def test_principal_directions_are_those_of_the_covariance(centred: bool) -> None
     assert_close(found.directions @ found.directions.T, torch.eye(3, dtype=torch.float64))
     if not centred:
         assert float(cosine(found.directions[0], rows.mean(0))) > 0.9, "it points to the side of the mean"
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_top_singular_vectors_of_the_update_point_to_the_side_of_the_mean_update(centred: bool, sign: float) -> None:
+    base, shift = noise(50, 6), sign * torch.tensor([2.0, 1, 0, 0, 0, 0])
+    policy = base + shift + noise(50, 6, 1) * torch.tensor([1.0, 3, 1, 1, 1, 1])
+    found = update_directions(base, policy, 4, centred=centred)
+    v = steering_vector(base, policy)
+    assert (found.directions @ v >= 0).all()
+    updates = policy - base - (v if centred else 0)
+    assert_close((updates @ found.directions.T).norm(dim=0), singular_values(updates)[:4])
+    assert_close(found.directions @ found.directions.T, torch.eye(4, dtype=torch.float64))
+    flipped = update_directions(policy, base, 4, centred=centred)
+    assert_close(flipped.directions, -found.directions, rtol=0, atol=1e-9)
+
+
+def test_updates_that_are_one_shift_have_it_as_their_only_direction() -> None:
+    base, v = noise(20, 6), noise(1, 6, 1)
+    found = update_directions(base.float(), (base + v).float(), 2, centred=False)
+    assert_close(found.directions[0], v[0] / v.norm(), rtol=0, atol=1e-6)
+    assert_close(found.energy_shares, torch.tensor([1.0, 0.0], dtype=torch.float64), rtol=0, atol=1e-9)
 
 
 def test_what_cannot_be_computed_is_refused() -> None:

@@ -254,3 +254,13 @@ def test_misuse_is_refused() -> None:
         moments.geometry("unit_row")
     with pytest.raises(ValueError, match="beyond max_rows_kept=2 were folded"):
         _ = moments.rows
+
+
+@pytest.mark.parametrize("kept", [KEPT, FOLDED])
+def test_scatter_is_that_of_the_rows_whatever_their_mean_and_leaves_everything_as_it_is(kept: int) -> None:
+    rows = noise(300, 6) + 1e6
+    moments = moments_of(rows, kept, pieces=4)
+    assert_close(moments.scatter(), 299 * rows.T.cov(), rtol=1e-8, atol=1e-6)
+    moments.scatter().zero_()
+    assert moments.keeps_rows == (kept == KEPT)
+    assert_close(moments.scatter(), 299 * rows.T.cov(), rtol=1e-8, atol=1e-6)

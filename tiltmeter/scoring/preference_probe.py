@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyped]
@@ -115,18 +116,44 @@ def probe_figures(
     ]
 
 
+def probe_direction(differences: Float[Tensor, "pair d_model"], *, seed: int = 0) -> Float[Tensor, " d_model"]:
+    """Weights u of the same probe on all pairs, in log-odds per unit of activation: P(chosen is preferred) = σ(⟨u, d⟩), float64.
+
+    The scaling that the fit uses is taken back out, so u acts on hidden states as they are. As a vector to steer with, its norm
+    says nothing about a fitting strength (:func:`tiltmeter.controls.norm_matched`). A probe is made for reading, not for writing:
+    it weighs quiet dimensions up, where :func:`tiltmeter.directions.difference_of_means` does not.
+
+    Args:
+        differences: h_chosen − h_rejected, one row a pair, all finite.
+        seed: of the signs of the rows.
+
+    Raises:
+        ValueError: fewer than two rows, or rows that are not finite.
+    """
+    rows = differences.detach().cpu().double().numpy()
+    if len(rows) < 2 or not np.isfinite(rows).all():
+        raise ValueError(f"probe_direction: expected at least two rows, all finite, got {len(rows)}")
+    return torch.from_numpy(_fit(rows, np.random.default_rng(seed)))
+
+
 def _out_of_fold(
     rows: NDArray[np.float64], splits: Sequence[tuple[NDArray[np.intp], NDArray[np.intp]]], rng: np.random.Generator
 ) -> NDArray[np.bool_]:
     """Whether each pair is on the right side for the probe of the other folds."""
     hits = np.zeros(len(rows), dtype=bool)
     for train, test in splits:
-        scale = np.sqrt(np.square(rows[train]).mean(0) * rows.shape[1])
-        scale[scale == 0] = 1.0  # a dimension that never differs
-        # ±d are one observation: any one sign of each has the same likelihood, and the solver needs both labels
-        signs = np.resize([1.0, -1.0], len(train))
-        rng.shuffle(signs)
-        probe = LogisticRegression(C=INVERSE_STRENGTH, fit_intercept=False, max_iter=1000)
-        probe.fit(rows[train] / scale * signs[:, None], signs)
-        hits[test] = (rows[test] / scale) @ probe.coef_[0] > 0
+        hits[test] = rows[test] @ _fit(rows[train], rng) > 0
     return hits
+
+
+def _fit(rows: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:
+    """Weights of the probe on unscaled rows."""
+    scale = np.sqrt(np.square(rows).mean(0) * rows.shape[1])
+    scale[scale == 0] = 1.0  # a dimension that never differs
+    # ±d are one observation: any one sign of each has the same likelihood, and the solver needs both labels
+    signs = np.resize([1.0, -1.0], len(rows))
+    rng.shuffle(signs)
+    probe = LogisticRegression(C=INVERSE_STRENGTH, fit_intercept=False, max_iter=1000)
+    probe.fit(rows / scale * signs[:, None], signs)
+    weights: NDArray[np.float64] = probe.coef_[0] / scale
+    return weights

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tiltmeter.consistency import cosine
 from tiltmeter.scoring import preference_probe as module
-from tiltmeter.scoring.preference_probe import preference_probe, probe_figures
+from tiltmeter.scoring.preference_probe import preference_probe, probe_direction, probe_figures
 
 
 def noise(n: int, d: int, seed: int = 0) -> Tensor:
@@ -111,3 +112,35 @@ def test_figures_come_with_their_null_and_count_what_is_missing() -> None:
 def test_what_cannot_be_probed_is_refused(rows: Any, groups: list[str], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         preference_probe(rows, groups)
+
+
+def test_the_direction_is_that_of_the_log_odds_whatever_the_scale_of_a_dimension() -> None:
+    """Rows of a logistic model: its own weights are the answer, in log-odds per unit of activation."""
+    scales = torch.tensor([1.0, 100.0, 0.01, 1.0], dtype=torch.float64)
+    weights = torch.tensor([1.0, -0.8, 0.5, 0.0], dtype=torch.float64) / scales
+    rows = noise(20_000, 4) * scales
+    chosen = torch.rand(20_000, generator=torch.Generator().manual_seed(1)) < torch.sigmoid(rows @ weights)
+    found = probe_direction(torch.where(chosen, 1.0, -1.0)[:, None] * rows)
+    assert (found * scales).tolist() == pytest.approx((weights * scales).tolist(), abs=0.06)
+
+
+def test_the_direction_minimises_the_penalised_loss_that_is_documented() -> None:
+    rows = noise(60, 3) * torch.tensor([1.0, 5.0, 0.2]) + torch.tensor([0.5, 0.0, 0.1])
+    found = probe_direction(rows)
+    scale = (rows.square().mean(0) * 3).sqrt()
+    w = (found * scale).requires_grad_()
+    (0.5 * w.square().sum() + torch.nn.functional.softplus(-(rows / scale) @ w).sum()).backward()
+    assert w.grad is not None
+    assert float(w.grad.norm()) < 1e-2
+    assert float(cosine(probe_direction(rows, seed=5), found)) == pytest.approx(1, abs=1e-6)
+
+
+def test_the_direction_needs_finite_rows_and_ignores_dimensions_that_never_differ() -> None:
+    rows = noise(40, 3)
+    rows[:, 1] = 0
+    assert float(probe_direction(rows)[1]) == 0
+    with pytest.raises(ValueError, match="at least two rows, all finite, got 1"):
+        probe_direction(noise(1, 3))
+    rows[2, 2] = math.inf
+    with pytest.raises(ValueError, match="all finite, got 40"):
+        probe_direction(rows)
