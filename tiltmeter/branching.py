@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 
 from tiltmeter.branch_attention import BranchCache, use_branch_attention
+from tiltmeter.cpu_linear import fast_linear
 from tiltmeter.generation import (
     Completion,
     Decoding,
@@ -69,7 +70,7 @@ def generate_branches(
     held = replace(decoding, max_new_tokens=decoding.max_new_tokens * len(shifts))
     ends = end_ids(model, tokenizer)
     found: dict[int, list[Completion]] = {}
-    with ready_to_generate(model):
+    with ready_to_generate(model), fast_linear(model):
         for batch in cut_into_batches(jobs, held, tokens_per_batch, None):
             said = _BatchOfBranches(model, batch, decoding, ends, site, shifts).complete()
             for job, branches in zip(batch, said.tolist(), strict=True):
@@ -161,11 +162,12 @@ class _BatchOfBranches:
         for start in range(0, len(hidden), at_a_time):
             raw = self.model.get_output_embeddings()(hidden[start : start + at_a_time])
             logits = scale_and_cap(raw, self.head).to(torch.float32)  # as transformers does, whatever the model's dtype
-            refuse_nan(logits)
             if self.decoding.temperature > 0:  # one stream a row: the same noise in all of its branches
                 samplers = self.samplers[start : start + at_a_time]
                 logits = torch.stack([by.perturbed(row) for by, row in zip(samplers, logits, strict=True)])
-            chosen.append(logits.argmax(-1))
+            ids = logits.argmax(-1, keepdim=True)
+            refuse_nan(logits.gather(-1, ids))  # NaN is larger than any number
+            chosen.append(ids[..., 0])
         return torch.cat(chosen)
 
     def _drop_what_ended(

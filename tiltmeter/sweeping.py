@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
 from tiltmeter.batch import PAD, PROMPT, PreferenceBatch
-from tiltmeter.cpu_linear import linear
+from tiltmeter.cpu_linear import fast_linear, linear
 from tiltmeter.hooks import hook_site
 from tiltmeter.layers import (
     FINAL_POST_NORM,
@@ -127,7 +127,8 @@ def steered_logits(
     shifts = shifts.to(head.weight.device, torch.promote_types(head.weight.dtype, torch.float32))
     reached = _reached(batch, tokens)
     if site == FINAL_POST_NORM:
-        hidden = run_backbone(model, batch).flatten(0, 1)[batch.target_rows][None]
+        with fast_linear(model):
+            hidden = run_backbone(model, batch).flatten(0, 1)[batch.target_rows][None]
         moves = linear(shifts, head.weight.to(shifts.dtype))
     else:
         hidden = _hidden_at_targets(model, batch, site, shifts, reached, tokens_per_batch)
@@ -183,6 +184,7 @@ def _run_prefix(model: PreTrainedModel, batch: PreferenceBatch, site: str) -> _P
 
     with ExitStack() as stack:
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # a compiled block would not see its new hooks
+        stack.enter_context(fast_linear(model))
         stack.callback(hook_site(model, site, at_site.append).remove)
         for block in blocks[depth + 1 :]:
             stack.callback(block.register_forward_pre_hook(keep_call, with_kwargs=True).remove)
@@ -202,7 +204,7 @@ def _run_above(
     moves = shifts[:, None, None] * reached[:, :, None]
     hidden = (prefix.hidden + moves).to(prefix.hidden.dtype).flatten(0, 1)
     blocks = decoder_blocks(model)
-    with torch.compiler.set_stance("force_eager"):
+    with torch.compiler.set_stance("force_eager"), fast_linear(model):
         for block, call in zip(blocks[len(blocks) - len(prefix.calls) :], prefix.calls, strict=True):
             args, kwargs = _repeat((call.args, call.kwargs), n_rows, len(shifts))
             hidden = _first(block(hidden, *args, **kwargs))
