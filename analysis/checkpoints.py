@@ -16,6 +16,7 @@ from datamodules.synthetic import SyntheticWorld
 from datamodules.tokenization import PairTokenizer, SegmentEncoder, TextFormat, TokenizationReport
 from tiltmeter.errors import UserError
 from tiltmeter.models import DTYPES
+from tiltmeter.preference_losses import make_preference_loss
 from tiltmeter.scoring.behaviour import Prompt
 
 Device = str | None
@@ -57,9 +58,7 @@ def checkpoints_of_run(run: Run, *, dtype: str = "float32", device: Device = Non
     base, revision = run.base_source
     opened = _open(base, str(run.aligned), dtype, device, revision)
     check_ids(pairs, opened[0].model, run.folder / PROMPTS_FILE)
-    beta = run.setting("module.beta")
-    beta = float(beta) if type(beta) in (int, float) and beta > 0 else USUAL_BETA
-    return Checkpoints(*opened, pairs, _world_of(run), beta)
+    return Checkpoints(*opened, pairs, _world_of(run), _beta_of(run))
 
 
 class HeldOutPairs:
@@ -113,10 +112,11 @@ def prompts_of_file(path: str, n_prompts: int | None, opened: LoadedModel) -> li
     """Prompts without preferences, such as those of RealToxicityPrompts, encoded behind one BOS. Raises UserError."""
     encoder, bos = SegmentEncoder(opened.tokenizer), opened.tokenizer.bos_token_id
     start = [] if bos is None else [bos]
-    return [
-        Prompt(p.pair_id, p.text, [*start, *encoder.encode(p.text)], "", p.pair_id, p.attributes)
-        for p in PromptFile(path, n_prompts).load()
-    ]
+    try:
+        prompts = PromptFile(path, n_prompts).load()
+    except UserError as error:  # the option has another name here
+        raise UserError(str(error).replace("prompts.path", "behaviour.prompts")) from error
+    return [Prompt(p.pair_id, p.text, [*start, *encoder.encode(p.text)], "", p.pair_id, p.attributes) for p in prompts]
 
 
 def _one_a_prompt(records: Sequence[PreferencePair], n: int, seed: int) -> list[PreferencePair]:
@@ -138,6 +138,14 @@ def _open(
     if opened[0].tokenizer.get_vocab() != opened[1].tokenizer.get_vocab():
         raise UserError(f"base={base} aligned={aligned}: their tokenizers differ; give two checkpoints of one model")
     return opened[0], opened[1]
+
+
+def _beta_of(run: Run) -> float:
+    """Of the run's loss; the usual one where its configuration names none that exists."""
+    try:
+        return make_preference_loss(str(run.setting("module.loss") or "sigmoid"), beta=run.setting("module.beta")).beta
+    except UserError:
+        return USUAL_BETA
 
 
 def _world_of(run: Run) -> SyntheticWorld | None:

@@ -131,6 +131,6 @@ def _report(subject: Subject, checkpoints: Checkpoints, answers: Answers) -> Pat
     if lost:
         raise IncompleteEvaluation(
             f"{page}: written, but without a number for {', '.join(lost[:4])}{' …' if len(lost) > 4 else ''}: too many "
-            "scores are missing (the table says how many, the warnings above why); run it again, answers are kept in the cache"
+            "scores are missing (the table says how many); where a judge or service did not answer, run it again"
         )
     return page

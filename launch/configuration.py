@@ -16,7 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.utils import get_class
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from launch.option_types import describe_mismatch, option_hints
@@ -79,7 +79,7 @@ def check_config(config: DictConfig, *, config_name: str = "train") -> None:
     for key in config:
         if key not in primary:
             raise UserError(f"{key}: unknown configuration key{_nearest(str(key), primary)}")
-    for key in sorted(OmegaConf.missing_keys(config)):
+    for key in sorted(path for path, value in _leaves(config) if value == MISSING):  # even what others refer to
         raise UserError(f"{key}: expected a value, got none; add {key}=… to the command line")
     for path, node in _nodes(config):
         _check_node(path, node)
@@ -166,7 +166,7 @@ def _rewrite(override: Override, tree: DictConfig) -> str:
     key = override.key_or_group
     if _is_group(override) or key.startswith("hydra.") or not text[0].isalnum():
         return text
-    if OmegaConf.select(tree, key, throw_on_missing=False) is not None or _has_key(tree, key):
+    if _has_key(tree, key) or OmegaConf.select(tree, key, throw_on_missing=False) is not None:
         return text
     parent_path, _, name = key.rpartition(".")
     parent = OmegaConf.select(tree, parent_path) if parent_path else tree

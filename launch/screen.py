@@ -123,7 +123,7 @@ def behaviour_table(rows: Sequence[LeadRow]) -> Table:
         by = str(scorers.setdefault(last.scorer, len(scorers) + 1))
         when = () if are_of_one_step else (f"{last.steps_taken:.0f}",)
         table.add_row(figure, *when, number(before), number(last.value), interval, as_counts(last), by)
-    table.caption = Text("\n".join(f" {i} {_cut(name)}" for name, i in scorers.items()))
+    table.caption = Text("\n".join(f" {i} {_cut(name)}" for name, i in scorers.items()) + "\n")
     return table
 
 

@@ -135,9 +135,8 @@ def test_the_number_of_prompts_is_that_of_the_completions(make_run: MakeRun) -> 
     pairs = planted.figure("preference_accuracy", "both", 0.9, n=400)
     BehaviourTables(folder / "report" / "tables").add(10, 0, samples, Scores([*planted.look(0.75, 0.1), pairs]))
     found = behaviour_of_run(open_run(folder))
-    assert found.reading[0] == (
-        "Both models complete the same 3 prompts (temperature 0.5, 2 each, at most 96 tokens, up to “Human:”), with the same random numbers."
-    )
+    asked = "temperature 0.5, 2 each, at most 96 tokens, up to “Human:”"
+    assert found.reading[0] == f"Both models complete the same 3 prompts ({asked}), with the same random numbers."
 
 
 def test_decoding_is_what_the_callback_had(make_run: MakeRun) -> None:

@@ -105,10 +105,10 @@ def test_nothing_said_has_no_kl() -> None:
 
 
 def test_the_probe_is_out_of_fold_on_states_of_the_last_response_token() -> None:
-    found = named(probe_accuracies(TWO, "layer_01"))
-    names = [f"preference_probe_{what}/layer_01" for what in ("accuracy", "null")]
+    found = named(probe_accuracies(TWO, "layer_00"))
+    names = [f"preference_probe_{what}/layer_00" for what in ("accuracy", "null")]
     assert set(found) == {*names, *(f"{name} of base" for name in names)}
-    assert "layer_01 response_last" in found[names[0]].scorer
+    assert "layer_00 response_last" in found[names[0]].scorer
     assert {figure.n for figure in found.values()} == {8}
     groups = [pair.group for pair in TWO.pairs]
     for opened, name in ((TWO.aligned, names[0]), (TWO.base, f"{names[0]} of base")):
@@ -133,5 +133,5 @@ def difference_at_the_end(model: torch.nn.Module, pair: TokenizedPair) -> np.nda
 
 
 def test_too_few_prompts_for_a_probe_is_a_missing_number() -> None:
-    found = named(probe_accuracies(asked.checkpoints(4), "layer_01"))
+    found = named(probe_accuracies(asked.checkpoints(4), "layer_00"))
     assert all(math.isnan(figure.value) for figure in found.values())

@@ -122,7 +122,7 @@ def test_a_control_says_that_it_is_one(make_run: Callable[..., Path]) -> None:
         (
             ["run=last", "analysis=geometri"],
             2,
-            "analysis=geometri: there is none of that name (there are: all, training, geometry",
+            "analysis=geometri: there is none of that name (there are: all, training, behaviour_by_step, geometry",
         ),
         (["rum=last"], 2, "tiltmeter: rum: unknown configuration key; did you mean run?"),
     ],

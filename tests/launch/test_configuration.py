@@ -101,4 +101,6 @@ def test_no_configuration_file_lies_outside_the_groups() -> None:
         "toxicity",
         "truthfulqa",
     }
+    groups = {"model", "data", "module", "adapter", "arm", "callbacks", "trainer", "logger", "experiment"}
+    groups |= {"judge", "toxicity", "truthfulqa"}
     assert {path.parent.name for path in CONF.rglob("*.yaml") if path.parent != Path(CONF)} == groups

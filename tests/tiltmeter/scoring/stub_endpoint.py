@@ -147,6 +147,11 @@ class StubEndpoint:
         self._server.server_close()
         self._thread.join()
 
+    def stop_waiting(self) -> None:
+        """Let delayed responses go, and faults be over."""
+        self.always = None
+        self._closing.set()
+
     @property
     def port(self) -> int:
         return int(self._server.server_address[1])

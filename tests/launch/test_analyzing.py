@@ -1,0 +1,201 @@
+"""``python analyze.py`` on tiny models: what it takes, what it refuses, what it leaves behind."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import open_dict
+
+from launch.analyzing import analyze
+from launch.command import one_line_errors
+from launch.configuration import CONF, prepare_overrides
+from tests.analysis import asked
+from tests.analysis import planted_behaviour as planted
+from tests.analysis.asked import save_model
+from tests.analysis.conftest import CONFIG, dpo_rows
+from tests.cli import ROOT
+from tests.tiltmeter.scoring.stub_endpoint import refused_url
+from tests.tiny_models import make_model
+from tiltmeter.errors import IncompleteEvaluation, UserError
+
+SMALL = ("decoding.max_new_tokens=6", "behaviour.n_prompts=3", "behaviour.probe_sites=''")
+DATA = ("data=synthetic", "data.n_prompts=30", "pairs.n_pairs=5")
+CANARY = "canary-0123456789"
+
+
+@pytest.fixture(autouse=True)
+def no_config_left() -> Iterator[None]:
+    yield
+    GlobalHydra.instance().clear()
+    HydraConfig.instance().cfg = None
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> tuple[str, str]:
+    return f"base={save_model(tmp_path / 'old', seed=0)}", f"aligned={save_model(tmp_path / 'new', seed=1)}"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    folder = tmp_path / "runs" / "fake" / "2026-01-31_12-00-00"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG), encoding="utf-8")
+    pd.DataFrame(dpo_rows()).to_csv(folder / "metrics.csv", index=False)
+    pairs = [pair.as_json() for pair in asked.probe_pairs(6)]
+    (folder / "probe_prompts.json").write_text(json.dumps(pairs), encoding="utf-8")
+    for i, name in enumerate(("base", "aligned")):
+        save_model(folder / name, seed=i)
+    return folder
+
+
+def ask(tmp_path: Path, *arguments: str) -> Path:
+    """As ``analyze.py`` does, in this process."""
+    overrides = prepare_overrides([*arguments, f"runs_root={tmp_path / 'runs'}"], config_name="analyze")
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("analyze", overrides=overrides, return_hydra_config=True)
+    HydraConfig.instance().set_config(config)
+    with open_dict(config):
+        del config["hydra"]
+    return analyze(config)
+
+
+def refused(tmp_path: Path, *arguments: str) -> str:
+    before = {path for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises((UserError, SystemExit)) as caught, one_line_errors(debug=True):
+        ask(tmp_path, *arguments)
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == before, "something was written"
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_two_checkpoints_and_a_source(tmp_path: Path, two: tuple[str, str]) -> None:
+    page = ask(tmp_path, *two, *DATA, *SMALL)
+    assert page.parent.parent.parent == tmp_path / "runs" / "checkpoints"
+    text = page.read_text(encoding="utf-8")
+    assert "new against old" in text
+    assert "5 pairs, one a prompt" in text
+    assert "synthetic (seed 0), 30 of 30 pairs" in text
+    for word in (*two, *DATA, *SMALL[:2], "analysis=behaviour"):
+        assert word in text, "the command makes the same again"
+    assert "likeliest token each time, at most 6 tokens" in text
+    samples = pd.read_csv(page.parent / "tables" / "behaviour_samples.csv")
+    assert len(samples) == 3
+    assert {"base", "policy", "toxicity_word_list/policy"} <= set(samples.columns)
+
+
+def test_the_report_goes_where_it_is_wanted(tmp_path: Path, two: tuple[str, str]) -> None:
+    assert ask(tmp_path, *two, *DATA, *SMALL, f"out={tmp_path / 'here'}") == tmp_path / "here" / "index.html"
+
+
+def test_an_oracle_of_a_synthetic_world(tmp_path: Path, two: tuple[str, str]) -> None:
+    with pytest.raises(IncompleteEvaluation, match=r"index.html: written, but without .* oracle_utility of policy"):
+        ask(tmp_path, *two, *DATA, *SMALL, "judge=oracle", "toxicity=none")  # random models say no word of the world
+    (path,) = tmp_path.rglob("behaviour.csv")
+    table = pd.read_csv(path).set_index(["metric", "of"])
+    assert table.loc[("oracle_preference_rate", "both"), "value"] == 0.5
+    assert table.loc[("oracle_preference_rate", "both"), "n"] == 3
+    assert "toxicity_word_list" not in table.index.get_level_values(0)
+
+
+def test_a_run_is_asked_again(tmp_path: Path, run: Path) -> None:
+    page = ask(tmp_path, "run=last", "analysis=behaviour", *SMALL)
+    assert page == run / "report" / "index.html"
+    text = page.read_text(encoding="utf-8")
+    assert f"run={run} {SMALL[0]}" in text
+    assert "of this run’s base and aligned model, asked again after training" in text
+    assert "The first 3 of the prompts above" in text
+
+
+def test_a_local_judge_in_this_process(tmp_path: Path, two: tuple[str, str]) -> None:
+    judge = tmp_path / "judge"
+    make_model("llama", seed=2, vocab_size=len(asked.TOKENIZER), max_position_embeddings=8192).save_pretrained(judge)
+    asked.TOKENIZER.save_pretrained(judge)
+    options = ("judge=local", f"judge.judge.model={judge}", "judge.evaluation_steps=[Look.]", "judge.steps_file=null")
+    page = ask(tmp_path, *two, *DATA, *SMALL, *options)
+    table = pd.read_csv(page.parent / "tables" / "behaviour.csv").set_index(["metric", "of"])
+    for figure in (("geval_score", "policy"), ("geval_score", "base"), ("geval_win_rate_vs_chosen", "both")):
+        assert 0 <= table.loc[figure, "value"] <= 1
+        assert table.loc[figure, "n"] == 3
+        assert "local:" in table.loc[figure, "scorer"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "run: expected a run folder, .* got neither"),
+        (("run=last", "base=a"), r"run: .* got base and run"),
+        (("base=a",), r"run: .* got base$"),
+        (("base=a", "aligned=b"), r"data: expected where prompts come from, got none; add data=hh"),
+        (("base=a", "aligned=b", "data=synthetic", "analysis=geometry"), r"analysis=geometry: needs a run"),
+        (("run=last", "analysis=behavior"), r"analysis=behavior: there is none of that name \(there are: all, .*behaviour\)"),
+        (("run=last",), r"run=last: no finished run below"),
+        (("run=last", "judge=oracle"), r"judge: has no effect here; it is for analysis=behaviour"),
+        (("run=last", "decoding.temperature=1"), r"decoding.temperature: has no effect here; it is for analysis="),
+        (("run=last", "analysis=behaviour", "data=synthetic"), r"data: has no effect here; it is for two checkpoints"),
+        (("run=last", "out=x"), r"out: has no effect here; it is for two checkpoints"),
+        (("run=last", "analysis=behaviour", "behaviour.n_promts=3"), r"behaviour.n_promts: unknown .* behaviour.n_prompts"),
+        (("run=last", "analysis=behaviour", "judge=local"), r"judge.judge.model: expected a value"),
+    ],
+)  # fmt: skip
+def test_what_is_refused(tmp_path: Path, arguments: tuple[str, ...], words: str) -> None:
+    assert re.search(words, refused(tmp_path, *arguments))
+
+
+def test_a_run_that_scored_nothing_has_a_report_without_that_section(tmp_path: Path, run: Path) -> None:
+    page = ask(tmp_path, f"run={run}")
+    assert "What does the model say while it trains" not in page.read_text(encoding="utf-8")
+    assert "has no scores of generated text" in refused(tmp_path, f"run={run}", "analysis=behaviour_by_step")
+
+
+def test_the_scores_of_training_are_a_section_of_the_report(tmp_path: Path, run: Path) -> None:
+    planted.write(run, planted.LOOKS)
+    text = ask(tmp_path, f"run={run}").read_text(encoding="utf-8")
+    assert "What does the model say while it trains" in text
+    assert "how they were drawn is not known" in text
+    assert text.index("<h2>") < text.index("What does the model say while it trains")
+
+
+def test_a_damaged_table_ends_the_report_of_all_with_its_name(tmp_path: Path, run: Path) -> None:
+    planted.write(run, planted.LOOKS).write_text("steps_taken\n1\n", encoding="utf-8")
+    assert "behaviour_by_step.csv: expected the columns" in refused(tmp_path, f"run={run}")
+
+
+@pytest.mark.slow
+def test_a_judge_that_is_down_leaves_a_report_and_exit_code_3(tmp_path: Path, run: Path) -> None:
+    options = ("judge=endpoint", "judge.judge.model=m", f"judge.judge.base_url={refused_url()}")
+    options += (
+        "judge.judge.max_retries=0",
+        "judge.judge.api_key_env=MY_KEY",
+        "judge.evaluation_steps=[Look.]",
+        "judge.steps_file=null",
+    )
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "analyze.py"), f"run={run}", "analysis=behaviour", *SMALL, *options],
+        cwd=tmp_path,
+        env=os.environ | {"MY_KEY": CANARY, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 3, done.stderr
+    assert "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("tiltmeter: ")]
+    assert "index.html: written, but without a number for geval_score" in line
+    text = (run / "report" / "index.html").read_text(encoding="utf-8")
+    assert "0 of 3" in text
+    assert "The policy" not in text
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path for path in written if CANARY.encode() in path.read_bytes()]
+    assert CANARY not in done.stdout + done.stderr
