@@ -100,7 +100,7 @@ def as_words(decoding: Decoding) -> str:
 
 
 @dataclass(frozen=True)
-class _Job:
+class Job:
     """One completion to draw: where its answer goes, its prompt, its random stream."""
 
     place: int
@@ -135,23 +135,38 @@ def generate(
     Raises:
         UserError: ``max_new_tokens`` leaves no room for a prompt; logits that are NaN.
     """
+    jobs = make_jobs(model, tokenizer, prompts, decoding, keys)
+    found: dict[int, Completion] = {}
+    ends = end_ids(model, tokenizer)
+    with ready_to_generate(model):
+        for batch in cut_into_batches(jobs, decoding, tokens_per_batch, n_batches):
+            for job, completion in zip(batch, _complete(model, tokenizer, batch, decoding, ends), strict=True):
+                found[job.place] = completion
+    n = decoding.n_samples
+    return [[found[prompt * n + sample] for sample in range(n)] for prompt in range(len(prompts))]
+
+
+def make_jobs(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
+    keys: Sequence[str] | None,
+) -> list[Job]:
+    """The completions to draw, a prompt's samples behind one another.
+
+    Raises:
+        UserError: as :func:`fit_prompt`.
+    """
     names = [str(i) for i in range(len(prompts))] if keys is None else keys
-    jobs = [
-        _Job(place, fit_prompt(ids, model, tokenizer, decoding), _stream(decoding.seed, name, sample))
+    return [
+        Job(place, fit_prompt(ids, model, tokenizer, decoding), _stream(decoding.seed, name, sample))
         for place, (ids, name, sample) in enumerate(
             (ids, name, sample)
             for ids, name in zip(prompts, names, strict=True)
             for sample in range(decoding.n_samples)
         )
     ]
-    found: dict[int, Completion] = {}
-    ends = _end_ids(model, tokenizer)
-    with _ready_to_generate(model):
-        for batch in _batches(jobs, decoding, tokens_per_batch, n_batches):
-            for job, completion in zip(batch, _complete(model, tokenizer, batch, decoding, ends), strict=True):
-                found[job.place] = completion
-    n = decoding.n_samples
-    return [[found[prompt * n + sample] for sample in range(n)] for prompt in range(len(prompts))]
 
 
 def fit_prompt(
@@ -173,14 +188,14 @@ def fit_prompt(
 
 def count_batches(lengths: Sequence[int], decoding: Decoding, *, tokens_per_batch: int = 16384) -> int:
     """Batches that :func:`generate` makes of prompts of these lengths."""
-    jobs = [_Job(i, [0] * n, 0) for i, n in enumerate(lengths) for _ in range(decoding.n_samples)]
-    return len(_batches(jobs, decoding, tokens_per_batch, None))
+    jobs = [Job(i, [0] * n, 0) for i, n in enumerate(lengths) for _ in range(decoding.n_samples)]
+    return len(cut_into_batches(jobs, decoding, tokens_per_batch, None))
 
 
 def _complete(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    batch: Sequence[_Job],
+    batch: Sequence[Job],
     decoding: Decoding,
     ends: list[int],
 ) -> list[Completion]:
@@ -190,7 +205,7 @@ def _complete(
     mask = torch.tensor([[0] * (width - len(job.ids)) + [1] * len(job.ids) for job in batch], device=model.device)
     processors = LogitsProcessorList([_NoNaN()])
     if decoding.temperature > 0:
-        processors.append(_GumbelSampling([job.stream for job in batch], decoding.temperature, decoding.top_p))
+        processors.append(GumbelSampling([job.stream for job in batch], decoding.temperature, decoding.top_p))
     config = GenerationConfig(
         max_new_tokens=decoding.max_new_tokens,
         do_sample=False,
@@ -208,24 +223,33 @@ def _complete(
             isinstance(p, DTensor) for p in model.parameters()
         ),  # sharded: all processes step equally often
     )
-    return [_read(row, ends, tokenizer, decoding.stop) for row in rows[:, width:].tolist()]
+    return [read_completion(row, ends, tokenizer, decoding.stop) for row in rows[:, width:].tolist()]
 
 
 class _NoNaN(LogitsProcessor):
-    """Refuses NaN, of which the likeliest token is id 0: text that no model said."""
+    """:func:`refuse_nan` inside of ``model.generate``."""
 
     def __call__(
         self, input_ids: Int[Tensor, "row token"], scores: Float[Tensor, "row vocab"]
     ) -> Float[Tensor, "row vocab"]:
-        if scores.isnan().any():
-            raise UserError(
-                "generation: the model's logits are NaN; its weights are not finite, or it can't take left-padded rows in this "
-                "dtype and attention (float64 with eager does not)"
-            )
+        refuse_nan(scores)
         return scores
 
 
-class _GumbelSampling(LogitsProcessor):
+def refuse_nan(logits: Float[Tensor, "*row vocab"]) -> None:
+    """Stop where the likeliest token would be id 0 for want of numbers: text that no model said.
+
+    Raises:
+        UserError: NaN among the logits.
+    """
+    if logits.isnan().any():
+        raise UserError(
+            "generation: the model's logits are NaN; its weights are not finite, or it can't take left-padded rows in this "
+            "dtype and attention (float64 with eager does not)"
+        )
+
+
+class GumbelSampling(LogitsProcessor):
     """Turns the likeliest token into one drawn from softmax(logits / temperature), cut to ``top_p``, by a stream per row."""
 
     def __init__(self, streams: Sequence[int], temperature: float, top_p: float) -> None:
@@ -236,26 +260,31 @@ class _GumbelSampling(LogitsProcessor):
     def __call__(
         self, input_ids: Int[Tensor, "row token"], scores: Float[Tensor, "row vocab"]
     ) -> Float[Tensor, "row vocab"]:
+        """As transformers calls it."""
+        return self.perturbed(scores)
+
+    def perturbed(self, scores: Float[Tensor, "score_row vocab"]) -> Float[Tensor, "score_row vocab"]:
+        """Scores of which the largest is the token drawn; a single stream is that of all rows."""
         logits = scores.double() / self.temperature
         if self.warp is not None:
-            logits = self.warp(input_ids, logits)
+            logits = self.warp(None, logits)
         uniform = torch.stack([torch.rand(scores.shape[-1], generator=g, dtype=torch.float64) for g in self.generators])
         return logits - torch.log(-torch.log(uniform.clamp_min(1e-300))).to(logits.device)
 
 
-def _batches(jobs: Sequence[_Job], decoding: Decoding, tokens: int, n_batches: int | None) -> list[list[_Job]]:
+def cut_into_batches(jobs: Sequence[Job], decoding: Decoding, tokens: int, n_batches: int | None) -> list[list[Job]]:
     """Jobs by length, as many a batch as fit the budget, at least one."""
-    batches: list[list[_Job]] = []
+    batches: list[list[Job]] = []
     for job in sorted(jobs, key=lambda job: -len(job.ids)):
         if not batches or (len(batches[-1]) + 1) * (len(batches[-1][0].ids) + decoding.max_new_tokens) > tokens:
             batches.append([])
         batches[-1].append(job)
-    filler = [batches[-1][-1]] if batches else [_Job(-1, [0], 0)]
+    filler = [batches[-1][-1]] if batches else [Job(-1, [0], 0)]
     return batches + [filler] * max((n_batches or 0) - len(batches), 0)
 
 
 @contextmanager
-def _ready_to_generate(model: PreTrainedModel) -> Iterator[None]:
+def ready_to_generate(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode, in which checkpointed blocks keep their cache, and none of the model's own ways of decoding.
 
     Those (sampling, penalties …) would fill in what our configuration leaves open. Compiled blocks run as written: they would
@@ -272,14 +301,17 @@ def _ready_to_generate(model: PreTrainedModel) -> Iterator[None]:
         model.generation_config = own
 
 
-def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that end a completion: the tokenizer's, and those that the model's own file names beside it."""
     named = getattr(model.generation_config, "eos_token_id", None)
     named = [] if named is None else [named] if isinstance(named, int) else list(named)
     return list(dict.fromkeys([tokenizer.eos_token_id, *named]))
 
 
-def _read(ids: list[int], ends: Sequence[int], tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> Completion:
+def read_completion(
+    ids: list[int], ends: Sequence[int], tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]
+) -> Completion:
+    """What the tokens after a prompt say, up to the first that ends it, or to a text of ``stop``."""
     n = next((at for at, token in enumerate(ids) if token in ends), len(ids))
     said = str(tokenizer.decode(ids[:n], skip_special_tokens=True))
     found = [at for at in (said.find(text) for text in stop) if at >= 0]

@@ -108,6 +108,16 @@ def token_log_probs(
     return cast(Tensor, _TokenLogProbs.apply(*args))
 
 
+def scale_and_cap(raw: Float[Tensor, "*row vocab"], head: Unembedding) -> Float[Tensor, "*row vocab"]:
+    """The logits of a model from h Wᵀ + b, in float32 or better: cap · tanh(scale · raw / cap).
+
+    >>> head = Unembedding(torch.eye(2), scale=0.5, soft_cap=1.0)
+    >>> [round(x, 3) for x in scale_and_cap(torch.tensor([0.0, 2.0]), head).tolist()]
+    [0.0, 0.762]
+    """
+    return _scale_and_cap(raw, head.scale, head.soft_cap)[0]
+
+
 class _TokenLogProbs(torch.autograd.Function):
     """∂ log p_t / ∂ logits = onehot(t) − softmax(logits), with logits recomputed per chunk."""
 
@@ -168,11 +178,15 @@ def _logits(
 ) -> tuple[Tensor, Tensor | None]:
     """Logits in float32 or better, and ∂ logits / ∂ (h Wᵀ + b) where that isn't 1."""
     raw = linear(hidden, weight, None if bias is None else bias.to(weight.dtype))
+    return _scale_and_cap(raw, scale, soft_cap)
+
+
+def _scale_and_cap(raw: Tensor, scale: float, soft_cap: float | None) -> tuple[Tensor, Tensor | None]:
     logits = raw.to(torch.promote_types(raw.dtype, torch.float32))
     slope = None
     if scale != 1.0:
         logits = logits * scale
-        slope = torch.full_like(logits[:, :1], scale)
+        slope = torch.full_like(logits[..., :1], scale)
     if soft_cap is not None:
         squashed = torch.tanh(logits / soft_cap)
         logits = squashed * soft_cap

@@ -1,0 +1,227 @@
+"""Teacher-forced logits under many steering vectors for little more than one forward pass.
+
+Adding a vector at a site changes nothing before it, so what lies before is computed once for all vectors:
+
+- ``final_post_norm``: one forward pass serves all, since the unembedding is linear: logits(λ) = z + λ W_U v, soft cap after;
+- ``final_pre_norm``: one pass through the backbone, then norm and unembedding for each vector;
+- ``layer_l``: one pass, then the blocks above l for each vector (:func:`sweep_cost`).
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any, NamedTuple, cast
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from transformers import PreTrainedModel
+
+from tiltmeter.batch import PAD, PROMPT, PreferenceBatch
+from tiltmeter.cpu_linear import fast_linear, linear
+from tiltmeter.hooks import hook_site
+from tiltmeter.layers import (
+    FINAL_POST_NORM,
+    decoder_blocks,
+    final_norm,
+    site_depth,
+    unembedding,
+)
+from tiltmeter.log_probs import default_chunk_tokens, run_backbone, scale_and_cap
+from tiltmeter.steering import Tokens
+from tiltmeter.steering_operators import check_vectors
+from tiltmeter.steering_vector import check_site_and_width
+
+
+class SteeredLogits(NamedTuple):
+    """Logits of some targets of a batch under every shift."""
+
+    logits: Float[Tensor, "shift target vocab"]
+    """In float32 or better; overwritten when the next ones are asked for."""
+    targets: Int[Tensor, " target"]
+    """Which of the batch's targets these are."""
+
+
+class _Call(NamedTuple):
+    """What a block was called with besides its hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class _Prefix(NamedTuple):
+    """What one unsteered pass leaves behind for all shifts."""
+
+    hidden: Float[Tensor, "row token d_model"]
+    """At the site."""
+    final: Float[Tensor, "row token d_model"]
+    """After the final norm."""
+    calls: list[_Call]
+    """Of the blocks above the site."""
+
+
+def sweep_cost(n_layers: int, layer: int, n_shifts: int) -> float:
+    """Passes through all blocks that a sweep of ``n_shifts`` vectors other than 0 takes at block ``layer``'s output.
+
+    1 + Λ (L−1−l)/L with l counted from 0, as blocks l+1 … L−1 run for each vector. The unembedding comes on top, at the
+    targets only, once a vector.
+
+    >>> sweep_cost(4, 0, 20), sweep_cost(4, 3, 20)
+    (16.0, 1.0)
+    """
+    return 1 + n_shifts * (n_layers - 1 - layer) / n_layers
+
+
+@torch.no_grad()
+def sweep_log_probs(
+    model: PreTrainedModel,
+    batch: PreferenceBatch,
+    *,
+    site: str,
+    shifts: Float[Tensor, "shift d_model"],
+    tokens: Tokens | Bool[Tensor, "row token"] = "all",
+    tokens_per_batch: int = 16384,
+) -> Float[Tensor, "shift target"]:
+    """log π(token | what is before it) in nats of every target of a batch, under every shift.
+
+    Args, Raises: as :func:`steered_logits`.
+    """
+    found = shifts.new_empty(len(shifts), len(batch.target_ids), dtype=torch.float64)
+    for logits, targets in steered_logits(
+        model, batch, site=site, shifts=shifts, tokens=tokens, tokens_per_batch=tokens_per_batch
+    ):
+        ids = batch.target_ids[targets].expand(len(shifts), -1)
+        found[:, targets] = (logits.gather(-1, ids[..., None])[..., 0] - logits.logsumexp(-1)).to(found.dtype)
+    return found
+
+
+@torch.no_grad()
+def steered_logits(
+    model: PreTrainedModel,
+    batch: PreferenceBatch,
+    *,
+    site: str,
+    shifts: Float[Tensor, "shift d_model"],
+    tokens: Tokens | Bool[Tensor, "row token"] = "all",
+    tokens_per_batch: int = 16384,
+) -> Iterator[SteeredLogits]:
+    """Logits at every target of a batch while ``shifts[j]`` is added at a site, for all j, some targets at a time.
+
+    The model's training mode is left as it is; switch dropout off before.
+
+    Args:
+        site: where (:mod:`tiltmeter.layers`).
+        shifts: what is added, λ v for every λ and vector; zeros for the model as it is, which costs nothing.
+        tokens: to which tokens' hidden states, as for :class:`tiltmeter.steering.Intervention`; ``new``: the responses'.
+        tokens_per_batch: shifts × rows × tokens that are computed together, at most; at least one shift.
+
+    Yields:
+        Never more logits at a time than :func:`tiltmeter.log_probs.default_chunk_tokens` rows, or one a shift.
+
+    Raises:
+        UserError: an unknown site, or shifts of another width.
+    """
+    check_site_and_width(model, site, shifts.shape[1])
+    check_vectors("add", shifts)
+    head = unembedding(model)
+    shifts = shifts.to(head.weight.device, torch.promote_types(head.weight.dtype, torch.float32))
+    reached = _reached(batch, tokens)
+    if site == FINAL_POST_NORM:
+        with fast_linear(model):
+            hidden = run_backbone(model, batch).flatten(0, 1)[batch.target_rows][None]
+        moves = linear(shifts, head.weight.to(shifts.dtype))
+    else:
+        hidden = _hidden_at_targets(model, batch, site, shifts, reached, tokens_per_batch)
+        moves = None
+    at_a_time = max(1, default_chunk_tokens(len(head.weight)) // len(shifts))
+    on = reached.flatten()[batch.target_rows]
+    for targets in torch.arange(len(batch.target_ids), device=on.device).split(at_a_time):
+        raw = linear(hidden[:, targets], head.weight, head.bias)
+        if moves is not None:
+            raw = raw + moves[:, None] * on[targets, None]
+        yield SteeredLogits(scale_and_cap(raw, head), targets)
+
+
+def _reached(batch: PreferenceBatch, tokens: Tokens | Tensor) -> Bool[Tensor, "row token"]:
+    if isinstance(tokens, Tensor):
+        return tokens
+    if tokens == "prompt":
+        return batch.segments == PROMPT
+    return (batch.segments != PAD) if tokens == "all" else (batch.segments != PAD) & (batch.segments != PROMPT)
+
+
+def _hidden_at_targets(
+    model: PreTrainedModel,
+    batch: PreferenceBatch,
+    site: str,
+    shifts: Float[Tensor, "shift d_model"],
+    reached: Bool[Tensor, "row token"],
+    tokens_per_batch: int,
+) -> Float[Tensor, "shift target d_model"]:
+    """Hidden states after the final norm at the targets, under every shift."""
+    prefix = _run_prefix(model, batch, site)
+    unsteered = prefix.final.flatten(0, 1)[batch.target_rows]
+    hidden = unsteered.new_empty(len(shifts), *unsteered.shape)
+    moved = shifts.any(1)
+    hidden[~moved] = unsteered
+    n_at_once = (
+        max(1, tokens_per_batch // reached.numel()) if batch.packing is None else 1
+    )  # kernels take one packed row
+    for some in moved.nonzero()[:, 0].split(n_at_once):
+        hidden[some] = _run_above(model, prefix, shifts[some], reached, batch.target_rows)
+    return hidden
+
+
+def _run_prefix(model: PreTrainedModel, batch: PreferenceBatch, site: str) -> _Prefix:
+    """One pass through the backbone that keeps the hidden states at a site and how the blocks above were called."""
+    blocks = decoder_blocks(model)
+    depth = site_depth(site, len(blocks))
+    at_site: list[Tensor] = []
+    calls: list[_Call] = []
+
+    def keep_call(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append(_Call(args[1:], kwargs))
+
+    with ExitStack() as stack:
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # a compiled block would not see its new hooks
+        stack.enter_context(fast_linear(model))
+        stack.callback(hook_site(model, site, at_site.append).remove)
+        for block in blocks[depth + 1 :]:
+            stack.callback(block.register_forward_pre_hook(keep_call, with_kwargs=True).remove)
+        final = run_backbone(model, batch)
+    return _Prefix(at_site[0], final, calls)
+
+
+def _run_above(
+    model: PreTrainedModel,
+    prefix: _Prefix,
+    shifts: Float[Tensor, "shift d_model"],
+    reached: Bool[Tensor, "row token"],
+    target_rows: Int[Tensor, " target"],
+) -> Float[Tensor, "shift target d_model"]:
+    """The blocks above the site with rows (shift, row), then the final norm at the targets."""
+    n_rows = len(reached)
+    moves = shifts[:, None, None] * reached[:, :, None]
+    hidden = (prefix.hidden + moves).to(prefix.hidden.dtype).flatten(0, 1)
+    blocks = decoder_blocks(model)
+    with torch.compiler.set_stance("force_eager"), fast_linear(model):
+        for block, call in zip(blocks[len(blocks) - len(prefix.calls) :], prefix.calls, strict=True):
+            args, kwargs = _repeat((call.args, call.kwargs), n_rows, len(shifts))
+            hidden = _first(block(hidden, *args, **kwargs))
+    at_targets = hidden.unflatten(0, (len(shifts), n_rows)).flatten(1, 2)[:, target_rows]
+    return cast(Tensor, final_norm(model)(at_targets))
+
+
+def _repeat(inputs: Any, n_rows: int, times: int) -> Any:
+    """Arguments of a block for ``times`` as many rows: what has a line a row is repeated, the rest broadcasts."""
+
+    def repeated(x: Any) -> Any:
+        if not isinstance(x, Tensor) or x.ndim < 2 or len(x) != n_rows or n_rows == 1:
+            return x
+        return x.repeat(times, *[1] * (x.ndim - 1))
+
+    return pytree.tree_map(repeated, inputs)
+
+
+def _first(output: Any) -> Tensor:
+    return cast(Tensor, output[0] if isinstance(output, tuple) else output)
