@@ -106,8 +106,7 @@ def prepare(options: argparse.Namespace, folder: Path) -> tuple[Work, str]:
         collate_pairs(some, pair_index=range(len(some)), layout="chosen_only")
         for some in (by_length[at : at + ROWS_PER_BATCH] for at in range(0, len(pairs), ROWS_PER_BATCH))
     ]
-    size = model.get_input_embeddings().weight.std()
-    vector = size * torch.randn(model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    vector = torch.randn(model.config.hidden_size, generator=torch.Generator().manual_seed(0))
     strengths = torch.linspace(-2, 2, options.strengths)
     work = Work(model, tokenizer, pairs, batches, vector, strengths, options.new_tokens, options.layer)
     return work, described
