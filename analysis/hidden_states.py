@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis.cosines import CosineSet, cosine_section, latest_cosines
+from analysis.cosines import CosineSet, cosine_section, deepest_cosines
 from analysis.layer_curves import geometry_section
 from analysis.layer_entropy import entropy_section
 from analysis.layer_maps import layers_by_step_section
@@ -18,6 +18,7 @@ from analysis.observations import observed
 from analysis.projection_curves import projection_section
 from analysis.report import Section
 from analysis.runs import Run
+from analysis.stored_rows import StoredRows, latest_rows
 from tiltmeter.errors import UserError
 
 
@@ -39,13 +40,18 @@ class Watched:
         return observed(self.metrics)
 
     @cached_property
-    def cosines(self) -> CosineSet | None:
-        """Pair by pair, of the last stored observation.
+    def rows(self) -> StoredRows | None:
+        """Those of the last stored observation, at ``prompt_last`` where it was read.
 
         Raises:
             UserError: a snapshot is damaged; names the file.
         """
-        return latest_cosines(self.snapshots, self.metrics)
+        return latest_rows(self.snapshots, self.metrics)
+
+    @cached_property
+    def cosines(self) -> CosineSet | None:
+        """Pair by pair, of :attr:`rows`."""
+        return None if self.rows is None else deepest_cosines(self.rows)
 
     @classmethod
     def of_run(cls, run: Run) -> "Watched":
