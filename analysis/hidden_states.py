@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from analysis.consistency_by_site import consistency_section
 from analysis.cosines import CosineSet, cosine_section, deepest_cosines
 from analysis.layer_curves import geometry_section
 from analysis.layer_entropy import entropy_section
@@ -18,6 +19,7 @@ from analysis.observations import observed
 from analysis.projection_curves import projection_section
 from analysis.report import Section
 from analysis.runs import Run
+from analysis.singular_values import singular_value_section
 from analysis.stored_rows import StoredRows, latest_rows
 from tiltmeter.errors import UserError
 
@@ -67,8 +69,10 @@ class Watched:
 _BUILDERS: Mapping[str, Callable[[Watched], Section | None]] = {
     "geometry": lambda seen: geometry_section(seen.table),
     "entropy": lambda seen: entropy_section(seen.table),
+    "singular_values": lambda seen: None if seen.rows is None else singular_value_section(seen.rows),
     "layers_by_step": lambda seen: layers_by_step_section(seen.table),
     "cosines": lambda seen: None if seen.cosines is None else cosine_section(seen.cosines),
+    "consistency": lambda seen: None if seen.rows is None else consistency_section(seen.rows),
     "projection": lambda seen: projection_section(seen.table, seen.metrics),
 }
 SECTIONS = tuple(_BUILDERS)
