@@ -119,20 +119,22 @@ def draw_halves(axes: Axes, table: pd.DataFrame) -> str:
     finish_sites(axes, sites, labels, room=0.3)
     said = f"v* of two random halves of the pairs has a cosine of {extremes(sites, table['between_halves'], '.3f')}"
     apart = float((table["between_halves"] - table["between_halves_expected"]).abs().max())
-    return said if apart != apart else f"{said}; f and N alone give the same to within {as_text(apart, '.3f')}"
+    return (
+        said if apart != apart else f"{said}; f and N alone give the same to within {as_text(max(apart, 0.001), '.3f')}"
+    )
 
 
 def draw_three(axes: Axes, table: pd.DataFrame) -> str:
     """The three mean cosines of single pairs over their nulls."""
     sites = table["site"].tolist()
     prepare_sites(axes, sites)
-    labels = [EndLabel(last_value(table["in_sample_null_high"]) / 2, "nulls", _GREY)]
+    shade_sites(axes, sites, table["split_half_null_low"], table["split_half_null_high"])
+    labels = [EndLabel(0.0, "null, split-half", _GREY)]
     for name, style, word, colour in (
         ("in_sample", ":", "in-sample", _BLUE),
         ("leave_one_out", "-", "leave-one-out", _NAVY),
         ("split_half", "--", "split-half", _BLUE),
     ):
-        shade_sites(axes, sites, table[f"{name}_null_low"], table[f"{name}_null_high"])
         plot_sites(axes, sites, table[name], style=style, colour=colour)
         labels.append(EndLabel(last_value(table[name]), word, colour))
     shade_sites(axes, sites, table["leave_one_out_low"], table["leave_one_out_high"], colour=_NAVY)
@@ -142,8 +144,8 @@ def draw_three(axes: Axes, table: pd.DataFrame) -> str:
     last = table.dropna(subset="split_half").iloc[-1]
     low, high = (as_text(last[f"leave_one_out_{end}"], ".3f") for end in ("low", "high"))
     return (
-        f"At {site_name(last['site'])}, a pair’s own change has a mean cosine of {as_text(last['leave_one_out'], '.3f')} with the "
-        f"others’ v* (95 % CI {low} … {high}), {as_text(last['split_half'], '.3f')} with that of the other half"
+        f"A pair’s own change and v* of the others have a mean cosine of {as_text(last['leave_one_out'], '.3f')} at "
+        f"{site_name(last['site'])} (95\u00a0% CI {low} … {high})"
     )
 
 
@@ -152,7 +154,7 @@ def _reading(rows: StoredRows, table: pd.DataFrame) -> list[str]:
         f"δᵢ: change of pair i’s hidden state at {rows.position}, base to {rows.snapshot}; v*: mean change. {rows.n_rows} rows.",
         f"Split-half: v* from one random half, δᵢ from the other, {N_SPLITS} splits; mean and least of them. Leave-one-out: v* of "
         "the other rows. In-sample, v* contains δᵢ, which alone gives about 1/√N.",
-        f"Grey: central 95 % over {N_FLIPS} times in which each row’s sign was flipped at random. Blue band: 95 % interval by "
+        f"Grey band: central 95 % over {N_FLIPS} times in which each row’s sign was flipped at random. Blue band: 95 % interval by "
         "resampling prompts, v* held fixed. Diamond: the final norm’s output.",
         "Two halves of many rows agree on v* even where single rows hardly follow it: their cosine grows with N. Dashed grey: what "
         "it is for a constant shift of share f plus noise; close to it, it is the same fact as f, and the mean cosines too.",

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from analysis.clouds import cloud_section
 from analysis.consistency_by_site import consistency_section
 from analysis.cosines import CosineSet, cosine_section, deepest_cosines
 from analysis.layer_curves import geometry_section
@@ -73,6 +74,7 @@ _BUILDERS: Mapping[str, Callable[[Watched], Section | None]] = {
     "layers_by_step": lambda seen: layers_by_step_section(seen.table),
     "cosines": lambda seen: None if seen.cosines is None else cosine_section(seen.cosines),
     "consistency": lambda seen: None if seen.rows is None else consistency_section(seen.rows),
+    "clouds": lambda seen: None if seen.rows is None else cloud_section(seen.rows),
     "projection": lambda seen: projection_section(seen.table, seen.metrics),
 }
 SECTIONS = tuple(_BUILDERS)

@@ -190,7 +190,7 @@ def draw_scree(axes: Axes, drawn: Scree) -> str:
     axes.plot(at, centred, color=COLOURS["policy"], linestyle="--", marker="o", markersize=2.5)
     if drawn.edge == drawn.edge:
         mark_level(axes, drawn.edge)
-        axes.text(len(table) + 0.5, drawn.edge * 1.06, "edge", color=_GREY, ha="right", va="bottom", weight="bold")
+        axes.text(len(table) + 0.5, drawn.edge / 1.06, "edge", color=_GREY, ha="right", va="top", weight="bold")
     shown = np.concatenate([table["raw"], table["centred"], table["null"], [drawn.edge]])
     low = float(shown[shown > 0].min())
     axes.set_ylim(max(low / 2, 1e-4), 1.6)
