@@ -24,7 +24,7 @@ N_RANDOM = 20
 """Random vectors as long as v*, for comparison."""
 LOOKS = {
     "base": ("h₀", COLOURS["base"], "o"),
-    "policy": ("h_π", COLOURS["policy"], "o"),
+    "policy": ("hπ", COLOURS["policy"], "o"),
     "base_plus": ("h₀ + v*", COLOURS["policy_dark"], "x"),
     "base_minus": ("h₀ − v*", COLOURS["null"], "x"),
 }
@@ -142,7 +142,7 @@ def draw_plane(axes: Axes, plane: Plane, site: str, fit: CloudFit) -> str:
     )
     value, low, high = (_small(x) for x in fit.left)
     return (
-        f"At {site_name(site)}, h₀ + v* is {value} as far from h_π as h₀ is (95\u00a0% CI {low} … "
+        f"At {site_name(site)}, h₀ + v* is {value} as far from hπ as h₀ is (95\u00a0% CI {low} … "
         f"{high}); a random vector as long leaves {as_text(fit.left_random[0], 'percent')} or more"
     )
 
@@ -179,13 +179,14 @@ def _figures(rows: StoredRows, site: str, fit: CloudFit) -> dict[str, str | floa
 def _reading(rows: StoredRows, fit: CloudFit) -> list[str]:
     low, high = (as_text(x, "percent") for x in fit.shift_share[1:])
     return [
-        f"h₀, h_π: hidden states of base and policy ({rows.snapshot}) at {rows.position}, {rows.n_rows} of each; v*: mean of "
-        "h_π − h₀. Plane: first two principal components of h₀ and h_π together, less their common mean.",
+        f"h₀, hπ: hidden states of base and policy ({rows.snapshot}) at {rows.position}, {rows.n_rows} of each; v*: mean of "
+        "hπ − h₀. Plane: first two principal components of h₀ and hπ together, less their common mean.",
         "That h₀ + v* and h₀ − v* are symmetric translates of h₀ is true by construction, of any vector. Only how close h₀ + v* "
-        "comes to the real h_π is a finding.",
-        "Closeness is the energy distance (Székely and Rizzo 2013) in all dimensions, over that of h₀ and h_π; it "
+        "comes to the real hπ is a finding.",
+        "Closeness is the energy distance (Székely and Rizzo 2013) in all dimensions, over that of h₀ and hπ; it "
         "grows with the square of a small shift. v* comes from one half of the prompts, the clouds from the other, "
-        f"{N_SPLITS} splits; about 0, also below: no difference left. Interval: prompts resampled. Random: {N_RANDOM} vectors as long as v*.",
+        f"{N_SPLITS} splits; about 0, also below: no difference left. Interval: prompts resampled. Random: {N_RANDOM} "
+        "vectors as long as v*.",
         f"Pair by pair more is left: at the last site the shift is {as_text(fit.shift_share.value, 'percent')} of ΔH (f; 95 % CI "
         f"{low} … {high}), and a pair’s own change still differs from v* of the others by "
         f"{as_text(fit.left_per_pair[0], 'percent')} of its length (median). cloud_distances.csv has every site.",

@@ -16,7 +16,8 @@ from analysis.cosines import CosineSet, cosine_section, deepest_cosines
 from analysis.layer_curves import geometry_section
 from analysis.layer_entropy import entropy_section
 from analysis.layer_maps import layers_by_step_section
-from analysis.observations import observed
+from analysis.observations import DIVERGE, observed
+from analysis.preference_plane import Parting, parting_of, preference_plane_section
 from analysis.projection_curves import projection_section
 from analysis.report import Section
 from analysis.runs import Run
@@ -52,6 +53,17 @@ class Watched:
         return latest_rows(self.snapshots, self.metrics)
 
     @cached_property
+    def parting(self) -> Parting | None:
+        """Stored states that predict the tokens in which responses part: at ``diverge``, or the usual ones that are the same.
+
+        Raises:
+            UserError: a file of the run is damaged; names it.
+        """
+        return parting_of(
+            latest_rows(self.snapshots, self.metrics, position=DIVERGE) or self.rows, self.snapshots.parent
+        )
+
+    @cached_property
     def cosines(self) -> CosineSet | None:
         """Pair by pair, of :attr:`rows`."""
         return None if self.rows is None else deepest_cosines(self.rows)
@@ -76,6 +88,7 @@ _BUILDERS: Mapping[str, Callable[[Watched], Section | None]] = {
     "consistency": lambda seen: None if seen.rows is None else consistency_section(seen.rows),
     "clouds": lambda seen: None if seen.rows is None else cloud_section(seen.rows),
     "projection": lambda seen: projection_section(seen.table, seen.metrics),
+    "preference_plane": lambda seen: preference_plane_section(seen.parting),
 }
 SECTIONS = tuple(_BUILDERS)
 """Names of the sections, in the order of the report."""
