@@ -17,6 +17,7 @@ from analysis.stored_rows import StoredRows
 from tiltmeter.bootstrap import Interval, cluster_interval
 from tiltmeter.directions import principal_directions
 from tiltmeter.energy_distance import energy_kernel, random_halves
+from tiltmeter.geometry import in_own_span
 
 N_SPLITS = 4
 """Random halves of the prompts: v* from one, the clouds of the other."""
@@ -99,7 +100,7 @@ def cloud_fit(rows: StoredRows, site: str, *, n_random: int) -> CloudFit:
     Each of :data:`N_SPLITS` random halves of the prompts gives a v* for the other half; points are compared inside a half only,
     and the distance is the mean over halves and splits. Intervals resample prompts, with v* held fixed.
     """
-    base, update = rows.base[site].double(), rows.update(site)
+    base, update = in_own_span(torch.cat([rows.base[site].double(), rows.update(site)])).chunk(2)
     policy = base + update
     same = [half[:, None] == half for half in random_halves(rows.clusters, n_splits=N_SPLITS)]
     n_compared = torch.stack(same).sum(0).double().fill_diagonal_(0.0)
@@ -110,10 +111,11 @@ def cloud_fit(rows: StoredRows, site: str, *, n_random: int) -> CloudFit:
         moved += energy_kernel(base + others @ update / others.sum(1, keepdim=True), policy) * mates
     left = cluster_interval(lambda w: _quadratic(w, moved) / _quadratic(w, apart), rows.clusters)
     generator = torch.Generator().manual_seed(0)
+    wide_base, wide_update = rows.base[site].double(), rows.update(site)  # a random vector leaves the rows' span
     length, random = update.mean(0).norm(), []
     for _ in range(n_random):
-        vector = torch.randn(update.shape[1], generator=generator, dtype=torch.float64)
-        kernel = energy_kernel(base + length * vector / vector.norm(), policy) * n_compared
+        vector = torch.randn(rows.base[site].shape[1], generator=generator, dtype=torch.float64)
+        kernel = energy_kernel(wide_base + length * vector / vector.norm(), wide_base + wide_update) * n_compared
         random.append(float(kernel.sum() / apart.sum()))
     gram = update @ update.T
     share = cluster_interval(lambda w: _quadratic(w, gram) / (w.sum(1) * (w @ gram.diagonal())), rows.clusters)

@@ -23,7 +23,7 @@ from analysis.site_axes import (
 from analysis.stored_rows import StoredRows
 from tiltmeter.bootstrap import cluster_mean_interval
 from tiltmeter.consistency import in_sample_cosines, leave_one_out_cosines, split_half
-from tiltmeter.geometry import row_geometry
+from tiltmeter.geometry import in_own_span, row_geometry
 from tiltmeter.nulls import sign_flip_null, split_half_null
 
 N_SPLITS = 100
@@ -56,7 +56,7 @@ def consistency_table(rows: StoredRows) -> pd.DataFrame:
     found = []
     for site in rows.sites:
         where = {"snapshot": rows.snapshot, "position": rows.position, "site": site, "n_rows": rows.n_rows}
-        update = rows.update(site)
+        update = in_own_span(rows.update(site))
         moved = update.any(1)
         clusters = [name for name, kept in zip(rows.clusters, moved.tolist(), strict=True) if kept]
         figures = _figures(update[moved], clusters) if len(clusters) > 1 else dict.fromkeys(MEASURES, math.nan)

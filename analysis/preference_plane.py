@@ -177,7 +177,7 @@ def said_of_growth(summary: ProjectionSummary, site: str) -> str:
     share, low, high = (as_text(x, "percent") for x in summary.share_grown)
     change, least, most = (as_text(x, "+.2f") for x in summary.change)
     return (
-        f"At {site_name(site)}, ⟨h, v⟩ grew in {share} of the pairs (95\u00a0% CI {low} … {high}); mean change {change} "
+        f"⟨h, v⟩ grew in {share} of the pairs at {site_name(site)} (95\u00a0% CI {low} … {high}); its mean change is {change} "
         f"({least} … {most})"
     )
 
