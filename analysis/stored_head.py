@@ -22,13 +22,10 @@ def unembedding_rows(folder: Path, token_ids: Sequence[int]) -> Float[Tensor, "t
     Raises:
         UserError: a file is damaged, or has no such token; names the file.
     """
-    try:
-        found = _file_of(folder)
-        if found is None:
-            return None
-        path, name = found
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{folder / _INDEX}: damaged ({str(error)[:80]}); restore it from a copy") from error
+    found = _in_parts(folder / _INDEX) if (folder / _INDEX).is_file() else _in_one_file(folder / _ONE_FILE)
+    if found is None:
+        return None
+    path, name = found
     wanted = sorted(set(token_ids))
     try:
         with safe_open(path, framework="pt") as file:
@@ -38,22 +35,30 @@ def unembedding_rows(folder: Path, token_ids: Sequence[int]) -> Float[Tensor, "t
                 raise UserError(f"{path}: has {size} tokens, so no token {wanted[-1]}; it is not the run's own model")
             rows = {token: weight[token : token + 1] for token in wanted}
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: damaged ({str(error)[:80]}); restore it from a copy") from error
+        raise _damaged(path, error) from error
     table = torch.cat([rows[token] for token in token_ids])
     return table.to(torch.promote_types(table.dtype, torch.float32))
 
 
-def _file_of(folder: Path) -> tuple[Path, str] | None:
-    """The file that holds the unembedding, and its name there."""
-    if (folder / _INDEX).is_file():
-        places = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
-        return next(((folder / Path(places[name]).name, name) for name in _NAMES if name in places), None)
-    path = folder / _ONE_FILE
+def _in_parts(index: Path) -> tuple[Path, str] | None:
+    """The file of a sharded model that holds the unembedding, and its name there."""
+    try:
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return next(((index.parent / Path(places[name]).name, name) for name in _NAMES if name in places), None)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise _damaged(index, error) from error
+
+
+def _in_one_file(path: Path) -> tuple[Path, str] | None:
     if not path.is_file():
         return None
     try:
         with safe_open(path, framework="pt") as file:
             there = set(file.keys())
-    except SafetensorError as error:
-        raise UserError(f"{path}: damaged ({str(error)[:80]}); restore it from a copy") from error
+    except (OSError, SafetensorError) as error:
+        raise _damaged(path, error) from error
     return next(((path, name) for name in _NAMES if name in there), None)
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path}: damaged ({str(error)[:80]}); restore it from a copy")
