@@ -156,6 +156,16 @@ def test_a_change_of_scale_is_no_shift() -> None:
     assert all(math.isnan(x) for x in fit.left_random)
 
 
+def test_v_is_never_taken_from_the_cloud_it_is_tried_on() -> None:
+    """Changes of one scale without a common shift: v* of the same rows would bring the means together, that of others can't."""
+    left = []
+    for seed in range(10):
+        base = noise(16, 60, seed)
+        rows = stored(base, base + 2 * noise(16, 60, 100 + seed))
+        left.append(cloud_fit(rows, FINAL_POST_NORM, n_random=0).left.value)
+    assert float(np.mean(left)) > 1
+
+
 def test_a_wide_model_is_measured_as_in_all_its_dimensions() -> None:
     """Rows are taken to their own span first; here in more dimensions than rows, beside the same rows padded with zeros."""
     base, update = noise(12, 6), noise(12, 6, 1) + 1
