@@ -10,14 +10,19 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis.cosines import CosineSet, cosine_section, latest_cosines
+from analysis.clouds import cloud_section
+from analysis.consistency_by_site import consistency_section
+from analysis.cosines import CosineSet, cosine_section, deepest_cosines
 from analysis.layer_curves import geometry_section
 from analysis.layer_entropy import entropy_section
 from analysis.layer_maps import layers_by_step_section
-from analysis.observations import observed
+from analysis.observations import DIVERGE, observed
+from analysis.preference_plane import Parting, parting_of, preference_plane_section
 from analysis.projection_curves import projection_section
 from analysis.report import Section
 from analysis.runs import Run
+from analysis.singular_values import singular_value_section
+from analysis.stored_rows import StoredRows, latest_rows
 from tiltmeter.errors import UserError
 
 
@@ -39,13 +44,29 @@ class Watched:
         return observed(self.metrics)
 
     @cached_property
-    def cosines(self) -> CosineSet | None:
-        """Pair by pair, of the last stored observation.
+    def rows(self) -> StoredRows | None:
+        """Those of the last stored observation, at ``prompt_last`` where it was read.
 
         Raises:
             UserError: a snapshot is damaged; names the file.
         """
-        return latest_cosines(self.snapshots, self.metrics)
+        return latest_rows(self.snapshots, self.metrics)
+
+    @cached_property
+    def parting(self) -> Parting | None:
+        """Stored states that predict the tokens in which responses part: at ``diverge``, or the usual ones that are the same.
+
+        Raises:
+            UserError: a file of the run is damaged; names it.
+        """
+        return parting_of(
+            latest_rows(self.snapshots, self.metrics, position=DIVERGE) or self.rows, self.snapshots.parent
+        )
+
+    @cached_property
+    def cosines(self) -> CosineSet | None:
+        """Pair by pair, of :attr:`rows`."""
+        return None if self.rows is None else deepest_cosines(self.rows)
 
     @classmethod
     def of_run(cls, run: Run) -> "Watched":
@@ -61,9 +82,13 @@ class Watched:
 _BUILDERS: Mapping[str, Callable[[Watched], Section | None]] = {
     "geometry": lambda seen: geometry_section(seen.table),
     "entropy": lambda seen: entropy_section(seen.table),
+    "singular_values": lambda seen: None if seen.rows is None else singular_value_section(seen.rows),
     "layers_by_step": lambda seen: layers_by_step_section(seen.table),
     "cosines": lambda seen: None if seen.cosines is None else cosine_section(seen.cosines),
+    "consistency": lambda seen: None if seen.rows is None else consistency_section(seen.rows),
+    "clouds": lambda seen: None if seen.rows is None else cloud_section(seen.rows),
     "projection": lambda seen: projection_section(seen.table, seen.metrics),
+    "preference_plane": lambda seen: preference_plane_section(seen.parting),
 }
 SECTIONS = tuple(_BUILDERS)
 """Names of the sections, in the order of the report."""
