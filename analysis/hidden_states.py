@@ -3,7 +3,7 @@
 Nothing is computed from a model here: curves come from what callbacks logged, histograms from the rows that they stored.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -92,6 +92,8 @@ _BUILDERS: Mapping[str, Callable[[Watched], Section | None]] = {
 }
 SECTIONS = tuple(_BUILDERS)
 """Names of the sections, in the order of the report."""
+WHILE_TRAINING = ("geometry", "entropy", "layers_by_step", "cosines", "projection")
+"""Those that are quick enough to be drawn after every look at the probe."""
 
 
 def hidden_state_section(name: str, seen: Watched) -> Section | None:
@@ -118,11 +120,11 @@ def section_of_run(name: str, run: Run) -> Section:
     return found
 
 
-def hidden_state_sections(seen: Watched) -> list[Section]:
-    """All sections that a run has readings for; none for a run without a probe.
+def hidden_state_sections(seen: Watched, names: Sequence[str] = SECTIONS) -> list[Section]:
+    """The sections of these names that a run has readings for; none for a run without a probe.
 
     Raises:
         UserError: a snapshot is damaged; names the file.
     """
-    found = [hidden_state_section(name, seen) for name in SECTIONS]
+    found = [hidden_state_section(name, seen) for name in names]
     return [section for section in found if section is not None]
