@@ -17,6 +17,7 @@ TINY = (
     "datamodule.val_pairs=20",
     "datamodule.probe_pairs=10",
     "base.max_epochs=1",
+    "decoding.max_new_tokens=8",
 )
 
 
