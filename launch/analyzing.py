@@ -57,7 +57,7 @@ def analyze(config: DictConfig) -> Path | None:
         IncompleteEvaluation: the report is written, but figures in it have no number, because too many scores are missing.
     """
     check_config(config, config_name="analyze")
-    known = (ALL, *ANALYSES, BEHAVIOUR, STEERING)
+    known = (ALL, *ANALYSES, STEERING, BEHAVIOUR)
     if config.analysis not in known:
         raise UserError(f"analysis={config.analysis}: there is none of that name (there are: {', '.join(known)})")
     given = {name for name in ("run", "base", "aligned") if config[name] not in (None, "")}
