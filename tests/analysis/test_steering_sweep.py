@@ -17,10 +17,11 @@ from analysis.sweep_table import SETTINGS, SweepTable, Unit, read_settings, read
 from tests.analysis.asked import checkpoints
 from tiltmeter.batch import collate_pairs
 from tiltmeter.errors import UserError
-from tiltmeter.generation import Decoding
+from tiltmeter.generation import Decoding, generate
 from tiltmeter.layers import FINAL_POST_NORM
 from tiltmeter.log_probs import model_inputs
 from tiltmeter.scoring.degeneration import DegenerationScorer
+from tiltmeter.scoring.scorer import Sample, Scores
 from tiltmeter.steering import Intervention, steer
 
 LAMBDAS = (-1.0, 1.0, 0.5)
@@ -88,6 +89,39 @@ def test_a_unit_is_what_steered_passes_give(asked_about: Checkpoints, direction:
         assert values(rows, "recovery", strength) == pytest.approx([recovery], abs=1e-4)
         assert values(rows, "preference_odds", strength) == pytest.approx([margin], abs=1e-3)
     assert values(rows, "recovery", 0.0) == [0.0]
+
+
+class Listener(DegenerationScorer):
+    """Keeps what it is asked to score."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard: list[list[tuple[str, str]]] = []
+
+    def score(self, samples: Sequence[Sample]) -> Scores:
+        self.heard.append([(sample.base.text, sample.policy.text) for sample in samples])
+        return super().score(samples)
+
+
+@pytest.mark.parametrize(("direction", "sign"), [("interpolation", 1), ("inversion", -1)])
+def test_what_is_scored_is_what_steered_models_say(asked_about: Checkpoints, direction: str, sign: int) -> None:
+    listener, decoding = Listener(), Decoding(max_new_tokens=8)
+    asked = SteeringSweep(scorers={"x": listener}, decoding=decoding, lambdas=(-4.0, 4.0), n_random=1, n_generated=3)
+    sweep = asked.start(asked_about)
+    unit = Unit(direction, V_STAR, "layer_00", "generated")  # type: ignore[arg-type]
+    rows = sweep.rows(unit)
+    opened = asked_about.base if direction == "interpolation" else asked_about.aligned
+    prompts = [pair.ids.prompt_ids for pair in sweep.halves.test[:3]]
+    vector = sweep.vectors[V_STAR, "layer_00"].values
+    said = []
+    for strength in asked.lambdas:
+        with steer(opened.model, Intervention("layer_00", vector[None], sign * strength, tokens="new")):
+            answers = generate(opened.model, opened.tokenizer, prompts, decoding)
+        said.append([answer[0].text for answer in answers])
+    unsteered = said[asked.lambdas.index(0.0)]
+    assert listener.heard == [list(zip(unsteered, one, strict=True)) for one in said]
+    assert len({tuple(one) for one in said}) == 3, "steering had no effect"
+    assert {row.strength for row in rows if row.metric == "degeneration"} == {-4.0, 0.0, 4.0}
 
 
 def test_unsteered_rows_are_the_same_for_all_vectors(asked_about: Checkpoints, tmp_path: Path) -> None:
