@@ -1,8 +1,5 @@
 """Do the updates of all pairs point the same way? Cosines with v* pair by pair, from stored rows, beside their null."""
 
-import re
-from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -13,12 +10,12 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from analysis.figures import COLOURS, house_style, new_figure, set_titles
-from analysis.observations import STEPS_TAKEN, USUAL_POSITION, deepest, site_name
+from analysis.observations import site_name
 from analysis.report import Section
 from analysis.site_axes import as_text
+from analysis.stored_rows import StoredRows
 from tiltmeter.consistency import in_sample_cosines, leave_one_out_cosines
 from tiltmeter.nulls import sign_flip_null
-from tiltmeter.snapshots import BASE, MANIFEST, SnapshotReader
 
 EDGES = np.linspace(-1.0, 1.0, 81)
 """Bins of every cosine histogram, 0.025 wide."""
@@ -27,7 +24,6 @@ N_FLIPS = 50
 """Sign flips pooled for the null of single pairs."""
 N_BAND_FLIPS = 500
 """Sign flips behind the null band of the mean."""
-_STEP_NAME = re.compile(r"(epoch|step)=(\d+)")
 _TITLES = {"in_sample": "In-sample", "leave_one_out": "Leave-one-out"}
 
 
@@ -49,29 +45,13 @@ class CosineSet(NamedTuple):
     """Central 95 % of the mean under sign flips."""
 
 
-def latest_cosines(snapshots: Path, metrics: pd.DataFrame) -> CosineSet | None:
-    """The cosines of the last stored observation at the deepest site; None without one, or before anything changed.
-
-    Args:
-        snapshots: the folder of a run.
-        metrics: metrics.csv, which says when an epoch ended.
-
-    Raises:
-        UserError: a snapshot is damaged; names the file.
-    """
-    if not (snapshots / MANIFEST).is_file():
+def deepest_cosines(rows: StoredRows) -> CosineSet | None:
+    """The cosines at the deepest site; None where nothing changed there."""
+    site = rows.sites[-1]
+    updates = rows.update(site)
+    if not updates.any():
         return None
-    reader = SnapshotReader(snapshots)
-    name = latest_name(reader.names, metrics)
-    if name is None or BASE not in reader.names or not reader.points:
-        return None
-    position = USUAL_POSITION if USUAL_POSITION in reader.manifest.labels else reader.points[0].position
-    site = deepest(reader.manifest.sites)
-    point = next(p for p in reader.points if p.site == site and p.position == position)
-    updates = reader.load(name)[point].rows.double() - reader.load(BASE)[point].rows.double()
-    if len(updates) < 2 or not updates.any():
-        return None
-    return cosine_set(updates, snapshot=name, site=site, position=position, dtype=reader.manifest.dtype)
+    return cosine_set(updates, snapshot=rows.snapshot, site=site, position=rows.position, dtype=rows.dtype)
 
 
 def cosine_set(updates: Tensor, *, snapshot: str, site: str, position: str, dtype: str) -> CosineSet:
@@ -98,24 +78,6 @@ def cosine_set(updates: Tensor, *, snapshot: str, site: str, position: str, dtyp
         {side: float(values.nanmean()) for side, values in found.items()},
         {side: band[f"mean_cosine_{side}"] for side in SIDES},
     )
-
-
-def latest_name(names: Sequence[str], metrics: pd.DataFrame) -> str | None:
-    """The stored observation that was taken last; names tell steps or epochs, metrics.csv when each epoch ended.
-
-    >>> seen = pd.DataFrame({STEPS_TAKEN: [0, 5, 10], "epoch": [0, 0, 1]})
-    >>> latest_name(["base", "epoch=000", "step=000007"], seen), latest_name(["base"], seen)
-    ('step=000007', None)
-    """
-    ends: dict[int, float] = {}
-    if STEPS_TAKEN in metrics and "epoch" in metrics:
-        ends = metrics.groupby("epoch")[STEPS_TAKEN].max().dropna().to_dict()
-    taken = {}
-    for name in names:
-        if match := _STEP_NAME.fullmatch(name):
-            number = int(match[2])
-            taken[name] = float(number) if match[1] == "step" else float(ends.get(number, number))
-    return max(taken, key=lambda name: taken[name]) if taken else None
 
 
 def cosine_section(found: CosineSet) -> Section:

@@ -3,21 +3,26 @@
 Nothing is computed from a model here: curves come from what callbacks logged, histograms from the rows that they stored.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
 
-from analysis.cosines import CosineSet, cosine_section, latest_cosines
+from analysis.clouds import cloud_section
+from analysis.consistency_by_site import consistency_section
+from analysis.cosines import CosineSet, cosine_section, deepest_cosines
 from analysis.layer_curves import geometry_section
 from analysis.layer_entropy import entropy_section
 from analysis.layer_maps import layers_by_step_section
-from analysis.observations import observed
+from analysis.observations import DIVERGE, observed
+from analysis.preference_plane import Parting, parting_of, preference_plane_section
 from analysis.projection_curves import projection_section
 from analysis.report import Section
 from analysis.runs import Run
+from analysis.singular_values import singular_value_section
+from analysis.stored_rows import StoredRows, latest_rows
 from tiltmeter.errors import UserError
 
 
@@ -39,13 +44,29 @@ class Watched:
         return observed(self.metrics)
 
     @cached_property
-    def cosines(self) -> CosineSet | None:
-        """Pair by pair, of the last stored observation.
+    def rows(self) -> StoredRows | None:
+        """Those of the last stored observation, at ``prompt_last`` where it was read.
 
         Raises:
             UserError: a snapshot is damaged; names the file.
         """
-        return latest_cosines(self.snapshots, self.metrics)
+        return latest_rows(self.snapshots, self.metrics)
+
+    @cached_property
+    def parting(self) -> Parting | None:
+        """Stored states that predict the tokens in which responses part: at ``diverge``, or the usual ones that are the same.
+
+        Raises:
+            UserError: a file of the run is damaged; names it.
+        """
+        return parting_of(
+            latest_rows(self.snapshots, self.metrics, position=DIVERGE) or self.rows, self.snapshots.parent
+        )
+
+    @cached_property
+    def cosines(self) -> CosineSet | None:
+        """Pair by pair, of :attr:`rows`."""
+        return None if self.rows is None else deepest_cosines(self.rows)
 
     @classmethod
     def of_run(cls, run: Run) -> "Watched":
@@ -61,12 +82,18 @@ class Watched:
 _BUILDERS: Mapping[str, Callable[[Watched], Section | None]] = {
     "geometry": lambda seen: geometry_section(seen.table),
     "entropy": lambda seen: entropy_section(seen.table),
+    "singular_values": lambda seen: None if seen.rows is None else singular_value_section(seen.rows),
     "layers_by_step": lambda seen: layers_by_step_section(seen.table),
     "cosines": lambda seen: None if seen.cosines is None else cosine_section(seen.cosines),
+    "consistency": lambda seen: None if seen.rows is None else consistency_section(seen.rows),
+    "clouds": lambda seen: None if seen.rows is None else cloud_section(seen.rows),
     "projection": lambda seen: projection_section(seen.table, seen.metrics),
+    "preference_plane": lambda seen: preference_plane_section(seen.parting),
 }
 SECTIONS = tuple(_BUILDERS)
 """Names of the sections, in the order of the report."""
+WHILE_TRAINING = ("geometry", "entropy", "layers_by_step", "cosines", "projection")
+"""Those that are quick enough to be drawn after every look at the probe."""
 
 
 def hidden_state_section(name: str, seen: Watched) -> Section | None:
@@ -93,11 +120,11 @@ def section_of_run(name: str, run: Run) -> Section:
     return found
 
 
-def hidden_state_sections(seen: Watched) -> list[Section]:
-    """All sections that a run has readings for; none for a run without a probe.
+def hidden_state_sections(seen: Watched, names: Sequence[str] = SECTIONS) -> list[Section]:
+    """The sections of these names that a run has readings for; none for a run without a probe.
 
     Raises:
         UserError: a snapshot is damaged; names the file.
     """
-    found = [hidden_state_section(name, seen) for name in SECTIONS]
+    found = [hidden_state_section(name, seen) for name in names]
     return [section for section in found if section is not None]

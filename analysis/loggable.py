@@ -6,7 +6,7 @@ from functools import lru_cache
 import torch
 
 from analysis.cosines import SIDES
-from analysis.hidden_states import SECTIONS
+from analysis.hidden_states import WHILE_TRAINING
 from datamodules.oracle import PlantedOracle
 from datamodules.synthetic import SyntheticWorld
 from tiltmeter.batch import PROMPT, TokenizedPair
@@ -65,7 +65,7 @@ def loggable_metrics() -> frozenset[str]:
 
 def loggable_media() -> frozenset[str]:
     """Figures and histograms; of histograms those of the deepest site."""
-    figures = {f"figures/{name}" for name in SECTIONS} | {f"cosines/{side}/{FINAL_POST_NORM}" for side in SIDES}
+    figures = {f"figures/{name}" for name in WHILE_TRAINING} | {f"cosines/{side}/{FINAL_POST_NORM}" for side in SIDES}
     return frozenset(figures | {"samples"})
 
 

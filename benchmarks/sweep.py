@@ -66,6 +66,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layer", type=int, default=1, help="steered block, counted from 0")
     parser.add_argument("--rounds", type=number, default=3)
     parser.add_argument("--threads", type=number, default=common.n_cores(), help="CPU threads")
+    parser.add_argument(
+        "--peer", choices=("package", "hook"), default="package", help="hook: the stand-in, without network"
+    )
     options = parser.parse_args(arguments)
     if options.quick:
         options.prompts, options.rounds = min(options.prompts, 16), 1
@@ -106,22 +109,27 @@ def prepare(options: argparse.Namespace, folder: Path) -> tuple[Work, str]:
         collate_pairs(some, pair_index=range(len(some)), layout="chosen_only")
         for some in (by_length[at : at + ROWS_PER_BATCH] for at in range(0, len(pairs), ROWS_PER_BATCH))
     ]
-    size = model.get_input_embeddings().weight.std()
-    vector = size * torch.randn(model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    vector = torch.randn(model.config.hidden_size, generator=torch.Generator().manual_seed(0))
     strengths = torch.linspace(-2, 2, options.strengths)
     work = Work(model, tokenizer, pairs, batches, vector, strengths, options.new_tokens, options.layer)
     return work, described
 
 
-def find_peer(work: Work, folder: Path) -> tuple[str, Callable[[str, bool], Steered]]:
+def find_peer(work: Work, folder: Path, peer: str) -> tuple[str, Callable[[str, bool], Steered]]:
     """The peer in words; for a module's name and whether only new tokens are meant, what puts its hook on for a strength."""
+
+    def hook(module: str, new: bool) -> Steered:
+        return lambda strength: stand_in(work, module, new, strength)
+
+    if peer == "hook":
+        return f"a hook and model.generate in place of {PACKAGE}, as asked", hook
     target = folder / "peer"
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), PACKAGE]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         name = f"a hook and model.generate in place of {PACKAGE}, which can't be installed ({reason[:100]})"
-        return name, lambda module, new: lambda strength: stand_in(work, module, new, strength)
+        return name, hook
     sys.path.insert(0, str(target))
     from steering_vectors import SteeringVector
 
@@ -209,7 +217,7 @@ def one_pass(work: Work) -> None:
 
 def run(options: argparse.Namespace, folder: Path) -> None:
     work, described = prepare(options, folder)
-    peer, hook = find_peer(work, folder)
+    peer, hook = find_peer(work, folder, options.peer)
     block = f"model.layers.{work.layer}"
     n_targets = sum(len(batch.target_ids) for batch in work.batches)
     print(f"Machine: {common.machine(options.threads)}")

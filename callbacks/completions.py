@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from callbacks.observation import data_of
 from datamodules.preference import PreferenceDataModule
 from tiltmeter.errors import UserError
-from tiltmeter.generation import Decoding
+from tiltmeter.generation import Completion, Decoding
 from tiltmeter.scoring.behaviour import Completions, Prompt, complete, one_a_group
 
 
@@ -45,3 +45,13 @@ def gather_completions(
     shares: list[Completions] = [{} for _ in range(world_size)]
     torch.distributed.all_gather_object(shares, own)
     return {key: said for share in shares for key, said in share.items()}
+
+
+def as_plain(completions: Completions) -> dict[str, list[list[Any]]]:
+    """Completions as a checkpoint holds them: text, tokens, and whether cut."""
+    return {key: [[c.text, c.n_tokens, c.is_cut] for c in said] for key, said in completions.items()}
+
+
+def from_plain(stored: dict[str, list[list[Any]]]) -> Completions:
+    """Completions out of a checkpoint."""
+    return {key: [Completion(*c) for c in said] for key, said in stored.items()}

@@ -6,20 +6,18 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from callbacks.completions import gather_completions, prompts_of
+from callbacks.completions import as_plain, from_plain, gather_completions, prompts_of
 from callbacks.observation import data_of
 from callbacks.schedule import Scheduled
 from callbacks.scoring import Scoring, forget_steps_ahead
 from tiltmeter.errors import UserError
-from tiltmeter.generation import Completion, Decoding
+from tiltmeter.generation import Decoding
 from tiltmeter.scoring.behaviour import Completions, pair_up
 from tiltmeter.scoring.scorer import Scorer
 
 
 class GenerationMetrics(Scheduled):
     """All processes generate, each its share; the first one scores (:class:`~callbacks.scoring.Scoring`).
-
-    Scorers that wait for something outside (judges) are asked in a thread and logged late, with the step they are about.
 
     Args:
         scorers: by name; null leaves one out.
@@ -63,8 +61,8 @@ class GenerationMetrics(Scheduled):
         asked = prompts_of(data_of(trainer), self.n_prompts)
         if self._decoded != asdict(self.decoding) or not self._base.keys() >= {prompt.pair_id for prompt in asked}:
             raise UserError(
-                "callbacks: this checkpoint holds no completions of the base model to compare with, of as many prompts and by "
-                "the same decoding; resume with the callbacks that the run was started with, or with callbacks=none"
+                "callbacks: this checkpoint holds no completions of the base model by this decoding and of as many prompts; resume "
+                "with the callbacks and decoding that the run was started with, or with callbacks=none"
             )
         forget_steps_ahead(trainer)
 
@@ -76,10 +74,7 @@ class GenerationMetrics(Scheduled):
         self.scoring.finish(trainer, wait_seconds=self.wait_seconds)
 
     def state_dict(self) -> dict[str, Any]:  # noqa: D102
-        return {"decoding": self._decoded} | {
-            "base": {key: [[c.text, c.n_tokens, c.is_cut] for c in said] for key, said in self._base.items()}
-        }
+        return {"decoding": self._decoded, "base": as_plain(self._base)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: D102
-        self._decoded = state_dict["decoding"]
-        self._base = {key: [Completion(*c) for c in said] for key, said in state_dict["base"].items()}
+        self._decoded, self._base = state_dict["decoding"], from_plain(state_dict["base"])

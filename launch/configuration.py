@@ -79,7 +79,7 @@ def check_config(config: DictConfig, *, config_name: str = "train") -> None:
     for key in config:
         if key not in primary:
             raise UserError(f"{key}: unknown configuration key{_nearest(str(key), primary)}")
-    for key in sorted(path for path, value in _leaves(config) if value == MISSING):  # even what others refer to
+    for key in missing_keys(config):
         raise UserError(f"{key}: expected a value, got none; add {key}=… to the command line")
     for path, node in _nodes(config):
         _check_node(path, node)
@@ -88,6 +88,11 @@ def check_config(config: DictConfig, *, config_name: str = "train") -> None:
             raise UserError(
                 f"{path}: this looks like a secret; configuration is saved and logged, give keys in the environment"
             )
+
+
+def missing_keys(config: DictConfig) -> list[str]:
+    """Keys that only the user can give a value; what refers to one of them is none itself."""
+    return sorted(path for path, value in _leaves(config) if value == MISSING)
 
 
 def _check_node(path: str, node: DictConfig) -> None:

@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from analysis.cosines import EDGES
 from analysis.figures import png_bytes
-from analysis.hidden_states import Watched, hidden_state_sections
+from analysis.hidden_states import WHILE_TRAINING, Watched, hidden_state_sections
 from launch.wandb_logger import STEP_AXIS, RunLogger
 from tiltmeter.scoring.behaviour_table import SAMPLES, read_table
 
@@ -77,7 +77,7 @@ class WandbMedia(Callback):
 
         seen = Watched.of_folder(self.run_dir)
         media: dict[str, Any] = {}
-        for section in hidden_state_sections(seen):
+        for section in hidden_state_sections(seen, WHILE_TRAINING):
             picture = Image.open(io.BytesIO(png_bytes(section.figure)))
             media[f"figures/{section.name}"] = wandb.Image(picture, caption=". ".join(section.sentences))
         if seen.cosines is not None:

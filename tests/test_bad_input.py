@@ -138,6 +138,20 @@ def test_hub_data_without_network(
         (["trainer.accelerator=quantum"], "quantum"),
         (["logger.mode=sometimes"], "logger.mode: expected auto or online or offline or disabled, got sometimes"),
         (["name=../../x"], "name: expected letters"),
+        (["judge=openai"], "judge.judge.model: expected a value, got none; add judge.judge.model=…"),
+        (["judge=endpoint", "judge.judge.model=m"], "judge.judge.base_url: expected a value, got none"),
+        (["judge=openai", "judge.judge.model=m"], "the environment variable OPENAI_API_KEY is not set"),
+        (
+            ["judge=endpoint", "judge.judge.model=m", "judge.judge.base_url=ftp://localhost/v1"],
+            "judge.base_url: expected",
+        ),
+        (["truthfulqa=mc", "truthfulqa.path=gone.json"], "truthfulqa.path: cannot read gone.json"),
+        (["callbacks.generation.epochs=[-1]"], "callbacks: epochs: expected whole numbers from 0 or null, got [-1]"),
+        (["callbacks.generation.n_prompts=0"], "callbacks: n_prompts from 1"),
+        (
+            ["decoding.top_p=0.5", "decoding.temperature=0.0"],
+            "decoding: temperature=0 always takes the likeliest token",
+        ),
     ],
 )
 def test_options_that_cannot_work(

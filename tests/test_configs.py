@@ -10,18 +10,21 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from datamodules.tokenization import train_bpe_tokenizer
-from launch.configuration import CONF, check_config
+from launch.configuration import CONF, check_config, missing_keys
 from launch.training import train
 from tests.cli import TINY
 
-GROUPS = sorted((p.parent.name, p.stem) for p in CONF.glob("*/*.yaml") if p.parent.name != "analysis")
+GROUPS = sorted((p.parent.name, p.stem) for p in CONF.glob("*/*.yaml"))
+ANALYZED = ("data", "judge", "toxicity", "truthfulqa")
+TO_BE_NAMED = {"model.name_or_path", "judge.judge.model", "judge.judge.base_url"}
+"""What only the user knows."""
 EXPERIMENTS = sorted(p.stem for p in CONF.glob("experiment/*.yaml"))
 HUMAN_TEXTS = [f"question number {i} about some thing" for i in range(40)]
 
 
-def composed(*overrides: str) -> DictConfig:
+def composed(*overrides: str, config_name: str = "train") -> DictConfig:
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("train", overrides=list(overrides))
+        return compose(config_name, overrides=list(overrides))
 
 
 @pytest.fixture(scope="module")
@@ -74,12 +77,26 @@ def _tree(i: int, text: str) -> dict[str, object]:
 
 @pytest.mark.parametrize(("group", "choice"), GROUPS)
 def test_every_file_composes_and_its_keys_are_known(group: str, choice: str) -> None:
-    config = composed(f"{group}={choice}")
-    missing = OmegaConf.missing_keys(config)
-    assert missing <= {"model.name_or_path"}, missing
+    check(composed(f"{group}={choice}"))
+    if group in ANALYZED:
+        check(composed(f"{group}={choice}", config_name="analyze"), config_name="analyze")
+
+
+def check(config: DictConfig, *, config_name: str = "train") -> None:
+    missing = missing_keys(config)
+    assert TO_BE_NAMED.issuperset(missing), missing
     for key in missing:
         OmegaConf.update(config, key, "somewhere")
-    check_config(config)
+    check_config(config, config_name=config_name)
+
+
+@pytest.mark.parametrize(("group", "choice"), [(g, c) for g, c in GROUPS if g in ("judge", "toxicity", "truthfulqa")])
+def test_every_scorer_that_a_file_describes_can_be_made_without_reaching_anything(group: str, choice: str) -> None:
+    config = composed(f"{group}={choice}")
+    for key in missing_keys(config):
+        OmegaConf.update(config, key, "https://judge.example/v1")
+    scorer = instantiate(config[group])
+    assert (scorer is None) == (choice == "none")
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)

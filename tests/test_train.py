@@ -41,7 +41,8 @@ def test_the_run_folder_holds_what_the_contract_says(finished: tuple[Path, str])
         "wandb",
         "provenance.json",
         "held_out.csv",
-    } | {"probe_prompts.json", "snapshots", "vectors"}
+    } | {"probe_prompts.json", "snapshots", "vectors", "report"}
+    assert {path.name for path in (run / "report" / "tables").iterdir()} == {"behaviour_by_step.csv", "samples.csv"}
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     assert config["name"] == "tiny_synthetic"
@@ -89,19 +90,23 @@ def test_metric_names_are_those_of_the_contract(finished: tuple[Path, str]) -> N
     spectra |= {"mean_cosine/in_sample", "mean_cosine/leave_one_out", "top1_energy/delta_centred"}
     expected |= {f"{name}/{site}" for name in spectra for site in sites}
     expected |= {"projection/share_grown", "hyperplane/share_preferred"}
+    texts = {"bleu", "rougeL", "degeneration", "length", "toxicity_word_list", "oracle_utility"}
+    expected |= {f"behaviour/{name}{of}" for name in texts for of in ("", "/base")}
+    expected |= {"behaviour/oracle_preference_rate", "behaviour/preference_accuracy", "behaviour/of_steps_taken"}
     assert expected <= set(metrics_of(only_run(finished[0]))[0])
 
 
 def test_wandb_gets_the_rows_of_metrics_csv_on_its_own_step_axis(finished: tuple[Path, str]) -> None:
     run = only_run(finished[0])
     (file,) = run.glob("wandb/offline-run-*/*.wandb")
-    logged_rows = [row for row in history_rows(file) if not any(name.startswith("figures/") for name in row)]
+    media = ("figures/", "samples/")
+    logged_rows = [row for row in history_rows(file) if not any(name.startswith(media) for name in row)]
     csv_rows = metrics_of(run)
     assert len(logged_rows) == len(csv_rows)
     for sent, row in zip(logged_rows, csv_rows, strict=True):
         values = {name: float(value) for name, value in row.items() if value and name != "step"}
         assert sent["trainer/global_step"] == int(row["step"])
-        assert {name: sent[name] for name in values} == pytest.approx(values, rel=1e-12)
+        assert {name: sent[name] for name in values} == pytest.approx(values, rel=1e-12, nan_ok=True)
         assert {name for name in sent if "/" in name} - {"trainer/global_step"} <= set(values)
     axes = metric_definitions(file)
     assert axes["train/*"] == axes["val/*"] == axes["throughput/*"] == "trainer/global_step"

@@ -32,7 +32,7 @@ from tiltmeter.generation import (
 from tiltmeter.hooks import hook_site
 from tiltmeter.layers import backbone, unembedding
 from tiltmeter.log_probs import default_chunk_tokens, scale_and_cap
-from tiltmeter.steering_operators import check_vectors
+from tiltmeter.steering import Intervention
 from tiltmeter.steering_vector import check_site_and_width
 
 
@@ -61,11 +61,11 @@ def generate_branches(
         For each branch what :func:`tiltmeter.generation.generate` returns: for each prompt its completions.
 
     Raises:
-        UserError: as :func:`tiltmeter.generation.generate`; shifts of another width; a family whose attention can't be
-            changed.
+        UserError: as :func:`tiltmeter.generation.generate`; shifts of another width or not finite; a family whose attention
+            can't be changed.
     """
     check_site_and_width(model, site, shifts.shape[1])
-    check_vectors("add", shifts)
+    Intervention(site, shifts, tokens="new")  # checks its arguments
     jobs = make_jobs(model, tokenizer, prompts, decoding, keys)
     held = replace(decoding, max_new_tokens=decoding.max_new_tokens * len(shifts))
     ends = end_ids(model, tokenizer)

@@ -123,6 +123,16 @@ def kept_dims(
     return keep.nonzero()[:, 0]
 
 
+def in_own_span(rows: Float[Tensor, "row d_model"]) -> Float[Tensor, "row k"]:
+    """The rows in coordinates of the space that they span, float64: k ≤ N numbers each, and every inner product as before.
+
+    Norms, cosines, distances and singular values are those of the rows; what is told of single dimensions is lost. By X = RᵀQᵀ,
+    which costs no precision, so that whatever passes over the rows many times passes over fewer numbers.
+    """
+    rows = rows.to(torch.float64)
+    return rows if len(rows) >= rows.shape[1] else torch.linalg.qr(rows.T, mode="r").R.T
+
+
 def unit_rows(rows: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_model"]:
     """Each row over its norm; a row of zeros stays."""
     norms = rows.norm(dim=1, keepdim=True)

@@ -43,7 +43,7 @@ class FieldSummary(NamedTuple):
     """How far the arrows agree."""
 
     n_points: int
-    """With a gradient; a gradient of zero has no direction and counts nowhere."""
+    """With a gradient; one of zero, or below 1e-292, where digits are lost, has no direction and counts nowhere."""
     mean_resultant: float
     """R = ‖mean ĝ‖, ĝ = g/‖g‖; NaN without any."""
     smallest_cosine: float
@@ -113,7 +113,7 @@ def post_norm_field(
     margins = exact @ direction - reference_gap
     gradients = shared_state_gradient(margins, direction.expand(len(exact), -1), beta=beta)
     summary = field_summary(gradients)
-    assert not summary.n_points or abs(summary.mean_resultant - 1) < 1e-9, "parallel to v by the formula"
+    assert not abs(summary.mean_resultant - 1) > 1e-9, "parallel to v by the formula"  # NaN: states that are not finite
     return GradientField("post_norm", gradients, summary, True)
 
 
@@ -177,7 +177,7 @@ def field_summary(gradients: Float[Tensor, "point d_model"]) -> FieldSummary:
     FieldSummary(n_points=2, mean_resultant=0.7071067811865476, smallest_cosine=0.0, is_exact=True)
     """
     moments = GradientMoments(gradients.shape[1], names=[], device=gradients.device)
-    moments.update(gradients, {})
+    moments.update(_same_size(gradients), {})
     n_points, resultant, _ = moments.summary()
     return FieldSummary(n_points, resultant, *smallest_pairwise_cosine(gradients))
 
@@ -192,8 +192,8 @@ def smallest_pairwise_cosine(
     distances, each is replaced by the row farthest from it, an extreme point, until no pair gets worse: an upper bound of
     the smallest cosine at the cost of a few hundred rows against all.
     """
-    exact = rows.to(torch.float64)
-    unit = unit_rows(exact[exact.norm(dim=1) != 0])
+    scaled = _same_size(rows)
+    unit = unit_rows(scaled[scaled.norm(dim=1) != 0])
     if len(unit) < 2:
         return math.nan, True
     if len(unit) <= exact_up_to:
@@ -209,3 +209,12 @@ def smallest_pairwise_cosine(
         if not (cosines < lowest).any():
             return float(lowest.min().clamp(-1, 1)), False
         lowest, reached = cosines, farthest
+
+
+def _same_size(rows: Tensor) -> Tensor:
+    """Rows over their largest entry, in float64: squares of a saturated loss's gradients would underflow."""
+    exact = rows.to(torch.float64)
+    largest = exact.abs().amax(1, keepdim=True)
+    limits = torch.finfo(torch.float64)
+    there = largest > limits.tiny / limits.eps
+    return exact / largest.where(there, 1.0) * there

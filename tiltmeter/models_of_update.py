@@ -42,7 +42,7 @@ class ModelScore(NamedTuple):
     """Pooled over folds: every held-out row counts once. NaN where updates are zero."""
     by_fold: list[float]
     ridge: list[float]
-    """Penalty that each fold's training prompts chose; empty where a model has none."""
+    """Penalty that each fold's training prompts chose, ``affine``'s for ``rank_k``; empty where a model has none."""
 
 
 class _Sums(NamedTuple):
@@ -60,12 +60,14 @@ class _Sums(NamedTuple):
 
 
 class _Affine(NamedTuple):
-    """δ̂ = intercept + (h − center) W."""
+    """δ̂ = intercept + (h − center) W Bᵀ."""
 
     center: Tensor
-    weight: Tensor
-    """[d of h, d of δ]."""
     intercept: Tensor
+    weight: Tensor
+    """W [d, k]."""
+    basis: Tensor | None
+    """B [d, k], orthonormal columns: directions that δ̂ may vary in; None: all of them, k = d."""
 
 
 class UpdateModels:
@@ -154,60 +156,63 @@ def _fold_losses(
 ) -> dict[str, tuple[float, float, float | None]]:
     """Of each model: Σ‖δ − δ̂‖² and Σ‖δ‖² over the held-out rows, and the penalty chosen."""
     center, v, *_ = train.split()
-    total = _loss(_Affine(center, v.new_zeros(len(v), len(v)), torch.zeros_like(v)), test)
-    constant = _Affine(center, v.new_zeros(len(v), len(v)), v)
-    found: dict[str, tuple[float, float, float | None]] = {"constant": (_loss(constant, test), total, None)}
-    before, after = _ridge_fits(inner), _ridge_fits(train)
-    restrictions = {"scaled": 0} | {f"rank_{rank}": rank for rank in ranks} | {"affine": len(v)}
-    for name, rank in restrictions.items():
-        losses = [_loss(_restricted(fit, rank), chooser) for fit in before]
-        best = min(range(len(losses)), key=losses.__getitem__)
-        found[name] = (_loss(_restricted(after[best], rank), test), total, RIDGES[best])
-    energy_train, energy_test = _energy(train), _energy(test)
-    top = torch.linalg.eigh(energy_train).eigenvectors.flip(1)
+    nothing = v.new_zeros(len(v), 0)
+    total = _loss(_Affine(center, torch.zeros_like(v), nothing, nothing), test)
+    found: dict[str, tuple[float, float, float | None]] = {
+        "constant": (_loss(_Affine(center, v, nothing, nothing), test), total, None)
+    }
+    before, after = _Ridge(inner), _Ridge(train)
+
+    def chosen(basis_before: Tensor | None) -> float:
+        return min(RIDGES, key=lambda ridge: _loss(before.fit(ridge, basis_before), chooser))
+
+    ridge = chosen(_unit(before.v)[:, None])
+    found["scaled"] = (_loss(after.fit(ridge, _unit(v)[:, None]), test), total, ridge)
+    ridge = chosen(None)
+    directions = after.directions(ridge)
+    for rank in ranks:
+        found[f"rank_{rank}"] = (_loss(after.fit(ridge, directions[:, :rank]), test), total, ridge)
+    found["affine"] = (_loss(after.fit(ridge, None), test), total, ridge)
+    energy = _energy(test)
+    top = torch.linalg.eigh(_energy(train)).eigenvectors.flip(1)
     for name, basis in (
         {"own_mean": _unit(v)[:, None]} | {f"own_rank_{rank}": top[:, :rank] for rank in ranks}
     ).items():
-        found[name] = (total - float((basis.T @ energy_test @ basis).trace()), total, None)
+        found[name] = (total - float((basis * (energy @ basis)).sum()), total, None)
     return found
 
 
-class _RidgeFit(NamedTuple):
-    model: _Affine
-    directions: Tensor
-    """[d, d]: directions of δ that the fitted values use most, as columns: right singular vectors of reduced-rank regression."""
+class _Ridge:
+    """Ridge regression of δ on standardised h, for any penalty at the price of one eigendecomposition."""
 
+    def __init__(self, sums: _Sums) -> None:
+        self.n = sums.n
+        self.center, self.v, hh, hd, _ = sums.split()
+        scale = (hh.diagonal() / sums.n).sqrt()[:, None]
+        self.scale = scale.where(scale > 0, 1.0)
+        values, self.vectors = torch.linalg.eigh(hh / self.scale / self.scale.T)
+        self.values = values.clamp(min=0)[:, None]
+        self.turned = self.vectors.T @ (hd / self.scale)
 
-def _ridge_fits(sums: _Sums) -> list[_RidgeFit]:
-    """Ridge regression of δ on standardised h, for every penalty."""
-    center, v, hh, hd, _ = sums.split()
-    scale = (hh.diagonal() / sums.n).sqrt()
-    scale = scale.where(scale > 0, 1.0)
-    values, vectors = torch.linalg.eigh(hh / scale[:, None] / scale)
-    turned = vectors.T @ (hd / scale[:, None])
-    fits = []
-    for ridge in RIDGES:
-        solved = turned / (values.clamp(min=0) + ridge * sums.n)[:, None]
-        directions = torch.linalg.eigh(turned.T @ solved).eigenvectors.flip(1)
-        fits.append(_RidgeFit(_Affine(center, (vectors @ solved) / scale[:, None], v), directions))
-    return fits
+    def fit(self, ridge: float, basis: Tensor | None) -> _Affine:
+        """The model whose slope lies in a basis, which is the whole one projected."""
+        turned = self.turned if basis is None else self.turned @ basis
+        weight = self.vectors @ (turned / (self.values + ridge * self.n)) / self.scale
+        return _Affine(self.center, self.v, weight, basis)
 
-
-def _restricted(fit: _RidgeFit, rank: int) -> _Affine:
-    """The fit with its slope in the first ``rank`` directions only; 0: along the mean update."""
-    center, weight, v = fit.model
-    if rank >= len(v):
-        return fit.model
-    basis = fit.directions[:, :rank] if rank else _unit(v)[:, None]
-    return _Affine(center, weight @ basis @ basis.T, v)
+    def directions(self, ridge: float) -> Tensor:
+        """Columns: directions of δ that fitted values use, most first (right singular vectors of reduced-rank regression)."""
+        fitted = self.turned.T @ (self.turned / (self.values + ridge * self.n))
+        return torch.linalg.eigh(fitted).eigenvectors.flip(1)
 
 
 def _loss(model: _Affine, sums: _Sums) -> float:
     """Σ‖δ − δ̂‖² over the rows that the sums are of."""
     h, delta, hh, hd, dd = sums.split()
-    w = model.weight
-    about_means = dd.trace() - 2 * (w * hd).sum() + (w * (hh @ w)).sum()
-    apart = delta - model.intercept - (h - model.center) @ w
+    w, basis = model.weight, model.basis
+    about_means = dd.trace() - 2 * (w * (hd if basis is None else hd @ basis)).sum() + (w * (hh @ w)).sum()
+    slope = (h - model.center) @ w
+    apart = delta - model.intercept - (slope if basis is None else basis @ slope)
     return float(about_means + sums.n * apart.square().sum())
 
 

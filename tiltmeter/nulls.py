@@ -9,7 +9,9 @@ from scipy.integrate import quad
 from scipy.optimize import brentq
 from torch import Tensor
 
+from tiltmeter.consistency import SplitHalf, split_half_of_gram
 from tiltmeter.geometry import unit_rows
+from tiltmeter.spectra import singular_values
 
 _FLIPS_AT_A_TIME = 256
 
@@ -57,13 +59,28 @@ def sign_flip_null(updates: Float[Tensor, "row d_model"], *, n_flips: int = 1000
     generator = torch.Generator().manual_seed(seed)
     parts = []
     for start in range(0, n_flips, _FLIPS_AT_A_TIME):
-        count = min(_FLIPS_AT_A_TIME, n_flips - start)
-        signs = 2.0 * torch.randint(0, 2, (count, n), generator=generator, dtype=torch.float64) - 1
+        signs = _random_signs(min(_FLIPS_AT_A_TIME, n_flips - start), n, generator)
         parts.append(_flipped(updates, signs.to(updates.device)))
     shares, in_sample, left_out = torch.cat(parts).unbind(1)
     observed = n * updates.mean(0).square().sum() / updates.square().sum()
     reached = shares >= observed * (1 - 1e-12)  # rounding must not tell a flip from the same rows
     return SignFlipNull(shares, in_sample, left_out, (1 + int(reached.sum())) / (1 + n_flips))
+
+
+def split_half_null(updates: Float[Tensor, "row d_model"], *, n_flips: int = 500, seed: int = 0) -> SplitHalf:
+    """:func:`tiltmeter.consistency.split_half` of rows whose signs were flipped at random, a new split for each flip.
+
+    Raises:
+        ValueError: fewer than two rows.
+    """
+    n = len(updates)
+    if n < 2:
+        raise ValueError(f"split_half_null: expected at least two rows, got {n}")
+    updates = updates.to(torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    signs = _random_signs(n_flips, n, generator)
+    halves = (torch.rand(n_flips, n, generator=generator).argsort(1) < n // 2).to(torch.float64)
+    return split_half_of_gram(updates @ updates.T, halves.to(updates.device), signs.to(updates.device))
 
 
 def marchenko_pastur_edge(n_rows: int, d_model: int, *, noise_variance: float = 1.0) -> float:
@@ -148,8 +165,12 @@ def parallel_analysis(
     found = []
     for _ in range(n_permutations):
         order = torch.rand(centred.shape, generator=generator).argsort(0).to(centred.device)
-        found.append(torch.linalg.svdvals(centred.gather(0, order)))
+        found.append(singular_values(centred.gather(0, order)))
     return torch.stack(found).quantile(level, dim=0)
+
+
+def _random_signs(n_flips: int, n_rows: int, generator: torch.Generator) -> Float[Tensor, "flip row"]:
+    return 2.0 * torch.randint(0, 2, (n_flips, n_rows), generator=generator, dtype=torch.float64) - 1
 
 
 def _flipped(updates: Tensor, signs: Tensor) -> Tensor:

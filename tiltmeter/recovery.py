@@ -62,6 +62,8 @@ def kl_divergences(
 ) -> Float[Tensor, " target"]:
     """KL(p ‖ q) = Σ_j p_j (log p_j − log q_j) in nats at each place, in float32 or better; words that p rules out add 0.
 
+    In float32 a place is known to about 1e-6 nats; means over many places to much less.
+
     >>> p, q = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
     >>> round(float(kl_divergences(p, q)), 6)  # ½ ln 2 + ½ ln ⅔
     0.143841
@@ -185,6 +187,10 @@ class RecoveryMoments:
         fixed = _Goal.of(goal)
         parts = [torch.ones_like(fixed.probs[:, 0])]
         for logits in chain([start], steered):
+            if logits.shape != goal.shape:  # would broadcast
+                raise ValueError(
+                    f"RecoveryMoments: expected logits of shape {tuple(goal.shape)}, got {tuple(logits.shape)}"
+                )
             parts += [fixed.kl(logits).to(fixed.probs.dtype), fixed.agreement(logits)]
         n_steered = (len(parts) - 3) // 2
         if n_steered != len(self.strengths):

@@ -4,10 +4,11 @@ What happens at a site is an :class:`Intervention`; :func:`steer` puts any numbe
 ``with``. Nothing is written in place, and a token that an intervention doesn't reach keeps every bit.
 """
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -20,7 +21,7 @@ from tiltmeter.layers import backbone
 from tiltmeter.steering_operators import TABLE, Operator, check_vectors
 from tiltmeter.steering_vector import SteeringVector, check_site_and_width
 
-Tokens = Literal["all", "new", "prompt"]
+TOKENS = ("all", "new", "prompt")
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,32 +30,36 @@ class Intervention:
 
     Args:
         site: as :mod:`tiltmeter.layers` names it. ``final_post_norm`` adds to the logits alone, the same for every context.
-        vectors: along which, or one for each row with coefficients that are diagonal.
+        vectors: [vector d_model], along which; with diagonal coefficients [row row], a vector of its own for each row.
         coefficients: a number for every row and vector; [row] for all vectors of a row; [row vector]; or
             [row token vector] where tokens are those of each forward pass. An operator with one strength for all its
             vectors (``project_out``, ``rotate``) has one in the place of vectors. In units of the vector (add, subtract,
             add_keeping_norm), as a share (project_out), in activation units (clamp), in radians (rotate).
-            Where they are 0 nothing is touched, not a bit; only ``clamp`` has no such value.
+            A single row serves all rows. Where they are 0 nothing is touched, not a bit; only ``clamp`` has no such value.
         operator: see :mod:`tiltmeter.steering_operators`.
         tokens: which tokens. ``all``: every real one; ``prompt``; ``new``: those after the prompt, which the model reads back
             after having made them, so the first new token, predicted from the prompt's last, is not changed. A mask
             [row token] has a column for every token of the sequence, padding and what a cache holds included.
 
     Raises:
-        UserError: an unknown operator or choice of tokens, or vectors or coefficients that don't fit.
+        UserError: an unknown operator or choice of tokens, or vectors or coefficients that don't fit or aren't finite.
     """
 
     site: str
-    vectors: Float[Tensor, "vector d_model"]
+    vectors: Tensor
     coefficients: float | int | Tensor = 1.0
     operator: Operator = "add"
-    tokens: Tokens | Bool[Tensor, "row token"] = "all"
+    tokens: str | Tensor = "all"
 
     def __post_init__(self) -> None:
         """Check everything that can be checked without a model."""
+        if self.vectors.ndim != 2 or not self.vectors.is_floating_point() or not self.vectors.numel():
+            raise UserError(
+                f"steering: vectors: expected floating-point [vector, d_model], got {self.vectors.dtype} {list(self.vectors.shape)}"
+            )
         check_vectors(self.operator, self.vectors)
-        if isinstance(self.tokens, str) and self.tokens not in get_args(Tokens):
-            raise UserError(f"steering: tokens: expected {', '.join(get_args(Tokens))} or a mask, got {self.tokens!r}")
+        if isinstance(self.tokens, str) and self.tokens not in TOKENS:
+            raise UserError(f"steering: tokens: expected {', '.join(TOKENS)} or a mask, got {self.tokens!r}")
         if isinstance(self.tokens, Tensor) and (self.tokens.dtype != torch.bool or self.tokens.ndim != 2):
             raise UserError(
                 f"steering: tokens: expected a boolean mask [row, token], got {self.tokens.dtype} {list(self.tokens.shape)}"
@@ -75,7 +80,7 @@ class Intervention:
         coefficients: float | int | Tensor = 1.0,
         *,
         operator: Operator = "add",
-        tokens: Tokens | Tensor = "all",
+        tokens: str | Tensor = "all",
     ) -> "Intervention":
         """The same from steering vectors, which know their site.
 
@@ -115,21 +120,29 @@ def steer(
     """Let interventions act on every forward pass of a model inside the ``with``, in their order at each site.
 
     The forward pass may be ``generate`` (with a cache or without, padded on any side, beams), the model, its backbone; with
-    gradients or without, which reach vectors and coefficients that ask for them. Padding is never touched. A
-    :func:`~tiltmeter.capture.capture` opened inside reads the steered states, one that was open before those of
-    the model. Hooks are gone when the ``with`` ends, however it ends. Compiled modules run uncompiled
-    inside it, since a compiled one would not see its new hooks.
+    gradients or without, which reach vectors and coefficients that ask for them. Padding is never touched. At a site that
+    is steered, a :func:`~tiltmeter.capture.capture` opened inside reads what interventions have left, one that was open
+    before reads what they were given. Hooks are gone when the ``with`` ends, however it ends. Compiled modules run
+    uncompiled inside it, since a compiled one would not see its new hooks. Activation checkpointing as transformers
+    does it leaves hooks outside of what is recomputed, so that the backward pass may run after the ``with``.
 
     Args:
-        prompt_width: tokens of the prompt, padding included, in passes without a cache that see prompt and new tokens at
-            once; None: the first pass on an empty cache is the prompt, what comes after is new.
-        rows_per_coefficient: rows of the model in a row for each row of coefficients and masks: number of
-            beams or of returned sequences.
+        prompt_width: tokens of the prompt, padding included; None: the pass on an empty cache is the prompt and what
+            follows is new. To be said where passes have no cache, or the prompt comes in pieces.
+        rows_per_coefficient: adjacent rows of the model that share a row of coefficients or of a mask: ``num_beams``, or
+            ``num_return_sequences`` without beams.
 
     Raises:
         UserError: an unknown site, vectors of another width, or a model without recognisable blocks or final norm.
         ValueError: from inside the forward pass: another number of rows or tokens than coefficients or a mask are for, or
-            no way to know which tokens are padding or new.
+            no way to know which tokens are new (no cache) or padding (a mask of attention that is not [row, token]).
+
+    Example::
+
+        v = load_vectors(run / "vectors" / "steering.safetensors")["layer_07"]
+        strengths = torch.tensor([0.0, 0.5, 1.0])  # one for each row of ids
+        with steer(model, Intervention.along(v, strengths, tokens="new")):
+            model.generate(input_ids=ids, attention_mask=mask)
     """
     listed = [interventions] if isinstance(interventions, Intervention) else list(interventions)
     for intervention in listed:
@@ -140,7 +153,7 @@ def steer(
         watched = backbone(model).register_forward_pre_hook(current.begin, with_kwargs=True)
         stack.callback(watched.remove)
         for intervention in listed:
-            handle = hook_site(model, intervention.site, _Writer(intervention, current))
+            handle = hook_site(model, intervention.site, _Writer(intervention, current, model.device))
             stack.callback(handle.remove)
         yield
 
@@ -157,15 +170,15 @@ class _Pass:
         """The attention mask, as the backbone was given it."""
         self.is_packed = False
 
-    def begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Look at what the backbone is given."""
-        given = dict(zip(("input_ids", "attention_mask"), args, strict=False)) | kwargs
+        given = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
         cache = given.get("past_key_values")
         self.cached = None if cache is None else int(cache.get_seq_length())
         self.mask = given.get("attention_mask")
         self.is_packed = given.get("packing") is not None
 
-    def reached(self, tokens: Tokens | Tensor, hidden: Tensor) -> Bool[Tensor, "rows token"] | None:
+    def reached(self, tokens: str | Tensor, hidden: Tensor) -> Bool[Tensor, "rows token"] | None:
         """Which tokens of this pass are meant, for every row or one for all; None: not a single one."""
         columns = slice(self.cached or 0, (self.cached or 0) + hidden.shape[1])
         if isinstance(tokens, Tensor):
@@ -189,7 +202,7 @@ class _Pass:
             )
         return given.repeat_interleave(self.copies, dim=0)
 
-    def _named(self, tokens: Tokens, columns: slice) -> Bool[Tensor, "1 token"]:
+    def _named(self, tokens: str, columns: slice) -> Bool[Tensor, "1 token"]:
         at = torch.arange(columns.start, columns.stop)[None]
         if tokens == "all":
             return torch.ones_like(at, dtype=torch.bool)
@@ -217,14 +230,21 @@ class _Pass:
 
 
 class _Writer:
-    """One intervention as a hook; keeps its vectors and coefficients where the hidden states are."""
+    """One intervention as a hook."""
 
-    def __init__(self, intervention: Intervention, current: _Pass) -> None:
+    def __init__(self, intervention: Intervention, current: _Pass, device: torch.device) -> None:
         self.current = current
         self.tokens = intervention.tokens
         self.operator = TABLE[intervention.operator]
-        self.vectors = self.operator.prepare(intervention.vectors)
-        self.strengths = intervention.strengths()
+        self.given = intervention.vectors
+        self.vectors = None if self.given.requires_grad else self._prepare().to(device)
+        strengths = intervention.strengths()
+        self.strengths = strengths if strengths.requires_grad else strengths.to(device)
+
+    def _prepare(self) -> Float[Tensor, "vector d_model"]:
+        """The vectors as the operator wants them; anew in each pass where they learn, since each has a graph of its own."""
+        exact = torch.float32 if self.given.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+        return self.operator.prepare(self.given.to(exact))
 
     def __call__(self, hidden: Float[Tensor, "row token d_model"]) -> Tensor | None:
         """The hidden states to go on with; None: those that there are."""
@@ -232,15 +252,14 @@ class _Writer:
         if touched is None:
             return None
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        self.vectors = self.vectors.to(hidden.device, wide)
-        self.strengths = self.strengths.to(hidden.device, wide)
-        strengths = self.current.by_row(self.strengths, len(hidden), "coefficients")
+        vectors = (self._prepare() if self.vectors is None else self.vectors).to(hidden.device, wide)
+        strengths = self.current.by_row(self.strengths.to(hidden.device, wide), len(hidden), "coefficients")
         if strengths.shape[1] not in (1, hidden.shape[1]):
             raise ValueError(f"steering: coefficients of {strengths.shape[1]} tokens in a pass of {hidden.shape[1]}")
         if not self.operator.changes_at_zero:
             touched = touched & (strengths != 0).any(-1)
         with torch.autocast(hidden.device.type, enabled=False):
-            steered = self.operator.apply(hidden.to(wide), self.vectors, strengths)
+            steered = self.operator.apply(hidden.to(wide), vectors, strengths)
         return torch.where(touched[..., None], steered.to(hidden.dtype), hidden)
 
 

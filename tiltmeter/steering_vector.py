@@ -1,6 +1,7 @@
 """A steering vector: a direction with magnitude, the site it belongs to, and where it comes from; on disk as safetensors."""
 
 import json
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -8,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -19,10 +19,8 @@ from tiltmeter.capture import ReadPoint
 from tiltmeter.errors import UserError
 from tiltmeter.files import write_atomically
 from tiltmeter.layers import site_depth
-from tiltmeter.positions import POSITIONS, Position, check_position
+from tiltmeter.positions import POSITIONS, check_position
 from tiltmeter.watching import place
-
-Fact = str | int | float
 
 _METADATA_KEY = "steering_vectors"
 
@@ -36,7 +34,7 @@ class SteeringVector:
 
     Args:
         site: as :mod:`tiltmeter.layers` names it.
-        values: float32, finite.
+        values: [d_model], float32, finite.
         made: how, in words, for example ``mean of h_policy - h_base``.
         position: where the states that it was made of were read; None: at several, or at none (rows of the unembedding).
         provenance: data, models, number of pairs, seed …; plain strings and numbers.
@@ -50,24 +48,24 @@ class SteeringVector:
     """
 
     site: str
-    values: Float[Tensor, " d_model"]
+    values: Tensor
     made: str = field(kw_only=True)
-    position: Position | None = field(default=None, kw_only=True)
-    provenance: Mapping[str, Fact] = field(default_factory=dict, kw_only=True)
+    position: str | None = field(default=None, kw_only=True)
+    provenance: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
 
     def __post_init__(self) -> None:
         """Check everything that can be checked without a model."""
         site_depth(self.site, sys.maxsize)  # no model yet: any depth
         if self.position is not None:
             check_position(self.position)
-        if self.values.dtype != torch.float32 or self.values.ndim != 1:
+        if self.values.dtype != torch.float32 or self.values.ndim != 1 or not len(self.values):
             raise UserError(
                 f"steering vector: {self.site}: expected one row of float32, got {self.values.dtype} of shape "
                 f"{tuple(self.values.shape)}"
             )
         if not bool(self.values.isfinite().all()):
             raise UserError(f"steering vector: {self.site}: expected finite values, got NaN or infinity; make it again")
-        odd = [key for key, x in self.provenance.items() if not isinstance(key, str) or not isinstance(x, Fact)]
+        odd = [key for key, x in self.provenance.items() if not isinstance(key, str) or not _is_plain(x)]
         if odd:
             raise UserError(
                 f"steering vector: provenance: expected strings and numbers, got something else at {odd[0]!r}"
@@ -207,6 +205,11 @@ def load_vectors(path: Path) -> dict[str, SteeringVector]:
         raise UserError(
             f"{path}: expected steering vectors and how they were made, found something else ({error!r})"
         ) from error
+
+
+def _is_plain(fact: object) -> bool:
+    """A string or a finite number, which any JSON reader gives back as it was."""
+    return isinstance(fact, str | int) or (isinstance(fact, float) and math.isfinite(fact))
 
 
 def _of_a_run(name: str, metadata: Mapping[str, str]) -> dict[str, Any]:

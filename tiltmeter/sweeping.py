@@ -28,8 +28,7 @@ from tiltmeter.layers import (
     unembedding,
 )
 from tiltmeter.log_probs import default_chunk_tokens, run_backbone, scale_and_cap
-from tiltmeter.steering import Tokens
-from tiltmeter.steering_operators import check_vectors
+from tiltmeter.steering import Intervention
 from tiltmeter.steering_vector import check_site_and_width
 
 
@@ -37,7 +36,7 @@ class SteeredLogits(NamedTuple):
     """Logits of some targets of a batch under every shift."""
 
     logits: Float[Tensor, "shift target vocab"]
-    """In float32 or better; overwritten when the next ones are asked for."""
+    """In float32 or better."""
     targets: Int[Tensor, " target"]
     """Which of the batch's targets these are."""
 
@@ -79,8 +78,8 @@ def sweep_log_probs(
     *,
     site: str,
     shifts: Float[Tensor, "shift d_model"],
-    tokens: Tokens | Bool[Tensor, "row token"] = "all",
-    tokens_per_batch: int = 16384,
+    tokens: str | Bool[Tensor, "row token"] = "all",
+    tokens_per_batch: int = 4096,
 ) -> Float[Tensor, "shift target"]:
     """log π(token | what is before it) in nats of every target of a batch, under every shift.
 
@@ -102,8 +101,8 @@ def steered_logits(
     *,
     site: str,
     shifts: Float[Tensor, "shift d_model"],
-    tokens: Tokens | Bool[Tensor, "row token"] = "all",
-    tokens_per_batch: int = 16384,
+    tokens: str | Bool[Tensor, "row token"] = "all",
+    tokens_per_batch: int = 4096,
 ) -> Iterator[SteeredLogits]:
     """Logits at every target of a batch while ``shifts[j]`` is added at a site, for all j, some targets at a time.
 
@@ -113,16 +112,18 @@ def steered_logits(
         site: where (:mod:`tiltmeter.layers`).
         shifts: what is added, λ v for every λ and vector; zeros for the model as it is, which costs nothing.
         tokens: to which tokens' hidden states, as for :class:`tiltmeter.steering.Intervention`; ``new``: the responses'.
-        tokens_per_batch: shifts × rows × tokens that are computed together, at most; at least one shift.
+        tokens_per_batch: shifts × rows × tokens that are computed together, at most; at least one shift. Few suit a CPU's
+            caches (a third faster than 16,384 on the model of benchmarks/sweep.py), more a GPU.
 
     Yields:
         Never more logits at a time than :func:`tiltmeter.log_probs.default_chunk_tokens` rows, or one a shift.
 
     Raises:
-        UserError: an unknown site, or shifts of another width.
+        UserError: an unknown site or choice of tokens; shifts of another width, or that are not finite.
+        ValueError: a mask of another batch.
     """
     check_site_and_width(model, site, shifts.shape[1])
-    check_vectors("add", shifts)
+    Intervention(site, shifts, tokens=tokens)  # checks its arguments
     head = unembedding(model)
     shifts = shifts.to(head.weight.device, torch.promote_types(head.weight.dtype, torch.float32))
     reached = _reached(batch, tokens)
@@ -142,12 +143,13 @@ def steered_logits(
         yield SteeredLogits(scale_and_cap(raw, head), targets)
 
 
-def _reached(batch: PreferenceBatch, tokens: Tokens | Tensor) -> Bool[Tensor, "row token"]:
+def _reached(batch: PreferenceBatch, tokens: str | Tensor) -> Bool[Tensor, "row token"]:
     if isinstance(tokens, Tensor):
+        if tokens.shape != batch.segments.shape:
+            raise ValueError(f"tokens: a mask of {list(tokens.shape)} for a batch of {list(batch.segments.shape)}")
         return tokens
-    if tokens == "prompt":
-        return batch.segments == PROMPT
-    return (batch.segments != PAD) if tokens == "all" else (batch.segments != PAD) & (batch.segments != PROMPT)
+    is_prompt, is_real = batch.segments == PROMPT, batch.segments != PAD
+    return {"all": is_real, "new": is_real & ~is_prompt, "prompt": is_prompt}[tokens]
 
 
 def _hidden_at_targets(
@@ -158,15 +160,15 @@ def _hidden_at_targets(
     reached: Bool[Tensor, "row token"],
     tokens_per_batch: int,
 ) -> Float[Tensor, "shift target d_model"]:
-    """Hidden states after the final norm at the targets, under every shift."""
+    """Hidden states after the final norm at the targets, under every shift; zeros take those of the prefix pass."""
     prefix = _run_prefix(model, batch, site)
     unsteered = prefix.final.flatten(0, 1)[batch.target_rows]
     hidden = unsteered.new_empty(len(shifts), *unsteered.shape)
     moved = shifts.any(1)
     hidden[~moved] = unsteered
-    n_at_once = (
-        max(1, tokens_per_batch // reached.numel()) if batch.packing is None else 1
-    )  # kernels take one packed row
+    n_at_once = max(1, tokens_per_batch // reached.numel())
+    if batch.packing is not None:
+        n_at_once = 1  # kernels take one packed row
     for some in moved.nonzero()[:, 0].split(n_at_once):
         hidden[some] = _run_above(model, prefix, shifts[some], reached, batch.target_rows)
     return hidden

@@ -3,16 +3,19 @@
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.analysis.conftest import dpo_rows
 from tiltmeter.batch import PROMPT
 from tiltmeter.capture import HiddenStates, ReadPoint
+from tiltmeter.files import write_json
 from tiltmeter.layers import all_sites
 from tiltmeter.snapshots import BASE, SnapshotWriter
 from tiltmeter.watching import consistency_metrics, spectral_metrics
 
 N_PAIRS, WIDTH = 24, 16
+N_PARTING = 20
 States = dict[ReadPoint, HiddenStates]
 
 
@@ -84,9 +87,34 @@ def run_rows(**options: object) -> list[dict[str, float]]:
 def write_snapshots(
     folder: Path, *, n_layers: int = 3, shifts: tuple[float, ...] = (0.1, 0.4), dtype: str = "float32"
 ) -> None:
-    """base and an epoch for each shift."""
+    """base and an epoch for each shift; beside them the pairs and the base's unembedding, as in a run folder."""
     base = base_states(n_layers)
+    write_pairs(folder.parent)
     writer = SnapshotWriter(folder, dtype=dtype, pair_ids={i: f"pair/{i}" for i in range(N_PAIRS)})
     writer.write(BASE, base)
     for epoch, shift in enumerate(shifts):
         writer.write(f"epoch={epoch:03d}", moved(base, shift=shift))
+
+
+def write_pairs(run_dir: Path) -> None:
+    """probe_prompts.json and base/: the responses of the first :data:`N_PARTING` pairs differ from their first token on."""
+    pairs = [
+        {
+            **dict.fromkeys(("source", "prompt", "chosen", "rejected"), "text"),
+            "pair_id": f"pair/{i}",
+            "group": f"prompt {i // 2}",
+            "prompt_ids": [1],
+            "chosen_ids": [2 + i % 5, 9] if i < N_PARTING else [1, 9],
+            "rejected_ids": [8, 9] if i < N_PARTING else [1, 8],
+            "attributes": {},
+        }
+        for i in range(N_PAIRS)
+    ]
+    write_json(run_dir / "probe_prompts.json", pairs)
+    (run_dir / "base").mkdir(exist_ok=True)
+    save_file({"lm_head.weight": unembedding_weight()}, run_dir / "base" / "model.safetensors")
+
+
+def unembedding_weight() -> Tensor:
+    """W_U of a vocabulary of ten."""
+    return torch.randn(10, WIDTH, generator=torch.Generator().manual_seed(5))

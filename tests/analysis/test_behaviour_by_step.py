@@ -103,11 +103,11 @@ def test_several_families_have_a_panel_each_and_both_judges_a_headline(make_run:
 
 @pytest.mark.parametrize("of", ["policy", "both"])
 def test_metrics_of_a_users_own_are_drawn_when_there_is_nothing_else(make_run: MakeRun, of: Any) -> None:
-    looks = {step: [planted.figure("my_$metric$", of, 2.0 + step)] for step in (0, 10)}
+    looks = {step: [planted.figure("my_$\\frac{$", of, 2.0 + step)] for step in (0, 10)}
     if of == "policy":
-        looks = {s: [*f, planted.figure("my_$metric$", "base", 2.0)] for s, f in looks.items()}
+        looks = {s: [*f, planted.figure("my_$\\frac{$", "base", 2.0)] for s, f in looks.items()}
     section = section_of(make_run, looks)
-    assert section.sentences == ["My $metric$ rises from 2.000 to 12.000 (11.950 to 12.050)"]
+    assert section.sentences == ["My $\\frac{$ rises from 2.000 to 12.000 (11.950 to 12.050)"]
 
 
 def test_one_look_alone(make_run: MakeRun) -> None:

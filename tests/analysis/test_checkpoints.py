@@ -1,5 +1,6 @@
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from analysis.behaviour import Behaviour
 from analysis.checkpoints import HeldOutPairs, checkpoints_of_run, prompts_of_file
 from analysis.models import LoadedModel
 from analysis.runs import open_run
+from datamodules.records import LoadReport, PreferencePair
 from datamodules.synthetic import SyntheticWorld
 from datamodules.tokenization import train_bpe_tokenizer
 from tests.analysis import asked
@@ -52,6 +54,16 @@ def test_two_folders_and_any_source_of_pairs(folders: tuple[str, str]) -> None:
     assert again.pairs == found.pairs
     other, _, _ = HeldOutPairs(n_pairs=6, max_length=40, seed=1).ask(*folders, MemorySource(20))
     assert other.pairs != found.pairs
+
+
+def test_pairs_of_one_prompt_are_asked_about_once(folders: tuple[str, str]) -> None:
+    class Twice(MemorySource):
+        def load(self) -> tuple[list[PreferencePair], list[LoadReport]]:
+            records, reports = super().load()
+            return records + [replace(record, pair_id=f"{record.pair_id}/b") for record in records], reports
+
+    found, _, _ = HeldOutPairs().ask(*folders, Twice(5))
+    assert sorted(pair.pair_id for pair in found.pairs) == [f"memory/{i}" for i in range(5)]
 
 
 def test_labels_that_were_flipped_are_asked_about_as_they_are_meant(folders: tuple[str, str]) -> None:

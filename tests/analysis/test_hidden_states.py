@@ -7,13 +7,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.cosines import EDGES, latest_cosines, latest_name
+from analysis.cosines import EDGES
 from analysis.hidden_states import SECTIONS, Watched, hidden_state_section, hidden_state_sections, section_of_run
 from analysis.layer_curves import NULLS
 from analysis.observations import UPDATE, geometry_rows, latest, most_entropy, observed, updates
 from analysis.report import Section, write_report
 from analysis.runs import open_run
 from analysis.samples import Samples
+from analysis.stored_rows import latest_name
 from analysis.subject import subject_of_run
 from tests.analysis import planted_geometry as planted
 from tests.analysis.conftest import dpo_rows
@@ -193,7 +194,7 @@ def test_the_cap_of_entropies_is_told_from_the_metrics() -> None:
 
 
 def test_cosines_are_those_of_the_stored_rows(snapshots: Path) -> None:
-    found = latest_cosines(snapshots, pd.DataFrame(planted.run_rows()))
+    found = Watched(pd.DataFrame(planted.run_rows()), snapshots).cosines
     assert found is not None
     assert (found.snapshot, found.site, found.position) == ("epoch=001", FINAL_POST_NORM, "prompt_last")
     row = geometry_rows(pd.DataFrame(planted.run_rows()))[-1]

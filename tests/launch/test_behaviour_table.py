@@ -43,6 +43,13 @@ def test_a_long_scorer_and_missing_scores_fit_80_characters(tmp_path: Path) -> N
     assert max(map(len, said.splitlines())) <= 80
 
 
+def test_a_win_rate_over_the_base_begins_at_chance_even_if_nobody_looked(tmp_path: Path) -> None:
+    planted.write(tmp_path, {10: planted.LOOKS[10]})
+    table = {line[:28].strip(): line[28:].split() for line in printed(tmp_path).splitlines()}
+    assert table["win rate vs base, oracle"][:2] == ["0.500", "0.750"]
+    assert table["win rate vs chosen, oracle"][:2] == ["–", "0.625"]
+
+
 def test_a_run_without_scores_has_none(tmp_path: Path) -> None:
     assert behaviour_of(tmp_path) == []
     planted.write(tmp_path, {10: [planted.figure("preference_accuracy", "both", 0.9)]})

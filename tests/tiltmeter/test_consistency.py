@@ -53,6 +53,19 @@ def test_a_shared_direction_is_found_by_all_three() -> None:
     assert torch.equal(found.mean_cosine, split_half(rows, n_splits=5, seed=3).mean_cosine)
 
 
+def test_halves_from_inner_products_are_those_of_the_rows() -> None:
+    n, n_splits = 13, 6
+    rows = noise(n, 4) + 0.4
+    found = split_half(rows, n_splits=n_splits)
+    generator = torch.Generator().manual_seed(0)
+    for split in range(n_splits):
+        order = torch.randperm(n, generator=generator)
+        a, b = rows[order[: n // 2]], rows[order[n // 2 :]]
+        across = torch.cat([cosine(a, b.mean(0, keepdim=True)), cosine(b, a.mean(0, keepdim=True))])
+        assert_close(found.mean_cosine[split], across.mean())
+        assert_close(found.cosine_of_means[split], cosine(a.mean(0), b.mean(0)))
+
+
 def test_what_has_no_direction_is_nan() -> None:
     assert in_sample_cosines(torch.tensor([[1.0, 0.0], [-1.0, 0.0]])).isnan().all()
     assert leave_one_out_cosines(torch.ones(1, 3)).isnan().all()

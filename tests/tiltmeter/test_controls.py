@@ -103,7 +103,7 @@ def test_covariance_matched_directions_vary_as_the_rows_do(kind: str) -> None:
 
 
 def test_shuffled_layers_are_a_cycle_with_each_sites_own_norm() -> None:
-    vectors = {f"layer_{i:02d}": (i + 1) * noise(D, seed=i) for i in range(6)}
+    vectors = {f"layer_{i:02d}": (i + 1) * noise(D, seed=i) for i in range(5)}
     for seed in range(20):
         found = shuffled_layers(vectors, seed=seed)
         givers = []
@@ -114,7 +114,7 @@ def test_shuffled_layers_are_a_cycle_with_each_sites_own_norm() -> None:
             assert control.provenance.startswith(f"v* of {giver}, seed {seed}")
             givers.append(giver)
         assert sorted(givers) == sorted(vectors)
-    assert len({shuffled_layers(vectors, seed=seed)["layer_00"].provenance.split(",")[0] for seed in range(20)}) == 5
+    assert len({shuffled_layers(vectors, seed=seed)["layer_00"].provenance.split(",")[0] for seed in range(20)}) == 4
 
 
 @pytest.mark.parametrize("family", ["llama", "cohere", "phi"])

@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 from tests.tiny_models import make_model
 from tiltmeter import cpu_linear
-from tiltmeter.cpu_linear import CPULinear, linear, onednn_is_faster, use_fast_linear
+from tiltmeter.cpu_linear import CPULinear, fast_linear, linear, onednn_is_faster, use_fast_linear
 
 needs_onednn = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this build of PyTorch has no oneDNN"
@@ -52,6 +52,16 @@ def test_a_model_keeps_its_names_and_numbers_and_can_be_copied(monkeypatch: pyte
     assert list(plain.state_dict()) == list(fast.state_dict())
     ids = torch.arange(3, 20)[None]
     assert_close(plain(input_ids=ids).logits, fast(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_is_fast_for_a_while_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("llama")
+    kinds = [type(module) for module in model.modules()]
+    for faster in (True, False):
+        monkeypatch.setattr(cpu_linear, "onednn_is_faster", lambda faster=faster: faster)
+        with fast_linear(model):
+            assert sum(type(module) is CPULinear for module in model.modules()) == (15 if faster else 0)
+        assert [type(module) for module in model.modules()] == kinds
 
 
 @pytest.mark.parametrize(("vendor", "faster"), [("AuthenticAMD", True), ("GenuineIntel", False)])

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
@@ -81,6 +81,9 @@ def test_post_norm_is_the_gradient_and_a_tautology() -> None:
     assert found.summary[:3] == pytest.approx((27, 1, 1), abs=1e-12)
 
 
+@settings(max_examples=50)
+@example(seed=285, beta=5.28125, gap=4.25, size=26.4375)  # a loss so small that squares of its gradient underflow
+@example(seed=269, beta=8.0, gap=0.0, size=10.0)
 @given(st.integers(0, 999), st.floats(0.01, 10), st.floats(-5, 5), st.floats(0.1, 30))
 def test_post_norm_says_one_whatever_the_states_are(seed: int, beta: float, gap: float, size: float) -> None:
     found = post_norm_field(size * noise(9, D, seed=seed), noise(D, seed=seed + 1), reference_gap=gap, beta=beta)
@@ -183,8 +186,11 @@ def test_gradients_without_direction_count_nowhere_and_bad_ones_are_seen() -> No
     assert field_summary(torch.zeros(3, 4)).n_points == 0
     assert math.isnan(field_summary(torch.zeros(3, 4)).mean_resultant)
     assert math.isnan(field_summary(torch.ones(1, 4)).smallest_cosine)
+    tiny = torch.tensor([[3e-200, 4e-200], [0.0, 1.0], [1e-320, 0.0]], dtype=torch.float64)
+    assert field_summary(tiny)[::2] == pytest.approx((2, 0.8))
     rows = noise(50, 4)
     rows[7, 2] = math.nan
     for limit in (100, 10):
         assert math.isnan(smallest_pairwise_cosine(rows, exact_up_to=limit)[0])
     assert math.isnan(field_summary(rows).mean_resultant)
+    assert math.isnan(post_norm_field(rows, rows[0], reference_gap=0.0, beta=1.0).summary.mean_resultant)

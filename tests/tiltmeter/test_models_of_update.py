@@ -106,7 +106,7 @@ def test_scores_are_those_of_explicit_rows_and_of_another_ridge() -> None:
     assert min(found["affine"].by_fold) <= found["affine"].r_squared <= max(found["affine"].by_fold)
 
 
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(st.integers(1, 9), st.integers(0, 99))
 def test_any_cut_gives_the_same_scores(pieces: int, seed: int) -> None:
     updates = noise(N, D, seed=seed) + H / 5

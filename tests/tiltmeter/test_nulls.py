@@ -6,7 +6,7 @@ from scipy.stats import kstest
 from torch import Tensor
 from torch.testing import assert_close
 
-from tiltmeter.consistency import in_sample_cosines, leave_one_out_cosines
+from tiltmeter.consistency import in_sample_cosines, leave_one_out_cosines, split_half
 from tiltmeter.nulls import (
     bbp_eigenvalue,
     bbp_overlap,
@@ -17,6 +17,7 @@ from tiltmeter.nulls import (
     parallel_analysis,
     sign_flip_null,
     signal_rank,
+    split_half_null,
 )
 from tiltmeter.spectra import singular_values
 
@@ -97,6 +98,21 @@ def test_signal_rank_counts_spikes(spikes: int) -> None:
     assert signal_rank(sigma, n_rows=n, d_model=d) in (spikes, spikes + 1)
 
 
+def test_halves_of_flipped_rows_agree_no_more_than_chance() -> None:
+    shifted = noise(60, 30) + 1
+    null = split_half_null(shifted, n_flips=2000)
+    for found, observed in zip(null, split_half(shifted), strict=True):
+        assert found.shape == (2000,)
+        assert abs(float(found.mean())) < 4 * float(found.std()) / math.sqrt(2000)
+        assert float(observed.min()) > float(found.max())
+
+
+def test_noise_lies_inside_its_own_null_of_halves() -> None:
+    rows = noise(60, 30)
+    low, high = split_half_null(rows).cosine_of_means.quantile(torch.tensor([0.001, 0.999], dtype=torch.float64))
+    assert float(low) < float(split_half(rows, n_splits=50).cosine_of_means.mean()) < float(high)
+
+
 def test_parallel_analysis_sees_dependence_but_not_unequal_spread() -> None:
     scales = torch.linspace(0.1, 5, 20, dtype=torch.float64)
     rows = noise(200, 20) * scales
@@ -107,6 +123,8 @@ def test_parallel_analysis_sees_dependence_but_not_unequal_spread() -> None:
 
 
 def test_too_few_rows_are_refused_and_zeros_have_no_variance() -> None:
+    with pytest.raises(ValueError, match="split_half_null: expected at least two rows, got 1"):
+        split_half_null(torch.ones(1, 3))
     with pytest.raises(ValueError, match="at least two rows, got 1"):
         sign_flip_null(noise(1, 3))
     assert math.isnan(noise_variance(torch.zeros(3), n_rows=3, d_model=5))

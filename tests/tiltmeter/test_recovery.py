@@ -216,6 +216,8 @@ def test_wrong_shapes_are_refused() -> None:
     moments = RecoveryMoments(STRENGTHS, n_rows=1)
     with pytest.raises(ValueError, match="expected logits of 4 strengths, got 3"):
         moments.update(policy, base, steered[:3], rows)
+    with pytest.raises(ValueError, match=r"logits of shape \(30, 12\), got \(1, 12\)"):
+        moments.update(policy, base, (logits[:1] for logits in steered), rows)
     assert not moments.row_sums().n_tokens.any(), "what was refused leaves nothing behind"
     with pytest.raises(ValueError, match="expected 1 names of groups, got 2"):
         moments.summary(["a", "b"])

@@ -178,3 +178,13 @@ def test_vectors_of_another_model_are_one_line() -> None:
         sweep_log_probs(model, batch, site="layer_07", shifts=make_shifts())
     with pytest.raises(UserError, match=f"width {WIDTH}.*got.* 7"):
         sweep_log_probs(model, batch, site="layer_00", shifts=torch.zeros(2, 7))
+    with pytest.raises(UserError, match="finite"):
+        sweep_log_probs(model, batch, site="layer_00", shifts=torch.full((2, WIDTH), torch.inf))
+
+
+def test_tokens_that_do_not_exist_are_refused() -> None:
+    model, batch = make("llama"), make_batch()
+    with pytest.raises(UserError, match="expected all, new, prompt or a mask, got 'nwe'"):
+        sweep_log_probs(model, batch, site="layer_00", shifts=make_shifts(), tokens="nwe")
+    with pytest.raises(ValueError, match=r"a mask of \[1, 2\]"):
+        sweep_log_probs(model, batch, site="layer_00", shifts=make_shifts(), tokens=torch.ones(1, 2, dtype=torch.bool))

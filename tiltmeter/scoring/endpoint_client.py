@@ -29,6 +29,8 @@ from tiltmeter.scoring.redaction import redacted_logs, shown
 OPENAI_HOST = "api.openai.com"
 TOO_LATE = "not answered within judge.time_limit"
 _LOGGERS = ("openai", "httpx2", "httpcore2")
+GIVE_UP_AFTER = 24
+"""Questions in a row that got no answer in all their tries: the rest of the round is not asked. Some waves of concurrent ones."""
 _NO_KEY = "none"  # the client insists on one; servers without keys don't look at it
 
 
@@ -89,6 +91,7 @@ class EndpointClient:
         self._secrets = [] if api_key is None else [api_key]
         self._slots = asyncio.Semaphore(concurrency)
         self._settled = asyncio.Event()
+        self._n_lost = 0
         self._client: openai.AsyncOpenAI
 
     async def answer_all(self, questions: Mapping[str, Question], emit: Callable[[Answered], None]) -> None:
@@ -111,9 +114,13 @@ class EndpointClient:
         responses: list[Response] = []
         try:
             async with asyncio.timeout_at(ends), self._slots:  # held while waiting to retry: who is slow is asked less
+                if self._n_lost >= GIVE_UP_AFTER:
+                    raise RequestFailed(f"not asked: {self._n_lost} questions in a row got no answer", is_passing=True)
                 await self._draw(question, responses)
+            self._n_lost = 0
             emit(Answered(key, read_reply(question, responses), responses, None))
         except RequestFailed as failed:
+            self._n_lost += failed.is_passing and self._n_lost < GIVE_UP_AFTER
             emit(_failure(key, failed, responses))
         except TimeoutError:
             emit(_failure(key, RequestFailed(TOO_LATE, failure="timeout", is_passing=True), responses))

@@ -69,7 +69,8 @@ def fit_decay(strengths: Sequence[float], odds: Sequence[float], *, kind: Kind) 
         kind: which of the two: utility has no slope α.
 
     Returns:
-        The fit, or NaN and a reason: too few points for its parameters, a flat sweep, or a search that did not converge.
+        The fit, or NaN and a reason: too few points for its parameters, a flat sweep, utility that grows instead,
+        or a search that did not converge.
 
     Raises:
         ValueError: lengths that differ.
@@ -96,7 +97,12 @@ def fit_decay(strengths: Sequence[float], odds: Sequence[float], *, kind: Kind) 
     if np.ptp(y) <= 1e-12 * np.abs(y).max():
         return _no_fit(len(m), "the log-odds do not change along the sweep")
     best, why = _search(m, y, signs, kind)
-    return _no_fit(len(m), why) if best is None else _describe(m, y, signs, kind, best)
+    if best is None:
+        return _no_fit(len(m), why)
+    found = _describe(m, y, signs, kind, best)
+    if kind == "utility" and found.level <= 0:
+        return _no_fit(len(m), "utility grows along the sweep: there is no decay")
+    return found
 
 
 def _search(m: Array, y: Array, signs: Sequence[float], kind: Kind) -> tuple[Array | None, str]:

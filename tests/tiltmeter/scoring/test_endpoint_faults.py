@@ -21,6 +21,7 @@ from tests.tiltmeter.scoring.stub_endpoint import (
     status,
     truncated,
 )
+from tiltmeter.scoring.endpoint_client import GIVE_UP_AFTER
 from tiltmeter.scoring.endpoint_judge import EndpointJudge
 from tiltmeter.scoring.judge import Reply
 
@@ -53,6 +54,22 @@ def test_what_does_not_pass_fails_after_the_last_try(name: str) -> None:
         (reply,) = asked.ask([question()])
         assert (reply.texts, reply.failure, bool(reply.reason)) == ((), "api", True)
         assert len(stub.requests) == 3
+
+
+def test_an_endpoint_that_stays_down_is_not_asked_to_the_end() -> None:
+    with StubEndpoint(always=status(500)) as stub:
+        replies = judge(stub, max_retries=1, concurrency=1).ask([question(str(i)) for i in range(GIVE_UP_AFTER + 9)])
+        assert len(stub.requests) == 2 * GIVE_UP_AFTER
+        assert {reply.failure for reply in replies} == {"api"}
+        assert [reply.reason.startswith("not asked") for reply in replies] == [False] * GIVE_UP_AFTER + [True] * 9
+
+
+def test_an_answer_now_and_then_keeps_the_questions_coming() -> None:
+    faults = ([status(500)] * (GIVE_UP_AFTER - 1) + [None]) * 2
+    with StubEndpoint(faults=faults) as stub:
+        asked = judge(stub, max_retries=0, concurrency=1)
+        replies = asked.ask([question(str(i)) for i in range(len(faults))])
+        assert [reply.failure is None for reply in replies] == [fault is None for fault in faults]
 
 
 @pytest.mark.parametrize("code", [400, 404, 413, 422])

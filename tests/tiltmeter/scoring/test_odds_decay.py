@@ -89,6 +89,7 @@ def test_missing_points_are_left_out_and_counted() -> None:
         ([-1, 0, 1, 2, 3, 4, 5, 6, 7, 8], list(range(10)), "3 on each side that was swept, got 10"),
         (list(range(20)), [3] * 20, "do not change along the sweep"),
         (list(range(20)), [math.nan] * 20, "got 0"),
+        (list(range(20)), [1 - 1 / (1 + m * m) for m in range(20)], "grows along the sweep"),
     ],
 )
 def test_what_cannot_be_fitted_is_nan_with_a_reason(strengths: list[int], odds: list[float], reason: str) -> None:

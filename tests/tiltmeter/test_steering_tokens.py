@@ -1,0 +1,313 @@
+"""Which tokens are steered: prompts and new ones, with a cache and without, beside padding, in beams and packed rows."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
+
+from tests.tiny_models import BOS, EOS, LAYERS, PAD, VOCAB, WIDTH, make_model, make_tokenizer, random_pairs
+from tiltmeter.batch import PAD as PAD_SEGMENT
+from tiltmeter.batch import PROMPT, Layout, collate_pairs
+from tiltmeter.capture import capture
+from tiltmeter.generation import Decoding, generate
+from tiltmeter.layers import all_sites, backbone
+from tiltmeter.log_probs import run_backbone, sequence_log_probs
+from tiltmeter.packing import use_packed_attention
+from tiltmeter.positions import Readings
+from tiltmeter.steering import Intervention, steer
+
+SITES = all_sites(LAYERS)
+N_NEW = 7
+STRONG = 4.0
+
+
+def direction(n: int = 1, *, seed: int = 0) -> Tensor:
+    return torch.randn(n, WIDTH, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def prompts(lengths: tuple[int, ...] = (6, 3, 5), *, left: bool = True) -> tuple[Tensor, Tensor]:
+    """Ids and attention mask of prompts of different lengths."""
+    generator = torch.Generator().manual_seed(1)
+    ids, mask = torch.full((len(lengths), max(lengths)), PAD), torch.zeros(len(lengths), max(lengths), dtype=torch.long)
+    for row, n in enumerate(lengths):
+        own = slice(max(lengths) - n, None) if left else slice(0, n)
+        ids[row, own] = torch.cat([torch.tensor([BOS]), torch.randint(3, VOCAB, (n - 1,), generator=generator)])
+        mask[row, own] = 1
+    return ids, mask
+
+
+def spoken(model: PreTrainedModel, ids: Tensor, mask: Tensor, **options: Any) -> Tensor:
+    """New tokens, greedily."""
+    cache = {"past_key_values": options.pop("past_key_values", None)}
+    config = GenerationConfig(
+        max_new_tokens=N_NEW, min_new_tokens=N_NEW, do_sample=False, pad_token_id=PAD, **({"use_cache": True} | options)
+    )
+    return model.eval().generate(input_ids=ids, attention_mask=mask, generation_config=config, **cache)[
+        :, ids.shape[1] :
+    ]
+
+
+def spoken_by_hand(
+    model: PreTrainedModel, ids: list[int], v: Tensor, strength: float, site: str, tokens: str
+) -> list[int]:
+    """One row without padding, cache or hooks of ours: every step computes the sequence again and adds v to a slice."""
+    depth, width = SITES.index(site), len(ids)
+    first, end = {"all": (0, None), "new": (width, None), "prompt": (0, width)}[tokens]
+
+    def shift(hidden: Tensor) -> Tensor:
+        moved = hidden.clone()
+        moved[:, first:end] += strength * v[0]
+        return moved
+
+    def on_output(_m: Any, _i: Any, output: Any) -> Any:
+        return (shift(output[0]), *output[1:]) if isinstance(output, tuple) else shift(output)
+
+    base = backbone(model)
+    norm = base.norm if hasattr(base, "norm") else base.ln_f
+    block = (base.layers if hasattr(base, "layers") else base.h)[min(depth, LAYERS - 1)]
+    with (norm if site == "final_post_norm" else block).register_forward_hook(on_output), torch.no_grad():
+        for _ in range(N_NEW):
+            logits = model.eval()(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+            logits[EOS] = -torch.inf
+            ids = [*ids, int(logits.argmax())]
+    return ids[width:]
+
+
+@pytest.mark.parametrize("tokens", ["all", "new", "prompt"])
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "cohere"])
+def test_generation_with_cache_and_left_padding_is_that_of_each_prompt_recomputed(
+    family: str, site: str, tokens: str
+) -> None:
+    model, v = make_model(family, torch.float64), direction()
+    ids, mask = prompts()
+    strengths = torch.tensor([0.0, STRONG, -STRONG])
+    with steer(model, Intervention(site, v, strengths, tokens=tokens)):
+        together = spoken(model, ids, mask)
+    for row in range(3):
+        own = ids[row, mask[row] == 1].tolist()
+        assert together[row].tolist() == spoken_by_hand(model, own, v, float(strengths[row]), site, tokens)
+    assert torch.equal(together[0], spoken(model, ids, mask)[0])
+
+
+def test_gemma2_in_float32_is_steered_the_same_way() -> None:
+    model, v = make_model("gemma2", attn="eager"), direction().float()
+    ids, mask = prompts()
+    with steer(model, Intervention("layer_00", v, STRONG, tokens="new")):
+        together = spoken(model, ids, mask)
+    for row in range(3):
+        assert together[row].tolist() == spoken_by_hand(
+            model, ids[row, mask[row] == 1].tolist(), v, STRONG, "layer_00", "new"
+        )
+
+
+def test_choices_of_tokens_differ_and_the_first_new_token_is_the_prompts() -> None:
+    model, v = make_model("llama", torch.float64), direction()
+    ids, mask = prompts()
+    found = {"none": spoken(model, ids, mask)}
+    for tokens in ("all", "new", "prompt"):
+        with steer(model, Intervention("final_post_norm", v, STRONG, tokens=tokens)):
+            found[tokens] = spoken(model, ids, mask)
+    assert torch.equal(found["new"][:, 0], found["none"][:, 0])
+    assert len({tuple(x.flatten().tolist()) for x in found.values()}) == 4
+
+
+@pytest.mark.parametrize("tokens", ["new", "prompt"])
+def test_without_a_cache_the_width_of_the_prompt_tells(tokens: str) -> None:
+    model, v = make_model("llama", torch.float64), direction()
+    ids, mask = prompts()
+    intervention = Intervention("layer_00", v, STRONG, tokens=tokens)
+    with steer(model, intervention):
+        expected = spoken(model, ids, mask)
+    with steer(model, intervention, prompt_width=ids.shape[1]):
+        assert torch.equal(spoken(model, ids, mask, use_cache=False), expected)
+        assert torch.equal(spoken(model, ids, mask), expected), "and with one says the same"
+    with steer(model, intervention), pytest.raises(ValueError, match=f"tokens={tokens}: .* say prompt_width"):
+        spoken(model, ids, mask, use_cache=False)
+
+
+def test_several_generations_in_one_with_have_each_their_own_prompt() -> None:
+    model, v = make_model("llama", torch.float64), direction()
+    calls = [prompts(), prompts((2, 4)), prompts((8, 8, 8, 1))]
+    intervention = Intervention("layer_00", v, STRONG, tokens="new")
+    alone = []
+    for ids, mask in calls:
+        with steer(model, intervention):
+            alone.append(spoken(model, ids, mask))
+    with steer(model, intervention):
+        for (ids, mask), expected in zip(calls, alone, strict=True):
+            assert torch.equal(spoken(model, ids, mask), expected)
+
+
+@pytest.mark.parametrize("n_returned", [1, 2])
+def test_beams_have_the_coefficients_of_their_prompt(n_returned: int) -> None:
+    model, v = make_model("llama", torch.float64), direction()
+    ids, mask = prompts()
+    strengths = torch.tensor([0.0, STRONG, -STRONG])
+    options = {"num_beams": 3, "num_return_sequences": n_returned}
+    with steer(model, Intervention("layer_00", v, strengths), rows_per_coefficient=3):
+        together = spoken(model, ids, mask, **options)
+    for row in range(3):
+        with steer(model, Intervention("layer_00", v, float(strengths[row]))):
+            alone = spoken(model, ids[[row]], mask[[row]], **options)
+        assert torch.equal(together[row * n_returned : (row + 1) * n_returned], alone)
+    with steer(model, Intervention("layer_00", v, strengths)), pytest.raises(ValueError, match="coefficients: 3 rows"):
+        spoken(model, ids, mask, **options)
+
+
+def test_a_mask_says_which_tokens_through_prompt_and_cache_and_beams() -> None:
+    model, v = make_model("llama", torch.float64), direction()
+    ids, mask = prompts()
+    width = ids.shape[1]
+    as_mask = torch.zeros(1, width + N_NEW, dtype=torch.bool)
+    as_mask[:, width:] = True
+    for options, copies in (({}, 1), ({"num_beams": 2}, 2)):
+        with steer(model, Intervention("layer_00", v, STRONG, tokens="new")):
+            expected = spoken(model, ids, mask, **options)
+        for rows in (1, 3):
+            by_mask = Intervention("layer_00", v, STRONG, tokens=as_mask.expand(rows, -1))
+            with steer(model, by_mask, rows_per_coefficient=copies):
+                assert torch.equal(spoken(model, ids, mask, **options), expected)
+    short = Intervention("layer_00", v, STRONG, tokens=as_mask[:, : width + 1])
+    with steer(model, short), pytest.raises(ValueError, match=f"mask of tokens has {width + 1} tokens, .* {width + 2}"):
+        spoken(model, ids, mask)
+
+
+@pytest.mark.parametrize("left", [True, False])
+@pytest.mark.parametrize("tokens", ["all", "prompt", "mask"])
+def test_padding_is_never_touched(tokens: str, left: bool) -> None:
+    model, v = make_model("gpt2", torch.float64), direction()
+    ids, mask = prompts(left=left)
+    chosen = torch.ones(1, ids.shape[1], dtype=torch.bool) if tokens == "mask" else tokens
+    before = _states(model, ids, mask)
+    with steer(model, Intervention("layer_00", v, tokens=chosen), prompt_width=ids.shape[1]):
+        after = _states(model, ids, mask)
+    is_real = mask == 1
+    assert torch.equal(after[~is_real], before[~is_real])
+    assert_close(after[is_real], before[is_real] + v, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_mask_given_by_place_is_seen_as_one_given_by_name(family: str) -> None:
+    model, v = make_model(family, torch.float64), direction()
+    ids, mask = prompts()
+    base = backbone(model)
+    args = {"llama": (ids, mask), "gpt2": (ids, None, mask)}[family]
+    with torch.no_grad(), steer(model, Intervention("final_post_norm", v)):
+        by_place = base(*args, use_cache=False).last_hidden_state
+        by_name = base(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        unmasked = base(ids, use_cache=False).last_hidden_state
+    assert torch.equal(by_place, by_name)
+    assert not torch.equal(by_place, unmasked)
+    before = base(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    assert torch.equal(by_place[mask == 0], before[mask == 0])
+
+
+def test_a_static_cache_is_steered_like_a_growing_one() -> None:
+    model, v = make_model("llama", torch.float64), direction()
+    ids, mask = prompts()
+    intervention = Intervention("layer_00", v, STRONG, tokens="new")
+    with steer(model, intervention):
+        expected = spoken(model, ids, mask)
+        cache = StaticCache(model.config, max_cache_len=32)
+        assert torch.equal(spoken(model, ids, mask, disable_compile=True, past_key_values=cache), expected)
+
+
+def test_branches_of_one_row_have_their_own_coefficients_at_every_step() -> None:
+    """The prompt's keys and values once, then for each λ one token a step, which sees the prompt and its own branch."""
+    model, v = make_model("llama", torch.float64).eval(), direction()
+    ids = prompts((5,))[0]
+    lambdas = torch.tensor([0.0, STRONG, -STRONG], dtype=torch.float64)
+    n = len(lambdas)
+    with torch.no_grad():
+        cache = DynamicCache(config=model.config)
+        logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1:]
+        token, said = logits.argmax(-1).expand(1, n), []
+        seen = torch.zeros(n, 0, dtype=torch.bool)
+        with steer(model, Intervention("layer_00", v, lambdas[None, :, None], tokens="new")):
+            for step in range(N_NEW):
+                said.append(token)
+                seen = torch.cat([seen, torch.eye(n, dtype=torch.bool)], 1)
+                visible = torch.cat([torch.ones(n, 5, dtype=torch.bool), seen], 1)[None, None]
+                at = torch.full((1, n), 5 + step)
+                out = model(input_ids=token, position_ids=at, attention_mask=visible, past_key_values=cache)
+                token = out.logits.argmax(-1)
+    for branch, strength in enumerate(lambdas):
+        with steer(model, Intervention("layer_00", v, float(strength), tokens="new")):
+            alone = spoken(model, ids, torch.ones_like(ids))
+        assert torch.equal(torch.cat(said)[:, branch], alone[0])
+
+
+@pytest.mark.parametrize("layout", ["shared_prefix", "concatenated", "chosen_only"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_packed_rows_are_steered_as_padded_ones(family: str, layout: Layout) -> None:
+    pairs, v = random_pairs(4, seed=2), direction()
+    model = make_model(family, torch.float64)
+    use_packed_attention(model)
+    by_side: list[tuple[Tensor, Tensor]] = []
+    for packed in (False, True):
+        batch = collate_pairs(pairs, pair_index=range(4), layout=layout, packed=packed)
+        plain = sequence_log_probs(model, batch)
+        for tokens in (batch.segments != PAD_SEGMENT, (batch.segments != PAD_SEGMENT) & (batch.segments != PROMPT)):
+            with steer(model, Intervention("layer_00", v, STRONG, tokens=tokens)):
+                by_side.append((sequence_log_probs(model, batch), plain))
+    for i in range(2):
+        assert_close(by_side[i], by_side[i + 2], rtol=0, atol=1e-10 if family == "gpt2" else 1e-4)
+        assert (by_side[i][0] - by_side[i][1]).abs().min() > 1e-3
+    assert (by_side[0][0] - by_side[1][0]).abs().max() > 1e-3
+
+
+def test_where_padding_cannot_be_known_a_mask_is_asked_for() -> None:
+    model, v = make_model("llama"), direction()
+    batch = collate_pairs(random_pairs(3), pair_index=range(3), layout="shared_prefix")
+    with steer(model, Intervention("layer_00", v)), pytest.raises(ValueError, match="give tokens as a mask"):
+        run_backbone(model, batch)
+    packed = collate_pairs(random_pairs(3), pair_index=range(3), packed=True)
+    use_packed_attention(model)
+    with steer(model, Intervention("layer_00", v)):
+        run_backbone(model, packed)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"coefficients": torch.ones(2)}, "coefficients: 2 rows, each for 1 of the model's, which has 3"),
+        ({"coefficients": torch.ones(3, 4, 1)}, "coefficients of 4 tokens in a pass of 6"),
+        ({"tokens": torch.ones(2, 6, dtype=torch.bool)}, "the mask of tokens: 2 rows, each for 1"),
+        ({"tokens": torch.ones(3, 5, dtype=torch.bool)}, "the mask of tokens has 5 tokens, the pass reaches token 6"),
+    ],
+)
+def test_what_does_not_fit_the_batch_is_refused(options: dict[str, Any], message: str) -> None:
+    model = make_model("llama", torch.float64)
+    ids, mask = prompts()
+    with steer(model, Intervention("layer_00", direction(), **options)), pytest.raises(ValueError, match=message):
+        model(input_ids=ids, attention_mask=mask)
+
+
+def test_the_projects_own_generation_is_steered_batch_by_batch() -> None:
+    tokenizer = make_tokenizer()
+    model = make_model("llama", torch.float64, vocab_size=len(tokenizer))
+    texts = [tokenizer(text)["input_ids"] for text in ("tea", "rain and maps", "kind seven")]
+    decoding = Decoding(max_new_tokens=5)
+    v = direction()
+    plain = generate(model, tokenizer, texts, decoding)
+    with steer(model, Intervention("layer_00", v, STRONG, tokens="new")):
+        together = generate(model, tokenizer, texts, decoding)
+        alone = generate(model, tokenizer, texts, decoding, tokens_per_batch=1)
+    assert together == alone
+    assert together != plain
+    with steer(model, Intervention("layer_00", v, 0.0, tokens="new")):
+        assert generate(model, tokenizer, texts, decoding) == plain
+
+
+def _states(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
+    """Hidden states after block 0 of every token, padding included."""
+    zeros = torch.zeros(ids.numel(), dtype=torch.long)
+    every = Readings(torch.arange(ids.numel()), None, zeros, zeros, zeros, (ids.shape[0], ids.shape[1]))
+    with torch.no_grad(), capture(model, "layer_00", {"response_all": every}) as captured:
+        model(input_ids=ids, attention_mask=mask, use_cache=False)
+    (rows,) = captured.values()
+    return rows.reshape(*ids.shape, -1)

@@ -1,0 +1,51 @@
+"""How far apart two clouds of paired points are, as clouds: the energy distance, with weights for resampling pairs."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+def energy_kernel(x: Float[Tensor, "pair d_model"], y: Float[Tensor, "pair d_model"]) -> Float[Tensor, "pair pair"]:
+    """K_ij = ‖x_i − y_j‖ + ‖y_i − x_j‖ − ‖x_i − x_j‖ − ‖y_i − y_j‖ in float64, 0 where i = j.
+
+    Its mean over i ≠ j is the energy distance 2E‖X−Y‖ − E‖X−X'‖ − E‖Y−Y'‖ (Székely & Rizzo 2013) in the units of the points:
+    0 when both clouds are of one distribution, in any number of dimensions. Points of one pair are not independent, so they
+    are never compared with each other; the estimate is unbiased and can be below 0.
+    """
+    x, y = x.to(torch.float64), y.to(torch.float64)
+    centre = x.mean(0)  # distances are differences of squares: large common parts would cost digits
+    x, y = x - centre, y - centre
+    across = torch.cdist(x, y)
+    kernel = across + across.T - torch.cdist(x, x) - torch.cdist(y, y)
+    return kernel.fill_diagonal_(0.0)
+
+
+def energy_distance(x: Float[Tensor, "pair d_model"], y: Float[Tensor, "pair d_model"]) -> float:
+    """The energy distance of two paired clouds, from :func:`energy_kernel`.
+
+    >>> energy_distance(torch.tensor([[0.0], [1.0]]), torch.tensor([[5.0], [6.0]]))
+    8.0
+
+    Raises:
+        ValueError: fewer than two pairs.
+    """
+    if len(x) < 2:
+        raise ValueError(f"energy_distance: expected at least two pairs, got {len(x)}")
+    return float(energy_kernel(x, y).sum() / (len(x) * (len(x) - 1)))
+
+
+def random_halves(clusters: Sequence[str], *, n_splits: int, seed: int = 0) -> Bool[Tensor, "split row"]:
+    """Which rows are in the first half, for several random splits; rows of one cluster (prompt) stay together.
+
+    Raises:
+        ValueError: fewer than two clusters.
+    """
+    names = {name: i for i, name in enumerate(dict.fromkeys(clusters))}
+    if len(names) < 2:
+        raise ValueError(f"random_halves: expected rows of at least two clusters, got {len(names)}")
+    index = torch.tensor([names[name] for name in clusters])
+    generator = torch.Generator().manual_seed(seed)
+    ranks = torch.stack([torch.randperm(len(names), generator=generator) for _ in range(n_splits)])
+    return (ranks < len(names) // 2)[:, index]
