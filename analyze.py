@@ -16,7 +16,8 @@ def main(config: DictConfig) -> None:
     """Hydra's entry point."""
     with one_line_errors(debug=config.debug):
         page = analyze(config)
-        console().print(f"Report: {page}", soft_wrap=True, markup=False)
+        if page is not None:
+            console().print(f"Report: {page}", soft_wrap=True, markup=False)
 
 
 if __name__ == "__main__":

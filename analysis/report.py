@@ -103,13 +103,15 @@ def render_page(subject: Subject, sections: Sequence[Section], samples: Samples,
 
 def _missing(sections: Sequence[Section]) -> list[str]:
     """What a reader may look for and this page can't show."""
-    always = [
-        "steering sweeps;",
+    by_section = {
+        "geometry": "what changed inside the model: geometry of the hidden states, layer by layer;",
+        "steering_sweep": "steering sweeps;",
+    }
+    shown = {section.name for section in sections}
+    return [
+        *(line for name, line in by_section.items() if name not in shown),
         "claims with verdicts against controls (shuffled and swapped labels, SFT) and over several seeds.",
     ]
-    if any(section.name == "geometry" for section in sections):
-        return always
-    return ["what changed inside the model: geometry of the hidden states, layer by layer;", *always]
 
 
 def _write_section(report: Path, section: Section) -> bytes:

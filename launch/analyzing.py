@@ -1,7 +1,7 @@
 """From a composed configuration to a report, of a run or of any two checkpoints."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -19,11 +19,15 @@ from analysis.checkpoints import Checkpoints, HeldOutPairs, checkpoints_of_run
 from analysis.hidden_states import SECTIONS, Watched, hidden_state_sections, section_of_run
 from analysis.report import Section, write_report
 from analysis.runs import Run, find_run, open_run
-from analysis.samples import compare_samples, samples_of
+from analysis.samples import Samples, compare_samples, samples_of
+from analysis.steering_section import NAME as STEERING
+from analysis.steering_section import steering_section_of
+from analysis.steering_sweep import SteeringSweep
 from analysis.subject import Subject, subject_of_checkpoints, subject_of_run
 from analysis.training_curves import training_section
 from launch.configuration import check_config
 from launch.screen import console
+from launch.steering import sweep_into
 from tiltmeter.errors import IncompleteEvaluation, UserError
 
 ALL = "all"
@@ -32,21 +36,28 @@ ANALYSES: Mapping[str, Callable[[Run], Section]] = {
     BEHAVIOUR_BY_STEP: behaviour_of_run,
     **{name: partial(section_of_run, name) for name in SECTIONS},
 }
-"""What is read off the folder of a run; ``analysis=behaviour`` asks the models again."""
-_FOR_ASKING = ("behaviour", "decoding", "judge", "toxicity", "truthfulqa")
+"""What is read off the folder of a run; ``analysis=behaviour`` and ``analysis=steering_sweep`` ask the models again."""
+_FOR_ASKING: Mapping[str, Sequence[str]] = {
+    "behaviour": (BEHAVIOUR,),
+    "truthfulqa": (BEHAVIOUR,),
+    "steering": (STEERING,),
+    **dict.fromkeys(("decoding", "judge", "toxicity"), (BEHAVIOUR, STEERING)),
+}
 _FOR_CHECKPOINTS = ("data", "pairs", "out")
-"""Keys of the configuration by what they are for."""
+"""Keys of the configuration and the analyses, or the kind of subject, that they are for."""
 
 
-def analyze(config: DictConfig) -> Path:
-    """Open what is asked about, ask, write the report; returns the page. Nothing is written before all is computed.
+def analyze(config: DictConfig) -> Path | None:
+    """Open what is asked about, ask, write the report; returns the page, or None for a dry run.
+
+    Nothing is written before all is computed, but for a sweep's table, which a later command goes on with.
 
     Raises:
         UserError: wrong input.
         IncompleteEvaluation: the report is written, but figures in it have no number, because too many scores are missing.
     """
     check_config(config, config_name="analyze")
-    known = (ALL, *ANALYSES, BEHAVIOUR)
+    known = (ALL, *ANALYSES, STEERING, BEHAVIOUR)
     if config.analysis not in known:
         raise UserError(f"analysis={config.analysis}: there is none of that name (there are: {', '.join(known)})")
     given = {name for name in ("run", "base", "aligned") if config[name] not in (None, "")}
@@ -61,38 +72,51 @@ def analyze(config: DictConfig) -> Path:
     return _analyze_checkpoints(config)
 
 
-def _analyze_run(config: DictConfig, run: Run) -> Path:
+def _analyze_run(config: DictConfig, run: Run) -> Path | None:
+    if config.analysis == STEERING:
+        sweep: SteeringSweep = instantiate(config.steering)
+        opened = checkpoints_of_run(run, dtype=sweep.dtype, device=sweep.device)
+        section = sweep_into(run.report / "tables", sweep, opened)
+        subject = subject_of_run(run, asked_with=_options("run", "steering.restart"))
+        return write_report(subject, [section], compare_samples(run)) if section else None
     if config.analysis == BEHAVIOUR:
         asked: Behaviour = instantiate(config.behaviour)
         checkpoints = checkpoints_of_run(run, dtype=asked.dtype, device=asked.device)
         answers = _ask(asked, checkpoints)
         return _report(subject_of_run(run, asked_with=_options("run")), checkpoints, answers)
     if config.analysis == ALL:
-        scored = behaviour_by_step_section(run)
-        sections = [training_section(run), *([scored] if scored else []), *hidden_state_sections(Watched.of_run(run))]
+        tables = [behaviour_by_step_section(run), steering_section_of(run.report / "tables")]
+        scored, steered = ([section] if section else [] for section in tables)
+        sections = [training_section(run), *scored, *hidden_state_sections(Watched.of_run(run)), *steered]
     else:
         sections = [ANALYSES[config.analysis](run)]
     return write_report(subject_of_run(run), sections, compare_samples(run))
 
 
-def _analyze_checkpoints(config: DictConfig) -> Path:
+def _analyze_checkpoints(config: DictConfig) -> Path | None:
     if config.get("data") is None:
         raise UserError("data: expected where prompts come from, got none; add data=hh, data=oasst1 or data=synthetic")
-    if config.analysis not in (ALL, BEHAVIOUR):
-        raise UserError(f"analysis={config.analysis}: needs a run; two checkpoints are asked with analysis={BEHAVIOUR}")
+    if config.analysis not in (ALL, BEHAVIOUR, STEERING):
+        raise UserError(
+            f"analysis={config.analysis}: needs a run; two checkpoints are asked with analysis={BEHAVIOUR} or {STEERING}"
+        )
     pairs: HeldOutPairs = instantiate(config.pairs)
-    asked: Behaviour = instantiate(config.behaviour)
+    asked: Behaviour | SteeringSweep = instantiate(config.steering if config.analysis == STEERING else config.behaviour)
     base, aligned = str(config.base), str(config.aligned)
     checkpoints, reports, cuts = pairs.ask(
         base, aligned, instantiate(config.data), dtype=asked.dtype, device=asked.device
     )
-    answers = _ask(asked, checkpoints)
     stamp = datetime.now().astimezone().strftime("%Y-%m-%d_%H-%M-%S")
     folder = Path(config.out) if config.out else Path(config.runs_root) / "checkpoints" / stamp / "report"
+    options = _options("base", "aligned", "steering.restart")
     subject = subject_of_checkpoints(
-        checkpoints, base, aligned, reports=reports, cuts=cuts, options=_options("base", "aligned"), report=folder
+        checkpoints, base, aligned, reports=reports, cuts=cuts, options=options, report=folder
     )
-    return _report(subject, checkpoints, answers)
+    if isinstance(asked, SteeringSweep):
+        section = sweep_into(folder / "tables", asked, checkpoints)
+        none = Samples([], f"No samples here; analysis={BEHAVIOUR} shows what both models say.")
+        return write_report(subject, [section], none) if section else None
+    return _report(subject, checkpoints, _ask(asked, checkpoints))
 
 
 def _ask(asked: Behaviour, checkpoints: Checkpoints) -> Answers:
@@ -114,8 +138,10 @@ def _options(*but: str) -> list[str]:
 def _refuse_unused(config: DictConfig) -> None:
     """Refuse what was set on the command line and would have no effect."""
     unused = dict.fromkeys(_FOR_CHECKPOINTS, "two checkpoints, base=… aligned=…") if config.run else {}
-    if config.run and config.analysis != BEHAVIOUR:
-        unused |= dict.fromkeys(_FOR_ASKING, f"analysis={BEHAVIOUR}")
+    analysis = BEHAVIOUR if config.analysis == ALL and not config.run else config.analysis
+    for key, analyses in _FOR_ASKING.items():
+        if analysis not in analyses:
+            unused[key] = " or ".join(f"analysis={name}" for name in analyses)
     for text in _overrides():
         key = text.lstrip("~").partition("=")[0]
         if (needs := unused.get(key.split(".")[0])) is not None:
