@@ -10,8 +10,7 @@ from tests.cli import TINY, logged, metrics_of, only_run, run_train
 
 pytestmark = pytest.mark.slow
 # 13 pairs a step: uneven shares on two processes, and fillers where one has fewer micro-batches.
-STEPS = ("trainer.max_steps=3", "datamodule.pairs_per_step=13", "datamodule.tokens_per_micro_batch=600")
-STEPS += ("logger=csv", "callbacks=none")
+STEPS = (
     "trainer.max_steps=3",
     "datamodule.pairs_per_step=13",
     "datamodule.tokens_per_micro_batch=600",
