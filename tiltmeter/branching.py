@@ -20,18 +20,17 @@ from tiltmeter.cpu_linear import fast_linear
 from tiltmeter.generation import (
     Completion,
     Decoding,
-    GumbelSampling,
     Job,
     cut_into_batches,
     end_ids,
     make_jobs,
     read_completion,
     ready_to_generate,
-    refuse_nan,
 )
 from tiltmeter.hooks import hook_site
 from tiltmeter.layers import backbone, unembedding
 from tiltmeter.log_probs import default_chunk_tokens, scale_and_cap
+from tiltmeter.sampling import GumbelSampling, refuse_nan
 from tiltmeter.steering import Intervention
 from tiltmeter.steering_vector import check_site_and_width
 

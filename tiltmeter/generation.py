@@ -12,19 +12,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import (
     GenerationConfig,
-    LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    TopPLogitsWarper,
 )
 
 from tiltmeter.errors import UserError
+from tiltmeter.sampling import GumbelSampling, NoNaN
 
 
 @dataclass(frozen=True)
@@ -203,7 +200,7 @@ def _complete(
     width = max(len(job.ids) for job in batch)
     ids = torch.tensor([[pad] * (width - len(job.ids)) + job.ids for job in batch], device=model.device)
     mask = torch.tensor([[0] * (width - len(job.ids)) + [1] * len(job.ids) for job in batch], device=model.device)
-    processors = LogitsProcessorList([_NoNaN()])
+    processors = LogitsProcessorList([NoNaN()])
     if decoding.temperature > 0:
         processors.append(GumbelSampling([job.stream for job in batch], decoding.temperature, decoding.top_p))
     config = GenerationConfig(
@@ -224,52 +221,6 @@ def _complete(
         ),  # sharded: all processes step equally often
     )
     return [read_completion(row, ends, tokenizer, decoding.stop) for row in rows[:, width:].tolist()]
-
-
-class _NoNaN(LogitsProcessor):
-    """:func:`refuse_nan` inside of ``model.generate``."""
-
-    def __call__(
-        self, input_ids: Int[Tensor, "row token"], scores: Float[Tensor, "row vocab"]
-    ) -> Float[Tensor, "row vocab"]:
-        refuse_nan(scores)
-        return scores
-
-
-def refuse_nan(logits: Float[Tensor, "*row vocab"]) -> None:
-    """Stop where the likeliest token would be id 0 for want of numbers: text that no model said.
-
-    Raises:
-        UserError: NaN among the logits.
-    """
-    if logits.isnan().any():
-        raise UserError(
-            "generation: the model's logits are NaN; its weights are not finite, or it can't take left-padded rows in this "
-            "dtype and attention (float64 with eager does not)"
-        )
-
-
-class GumbelSampling(LogitsProcessor):
-    """Turns the likeliest token into one drawn from softmax(logits / temperature), cut to ``top_p``, by a stream per row."""
-
-    def __init__(self, streams: Sequence[int], temperature: float, top_p: float) -> None:
-        self.generators = [torch.Generator().manual_seed(stream) for stream in streams]
-        self.temperature = temperature
-        self.warp = TopPLogitsWarper(top_p) if top_p < 1 else None
-
-    def __call__(
-        self, input_ids: Int[Tensor, "row token"], scores: Float[Tensor, "row vocab"]
-    ) -> Float[Tensor, "row vocab"]:
-        """As transformers calls it."""
-        return self.perturbed(scores)
-
-    def perturbed(self, scores: Float[Tensor, "score_row vocab"]) -> Float[Tensor, "score_row vocab"]:
-        """Scores of which the largest is the token drawn; a single stream is that of all rows."""
-        logits = scores.double() / self.temperature
-        if self.warp is not None:
-            logits = self.warp(None, logits)
-        uniform = torch.stack([torch.rand(scores.shape[-1], generator=g, dtype=torch.float64) for g in self.generators])
-        return logits - torch.log(-torch.log(uniform.clamp_min(1e-300))).to(logits.device)
 
 
 def cut_into_batches(jobs: Sequence[Job], decoding: Decoding, tokens: int, n_batches: int | None) -> list[list[Job]]:
