@@ -29,7 +29,7 @@ from tests.tiny_models import make_model
 from tiltmeter.errors import IncompleteEvaluation, UserError
 
 SMALL = ("decoding.max_new_tokens=6", "behaviour.n_prompts=3", "behaviour.probe_sites=''")
-DATA = ("data=synthetic", "data.n_prompts=30", "pairs.n_pairs=5")
+DATA = ("data=synthetic", "judge=none", "data.n_prompts=30", "pairs.n_pairs=5")
 CANARY = "canary-0123456789"
 
 

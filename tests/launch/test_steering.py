@@ -99,7 +99,7 @@ def test_a_dry_run_says_the_cost_and_writes_nothing(
 
 def test_two_checkpoints_are_swept(tmp_path: Path) -> None:
     two = [f"{name}={asked.save_model(tmp_path / name, seed=i)}" for i, name in enumerate(("base", "aligned"))]
-    data = ("data=synthetic", "data.n_prompts=30", "pairs.n_pairs=6", f"out={tmp_path / 'here'}")
+    data = ("data=synthetic", "judge=none", "data.n_prompts=30", "pairs.n_pairs=6", f"out={tmp_path / 'here'}")
     assert ask(tmp_path, *two, *data, *SWEEP) == tmp_path / "here" / "index.html"
     table = pd.read_csv(tmp_path / "here" / "tables" / "sweep.csv")
     assert set(table["direction"]) == {"interpolation", "inversion"}
