@@ -122,7 +122,7 @@ def test_every_experiment_takes_two_steps_with_a_stand_in(experiment: str, stand
         "++trainer.max_steps=2",
     ]
     overrides += ["++datamodule.pairs_per_step=4", "++datamodule.val_pairs=6", "++datamodule.probe_pairs=4"]
-    overrides += ["++trainer.enable_progress_bar=false", "decoding.max_new_tokens=8"]
+    overrides += ["++trainer.enable_progress_bar=false", "++decoding.max_new_tokens=8"]
     config = composed(*overrides)
     OmegaConf.set_struct(config, False)
     if "path" in config.data:
