@@ -53,7 +53,13 @@ def test_two_processes_give_the_losses_and_weights_of_one(trainer: str, single: 
 
 
 def test_a_sharded_run_resumes_with_more_steps_where_the_uninterrupted_one_would_be(tmp_path: Path) -> None:
-    steady = ("module.schedule=constant", "module.warmup_share=0", "logger=csv", "datamodule.pairs_per_step=13")
+    steady = (
+        "callbacks=geometry",
+        "module.schedule=constant",
+        "module.warmup_share=0",
+        "logger=csv",
+        "datamodule.pairs_per_step=13",
+    )
     common = (*TINY, *steady, "trainer=fsdp", *TWO_PROCESSES, f"runs_root={tmp_path}", "trainer.val_check_interval=2")
     for arguments in ((*common, "trainer.max_steps=4"), (*common, "trainer.max_steps=2")):
         done = run_train(*arguments)
