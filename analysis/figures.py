@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FormatStrFormatter, MaxNLocator, NullFormatter
 from scipy.optimize import isotonic_regression
 
 from tiltmeter.files import write_atomically
@@ -97,6 +97,13 @@ def set_titles(figure: Figure, axes: Sequence[Axes], sentences: Sequence[str]) -
     for panel, text in zip(axes, wrapped, strict=True):
         box = panel.get_position()
         panel.set_title(text, linespacing=1.25, x=(0.01 - box.x0) / box.width)
+
+
+def use_log_scale(axes: Axes) -> None:
+    """A logarithmic y axis with plain numbers: matplotlib's own powers of ten are formulas, which the house style leaves as text."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def mark_level(axes: Axes, y: float) -> None:

@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from analysis.figures import COLOURS, EndLabel, house_style, mark_level, new_figure, set_titles
+from analysis.figures import COLOURS, EndLabel, house_style, mark_level, new_figure, set_titles, use_log_scale
 from analysis.observations import site_name
 from analysis.report import Section
 from analysis.site_axes import SITES_LABEL, extremes, finish_sites, last_value, plot_sites, prepare_sites
@@ -183,20 +183,21 @@ def draw_scree(axes: Axes, drawn: Scree) -> str:
     table = drawn.table
     at = table["component"]
     axes.set_xlim(0.4, len(table) + 0.6)
-    axes.set_yscale("log")
+    use_log_scale(axes)
     axes.fill_between(at, table["null"].clip(lower=1e-6), 1e-6, color=COLOURS["null"], alpha=0.45, linewidth=0)
     axes.plot(at, table["raw"].where(table["raw"] > 0), color=COLOURS["policy_dark"], marker="o", markersize=2.5)
     centred = table["centred"].where(table["centred"] > 0)
     axes.plot(at, centred, color=COLOURS["policy"], linestyle="--", marker="o", markersize=2.5)
     if drawn.edge == drawn.edge:
         mark_level(axes, drawn.edge)
-        axes.text(len(table) + 0.5, drawn.edge / 1.06, "edge", color=_GREY, ha="right", va="top", weight="bold")
+        axes.text(len(table) + 0.5, drawn.edge * 1.06, "edge", color=_GREY, ha="right", va="bottom", weight="bold")
     shown = np.concatenate([table["raw"], table["centred"], table["null"], [drawn.edge]])
     low = float(shown[shown > 0].min())
     axes.set_ylim(max(low / 2, 1e-4), 1.6)
     axes.text(1.5, 1.0, "raw", color=COLOURS["policy_dark"], va="center", weight="bold")
     axes.text(2.2, float(centred.iloc[0]) * 1.25, "centred", color=COLOURS["policy"], va="bottom", weight="bold")
-    axes.text(1, max(low / 2, 1e-4) * 1.1, "independent dimensions", color=_GREY, va="bottom", weight="bold")
+    band = float(table["null"].iloc[0])
+    axes.text(1, 0.7 * band, "independent dimensions", color=_GREY, va="top", weight="bold")
     axes.set_ylabel("σ / σ₁ of the raw update")
     axes.set_xlabel("component")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
