@@ -100,7 +100,7 @@ def set_titles(figure: Figure, axes: Sequence[Axes], sentences: Sequence[str]) -
 
 
 def use_log_scale(axes: Axes) -> None:
-    """A logarithmic y axis with plain numbers: matplotlib's own powers of ten are formulas, which the house style leaves as text."""
+    """A logarithmic y axis with plain numbers; matplotlib's powers of ten are formulas, which the house style leaves as text."""
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
     axes.yaxis.set_minor_formatter(NullFormatter())
