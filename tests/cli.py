@@ -1,12 +1,10 @@
 """Runs the command line as a person would, in a process of its own, on a world small enough for a test."""
 
 import csv
-import os
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.processes import run_script
 
 TINY = (
     "model.architecture.hidden_size=32",
@@ -21,15 +19,9 @@ TINY = (
 )
 
 
-def run_train(*arguments: str, timeout: int = 240) -> subprocess.CompletedProcess[str]:
+def run_train(*arguments: str, timeout: float = 240) -> CompletedProcess[str]:
     """``python train.py …`` with output captured."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "160"}
-    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_PORT", "PL_GLOBAL_SEED"):
-        environment.pop(name, None)
-    command = [sys.executable, str(ROOT / "train.py"), *arguments]
-    return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
-    )
+    return run_script("train.py", *arguments, timeout=timeout)
 
 
 def only_run(root: Path, experiment: str = "tiny_synthetic") -> Path:

@@ -1,9 +1,6 @@
 """The examples run as they stand, log what Hugging Face's own hidden states give by hand, and are quoted truly."""
 
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tests.cli import ROOT
+from tests.processes import ROOT, run_script
 from tiltmeter.batch import TokenizedPair
 from tiltmeter.snapshots import SnapshotReader
 
@@ -23,9 +20,7 @@ IN_HUGGING_FACE = {"layer_00": 1, "layer_01": 2, "final_post_norm": 3}
 
 
 def run_example(name: str, folder: Path) -> str:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "examples" / name), str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = run_script(f"examples/{name}", str(folder), timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -1,7 +1,5 @@
 import csv
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,9 +12,9 @@ from analysis.runs import Run, open_run
 from analysis.samples import Continuation, Sample, Samples, Span
 from analysis.subject import subject_of_run
 from analysis.training_curves import training_section
+from tests.processes import run_script
 from tiltmeter.batch import TokenizedPair
 
-ROOT = Path(__file__).resolve().parents[2]
 HOSTILE = "<script>alert(1)</script><img src=https://evil.example/x onerror=alert(2)>\"'{{ 7*7 }}\x1b[31m\u202e"
 
 
@@ -131,8 +129,7 @@ def test_the_command(
     make_run: Callable[..., Path], tmp_path: Path, arguments: list[str], code: int, words: str
 ) -> None:
     make_run()
-    command = [sys.executable, str(ROOT / "analyze.py"), *arguments]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    done = run_script("analyze.py", *arguments, folder=tmp_path, timeout=120)
     assert done.returncode == code, done.stderr
     said = done.stdout if code == 0 else done.stderr
     assert words in said

@@ -1,19 +1,13 @@
 """Runs a benchmark in a process of its own, without the real data."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+from subprocess import CompletedProcess
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.processes import run_script
 
 
-def run_benchmark(name: str, *arguments: str, timeout: int = 240) -> subprocess.CompletedProcess[str]:
+def run_benchmark(name: str, *arguments: str, timeout: int = 240) -> CompletedProcess[str]:
     """``python benchmarks/NAME …`` with output captured."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    environment.pop("TILTMETER_SHARED", None)
-    command = [sys.executable, str(ROOT / "benchmarks" / name), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+    return run_script(f"benchmarks/{name}", *arguments, environment={"TILTMETER_SHARED": None}, timeout=timeout)
 
 
 def result_of(output: str) -> dict[str, float]:

@@ -1,25 +1,17 @@
 """The table of docs/scorers.md, and what the benchmark says when there is nothing to measure."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "benchmarks/toxicity_auc.py", *arguments]
-    environment = {name: value for name, value in os.environ.items() if name != "TILTMETER_SHARED"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+from tests.benchmarks.command import run_benchmark
+from tests.processes import ROOT
 
 
 @pytest.mark.slow
 def test_the_word_list_agrees_with_labels_as_the_page_says(shared_data: Path) -> None:
-    done = run("--data", str(shared_data.resolve()))
+    done = run_benchmark("toxicity_auc.py", "--data", str(shared_data.resolve()))
     assert done.returncode == 0, done.stderr
     measured = dict(re.findall(r"(\w+)=([\d.]+)", done.stdout.splitlines()[-1]))
     page = (ROOT / "docs" / "scorers.md").read_text(encoding="utf-8")
@@ -34,7 +26,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
         (("--data", str(tmp_path)), "--data: no such file: "),
         (("--words-file", "x", "--model", "y", "--data", "."), "--words-file: not with --model"),
     ):
-        done = run(*arguments)
+        done = run_benchmark("toxicity_auc.py", *arguments)
         assert done.returncode == 2
         assert done.stderr.startswith(message)
         assert done.stderr.count("\n") == 1

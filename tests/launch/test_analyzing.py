@@ -1,10 +1,7 @@
 """``python analyze.py`` on tiny models: what it takes, what it refuses, what it leaves behind."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +20,7 @@ from tests.analysis import asked
 from tests.analysis import planted_behaviour as planted
 from tests.analysis.asked import save_model
 from tests.analysis.conftest import CONFIG, dpo_rows
-from tests.cli import ROOT
+from tests.processes import run_script
 from tests.tiltmeter.scoring.stub_endpoint import refused_url
 from tests.tiny_models import make_model
 from tiltmeter.errors import IncompleteEvaluation, UserError
@@ -180,15 +177,8 @@ def test_a_judge_that_is_down_leaves_a_report_and_exit_code_3(tmp_path: Path, ru
         "judge.evaluation_steps=[Look.]",
         "judge.steps_file=null",
     )
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "analyze.py"), f"run={run}", "analysis=behaviour", *SMALL, *options],
-        cwd=tmp_path,
-        env=os.environ | {"MY_KEY": CANARY, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    asking = (f"run={run}", "analysis=behaviour", *SMALL, *options)
+    done = run_script("analyze.py", *asking, folder=tmp_path, environment={"MY_KEY": CANARY}, timeout=120)
     assert done.returncode == 3, done.stderr
     assert "Traceback" not in done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("tiltmeter: ")]

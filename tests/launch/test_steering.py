@@ -1,9 +1,6 @@
 """``python analyze.py analysis=steering_sweep`` on tiny models: a run, two checkpoints, a dry run, what is refused."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +16,7 @@ from launch.analyzing import analyze
 from launch.configuration import CONF, prepare_overrides
 from tests.analysis import asked
 from tests.analysis.conftest import CONFIG, dpo_rows
-from tests.cli import ROOT
+from tests.processes import run_script
 from tiltmeter.errors import UserError
 
 SWEEP = (
@@ -115,16 +112,12 @@ def test_options_without_effect_are_refused(tmp_path: Path, run: Path) -> None:
 
 @pytest.mark.slow
 def test_from_the_command_line(run: Path) -> None:
-    command = [sys.executable, str(ROOT / "analyze.py"), f"run={run}", *SWEEP]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "160"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = run_script("analyze.py", f"run={run}", *SWEEP, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "Steering" in done.stdout
     assert f"Report: {run / 'report' / 'index.html'}" in done.stdout
     (run / "report" / "tables" / "sweep.csv").write_text("nonsense\n")
-    broken = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
+    broken = run_script("analyze.py", f"run={run}", *SWEEP, timeout=120)
     assert broken.returncode == 2
     assert broken.stderr.startswith(f"tiltmeter: {run / 'report' / 'tables' / 'sweep.csv'}: ")
     assert broken.stderr.count("\n") == 1
