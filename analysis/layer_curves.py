@@ -6,7 +6,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from analysis.figures import COLOURS, EndLabel
-from analysis.observations import UPDATE, GeometryRow, deepest, latest, site_name, updates
+from analysis.observations import UPDATE, GeometryRow, after_steps, deepest, latest, site_name, updates
 from analysis.report import Headline, Section
 from analysis.site_axes import (
     Panel,
@@ -139,7 +139,7 @@ def _reading(last: pd.DataFrame) -> list[str]:
     """How to read the figure, and what it does not show."""
     position, steps = last["position"].iloc[0], last["steps_taken"].iloc[0]
     lines = [
-        f"ΔH holds the change of each probe pair’s hidden state at {position}, policy less base, after {steps} steps; v* is its "
+        f"ΔH holds the change of each probe pair’s hidden state at {position}, policy less base, {after_steps(steps)}; v* is its "
         "mean row. Diamond: the final norm’s output, on a scale of its own.",
         "f = N‖v*‖²/‖ΔH‖²: share of ΔH that is one constant row. ρ₁: share along its first direction; centred: of what is left "
         "without the mean row.",
@@ -165,7 +165,7 @@ def _headlines(last: pd.DataFrame) -> list[Headline]:
     ):
         if row[column] == row[column]:
             where = (
-                f"{site_name(site)}, after {row['steps_taken']} steps; geometry.csv, column {column}. No control yet."
+                f"{site_name(site)}, {after_steps(row['steps_taken'])}; geometry.csv, column {column}. No control yet."
             )
             found.append(Headline(as_text(float(row[column]), form), name, where))
     return found

@@ -4,7 +4,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from analysis.figures import COLOURS, EndLabel, mark_level
-from analysis.observations import DIVERGE, deepest, latest, site_name
+from analysis.observations import DIVERGE, after_steps, deepest, latest, site_name
 from analysis.report import Headline, Section
 from analysis.site_axes import (
     Panel,
@@ -151,5 +151,5 @@ def _headlines(last: pd.DataFrame) -> list[Headline]:
     row = last[last["site"] == site].iloc[0]
     if row["token_share_grown"] != row["token_share_grown"]:
         return []
-    where = f"{site_name(site)}, after {row['steps_taken']} steps; projection.csv, column token_share_grown. ½ is no change."
+    where = f"{site_name(site)}, {after_steps(row['steps_taken'])}; projection.csv, column token_share_grown. ½ is no change."
     return [Headline(as_text(float(row["token_share_grown"]), "percent"), "of pairs moved along v", where)]
