@@ -39,7 +39,7 @@ def load_model(
     except (RuntimeError, AssertionError, ImportError) as error:  # as PyTorch refuses devices that it wasn't built for
         reason = " ".join(str(error).split())[:120]
         raise UserError(
-            f"behaviour.device={device}: this model can't be moved there ({reason}); try cpu, or leave it out"
+            f"device={device}: this model can't be moved there ({reason}); try cpu, or leave it out"
         ) from error
 
 

@@ -97,7 +97,7 @@ def render_page(subject: Subject, sections: Sequence[Section], samples: Samples,
         sections=list(shown),
         missing=_missing(sections),
         samples=samples,
-        command=subject.command,
+        command_of=subject.command,
     )
 
 

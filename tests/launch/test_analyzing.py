@@ -29,6 +29,7 @@ from tests.tiny_models import make_model
 from tiltmeter.errors import IncompleteEvaluation, UserError
 
 SMALL = ("decoding.max_new_tokens=6", "behaviour.n_prompts=3", "behaviour.probe_sites=''")
+SWEEP = ("steering.lambdas=[1.0]", "steering.n_random=1", "steering.n_generated=2", "steering.sites=final_post_norm")
 DATA = ("data=synthetic", "judge=none", "data.n_prompts=30", "pairs.n_pairs=5")
 CANARY = "canary-0123456789"
 
@@ -80,7 +81,7 @@ def refused(tmp_path: Path, *arguments: str) -> str:
 
 
 def test_two_checkpoints_and_a_source(tmp_path: Path, two: tuple[str, str]) -> None:
-    page = ask(tmp_path, *two, *DATA, *SMALL)
+    page = ask(tmp_path, *two, *DATA, *SMALL, *SWEEP)
     assert page.parent.parent.parent == tmp_path / "runs" / "checkpoints"
     text = page.read_text(encoding="utf-8")
     assert "new against old" in text
@@ -95,12 +96,17 @@ def test_two_checkpoints_and_a_source(tmp_path: Path, two: tuple[str, str]) -> N
 
 
 def test_the_report_goes_where_it_is_wanted(tmp_path: Path, two: tuple[str, str]) -> None:
-    assert ask(tmp_path, *two, *DATA, *SMALL, f"out={tmp_path / 'here'}") == tmp_path / "here" / "index.html"
+    assert (
+        ask(tmp_path, *two, *DATA, *SMALL, "analysis=behaviour", f"out={tmp_path / 'here'}")
+        == tmp_path / "here" / "index.html"
+    )
 
 
 def test_an_oracle_of_a_synthetic_world(tmp_path: Path, two: tuple[str, str]) -> None:
     with pytest.raises(IncompleteEvaluation, match=r"index.html: written, but without .* oracle_utility of policy"):
-        ask(tmp_path, *two, *DATA, *SMALL, "judge=oracle", "toxicity=none")  # random models say no word of the world
+        ask(
+            tmp_path, *two, *DATA, *SMALL, "analysis=behaviour", "judge=oracle", "toxicity=none"
+        )  # random models say no word of the world
     (path,) = tmp_path.rglob("behaviour.csv")
     table = pd.read_csv(path).set_index(["metric", "of"])
     assert table.loc[("oracle_preference_rate", "both"), "value"] == 0.5
@@ -122,7 +128,7 @@ def test_a_local_judge_in_this_process(tmp_path: Path, two: tuple[str, str]) -> 
     make_model("llama", seed=2, vocab_size=len(asked.TOKENIZER), max_position_embeddings=8192).save_pretrained(judge)
     asked.TOKENIZER.save_pretrained(judge)
     options = ("judge=local", f"judge.judge.model={judge}", "judge.evaluation_steps=[Look.]", "judge.steps_file=null")
-    page = ask(tmp_path, *two, *DATA, *SMALL, *options)
+    page = ask(tmp_path, *two, *DATA, *SMALL, "analysis=behaviour", *options)
     table = pd.read_csv(page.parent / "tables" / "behaviour.csv").set_index(["metric", "of"])
     for figure in (("geval_score", "policy"), ("geval_score", "base"), ("geval_win_rate_vs_chosen", "both")):
         assert 0 <= table.loc[figure, "value"] <= 1
@@ -138,10 +144,13 @@ def test_a_local_judge_in_this_process(tmp_path: Path, two: tuple[str, str]) -> 
         (("base=a",), r"run: .* got base$"),
         (("base=a", "aligned=b"), r"data: expected where prompts come from, got none; add data=hh"),
         (("base=a", "aligned=b", "data=synthetic", "analysis=geometry"), r"analysis=geometry: needs a run"),
-        (("run=last", "analysis=behavior"), r"analysis=behavior: there is none of that name \(there are: all, .*behaviour\)"),
+        (("run=last", "analysis=behavior"), r"analysis=behavior: there is none of that name \(there are: all, .*steering_sweep\)"),
         (("run=last",), r"run=last: no finished run below"),
-        (("run=last", "judge=oracle"), r"judge: has no effect here; it is for analysis=behaviour"),
-        (("run=last", "decoding.temperature=1"), r"decoding.temperature: has no effect here; it is for analysis="),
+        (("run=last", "analysis=[training,foo]"), r"analysis=foo: there is none of that name"),
+        (("run=last", "analysis=[]"), r"analysis=none: there is none of that name"),
+        (("run=last", "analysis=training", "judge=oracle"), r"judge: has no effect here; it is for analysis=behaviour or"),
+        (("run=last", "analysis=[training,geometry]", "decoding.temperature=1"), r"decoding.temperature: has no effect here"),
+        (("run=last", "behaviour.n_prompts=3"), r"behaviour.n_prompts: has no effect here; it is for analysis=behaviour"),
         (("run=last", "analysis=behaviour", "data=synthetic"), r"data: has no effect here; it is for two checkpoints"),
         (("run=last", "out=x"), r"out: has no effect here; it is for two checkpoints"),
         (("run=last", "analysis=behaviour", "behaviour.n_promts=3"), r"behaviour.n_promts: unknown .* behaviour.n_prompts"),
@@ -153,14 +162,14 @@ def test_what_is_refused(tmp_path: Path, arguments: tuple[str, ...], words: str)
 
 
 def test_a_run_that_scored_nothing_has_a_report_without_that_section(tmp_path: Path, run: Path) -> None:
-    page = ask(tmp_path, f"run={run}")
+    page = ask(tmp_path, f"run={run}", *SWEEP)
     assert "What does the model say while it trains" not in page.read_text(encoding="utf-8")
     assert "has no scores of generated text" in refused(tmp_path, f"run={run}", "analysis=behaviour_by_step")
 
 
 def test_the_scores_of_training_are_a_section_of_the_report(tmp_path: Path, run: Path) -> None:
     planted.write(run, planted.LOOKS)
-    text = ask(tmp_path, f"run={run}").read_text(encoding="utf-8")
+    text = ask(tmp_path, f"run={run}", "analysis=[training,behaviour_by_step]").read_text(encoding="utf-8")
     assert "What does the model say while it trains" in text
     assert "how they were drawn is not known" in text
     assert text.index("<h2>") < text.index("What does the model say while it trains")
