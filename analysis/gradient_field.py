@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from analysis.checkpoints import Checkpoints
+from analysis.costs import Cost
 from analysis.gradient_field_section import GRID, PAIRS, SEQUENCE, Picture, gradient_field_section
 from analysis.gradient_places import LEAST_PLACES, Kind, StateGradients, parting_places
 from analysis.report import Section
@@ -23,7 +24,7 @@ from tiltmeter.cpu_linear import fast_linear
 from tiltmeter.errors import UserError
 from tiltmeter.geometry import unit_rows
 from tiltmeter.gradient_field import Context, FieldGrid, field_summary
-from tiltmeter.layers import FINAL_POST_NORM, resolve_sites
+from tiltmeter.layers import FINAL_POST_NORM, FINAL_PRE_NORM, resolve_sites
 from tiltmeter.models import DTYPES
 
 
@@ -77,6 +78,17 @@ class GradientField:
         field = _Field(self, checkpoints)
         by_pair = pd.DataFrame(list(field.rows()))
         return gradient_field_section(field.summary(by_pair), by_pair, field.pictures(by_pair), field.settings)
+
+    def costs(self, checkpoints: Checkpoints) -> list[Cost]:
+        """Passes and tokens; those of gradients go back through the blocks as well."""
+        places = parting_places(checkpoints.pairs, seed=self.seed)
+        sites = resolve_sites(self.sites, checkpoints.base.model.config.num_hidden_layers)
+        passes = len(get_args(Kind)) * len({*sites} - {FINAL_PRE_NORM, FINAL_POST_NORM})
+        n_points = min(self.n_pairs, len(places)) * (self.points_per_axis**3 + 1)
+        return [
+            Cost("states", 2.0, 2 * sum(len(place.context) for place in places)),
+            Cost("gradients", float(passes), passes * n_points),
+        ]
 
 
 class _Field:

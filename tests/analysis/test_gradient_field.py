@@ -180,3 +180,10 @@ def test_few_pairs_equal_responses_and_options_out_of_range_are_one_line(asked_a
             GradientField(**options)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="this model has 2 blocks"):
         GradientField(sites="layer_07").section(asked_about)
+
+
+def test_costs_count_a_token_for_every_point(asked_about: Checkpoints) -> None:
+    states, gradients = GradientField(n_pairs=4, points_per_axis=3).costs(asked_about)
+    contexts = [place.context for place in parting_places(asked_about.pairs, seed=0)]
+    assert (states.forwards, states.tokens) == (2, 2 * sum(map(len, contexts)))
+    assert (gradients.forwards, gradients.tokens) == (2, 2 * 4 * 28)  # layer 0, the preference's words and random ones
