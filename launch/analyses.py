@@ -13,12 +13,14 @@ from omegaconf import ListConfig
 from analysis.behaviour_by_step import NAME as BEHAVIOUR_BY_STEP
 from analysis.behaviour_by_step import behaviour_by_step_section, behaviour_of_run
 from analysis.behaviour_section import NAME as BEHAVIOUR
+from analysis.gradient_field_section import NAME as GRADIENT_FIELD
 from analysis.hidden_states import SECTIONS as HIDDEN_STATES
 from analysis.read_states import OVER_STEPS
 from analysis.report import Section
 from analysis.runs import Run
 from analysis.steering_section import NAME as STEERING
 from analysis.training_curves import training_section
+from analysis.transfer_section import NAME as TRANSFER
 from tiltmeter.errors import UserError
 
 ALL = "all"
@@ -30,7 +32,12 @@ OF_FOLDER: Mapping[str, Callable[[Run], Section]] = {
 OPTIONAL: Mapping[str, Callable[[Run], Section | None]] = {BEHAVIOUR_BY_STEP: behaviour_by_step_section}
 """Those of them that a run need not have."""
 NEED_A_RUN = (*OF_FOLDER, *OVER_STEPS)
-ASKED: Mapping[str, str] = {BEHAVIOUR: "behaviour", STEERING: "steering"}
+ASKED: Mapping[str, str] = {
+    BEHAVIOUR: "behaviour",
+    STEERING: "steering",
+    TRANSFER: "transfer",
+    GRADIENT_FIELD: "gradient_field",
+}
 """Asked of the models → the node of the configuration that it is built from."""
 _KEYS: Mapping[str, Sequence[str]] = {
     **{node: (name,) for name, node in ASKED.items()},

@@ -101,6 +101,9 @@ def test_two_checkpoints_and_a_source(tmp_path: Path, two: tuple[str, str]) -> N
     samples = pd.read_csv(page.parent / "tables" / "behaviour_samples.csv")
     assert len(samples) == 3
     assert {"base", "policy", "toxicity_word_list/policy"} <= set(samples.columns)
+    assert {"sweep.csv", "transfer.csv", "gradient_field.csv"} <= {
+        path.name for path in (page.parent / "tables").iterdir()
+    }
 
 
 def test_the_report_goes_where_it_is_wanted(tmp_path: Path, two: tuple[str, str]) -> None:
@@ -152,7 +155,7 @@ def test_a_local_judge_in_this_process(tmp_path: Path, two: tuple[str, str]) -> 
         (("base=a",), r"run: .* got base$"),
         (("base=a", "aligned=b"), r"data: expected where prompts come from, got none; add data=hh"),
         (("base=a", "aligned=b", "data=synthetic", "analysis=layers_by_step"), r"analysis=layers_by_step: needs a run"),
-        (("run=last", "analysis=behavior"), r"analysis=behavior: there is none of that name \(there are: all, .*steering_sweep\)"),
+        (("run=last", "analysis=behavior"), r"analysis=behavior: there is none of that name \(there are: all, .*steering_sweep,"),
         (("run=last",), r"run=last: no finished run below"),
         (("run=last", "analysis=[training,foo]"), r"analysis=foo: there is none of that name"),
         (("run=last", "analysis=[]"), r"analysis=none: there is none of that name"),
