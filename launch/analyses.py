@@ -76,7 +76,8 @@ def chosen_analyses(asked: str | ListConfig, *, of_run: bool) -> dict[str, bool]
 
 def refuse_unused(names: Iterable[str], *, of_run: bool) -> None:
     """Refuse what was set on the command line and would have no effect on any of these analyses. Raises UserError."""
-    unused = dict.fromkeys(_OF_CHECKPOINTS, "two checkpoints, base=… aligned=…") if of_run else {}
+    needs_two = dict.fromkeys(_OF_CHECKPOINTS, "two checkpoints, base=… aligned=…")
+    unused = needs_two if of_run else {"upload": "a run, which W&B knows"}
     for key, analyses in _KEYS.items():
         if not set(analyses) & set(names):
             unused[key] = _needs(analyses)
@@ -97,7 +98,7 @@ def options_of(name: str) -> list[str]:
 
     Left out: what concerns other analyses alone, and what says how to go about it rather than what to compute.
     """
-    never = ("run", "base", "aligned", "analysis", "dry_run", "debug", "runs_root", "steering.restart")
+    never = ("run", "base", "aligned", "analysis", "dry_run", "upload", "debug", "runs_root", "steering.restart")
     return [
         text.lstrip("+")
         for text in _overrides()
