@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from analysis.models import load_model
+from analysis.checkpoints import Checkpoints
+from analysis.models import LoadedModel, load_model
 from analysis.probe_pairs import PROMPTS_FILE, ProbePair, check_ids, read_probe_pairs
 from analysis.runs import Run
 from tiltmeter.generation import Completion, Decoding, as_words, generate
@@ -72,10 +73,14 @@ def compare_samples(run: Run) -> Samples:
     for folder in (run.base, run.aligned):
         opened = load_model(folder)
         check_ids(pairs, opened.model, run.folder / PROMPTS_FILE)
-        ids = [pair.ids.prompt_ids for pair in pairs]
-        said.append(generate(opened.model, opened.tokenizer, ids, _DECODING))
-    rows = [Sample(p, *_apart(b[0], a[0])) for p, b, a in zip(pairs, *said, strict=True)]
-    return Samples(rows, how=f"The first {len(rows)} held-out probe prompts, not selected: {as_words(_DECODING)}.")
+        said.append(_complete(opened, pairs))
+    return _side_by_side(pairs, *said)
+
+
+def samples_of_models(checkpoints: Checkpoints) -> Samples:
+    """The same of two models that are open already."""
+    pairs = checkpoints.pairs[:N_PROMPTS]
+    return _side_by_side(pairs, *(_complete(opened, pairs) for opened in (checkpoints.base, checkpoints.aligned)))
 
 
 def samples_of(pairs: Sequence[ProbePair], scored: Sequence[ScoredSample], decoding: Decoding) -> Samples:
@@ -90,6 +95,16 @@ def samples_of(pairs: Sequence[ProbePair], scored: Sequence[ScoredSample], decod
     note = "" if shown else "The prompts are not those of the pairs; tables/behaviour_samples.csv has what was said."
     how = f"The first {len(shown)} of the prompts above, not selected, as scored: {as_words(decoding)}."
     return Samples([Sample(by_id[s.pair_id], *_apart(s.base, s.policy)) for s in shown], note, how)
+
+
+def _complete(opened: LoadedModel, pairs: Sequence[ProbePair]) -> list[Completion]:
+    ids = [pair.ids.prompt_ids for pair in pairs]
+    return [said[0] for said in generate(opened.model, opened.tokenizer, ids, _DECODING)]
+
+
+def _side_by_side(pairs: Sequence[ProbePair], base: Sequence[Completion], aligned: Sequence[Completion]) -> Samples:
+    rows = [Sample(pair, *_apart(b, a)) for pair, b, a in zip(pairs, base, aligned, strict=True)]
+    return Samples(rows, how=f"The first {len(rows)} held-out prompts, not selected: {as_words(_DECODING)}.")
 
 
 def _why_not(run: Run) -> str:

@@ -8,9 +8,10 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 from analysis.checkpoints import Checkpoints
+from analysis.costs import Cost
 from analysis.generation_sweep import GenerationSweep
 from analysis.probe_pairs import ProbePair
 from analysis.steering_directions import RANDOM, Halves, estimate_vectors, fingerprint, split_by_prompt
@@ -100,16 +101,6 @@ class SteeringSweep:
                 scorer.start()
         vectors = estimate_vectors(checkpoints, halves.estimation, sites, n_random=self.n_random, seed=self.seed)
         return Sweep(self, checkpoints, halves._replace(test=halves.test[: self.n_prompts]), vectors)
-
-
-class Cost(NamedTuple):
-    """What a sweep takes."""
-
-    name: str
-    forwards: float
-    """Passes of all prompts through all blocks; parts of a pass count as parts."""
-    tokens: int
-    """Through all blocks; of completions at most."""
 
 
 class Sweep:

@@ -1,7 +1,7 @@
 """What a report is about: a run, or two checkpoints; its title, the facts of its first screen, and where it goes."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,7 @@ class Subject:
         facts: name and value, for the first screen.
         origin: where the numbers come from, in one sentence that goes on behind their files.
         report: folder that it is written to.
-        command: what makes it again, to which sections add ``analysis=NAME``.
+        command: what makes a section again, by its name.
     """
 
     kind: str
@@ -35,22 +35,39 @@ class Subject:
     facts: Sequence[tuple[str, str]]
     origin: str
     report: Path
-    command: str
+    command: Callable[[str], str]
 
 
-def subject_of_run(run: Run, *, asked_with: Sequence[str] | None = None) -> Subject:
+def subject_of_run(
+    run: Run,
+    *,
+    asked: Sequence[str] = (),
+    is_read: bool = True,
+    left_out: Sequence[str] = (),
+    command: Callable[[str], str] | None = None,
+) -> Subject:
     """That of a finished run.
 
     Args:
-        asked_with: further words of the command that asked its models again; None: they were not asked.
+        asked: analyses that asked its models again.
+        is_read: whether anything is read off its folder.
+        left_out: analyses that it has nothing for.
+        command: what makes a section again, by its name; None: without further options.
     """
     title = f"{run.setting('name') or run.folder.name}: {run.setting('arm') or 'one run'}, {run.n_steps} steps"
-    where = "drawn from the metrics.csv of this one run and the tables and snapshots beside it"
-    if asked_with is not None:
-        where = "of this run’s base and aligned model, asked again after training"
-    origin = f"{where}. Held-out: pairs whose prompts were not trained on."
-    command = shlex.join(["python", "analyze.py", f"run={run.folder}", *(asked_with or ())])
-    return Subject("report of one run", title, _facts(run), origin, run.report, command)
+    where = ["drawn from the metrics.csv of this one run and the tables and snapshots beside it"] if is_read else []
+    if asked:
+        of = f"{', '.join(asked)} " if is_read else ""
+        where.append(f"{of}of this run’s base and aligned model, asked again after training")
+    origin = f"{'; '.join(where)}. Held-out: pairs whose prompts were not trained on."
+
+    def plain(name: str) -> str:
+        return shlex.join(["python", "analyze.py", f"run={run.folder}", f"analysis={name}"])
+
+    facts = _facts(run)
+    if left_out:
+        facts.append(("Not shown", f"{', '.join(left_out)}: the run logged nothing for it"))
+    return Subject("report of one run", title, facts, origin, run.report, command or plain)
 
 
 def subject_of_checkpoints(
@@ -60,7 +77,8 @@ def subject_of_checkpoints(
     *,
     reports: Sequence[LoadReport],
     cuts: TokenizationReport,
-    options: Sequence[str],
+    left_out: Sequence[str] = (),
+    command: Callable[[str], str],
     report: Path,
 ) -> Subject:
     """That of two checkpoints which were not trained here.
@@ -69,7 +87,8 @@ def subject_of_checkpoints(
         base, aligned: as they were given.
         reports: what was read.
         cuts: what encoding the pairs cut or dropped.
-        options: further words of the command.
+        left_out: analyses that only a run can have.
+        command: what makes a section again, by its name.
     """
     read = "; ".join(f"{r.source} ({r.location}), {r.n_kept} of {r.n_rows} pairs" for r in reports)
     lost = [f"{n} {what}" for what, n in cuts.dropped.items()]
@@ -81,7 +100,8 @@ def subject_of_checkpoints(
         ("Asked about", "; ".join([f"{len(checkpoints.pairs)} pairs, one a prompt", *lost])),
         ("Held out?", "not known: the aligned model may have been trained on these prompts"),
     ]
-    command = shlex.join(["python", "analyze.py", f"base={base}", f"aligned={aligned}", *options])
+    if left_out:
+        facts.append(("Not shown", f"{', '.join(left_out)}: only a run that was trained here has a course over steps"))
     title = f"{Path(aligned).name} against {Path(base).name}"
     return Subject("report of two checkpoints", title, facts, "of these two checkpoints, asked now.", report, command)
 

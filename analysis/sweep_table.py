@@ -48,6 +48,10 @@ _NUMBERS = ("lambda", "value", "ci_low", "ci_high", "n")
 _NEVER_EMPTY = ("lambda", "n")
 
 
+class OtherSettings(UserError):
+    """A table is there already, and whole, but was made with other settings."""
+
+
 class SweepTable:
     """An open table; see the module's head.
 
@@ -57,7 +61,8 @@ class SweepTable:
         restart: begin anew, whatever is there.
 
     Raises:
-        UserError: the table is damaged, or was made with other settings.
+        OtherSettings: the table was made with other settings.
+        UserError: it is damaged.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], *, restart: bool = False) -> None:
@@ -83,7 +88,7 @@ class SweepTable:
         for key in dict.fromkeys([*state["settings"], *self.settings]):
             before, now = state["settings"].get(key), self.settings.get(key)
             if before != now:
-                raise UserError(
+                raise OtherSettings(
                     f"{self.path}: was begun with {key}={before}, now it is {now}; set it back to go on, or begin anew with "
                     "steering.restart=true"
                 )

@@ -1,50 +1,50 @@
 """From a composed configuration to a report, of a run or of any two checkpoints."""
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+import shlex
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
-from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from analysis.behaviour import Answers, Behaviour
-from analysis.behaviour_by_step import NAME as BEHAVIOUR_BY_STEP
-from analysis.behaviour_by_step import behaviour_by_step_section, behaviour_of_run
-from analysis.behaviour_section import NAME as BEHAVIOUR
-from analysis.behaviour_section import behaviour_section
 from analysis.checkpoints import Checkpoints, HeldOutPairs, checkpoints_of_run
-from analysis.hidden_states import SECTIONS, Watched, hidden_state_sections, section_of_run
+from analysis.hidden_states import SECTIONS, Watched, hidden_state_section
+from analysis.read_states import READ_NOW, ReadNow, StateReading
 from analysis.report import Section, write_report
 from analysis.runs import Run, find_run, open_run
-from analysis.samples import Samples, compare_samples, samples_of
-from analysis.steering_section import NAME as STEERING
-from analysis.steering_section import steering_section_of
-from analysis.steering_sweep import SteeringSweep
+from analysis.samples import Samples, compare_samples, samples_of_models
 from analysis.subject import Subject, subject_of_checkpoints, subject_of_run
-from analysis.training_curves import training_section
+from launch.analyses import (
+    ASKED,
+    NEED_A_RUN,
+    OF_FOLDER,
+    OPTIONAL,
+    chosen_analyses,
+    is_set,
+    options_of,
+    refuse_unused,
+)
+from launch.asking import Asked, Plan, Question, costs_table
 from launch.configuration import check_config
 from launch.screen import console
-from launch.steering import sweep_into
+from launch.wandb_report import check_upload, upload_report
 from tiltmeter.errors import IncompleteEvaluation, UserError
 
-ALL = "all"
-ANALYSES: Mapping[str, Callable[[Run], Section]] = {
-    "training": training_section,
-    BEHAVIOUR_BY_STEP: behaviour_of_run,
-    **{name: partial(section_of_run, name) for name in SECTIONS},
-}
-"""What is read off the folder of a run; ``analysis=behaviour`` and ``analysis=steering_sweep`` ask the models again."""
-_FOR_ASKING: Mapping[str, Sequence[str]] = {
-    "behaviour": (BEHAVIOUR,),
-    "truthfulqa": (BEHAVIOUR,),
-    "steering": (STEERING,),
-    **dict.fromkeys(("decoding", "judge", "toxicity"), (BEHAVIOUR, STEERING)),
-}
-_FOR_CHECKPOINTS = ("data", "pairs", "out")
-"""Keys of the configuration and the analyses, or the kind of subject, that they are for."""
+
+class Wanted(NamedTuple):
+    """What the command line asks for, built but not begun."""
+
+    names: Mapping[str, bool]
+    """Analyses, and whether each was asked for by its name."""
+    questions: Mapping[str, Question]
+    """Those that ask models."""
+    reading: StateReading
+    dry_run: bool
+    upload: bool
 
 
 def analyze(config: DictConfig) -> Path | None:
@@ -57,103 +57,183 @@ def analyze(config: DictConfig) -> Path | None:
         IncompleteEvaluation: the report is written, but figures in it have no number, because too many scores are missing.
     """
     check_config(config, config_name="analyze")
-    known = (ALL, *ANALYSES, STEERING, BEHAVIOUR)
-    if config.analysis not in known:
-        raise UserError(f"analysis={config.analysis}: there is none of that name (there are: {', '.join(known)})")
+    of_run = _asks_of_run(config)
+    names = chosen_analyses(config.analysis, of_run=of_run)
+    refuse_unused(names, of_run=of_run)
+    questions = {name: instantiate(config[ASKED[name]]) for name in names if name in ASKED}
+    wanted = Wanted(names, questions, instantiate(config.hidden_states), config.dry_run, config.upload)
+    if of_run:
+        return _analyze_run(wanted, open_run(find_run(str(config.run), Path(config.runs_root))))
+    return _analyze_checkpoints(config, wanted)
+
+
+def _asks_of_run(config: DictConfig) -> bool:
     given = {name for name in ("run", "base", "aligned") if config[name] not in (None, "")}
     if given not in ({"run"}, {"base", "aligned"}):
         raise UserError(
             "run: expected a run folder, for example run=runs/tiny_synthetic/2026-01-31_12-00-00, or run=last; or two checkpoints, "
             f"base=… aligned=… data=…; got {' and '.join(sorted(given)) or 'neither'}"
         )
-    _refuse_unused(config)
-    if config.run:
-        return _analyze_run(config, open_run(find_run(str(config.run), Path(config.runs_root))))
-    return _analyze_checkpoints(config)
-
-
-def _analyze_run(config: DictConfig, run: Run) -> Path | None:
-    if config.analysis == STEERING:
-        sweep: SteeringSweep = instantiate(config.steering)
-        opened = checkpoints_of_run(run, dtype=sweep.dtype, device=sweep.device)
-        section = sweep_into(run.report / "tables", sweep, opened)
-        subject = subject_of_run(run, asked_with=_options("run", "steering.restart"))
-        return write_report(subject, [section], compare_samples(run)) if section else None
-    if config.analysis == BEHAVIOUR:
-        asked: Behaviour = instantiate(config.behaviour)
-        checkpoints = checkpoints_of_run(run, dtype=asked.dtype, device=asked.device)
-        answers = _ask(asked, checkpoints)
-        return _report(subject_of_run(run, asked_with=_options("run")), checkpoints, answers)
-    if config.analysis == ALL:
-        tables = [behaviour_by_step_section(run), steering_section_of(run.report / "tables")]
-        scored, steered = ([section] if section else [] for section in tables)
-        sections = [training_section(run), *scored, *hidden_state_sections(Watched.of_run(run)), *steered]
-    else:
-        sections = [ANALYSES[config.analysis](run)]
-    return write_report(subject_of_run(run), sections, compare_samples(run))
-
-
-def _analyze_checkpoints(config: DictConfig) -> Path | None:
-    if config.get("data") is None:
+    if "run" not in given and config.get("data") is None:
         raise UserError("data: expected where prompts come from, got none; add data=hh, data=oasst1 or data=synthetic")
-    if config.analysis not in (ALL, BEHAVIOUR, STEERING):
+    return "run" in given
+
+
+def _analyze_run(wanted: Wanted, run: Run) -> Path | None:
+    if wanted.upload:
+        check_upload(run)
+    opened = cache(partial(checkpoints_of_run, run))
+    plans = _plan(wanted, opened, run.report / "tables")
+    read = _read_off(wanted.names, run)
+    again = [name for name in wanted.names if name in READ_NOW and name not in read]
+    if not again:
+        refuse_unused(wanted.questions, of_run=True)
+    try:
+        checkpoints = opened(dtype=wanted.reading.dtype, device=wanted.reading.device) if again else None
+    except UserError as error:
         raise UserError(
-            f"analysis={config.analysis}: needs a run; two checkpoints are asked with analysis={BEHAVIOUR} or {STEERING}"
-        )
-    pairs: HeldOutPairs = instantiate(config.pairs)
-    asked: Behaviour | SteeringSweep = instantiate(config.steering if config.analysis == STEERING else config.behaviour)
-    base, aligned = str(config.base), str(config.aligned)
-    checkpoints, reports, cuts = pairs.ask(
-        base, aligned, instantiate(config.data), dtype=asked.dtype, device=asked.device
+            f"analysis={again[0]}: {run.folder} stored no hidden states for it, and they can’t be read again: {error}"
+        ) from error
+    if wanted.dry_run:
+        _say_costs(plans, wanted.reading, checkpoints)
+        return None
+    if checkpoints is not None:
+        now = wanted.reading.read(checkpoints, n_steps=run.n_steps)
+        note = f"The run stored nothing for this: hidden states of {now.n_pairs} of its held-out pairs were read again."
+        read |= _drawn_now(again, now, note)
+    _check_named(wanted.names, read)
+    asked = [_ask(plan) for plan in plans]
+    subject = subject_of_run(
+        run,
+        asked=[*(name for name in again if name in read), *wanted.questions],
+        is_read=any(name not in again for name in read),
+        left_out=[name for name in wanted.names if name not in (*read, *wanted.questions)],
+        command=partial(_command, f"run={run.folder}"),
     )
+    models = plans[0].checkpoints if plans else checkpoints
+    samples = partial(compare_samples, run) if models is None else partial(samples_of_models, models)
+    return _report(
+        subject, _in_order(wanted.names, read), asked, samples, partial(upload_report, run) if wanted.upload else None
+    )
+
+
+def _read_off(names: Mapping[str, bool], run: Run) -> dict[str, Section]:
+    """Sections of what the run's folder holds, by name; none for what it doesn't."""
+    seen, found = Watched.of_run(run), {}
+    for name, is_named in names.items():
+        if name in SECTIONS:
+            section = hidden_state_section(name, seen)
+        elif name in OF_FOLDER:
+            section = (OF_FOLDER if is_named or name not in OPTIONAL else OPTIONAL)[name](run)
+        else:
+            continue
+        if section is not None:
+            found[name] = section
+    return found
+
+
+def _drawn_now(names: Iterable[str], now: ReadNow, note: str) -> dict[str, Section]:
+    """Sections of what was just read; each says so."""
+    drawn = {name: section for name in names if (section := hidden_state_section(name, now))}
+    return {name: replace(section, reading=[*section.reading, note]) for name, section in drawn.items()}
+
+
+def _check_named(names: Mapping[str, bool], found: Mapping[str, Section]) -> None:
+    """Refuse to leave out what was asked for by its name. Raises UserError."""
+    for name, is_named in names.items():
+        if is_named and name not in ASKED and name not in found:
+            needs = "a run trained with callbacks=geometry or callbacks=full that took at least one step"
+            if name not in NEED_A_RUN:
+                needs = f"{needs}, or two models that differ, and at least four pairs whose responses do"
+            raise UserError(f"analysis={name}: there are no readings for it (expected {needs})")
+
+
+def _analyze_checkpoints(config: DictConfig, wanted: Wanted) -> Path | None:
+    pairs: HeldOutPairs = instantiate(config.pairs)
+    base, aligned = str(config.base), str(config.aligned)
+    opened = cache(partial(pairs.ask, base, aligned, instantiate(config.data)))
     stamp = datetime.now().astimezone().strftime("%Y-%m-%d_%H-%M-%S")
     folder = Path(config.out) if config.out else Path(config.runs_root) / "checkpoints" / stamp / "report"
-    options = _options("base", "aligned", "steering.restart")
+    plans = _plan(wanted, lambda **how: opened(**how)[0], folder / "tables")
+    now = [name for name in wanted.names if name in READ_NOW]
+    first = wanted.reading if now else next(iter(wanted.questions.values()))
+    checkpoints, reports, cuts = opened(dtype=first.dtype, device=first.device)
+    if wanted.dry_run:
+        _say_costs(plans, wanted.reading, checkpoints if now else None)
+        return None
+    read: dict[str, Section] = {}
+    if now:
+        states = wanted.reading.read(checkpoints)
+        read = _drawn_now(now, states, f"Hidden states of {states.n_pairs} pairs were read now, once.")
+        _check_named(wanted.names, read)
+    asked = [_ask(plan) for plan in plans]
     subject = subject_of_checkpoints(
-        checkpoints, base, aligned, reports=reports, cuts=cuts, options=options, report=folder
+        checkpoints,
+        base,
+        aligned,
+        reports=reports,
+        cuts=cuts,
+        left_out=() if all(wanted.names.values()) else NEED_A_RUN,
+        command=partial(_command, f"base={base}", f"aligned={aligned}"),
+        report=folder,
     )
-    if isinstance(asked, SteeringSweep):
-        section = sweep_into(folder / "tables", asked, checkpoints)
-        none = Samples([], f"No samples here; analysis={BEHAVIOUR} shows what both models say.")
-        return write_report(subject, [section], none) if section else None
-    return _report(subject, checkpoints, _ask(asked, checkpoints))
+    return _report(subject, _in_order(wanted.names, read), asked, partial(samples_of_models, checkpoints))
 
 
-def _ask(asked: Behaviour, checkpoints: Checkpoints) -> Answers:
-    asked.start(checkpoints)
-    with console().status("Both models answer, and are scored …"):
-        return asked.score(checkpoints)
+def _plan(wanted: Wanted, opened: Callable[..., Checkpoints], tables: Path) -> list[Plan]:
+    """What is asked, models opened and judges reached; models of one dtype and device are opened once."""
+    return [
+        Plan(
+            name,
+            question,
+            opened(dtype=question.dtype, device=question.device),
+            tables=tables,
+            takes_old=not (wanted.names[name] or is_set(name)),
+            dry_run=wanted.dry_run,
+        )
+        for name, question in wanted.questions.items()
+    ]
 
 
-def _overrides() -> list[str]:
-    """What was set on the command line, without Hydra's signs for adding keys."""
-    return [text.lstrip("+") for text in HydraConfig.get().overrides.task] if HydraConfig.initialized() else []
+def _in_order(names: Iterable[str], found: Mapping[str, Section]) -> list[Section]:
+    return [found[name] for name in names if name in found]
 
 
-def _options(*but: str) -> list[str]:
-    """The command line without some of its words, and without the analysis, which each section names itself."""
-    return [text for text in _overrides() if text.partition("=")[0] not in (*but, "analysis")]
+def _command(*arguments: str) -> str:
+    """What makes one section again; the last argument is its name."""
+    *about, name = arguments
+    return shlex.join(["python", "analyze.py", *about, *options_of(name), f"analysis={name}"])
 
 
-def _refuse_unused(config: DictConfig) -> None:
-    """Refuse what was set on the command line and would have no effect."""
-    unused = dict.fromkeys(_FOR_CHECKPOINTS, "two checkpoints, base=… aligned=…") if config.run else {}
-    analysis = BEHAVIOUR if config.analysis == ALL and not config.run else config.analysis
-    for key, analyses in _FOR_ASKING.items():
-        if analysis not in analyses:
-            unused[key] = " or ".join(f"analysis={name}" for name in analyses)
-    for text in _overrides():
-        key = text.lstrip("~").partition("=")[0]
-        if (needs := unused.get(key.split(".")[0])) is not None:
-            raise UserError(f"{key}: has no effect here; it is for {needs}")
+def _say_costs(plans: Sequence[Plan], reading: StateReading, read: Checkpoints | None) -> None:
+    """Print what would be run; ``read``: the models whose hidden states would be."""
+    costs = {} if read is None else {"hidden states": reading.costs(read)}
+    costs |= {plan.name: plan.costs() for plan in plans}
+    if costs:
+        console().print(costs_table(costs))
+    else:
+        console().print("Would run nothing: what is asked is read off the run’s folder.")
 
 
-def _report(subject: Subject, checkpoints: Checkpoints, answers: Answers) -> Path:
-    """Write it, then say what has no number."""
-    samples = samples_of(checkpoints.pairs, answers.samples, answers.decoding)
-    page = write_report(subject, [behaviour_section(answers)], samples)
-    figures = answers.scores.figures
-    lost = [f"{f.name} of {f.of}" for f in figures if f.n_missing and math.isnan(f.value)]
+def _ask(plan: Plan) -> Asked:
+    console().print(f"Asking both models: {plan.name} …")
+    return plan.ask()
+
+
+def _report(
+    subject: Subject,
+    read: Sequence[Section],
+    asked: Sequence[Asked],
+    samples: Callable[[], Samples],
+    upload: Callable[[Path, Sequence[Section]], str] | None = None,
+) -> Path:
+    """Write it, send it where it is wanted, then say what has no number."""
+    sections = [*read, *(one.section for one in asked if one.section)]
+    said = next((one.samples for one in asked if one.samples), None) or samples()
+    page = write_report(subject, sections, said)
+    if upload is not None:
+        console().print(upload(page, sections), soft_wrap=True, markup=False)
+    lost = [name for one in asked for name in one.lost]
     if lost:
         raise IncompleteEvaluation(
             f"{page}: written, but without a number for {', '.join(lost[:4])}{' …' if len(lost) > 4 else ''}: too many "

@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.masking_utils import sdpa_mask
 
 from tiltmeter.errors import UserError
+from tiltmeter.layers import backbone
 
 BRANCH_ATTENTION = "tiltmeter_branches"
 """Name under which transformers finds :func:`branch_attention`."""
@@ -169,6 +170,23 @@ def branch_attention(
     from_own = rearrange(own_weights, "row head group branch own -> row head branch group own") @ held.own_values
     attended = from_prompt + rearrange(from_own, "row head branch group d -> row head group branch d")
     return rearrange(attended, "row head group branch d -> row branch (head group) d"), None
+
+
+def run_branches(
+    model: PreTrainedModel, tokens: Int[Tensor, "row branch"], cache: BranchCache
+) -> Float[Tensor, "row branch d_model"]:
+    """Hidden states after the final norm at the next token of every branch; call inside :func:`use_branch_attention`."""
+    out = backbone(model)(
+        input_ids=tokens,
+        position_ids=cache.positions,
+        attention_mask=tokens.new_ones(1, 1, 1, 1, dtype=torch.bool),  # four dimensions: the model makes none itself
+        past_key_values=cache,
+        use_cache=True,
+        branches=cache,
+    )
+    cache.advance()
+    hidden: Tensor = out.last_hidden_state
+    return hidden
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 
-from tiltmeter.branch_attention import BranchCache, use_branch_attention
+from tiltmeter.branch_attention import BranchCache, run_branches, use_branch_attention
 from tiltmeter.cpu_linear import fast_linear
 from tiltmeter.generation import (
     Completion,
@@ -115,7 +115,7 @@ class _BatchOfBranches:
             stack.callback(hook_site(self.model, self.site, self._shifted).remove)
             for step in range(n_new):
                 if step:
-                    hidden = self._forward(tokens, cache)
+                    hidden = run_branches(self.model, tokens, cache)
                     tokens = self._choose(hidden)
                 said[self.rows[:, None], self.branches, step] = tokens.where(~self.ended, self.ends[0])
                 self.ended |= torch.isin(tokens, self.ends)
@@ -138,21 +138,6 @@ class _BatchOfBranches:
         last = torch.tensor(lengths, device=self.model.device)
         cache = BranchCache(prompt, last, len(self.branches), self.decoding.max_new_tokens - 1)
         return self._choose(out.last_hidden_state[self.rows, last - 1][:, None]), cache
-
-    def _forward(self, tokens: Int[Tensor, "row branch"], cache: BranchCache) -> Float[Tensor, "row branch d_model"]:
-        out = backbone(self.model)(
-            input_ids=tokens,
-            position_ids=cache.positions,
-            attention_mask=tokens.new_ones(
-                1, 1, 1, 1, dtype=torch.bool
-            ),  # four dimensions: the model makes none itself
-            past_key_values=cache,
-            use_cache=True,
-            branches=cache,
-        )
-        cache.advance()
-        hidden: Tensor = out.last_hidden_state
-        return hidden
 
     def _choose(self, hidden: Float[Tensor, "row branch d_model"]) -> Int[Tensor, "row branch"]:
         """The next tokens, with the logits of a few rows at a time."""

@@ -9,18 +9,28 @@ cosine 1 are a tautology, no finding. What can come out differently: before the 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
 
+from tiltmeter.branch_attention import BranchCache, run_branches, use_branch_attention
+from tiltmeter.cpu_linear import linear
 from tiltmeter.directions import principal_directions
 from tiltmeter.geometry import unit_rows
 from tiltmeter.gradients import GradientMoments, layer_norm_pullback, rms_norm_pullback, shared_state_gradient
+from tiltmeter.hooks import hook_site
+from tiltmeter.layers import FINAL_POST_NORM, FINAL_PRE_NORM, backbone, final_norm, unembedding
+from tiltmeter.log_probs import scale_and_cap
 
 Variant = Literal["post_norm", "pre_norm", "layer"]
+Margin = Callable[[Float[Tensor, "point d_model"]], Float[Tensor, " point"]]
+"""From states at a site to m in nats, each row on its own; differentiable."""
 
 _EXACT_UP_TO = 4096
 _STARTS = 256
@@ -149,15 +159,15 @@ def pre_norm_field(
 
 def layer_field(
     points: Float[Tensor, "point d_model"],
-    margin: Callable[[Float[Tensor, "point d_model"]], Float[Tensor, " point"]],
+    margin: Margin,
     *,
     beta: float,
 ) -> GradientField:
     """The field at any site, by automatic differentiation of −log σ(β m) through everything above it.
 
     Args:
-        margin: from states at the site to m in nats, each row on its own: run what lies above with the state replaced at
-            the place that predicts both tokens, and take log π(w) − log π(l) − Δ_ref. Differentiable; its dtype is its own.
+        margin: runs what lies above the site with the state replaced at the place that predicts both tokens
+            (:meth:`Context.margin`); its dtype is its own.
     """
     found = []
     for part in points.to(torch.float64).split(_POINTS_AT_A_TIME):
@@ -167,6 +177,64 @@ def layer_field(
             found.append(torch.autograd.grad(loss, h)[0])
     gradients = torch.cat(found)
     return GradientField("layer", gradients, field_summary(gradients), False)
+
+
+class Context:
+    """The words before two tokens, read once, so that m can be asked for at many states in the place that predicts the two.
+
+    States at a layer are branches of one row (:mod:`tiltmeter.branch_attention`): each costs one token, whatever came before.
+
+    Args:
+        model: in evaluation mode.
+        ids: tokens of the context; the state at the last one is what is replaced.
+
+    Raises:
+        ValueError: fewer than two tokens.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: PreTrainedModel, ids: Sequence[int]) -> None:
+        if len(ids) < 2:
+            raise ValueError(f"Context: expected at least two tokens, got {len(ids)}")
+        before = torch.tensor([ids[:-1]], device=model.device)
+        self.model = model
+        self._last, self._n_before = ids[-1], torch.tensor([len(ids) - 1], device=model.device)
+        self._read = DynamicCache()  # without the model's configuration, so that sliding windows keep all tokens
+        mask = torch.ones_like(before)
+        backbone(model)(input_ids=before, attention_mask=mask, past_key_values=self._read, use_cache=True)
+
+    def margin(self, site: str, *, chosen_id: int, rejected_id: int, reference_gap: float) -> Margin:
+        """m = log π(w) − log π(l) − Δ_ref as a function of the state at a site.
+
+        Raises:
+            UserError: from inside the function: an unknown site, or a family whose attention can't be changed.
+        """
+        whole = unembedding(self.model)
+        two = torch.tensor([chosen_id, rejected_id], device=whole.weight.device)
+        head = replace(whole, weight=whole.weight[two], bias=None if whole.bias is None else whole.bias[two])
+
+        def margin(states: Tensor) -> Tensor:
+            final = self._final_states(site, states.to(self.model.device, self.model.dtype))
+            logits = scale_and_cap(linear(final, head.weight, head.bias), head)
+            return logits[:, 0] - logits[:, 1] - reference_gap
+
+        return margin
+
+    def _final_states(self, site: str, states: Float[Tensor, "point d_model"]) -> Float[Tensor, "point d_model"]:
+        """States after the final norm that those at the site lead to."""
+        if site == FINAL_POST_NORM:
+            return states
+        if site == FINAL_PRE_NORM:
+            found: Tensor = final_norm(self.model)(states)
+            return found
+        cache = BranchCache(self._read, self._n_before, len(states), n_steps=1)
+        tokens = torch.full((1, len(states)), self._last, device=self.model.device)
+        with use_branch_attention(self.model):
+            handle = hook_site(self.model, site, lambda hidden: states[None].to(hidden.dtype))
+            try:
+                return run_branches(self.model, tokens, cache)[0]
+            finally:
+                handle.remove()
 
 
 @torch.no_grad()

@@ -19,7 +19,8 @@ from tiltmeter.log_probs import run_backbone
 from tiltmeter.positions import Position, check_position, divergence, readings
 
 _BEFORE_THE_RESPONSES_PART = {"prompt_last", "diverge"}
-_ONE_PER_SIDE: tuple[Position, ...] = ("prompt_last", "diverge", "response_last", "response_mean")
+ONE_PER_SIDE: tuple[Position, ...] = ("prompt_last", "diverge", "response_last", "response_mean")
+"""Positions that a probe reads."""
 
 Forward = Callable[[PreferenceBatch], object]
 """Runs the model on a batch; what it returns is not looked at."""
@@ -47,8 +48,8 @@ class Probe:
         if not batches:
             raise UserError("probe: expected at least one held-out pair to read, got none; set datamodule.probe_pairs")
         for position in positions:
-            if check_position(position) not in _ONE_PER_SIDE:
-                raise UserError(f"positions: a probe reads {', '.join(_ONE_PER_SIDE)}, got {position}")
+            if check_position(position) not in ONE_PER_SIDE:
+                raise UserError(f"positions: a probe reads {', '.join(ONE_PER_SIDE)}, got {position}")
         self.batches = list(batches)
         self.sites = sites
         self.positions = tuple(positions)

@@ -82,13 +82,15 @@ def test_a_run_is_swept_and_its_report_shows_the_sweep(
     whole = ask(tmp_path, "run=last")
     assert whole is not None
     assert "into the aligned model, and back?" in whole.read_text(encoding="utf-8")
+    assert "here it is shown as it is" in " ".join(capsys.readouterr().out.split())
+    assert table.read_bytes() == before
 
 
 def test_a_dry_run_says_the_cost_and_writes_nothing(
     tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = {path for path in tmp_path.rglob("*") if path.is_file()}
-    assert ask(tmp_path, "run=last", *SWEEP, "steering.dry_run=true") is None
+    assert ask(tmp_path, "run=last", *SWEEP, "dry_run=true") is None
     assert {path for path in tmp_path.rglob("*") if path.is_file()} == before
     # 2 passes of the goals, and one a direction and vector (v*, v̄, a random one)
     assert "teacher-forced │ 8.0 │" in " ".join(capsys.readouterr().out.split())

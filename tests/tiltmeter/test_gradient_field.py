@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch.testing import assert_close
 
 from tests.tiny_models import make_model
 from tiltmeter.gradient_field import (
+    Context,
     field_grid,
     field_summary,
     layer_field,
@@ -20,7 +23,8 @@ from tiltmeter.gradient_field import (
     pre_norm_field,
     smallest_pairwise_cosine,
 )
-from tiltmeter.layers import decoder_blocks, unembedding
+from tiltmeter.hooks import hook_site
+from tiltmeter.layers import all_sites
 
 D, BETA, GAP = 6, 0.7, 0.4
 
@@ -128,32 +132,36 @@ def test_layer_field_is_the_gradient_of_any_function() -> None:
         assert torch.equal(layer_field(points, margin, beta=BETA).gradients, found.gradients)
 
 
-def test_layer_field_through_the_blocks_above_is_the_models_own_gradient() -> None:
-    """At the state that the model itself has there, the field is what a backward pass through the whole model gives."""
-    model = make_model("llama").eval().requires_grad_(False)
-    ids, (w, y_l) = torch.tensor([[4, 9, 33, 7]]), (5, 11)
-    held: list[Tensor] = []
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "phi", "gemma3_text"])
+def test_a_context_gives_the_models_own_margin_and_gradient_at_every_site(family: str) -> None:
+    """At the states that the model itself has there, against one pass and one backward pass through the whole model."""
+    model = make_model(family, attn="eager" if family == "gemma2" else "sdpa", num_hidden_layers=3).eval()
+    ids, (w, y_l), sites = [4, 9, 33, 7], (5, 11), all_sites(3)
+    held: dict[str, Tensor] = {}
+    with ExitStack() as stack:
+        for site in sites:
+            receive = partial(lambda hidden, site: held.update({site: hidden}), site=site)
+            stack.callback(hook_site(model, site, receive).remove)
+        logits = model(torch.tensor([ids])).logits[0, -1]
+    margin = logits[w] - logits[y_l] - GAP
+    expected = torch.autograd.grad(-F.logsigmoid(BETA * margin), [held[site] for site in sites])
+    before = model.config._attn_implementation
+    context = Context(model, ids)
+    for site, gradient in zip(sites, expected, strict=True):
+        own = held[site][0, -1].detach()
+        found = context.margin(site, chosen_id=w, rejected_id=y_l, reference_gap=GAP)
+        points = torch.stack([own + 1, own, own - 1])
+        assert_close(found(points)[1], margin, rtol=0, atol=1e-5)
+        assert_close(layer_field(points, found, beta=BETA).gradients[1].float(), gradient[0, -1], rtol=1e-3, atol=1e-5)
+        alone = [found(point[None])[0] for point in points]
+        assert_close(found(points), torch.stack(alone), rtol=0, atol=1e-5)
+    assert model.config._attn_implementation == before
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
-    def margin(states: Tensor | None) -> Tensor:
-        def replace(_module: object, _inputs: object, output: Tensor) -> Tensor:
-            if states is None:
-                held.append(output.requires_grad_())
-                return output
-            return torch.cat([output[:, :-1], states[:, None].to(output.dtype)], dim=1)
 
-        handle = decoder_blocks(model)[0].register_forward_hook(replace)
-        try:
-            logits = model(ids.expand(1 if states is None else len(states), -1)).logits[:, -1]
-        finally:
-            handle.remove()
-        return logits[:, w] - logits[:, y_l] - GAP
-
-    (expected,) = torch.autograd.grad(-F.logsigmoid(BETA * margin(None)).sum(), held)
-    h = held[0][0, -1].detach()
-    grid = field_grid(h, unembedding(model).weight[w] - unembedding(model).weight[y_l], noise(50, 32), n=3)
-    found = layer_field(grid.points, margin, beta=BETA)
-    assert_close(found.gradients[13].float(), expected[0, -1], rtol=1e-3, atol=1e-5)
-    assert 0 < found.summary.mean_resultant < 1
+def test_a_context_needs_a_token_before_its_last() -> None:
+    with pytest.raises(ValueError, match="at least two tokens, got 1"):
+        Context(make_model("llama"), [4])
 
 
 def brute_force(rows: Tensor) -> float:

@@ -1,0 +1,116 @@
+"""Analyses that ask models, each planned before any of them starts: what it will take, and its section when it is run."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from rich.table import Table
+
+from analysis.behaviour import Behaviour
+from analysis.behaviour_section import behaviour_section
+from analysis.checkpoints import Checkpoints
+from analysis.costs import Cost
+from analysis.report import Section
+from analysis.samples import Samples, samples_of
+from analysis.steering_section import steering_section_of
+from analysis.steering_sweep import SteeringSweep
+from analysis.sweep_table import OtherSettings
+from launch.screen import console
+from launch.steering import sweep_into
+
+
+class Asked(NamedTuple):
+    """What came of one analysis."""
+
+    section: Section | None
+    samples: Samples | None = None
+    """What both models said, where they were made to speak."""
+    lost: Sequence[str] = ()
+    """Figures without a number, because too many scores are missing."""
+
+
+class Question(Protocol):
+    """What the node of an analysis builds."""
+
+    dtype: str
+    device: str | None
+
+
+class _HasSection(Question, Protocol):
+    def section(self, checkpoints: Checkpoints) -> Section: ...
+
+
+class Plan:
+    """One question about two models, which can be answered now.
+
+    Args:
+        name: of the analysis.
+        question: as its node built it.
+        checkpoints: opened.
+        tables: where a table grows while it is made.
+        takes_old: a table that is there with other settings is shown instead of refused.
+        dry_run: nothing will be run: judges and the like aren't reached for.
+
+    Raises:
+        UserError: something that the answer needs is not there.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        question: Question,
+        checkpoints: Checkpoints,
+        *,
+        tables: Path,
+        takes_old: bool,
+        dry_run: bool,
+    ) -> None:
+        self.name, self.question, self.checkpoints = name, question, checkpoints
+        self.tables, self.takes_old = tables, takes_old
+        if isinstance(question, Behaviour) and not dry_run:
+            question.start(checkpoints)
+
+    def costs(self) -> list[Cost]:
+        """Passes and tokens of each part; empty where an analysis doesn't tell."""
+        if isinstance(self.question, SteeringSweep):
+            return self.question.start(self.checkpoints).costs()
+        tell = getattr(self.question, "costs", None)
+        return [] if tell is None else list(tell(self.checkpoints))
+
+    def ask(self) -> Asked:
+        """Run it."""
+        if isinstance(self.question, Behaviour):
+            return _behaviour(self.question, self.checkpoints)
+        if isinstance(self.question, SteeringSweep):
+            return Asked(self._sweep(self.question))
+        question: _HasSection = self.question  # type: ignore[assignment]
+        return Asked(question.section(self.checkpoints))
+
+    def _sweep(self, question: SteeringSweep) -> Section | None:
+        try:
+            return sweep_into(self.tables, question, self.checkpoints)
+        except OtherSettings as error:
+            if not self.takes_old:
+                raise
+            console().print(f"{error}; here it is shown as it is", soft_wrap=True, markup=False)
+            return steering_section_of(self.tables)
+
+
+def _behaviour(question: Behaviour, checkpoints: Checkpoints) -> Asked:
+    answers = question.score(checkpoints)
+    figures = answers.scores.figures
+    lost = [f"{f.name} of {f.of}" for f in figures if f.n_missing and math.isnan(f.value)]
+    return Asked(behaviour_section(answers), samples_of(checkpoints.pairs, answers.samples, answers.decoding), lost)
+
+
+def costs_table(costs: Mapping[str, Sequence[Cost]]) -> Table:
+    """What would be run, by analysis."""
+    table = Table(title="Would run", title_justify="left", title_style="bold")
+    for column, justify in (("analysis", "left"), ("", "left"), ("passes", "right"), ("tokens", "right")):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    for name, parts in costs.items():
+        rows = [(cost.name, f"{cost.forwards:,.1f}", f"{cost.tokens:,}") for cost in parts]
+        for i, row in enumerate(rows or [("not known before", "–", "–")]):
+            table.add_row("" if i else name, *row)
+    return table
