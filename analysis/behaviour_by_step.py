@@ -7,7 +7,7 @@ from functools import partial
 import pandas as pd
 from matplotlib.axes import Axes
 
-from analysis.behaviour_reading import reading_of
+from analysis.behaviour_reading import CLAIM, INTERVAL, LIMITS, reading_of
 from analysis.behaviour_words import (
     MEASURES,
     VS_CHOSEN,
@@ -85,7 +85,10 @@ def behaviour_by_step_section(run: Run) -> Section | None:
     return Section(
         name=NAME,
         question="What does the model say while it trains, and how is it scored?",
+        claim=CLAIM,
         sentences=sentences,
+        interval=INTERVAL,
+        limits=LIMITS,
         figure=figure,
         table=table,
         reading=reading_of(table, n_prompts=n_prompts, decoding=decoding_of(run)),

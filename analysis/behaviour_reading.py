@@ -7,6 +7,18 @@ import pandas as pd
 from analysis.behaviour_words import WIN_RATES, has
 from tiltmeter.generation import Decoding, as_words
 
+CLAIM = (
+    "D-STEER, Fig. 2: alignment raises judged quality and lowers toxicity, at little cost in overlap with good answers."
+)
+"""What figures of behaviour put to the test."""
+INTERVAL = (
+    "95 %, by bootstrap over prompts, of each number alone; both models answer the same prompts, so a difference can be surer than "
+    "two overlapping intervals suggest."
+)
+LIMITS = (
+    "Quality: every number is what its scorer makes of the words, and scorers can be wrong together.",
+    "Other prompts, other decoding, another seed of training.",
+)
 _CAVEATS: Mapping[Sequence[str], str] = {
     tuple(WIN_RATES): "Win rate: share of answers preferred, a tie half; ½ is a model against itself.",
     ("rougeL", "bleu"): "Overlap with the chosen response says how far the wording moved, not whether it got better.",
@@ -36,8 +48,6 @@ def reading_of(table: pd.DataFrame, *, n_prompts: int | None, decoding: Decoding
     lines = [
         f"Both models complete the same {f'{n_prompts} ' if n_prompts else ''}prompts ({how})"
         + (", with the same random numbers." if is_drawn else "."),
-        "Intervals are 95 %, by bootstrap over prompts, of each number alone; both models answer the same prompts, so a difference "
-        "can be surer than two overlapping intervals suggest.",
         "Every number names its scorer below the table; numbers of different scorers are not comparable. n counts completions, "
         "for preference figures pairs, for TruthfulQA questions.",
     ]

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Picture
 
 from analysis.behaviour import Answers
-from analysis.behaviour_reading import reading_of
+from analysis.behaviour_reading import CLAIM, INTERVAL, LIMITS, reading_of
 from analysis.behaviour_words import (
     MEASURES,
     VS_CHOSEN,
@@ -55,7 +55,10 @@ def behaviour_section(answers: Answers) -> Section:
     return Section(
         name=NAME,
         question="How do base and aligned model answer, and how is it scored?",
+        claim=CLAIM,
         sentences=sentences,
+        interval=INTERVAL,
+        limits=LIMITS,
         figure=figure,
         table=table.drop(columns=when),
         reading=_reading(answers, table),

@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
-from analysis.models import LoadedModel, load_model
+from analysis.adapters import check_adapter, find_adapter, merge_adapter
+from analysis.models import LoadedModel, load_config, load_model, load_tokenizer
 from analysis.probe_pairs import PROMPTS_FILE, ProbePair, check_ids, read_probe_pairs
 from analysis.runs import Run
 from datamodules.prompts import PromptFile
@@ -22,6 +24,7 @@ from tiltmeter.scoring.behaviour import Prompt
 Device = str | None
 USUAL_BETA = 0.1
 """Where it is not known with which β a model was trained; it only scales margins."""
+_SHAPE = ("hidden_size", "num_hidden_layers", "vocab_size")
 _LEAST_LENGTH = 8
 """As :class:`~datamodules.tokenization.PairTokenizer` takes it."""
 
@@ -130,14 +133,38 @@ def _one_a_prompt(records: Sequence[PreferencePair], n: int, seed: int) -> list[
 def _open(
     base: str, aligned: str, dtype: str, device: Device, base_revision: str | None = None
 ) -> tuple[LoadedModel, LoadedModel]:
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    opened = [
-        load_model(name, revision=revision, dtype=DTYPES[dtype], device=where)
-        for name, revision in ((base, base_revision), (aligned, None))
-    ]
+    """Both models, after what can be said without their weights."""
+    options: dict[str, Any] = {
+        "dtype": DTYPES[dtype],
+        "device": device or ("cuda" if torch.cuda.is_available() else "cpu"),
+    }
+    if find_adapter(base) is not None:
+        raise UserError(f"base={base}: an adapter, expected a whole model; give the base it was trained on")
+    adapter = find_adapter(aligned)
+    if adapter is None:
+        _check_shapes((base, base_revision), (aligned, None))
+        opened = [load_model(name, revision=r, **options) for name, r in ((base, base_revision), (aligned, None))]
+    else:
+        config = check_adapter(adapter, base=base)
+        opened = [load_model(base, revision=base_revision, **options) for _ in range(2)]
+        merged = merge_adapter(opened[1].model, config, adapter)
+        opened[1] = LoadedModel(
+            merged, load_tokenizer(adapter) if (adapter / "tokenizer_config.json").is_file() else opened[1].tokenizer
+        )
     if opened[0].tokenizer.get_vocab() != opened[1].tokenizer.get_vocab():
         raise UserError(f"base={base} aligned={aligned}: their tokenizers differ; give two checkpoints of one model")
     return opened[0], opened[1]
+
+
+def _check_shapes(base: tuple[str, str | None], aligned: tuple[str, str | None]) -> None:
+    """Refuse two models that are not of one shape, by their configurations alone. Raises UserError."""
+    configs = [load_config(name, revision=revision) for name, revision in (base, aligned)]
+    for what in _SHAPE:
+        one, other = (getattr(config.get_text_config(), what, None) for config in configs)
+        if one != other:
+            raise UserError(
+                f"base={base[0]} aligned={aligned[0]}: {what} is {one} and {other}; give two checkpoints of one model"
+            )
 
 
 def _beta_of(run: Run) -> float:

@@ -61,7 +61,16 @@ def cloud_section(rows: StoredRows) -> Section | None:
     return Section(
         name="clouds",
         question="Is the aligned model’s cloud the base’s, moved by one vector?",
+        claim="D-STEER, Fig. 1c: aligned and inverted hidden states are symmetric translates of the base’s, by ±v*.",
         sentences=sentences,
+        interval=_interval(shown[-1], fits[shown[-1]]),
+        limits=[
+            "A finding in the symmetry of h₀ + v* and h₀ − v*: it is true by construction, of any vector. Only how close h₀ + v* "
+            "comes to the real hπ is one.",
+            "The other dimensions: PC1 is often the shift itself.",
+            "Equal behaviour: close clouds don’t make it, that is for steering to show.",
+            "Evidence beside f: that a shift explains the clouds is f again.",
+        ],
         figure=figure,
         table=pd.concat([plane.table for plane in planes.values()], ignore_index=True),
         reading=_reading(rows, fits[shown[-1]]),
@@ -149,6 +158,14 @@ def draw_plane(axes: Axes, plane: Plane, site: str, fit: CloudFit) -> str:
     )
 
 
+def _interval(site: str, fit: CloudFit) -> str:
+    left, share = ([_small(x) for x in interval] for interval in (fit.left, fit.shift_share))
+    return (
+        f"At {site_name(site)}: distance left {left[0]}, 95 % CI {left[1]} … {left[2]}; f {share[0]}, 95 % CI {share[1]} … "
+        f"{share[2]}. Prompts resampled, v* held fixed."
+    )
+
+
 def _small(share: float) -> str:
     """A share in percent, with a digit more where it is near 0."""
     return as_text(share, "percent") if abs(share) >= 0.095 else as_text(100 * share, ".1f") + "\u00a0%"
@@ -179,20 +196,15 @@ def _figures(rows: StoredRows, site: str, fit: CloudFit) -> dict[str, str | floa
 
 
 def _reading(rows: StoredRows, fit: CloudFit) -> list[str]:
-    low, high = (as_text(x, "percent") for x in fit.shift_share[1:])
     return [
         f"h₀, hπ: hidden states of base and policy ({rows.snapshot}) at {rows.position}, {rows.n_rows} of each; v*: mean of "
         "hπ − h₀. Plane: first two principal components of h₀ and hπ together, less their common mean.",
-        "That h₀ + v* and h₀ − v* are symmetric translates of h₀ is true by construction, of any vector. Only how close h₀ + v* "
-        "comes to the real hπ is a finding.",
         "Closeness is the energy distance (Székely and Rizzo 2013) in all dimensions, over that of h₀ and hπ; it "
         "grows with the square of a small shift. v* comes from one half of the prompts, the clouds from the other, "
         f"{N_SPLITS} splits; about 0, also below: no difference left. Interval: prompts resampled. Random: {N_RANDOM} "
         "vectors as long as v*.",
-        f"Pair by pair more is left: at the last site the shift is {as_text(fit.shift_share.value, 'percent')} of ΔH (f; 95 % CI "
-        f"{low} … {high}), and a pair’s own change still differs from v* of the others by "
-        f"{as_text(fit.left_per_pair[0], 'percent')} of its length (median). cloud_distances.csv has every site.",
-        "Not shown: two dimensions hide the rest, and PC1 is often the shift itself. Close clouds don’t make equal behaviour: "
-        "that is for steering to show. That a shift explains the clouds is f again, not evidence beside it.",
+        f"Pair by pair more is left: at the last site the shift is {as_text(fit.shift_share.value, 'percent')} of ΔH (f), and a "
+        f"pair’s own change still differs from v* of the others by {as_text(fit.left_per_pair[0], 'percent')} of its length "
+        "(median). cloud_distances.csv has every site.",
         *rows.notes(),
     ]

@@ -1,6 +1,7 @@
 """Is v* reproducible? In-sample, leave-one-out and split-half cosines at every site, from stored rows, beside their nulls."""
 
 import math
+from functools import partial
 
 import pandas as pd
 import torch
@@ -11,12 +12,13 @@ from analysis.figures import COLOURS, EndLabel
 from analysis.observations import site_name
 from analysis.report import Section
 from analysis.site_axes import (
+    Curve,
+    Panel,
     as_text,
     draw_over_sites,
     extremes,
     finish_sites,
-    last_value,
-    plot_sites,
+    plot_curves,
     prepare_sites,
     shade_sites,
 )
@@ -29,8 +31,10 @@ from tiltmeter.nulls import sign_flip_null, split_half_null
 N_SPLITS = 100
 N_FLIPS = 500
 """Sign flips behind each null band, the central 95 %."""
-MEASURES = ("in_sample", "leave_one_out", "split_half", "between_halves")
-"""Means over pairs of the cosine with v*, with v* of the others, of the other half; and the cosine of both halves' v*."""
+OF_PAIRS = {"in_sample": "In-sample", "leave_one_out": "Leave-one-out", "split_half": "Split-half"}
+"""Means over pairs of the cosine with v*, with v* of the others, with v* of the half that a pair is not in."""
+MEASURES = (*OF_PAIRS, "between_halves")
+"""The last one: cosine of the two halves' v*."""
 _BLUE, _NAVY, _GREY = COLOURS["policy"], COLOURS["policy_dark"], COLOURS["mark"]
 
 
@@ -39,11 +43,18 @@ def consistency_section(rows: StoredRows) -> Section | None:
     table = consistency_table(rows)
     if table["split_half"].isna().all():
         return None
-    figure, sentences = draw_over_sites([draw_halves, draw_three], table, panel_height_cm=5.8)
+    panels: list[Panel] = [draw_halves, *(partial(draw_measure, measure=measure) for measure in reversed(OF_PAIRS))]
+    figure, sentences = draw_over_sites(panels, table, panel_height_cm=4.6)
     return Section(
         name="consistency",
         question="Is the common direction the same in both halves of the pairs?",
+        claim="D-STEER, Fig. 3: all prompts’ updates have a cosine of .92 to .96 with one vector v*.",
         sentences=sentences,
+        interval=_interval(table),
+        limits=[
+            "Other seeds, other prompts and other data, where v* may differ: the halves share the run and its probe.",
+            "Anything beside f and N: where the dashed line is met, agreement of halves is f told again.",
+        ],
         figure=figure,
         table=table,
         reading=_reading(rows, table),
@@ -67,22 +78,23 @@ def consistency_table(rows: StoredRows) -> pd.DataFrame:
 def _figures(update: Tensor, clusters: list[str]) -> dict[str, float]:
     halves, flipped_halves = split_half(update, n_splits=N_SPLITS), split_half_null(update, n_flips=N_FLIPS)
     flipped = sign_flip_null(update, n_flips=N_FLIPS)
-    cosines = {"in_sample": in_sample_cosines(update), "leave_one_out": leave_one_out_cosines(update)}
     share = row_geometry(update).shift_share
     figures: dict[str, float] = {
         "shift_share": share,
         "between_halves_expected": expected_between_halves(share, len(update)),
     }
-    for name, values in cosines.items():
+    for name, values, null in (
+        ("in_sample", in_sample_cosines(update), flipped.mean_cosine_in_sample),
+        ("leave_one_out", leave_one_out_cosines(update), flipped.mean_cosine_leave_one_out),
+        ("split_half", halves.cosines.mean(0), flipped_halves.mean_cosine),
+    ):
         interval = cluster_mean_interval(values.tolist(), clusters)
         figures |= {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
-        figures |= _band(name, getattr(flipped, f"mean_cosine_{name}"))
-    for name, values, null in (
-        ("split_half", halves.mean_cosine, flipped_halves.mean_cosine),
-        ("between_halves", halves.cosine_of_means, flipped_halves.cosine_of_means),
-    ):
-        figures |= {name: float(values.nanmean()), f"{name}_least": float(values.min())} | _band(name, null)
-    return figures
+        figures |= _band(name, null)
+    between = halves.cosine_of_means
+    figures |= {"split_half_least": float(halves.mean_cosine.min())}
+    figures |= {"between_halves": float(between.nanmean()), "between_halves_least": float(between.min())}
+    return figures | _band("between_halves", flipped_halves.cosine_of_means)
 
 
 def expected_between_halves(shift_share: float, n_rows: int) -> float:
@@ -103,19 +115,17 @@ def _band(name: str, null: Tensor) -> dict[str, float]:
 
 
 def draw_halves(axes: Axes, table: pd.DataFrame) -> str:
-    """cos of the two halves' v*, mean and least over splits, with its null."""
+    """cos of the two halves' v*, mean and least over splits."""
     sites = table["site"].tolist()
     prepare_sites(axes, sites)
-    plot_sites(axes, sites, table["between_halves_expected"], style="--", colour=_GREY)
-    plot_sites(axes, sites, table["between_halves_least"], style=":", colour=_BLUE)
-    plot_sites(axes, sites, table["between_halves"], colour=_NAVY)
-    labels = [
-        EndLabel(last_value(table["between_halves"]), "mean", _NAVY),
-        EndLabel(last_value(table["between_halves_least"]), "least", _BLUE),
-        EndLabel(last_value(table["between_halves_expected"]), "from f and N", _GREY),
+    curves = [
+        Curve("between_halves_expected", "from f and N", "--", _GREY),
+        Curve("between_halves_least", "least", ":", _BLUE),
+        Curve("between_halves", "mean", "-", _NAVY),
     ]
+    labels = plot_curves(axes, table, curves)
     axes.set_ylim(min(0.0, axes.get_ylim()[0]), 1.03)
-    axes.set_ylabel("cos(v* of one half, of the other)")
+    axes.set_ylabel("cos(v* of one half,\nof the other)")
     finish_sites(axes, sites, labels, room=0.3)
     said = f"v* of two random halves of the pairs has a cosine of {extremes(sites, table['between_halves'], '.3f')}"
     apart = float((table["between_halves"] - table["between_halves_expected"]).abs().max())
@@ -124,29 +134,28 @@ def draw_halves(axes: Axes, table: pd.DataFrame) -> str:
     )
 
 
-def draw_three(axes: Axes, table: pd.DataFrame) -> str:
-    """The three mean cosines of single pairs over their nulls."""
+def draw_measure(axes: Axes, table: pd.DataFrame, *, measure: str) -> str:
+    """The mean cosine of single pairs, with its interval, over its own null."""
     sites = table["site"].tolist()
     prepare_sites(axes, sites)
-    shade_sites(axes, sites, table["split_half_null_low"], table["split_half_null_high"])
-    labels = [EndLabel(0.0, "null, split-half", _GREY)]
-    for name, style, word, colour in (
-        ("in_sample", ":", "in-sample", _BLUE),
-        ("leave_one_out", "-", "leave-one-out", _NAVY),
-        ("split_half", "--", "split-half", _BLUE),
-    ):
-        plot_sites(axes, sites, table[name], style=style, colour=colour)
-        labels.append(EndLabel(last_value(table[name]), word, colour))
-    shade_sites(axes, sites, table["leave_one_out_low"], table["leave_one_out_high"], colour=_NAVY)
+    low, high = table[f"{measure}_null_low"], table[f"{measure}_null_high"]
+    shade_sites(axes, sites, low, high)
+    shade_sites(axes, sites, table[f"{measure}_low"], table[f"{measure}_high"], colour=_NAVY)
+    word = OF_PAIRS[measure]
+    labels = plot_curves(axes, table, [Curve(measure, word.lower(), "-", _NAVY)])
+    labels.append(EndLabel(float((low + high).iloc[-1]) / 2, "its null", _GREY))
     axes.set_ylim(min(-0.05, axes.get_ylim()[0]), 1.03)
     axes.set_ylabel("mean cosine of δᵢ")
     finish_sites(axes, sites, labels, room=0.33)
+    n_above, n_known = int((table[measure] > high).sum()), int(table[measure].notna().sum())
+    return f"{word}, the mean cosine is {extremes(sites, table[measure], '.3f')}, above its null at {n_above} of {n_known} sites"
+
+
+def _interval(table: pd.DataFrame) -> str:
     last = table.dropna(subset="split_half").iloc[-1]
-    low, high = (as_text(last[f"leave_one_out_{end}"], ".3f") for end in ("low", "high"))
-    return (
-        f"A pair’s own change and v* of the others have a mean cosine of {as_text(last['leave_one_out'], '.3f')} at "
-        f"{site_name(last['site'])} (95\u00a0% CI {low} … {high})"
-    )
+    value, low, high = (as_text(last[f"split_half{end}"], ".3f") for end in ("", "_low", "_high"))
+    where = site_name(last["site"])
+    return f"Mean split-half cosine at {where}: {value}, 95 % CI {low} … {high} by resampling prompts, v* held fixed."
 
 
 def _reading(rows: StoredRows, table: pd.DataFrame) -> list[str]:
@@ -154,13 +163,12 @@ def _reading(rows: StoredRows, table: pd.DataFrame) -> list[str]:
         f"δᵢ: change of pair i’s hidden state at {rows.position}, base to {rows.snapshot}; v*: mean change. {rows.n_rows} rows.",
         f"Split-half: v* from one random half, δᵢ from the other, {N_SPLITS} splits; mean and least of them. Leave-one-out: v* of "
         "the other rows. In-sample, v* contains δᵢ, which alone gives about 1/√N.",
-        f"Grey band: central 95 % over {N_FLIPS} times in which each row’s sign was flipped at random. Blue band: 95 % interval by "
-        "resampling prompts, v* held fixed. Diamond: the final norm’s output.",
+        f"Grey: central 95 % over {N_FLIPS} times in which each row’s sign was flipped at random. Blue band: 95 % interval by "
+        "resampling prompts. Diamond: the final norm’s output.",
         "Two halves of many rows agree on v* even where single rows hardly follow it: their cosine grows with N. Dashed grey: what "
         "it is for a constant shift of share f plus noise; close to it, it is the same fact as f, and the mean cosines too.",
         "The null of the halves’ cosine is in the table only: flipped signs keep the line on which rows lie, so two halves of "
         "nearly parallel rows still agree up to the sign, and its interval reaches from −1 to 1.",
-        "Not shown: other seeds, other prompts and other data, where v* may differ; the halves share the run and its probe.",
     ]
     n_unmoved = int(table["n_unmoved"].max())
     if n_unmoved:

@@ -58,8 +58,11 @@ WIDTH_CM = 8.0
 """One column of a two-column paper."""
 _DPI = 200
 _TITLE_CHARACTERS = 50
-_LABEL_GAP = 0.085
-"""Least distance of two labels, as a share of the axes' height."""
+"""In a line, at most."""
+_LABEL_POINTS = 9.5
+"""Least distance of two labels."""
+_LABEL_MARGIN = 0.03
+"""Of labels from the axes' ends, or the upper half of one stands in the title."""
 
 
 class EndLabel(NamedTuple):
@@ -89,7 +92,7 @@ def house_style() -> Any:
 
 def set_titles(figure: Figure, axes: Sequence[Axes], sentences: Sequence[str]) -> None:
     """Each panel's message, flush with the figure's left edge and broken to its width; the last thing done to a figure."""
-    wrapped = [textwrap.fill(sentence, _TITLE_CHARACTERS) for sentence in sentences]
+    wrapped = [_wrapped(figure, sentence) for sentence in sentences]
     for panel, text in zip(axes, wrapped, strict=True):
         panel.set_title("\n".join("x" for _ in text.splitlines()), linespacing=1.25)
     figure.draw_without_rendering()  # the layout makes room for the lines, but for no title that is wider than its axes
@@ -99,8 +102,20 @@ def set_titles(figure: Figure, axes: Sequence[Axes], sentences: Sequence[str]) -
         panel.set_title(text, linespacing=1.25, x=(0.01 - box.x0) / box.width)
 
 
+def _wrapped(figure: Figure, sentence: str) -> str:
+    """Broken into lines that the figure is wide enough for, however wide their letters are."""
+    look = {"fontsize": matplotlib.rcParams["axes.titlesize"], "weight": matplotlib.rcParams["axes.titleweight"]}
+    trial = figure.text(0, 0, "", **look)
+    for characters in range(_TITLE_CHARACTERS, _TITLE_CHARACTERS // 2, -1):
+        trial.set_text(textwrap.fill(sentence, characters))
+        if trial.get_window_extent().width <= 0.98 * figure.bbox.width:
+            break
+    trial.remove()
+    return trial.get_text()
+
+
 def use_log_scale(axes: Axes) -> None:
-    """A logarithmic y axis with plain numbers: matplotlib's own powers of ten are formulas, which the house style leaves as text."""
+    """A logarithmic y axis with plain numbers: matplotlib's powers of ten are formulas, which the house style leaves as text."""
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
     axes.yaxis.set_minor_formatter(NullFormatter())
@@ -125,7 +140,9 @@ def label_ends(axes: Axes, labels: Sequence[EndLabel], *, room: float = 0.24) ->
     axes.spines["bottom"].set_bounds(left, right)
     axes.set_xlim(left, left + (right - left) / (1 - room))
     axes.set_ylim(low, high)
-    heights = spread([(label.y - low) / (high - low) for label in labels], gap=_LABEL_GAP)
+    to_axes = axes.transData + axes.transAxes.inverted()  # of any scale
+    height = axes.get_window_extent().height / axes.figure.dpi * 72  # in points; the layout to come changes it little
+    heights = spread([float(to_axes.transform((left, label.y))[1]) for label in labels], gap=_LABEL_POINTS / height)
     behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
     for label, height in zip(labels, heights, strict=True):
         at = (1 - room + 0.02, height)
@@ -134,7 +151,7 @@ def label_ends(axes: Axes, labels: Sequence[EndLabel], *, room: float = 0.24) ->
 
 
 def spread(heights: Sequence[float], *, gap: float) -> list[float]:
-    """Move heights apart to at least ``gap``, in their order, with as little movement as needed, inside 0 … 1.
+    """Move heights apart to at least ``gap``, in their order, with as little movement as needed, just inside 0 … 1.
 
     >>> [round(y, 2) for y in spread([0.50, 0.52, 0.9], gap=0.1)]
     [0.46, 0.56, 0.9]
@@ -145,7 +162,8 @@ def spread(heights: Sequence[float], *, gap: float) -> list[float]:
     steps = gap * np.arange(len(order))
     free = isotonic_regression(np.asarray(heights)[order] - steps).x  # least squares under "above stays above"
     placed = np.empty(len(order))
-    placed[order] = np.clip(free, 0.0, max(0.0, 1.0 - steps[-1])) + steps
+    most = max(_LABEL_MARGIN, 1.0 - _LABEL_MARGIN - steps[-1])
+    placed[order] = np.clip(free, _LABEL_MARGIN, most) + steps
     return [float(y) for y in placed]
 
 

@@ -13,6 +13,7 @@ import pandas as pd
 from analysis.clouds import cloud_section
 from analysis.consistency_by_site import consistency_section
 from analysis.cosines import CosineSet, cosine_section, deepest_cosines
+from analysis.entropy_controls import entropy_control_section
 from analysis.layer_curves import geometry_section
 from analysis.layer_entropy import entropy_section
 from analysis.layer_maps import layers_by_step_section
@@ -21,8 +22,10 @@ from analysis.preference_plane import Parting, parting_of, preference_plane_sect
 from analysis.projection_curves import projection_section
 from analysis.report import Section
 from analysis.runs import Run
+from analysis.signal_rank import signal_rank_section
 from analysis.singular_values import singular_value_section
 from analysis.stored_rows import StoredRows, latest_rows
+from analysis.stored_spectra import spectra_table
 from tiltmeter.errors import UserError
 
 
@@ -68,6 +71,11 @@ class Watched:
         """Pair by pair, of :attr:`rows`."""
         return None if self.rows is None else deepest_cosines(self.rows)
 
+    @cached_property
+    def spectra(self) -> pd.DataFrame:
+        """Of :attr:`rows`, under every control; empty without them."""
+        return pd.DataFrame() if self.rows is None else spectra_table(self.rows)
+
     @classmethod
     def of_run(cls, run: Run) -> "Watched":
         """That of a finished run."""
@@ -82,7 +90,9 @@ class Watched:
 _BUILDERS: Mapping[str, Callable[[Watched], Section | None]] = {
     "geometry": lambda seen: geometry_section(seen.table),
     "entropy": lambda seen: entropy_section(seen.table),
-    "singular_values": lambda seen: None if seen.rows is None else singular_value_section(seen.rows),
+    "entropy_controls": lambda seen: None if seen.rows is None else entropy_control_section(seen.rows, seen.spectra),
+    "singular_values": lambda seen: None if seen.rows is None else singular_value_section(seen.rows, seen.spectra),
+    "signal_rank": lambda seen: None if seen.rows is None else signal_rank_section(seen.rows, seen.spectra),
     "layers_by_step": lambda seen: layers_by_step_section(seen.table),
     "cosines": lambda seen: None if seen.cosines is None else cosine_section(seen.cosines),
     "consistency": lambda seen: None if seen.rows is None else consistency_section(seen.rows),

@@ -6,16 +6,17 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from analysis.figures import COLOURS, EndLabel
-from analysis.observations import UPDATE, GeometryRow, deepest, latest, site_name, updates
+from analysis.observations import UPDATE, GeometryRow, after_steps, deepest, latest, site_name, updates
 from analysis.report import Headline, Section
 from analysis.site_axes import (
+    Curve,
     Panel,
     as_text,
     draw_over_sites,
     extremes,
     finish_sites,
     last_value,
-    plot_sites,
+    plot_curves,
     prepare_sites,
     shade_sites,
 )
@@ -57,7 +58,17 @@ def geometry_section(table: pd.DataFrame) -> Section | None:
     return Section(
         name="geometry",
         question="Is what training did to hidden states one constant shift?",
+        claim="D-STEER: DPO moves all hidden states along one shared direction, whatever the prompt.",
         sentences=sentences,
+        interval="None here; grey is the null of sign flips where it was logged. Section clouds has the 95 % interval of f over "
+        "prompts, section consistency that of the cosine.",
+        limits=[
+            "Whether the shift is preference: SFT or shuffled labels may shift as much, which is for control runs to say.",
+            "Whether a few dimensions of large activations pass for a shift; sections entropy_controls and singular_values leave "
+            "them out.",
+            "More than one fact: ρ₁ ≥ f always, and with rows of equal length f is the square of the mean cosine. Centred ρ₁ is "
+            "another.",
+        ],
         figure=figure,
         table=last,
         shown=shown_table([GeometryRow(*row) for row in last[list(GeometryRow._fields)].itertuples(index=False)]),
@@ -87,14 +98,16 @@ def draw_shares(axes: Axes, last: pd.DataFrame) -> str:
     """f, and ρ₁ raw and centred, with the null band of f."""
     sites = last["site"].tolist()
     prepare_sites(axes, sites)
-    labels = [EndLabel(last_value(last["shift_share"]), "f", _NAVY)]
+    labels = []
     if last["shift_share_null_high"].notna().any():
         shade_sites(axes, sites, 0.0, last["shift_share_null_high"])
         labels.append(EndLabel(last_value(last["shift_share_null_high"]) / 2, "null of f", _GREY))
-    for column, style, name in (("top1_energy", ":", "ρ₁"), ("top1_energy_centred", "--", "ρ₁ centred")):
-        plot_sites(axes, sites, last[column], style=style)
-        labels.append(EndLabel(last_value(last[column]), name, _BLUE))
-    plot_sites(axes, sites, last["shift_share"], colour=_NAVY)
+    curves = [
+        Curve("top1_energy", "ρ₁", ":", _BLUE),
+        Curve("top1_energy_centred", "ρ₁ centred", "--", _BLUE),
+        Curve("shift_share", "f", "-", _NAVY),
+    ]
+    labels += plot_curves(axes, last, curves)
     axes.set_ylim(0, 1.03)
     axes.set_ylabel("share of ΔH’s energy")
     finish_sites(axes, sites, labels, room=0.27)
@@ -118,13 +131,11 @@ def draw_cosines(axes: Axes, last: pd.DataFrame) -> str:
             shade_sites(axes, sites, 0.0, high)
     if last["mean_cosine_in_sample_null_high"].notna().any():
         labels.append(EndLabel(last_value(last["mean_cosine_in_sample_null_high"]) / 2, "nulls", _GREY))
-    for side, style, name, colour in (
-        ("in_sample", ":", "in-sample", _BLUE),
-        ("leave_one_out", "-", "leave-one-out", _NAVY),
-    ):
-        values = last[f"mean_cosine_{side}"]
-        plot_sites(axes, sites, values, style=style, colour=colour)
-        labels.append(EndLabel(last_value(values), name, colour))
+    curves = [
+        Curve("mean_cosine_in_sample", "in-sample", ":", _BLUE),
+        Curve("mean_cosine_leave_one_out", "leave-one-out", "-", _NAVY),
+    ]
+    labels += plot_curves(axes, last, curves)
     axes.set_ylim(min(0.0, float(last["mean_cosine_leave_one_out"].min()) - 0.03), 1.03)
     axes.set_ylabel("mean cosine with v*")
     finish_sites(axes, sites, labels, room=0.33)
@@ -139,19 +150,15 @@ def _reading(last: pd.DataFrame) -> list[str]:
     """How to read the figure, and what it does not show."""
     position, steps = last["position"].iloc[0], last["steps_taken"].iloc[0]
     lines = [
-        f"ΔH holds the change of each probe pair’s hidden state at {position}, policy less base, after {steps} steps; v* is its "
+        f"ΔH holds the change of each probe pair’s hidden state at {position}, policy less base, {after_steps(steps)}; v* is its "
         "mean row. Diamond: the final norm’s output, on a scale of its own.",
         "f = N‖v*‖²/‖ΔH‖²: share of ΔH that is one constant row. ρ₁: share along its first direction; centred: of what is left "
         "without the mean row.",
-        "Not independent evidence: ρ₁ ≥ f always, and with rows of equal length f is the square of the mean cosine. That f, ρ₁ "
-        "and the cosine are high is one fact told three times; centred ρ₁ is another.",
         "In-sample, a row is part of its own mean, so noise alone gives about 1/√N; leave-one-out compares it with the others "
         "and has null 0.",
-        "A constant shift need not be preference: whether SFT or shuffled labels shift as much is for controls to say, and a few "
-        "dimensions of large activations can pass for one (variant outlier_dims_removed of callbacks=full).",
     ]
     if last["shift_share_null_high"].notna().any() or last["mean_cosine_leave_one_out_null_high"].notna().any():
-        lines.insert(3, "Grey: up to the 97.5 % quantile when each row’s sign is flipped at random.")
+        lines.append("Grey: up to the 97.5 % quantile when each row’s sign is flipped at random.")
     return lines
 
 
@@ -165,7 +172,7 @@ def _headlines(last: pd.DataFrame) -> list[Headline]:
     ):
         if row[column] == row[column]:
             where = (
-                f"{site_name(site)}, after {row['steps_taken']} steps; geometry.csv, column {column}. No control yet."
+                f"{site_name(site)}, {after_steps(row['steps_taken'])}; geometry.csv, column {column}. No control yet."
             )
             found.append(Headline(as_text(float(row[column]), form), name, where))
     return found

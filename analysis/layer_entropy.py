@@ -1,14 +1,24 @@
 """Over how many directions do the update and the states spread, layer by layer? Spectral entropies at the last observation."""
 
 import math
+from functools import partial
 
 import pandas as pd
 from matplotlib.axes import Axes
 
-from analysis.figures import COLOURS, EndLabel, house_style, mark_level, new_figure, set_titles
+from analysis.figures import COLOURS, EndLabel, mark_level
 from analysis.observations import latest, most_entropy, updates
 from analysis.report import Section
-from analysis.site_axes import SITES_LABEL, as_text, extremes, finish_sites, last_value, plot_sites, prepare_sites
+from analysis.site_axes import (
+    Curve,
+    Panel,
+    as_text,
+    draw_over_sites,
+    extremes,
+    finish_sites,
+    plot_curves,
+    prepare_sites,
+)
 
 ENTROPIES = {
     f"{of}{'_centred' if centred else ''}_{kind}": f"spectral_entropy/{of}{'_centred' if centred else ''}/{kind}"
@@ -29,18 +39,21 @@ def entropy_section(table: pd.DataFrame) -> Section | None:
     last, cap = entropy_table(table), most_entropy(table)
     if last["delta_energy"].isna().all():
         return None
-    with house_style():
-        has_states = last["change_energy"].notna().any()
-        figure, axes = new_figure(2 if has_states else 1, panel_height_cm=6.0)
-        sentences = [draw_update(axes[0], last, cap)]
-        if has_states:
-            sentences.append(draw_states(axes[1], last))
-        axes[-1].set_xlabel(SITES_LABEL)
-        set_titles(figure, axes, sentences)
+    panels: list[Panel] = [partial(draw_update, cap=cap)]
+    panels += [draw_states] if last["change_energy"].notna().any() else []
+    figure, sentences = draw_over_sites(panels, last, panel_height_cm=6.0)
     return Section(
         name="entropy",
         question="Does the spread over directions collapse?",
+        claim="D-STEER, Fig. 4a: spectral entropy collapses in the upper layers, from about layer 22 of 32 on.",
         sentences=sentences,
+        interval="None: a resample repeats rows, and repeated rows lower any entropy. Its cap ln min(N, d) is drawn instead.",
+        limits=[
+            "Which entropy the paper drew: it does not say, so energies and singular values, update and states stand here.",
+            "Anything beside f and ρ₁ in the raw curves: a constant shift alone makes them small. Centred, it says how the rest "
+            "spreads. Section entropy_controls has every control.",
+            "What SFT or shuffled labels do to the same entropies.",
+        ],
         figure=figure,
         table=last,
         reading=_reading(last, cap),
@@ -57,20 +70,17 @@ def entropy_table(table: pd.DataFrame) -> pd.DataFrame:
     return last
 
 
-def draw_update(axes: Axes, last: pd.DataFrame, cap: float) -> str:
+def draw_update(axes: Axes, last: pd.DataFrame, *, cap: float) -> str:
     """Entropies of ΔH: of energies and of singular values, raw and centred."""
     sites = last["site"].tolist()
     prepare_sites(axes, sites)
-    labels = []
-    for column, style, colour, name in (
-        ("delta_energy", "-", _NAVY, "raw"),
-        ("delta_centred_energy", "--", _BLUE, "centred"),
-        ("delta_singular", ":", _NAVY, "raw, of σ"),
-        ("delta_centred_singular", "-.", _BLUE, "centred, of σ"),
-    ):
-        if last[column].notna().any():
-            plot_sites(axes, sites, last[column], style=style, colour=colour)
-            labels.append(EndLabel(last_value(last[column]), name, colour))
+    curves = [
+        Curve("delta_energy", "raw", "-", _NAVY),
+        Curve("delta_centred_energy", "centred", "--", _BLUE),
+        Curve("delta_singular", "raw, of σ", ":", _NAVY),
+        Curve("delta_centred_singular", "centred, of σ", "-.", _BLUE),
+    ]
+    labels = plot_curves(axes, last, curves)
     if math.isfinite(cap):
         mark_level(axes, cap)
         labels.append(EndLabel(cap, "most possible", _GREY))
@@ -88,14 +98,11 @@ def draw_states(axes: Axes, last: pd.DataFrame) -> str:
     sites = last["site"].tolist()
     prepare_sites(axes, sites)
     mark_level(axes, 0.0)
-    labels = [EndLabel(0.0, "no change", _GREY)]
-    for column, style, colour, name in (
-        ("change_energy", "-", _NAVY, "raw"),
-        ("change_centred_energy", "--", _BLUE, "centred"),
-    ):
-        if last[column].notna().any():
-            plot_sites(axes, sites, last[column], style=style, colour=colour)
-            labels.append(EndLabel(last_value(last[column]), name, colour))
+    curves = [
+        Curve("change_energy", "raw", "-", _NAVY),
+        Curve("change_centred_energy", "centred", "--", _BLUE),
+    ]
+    labels = [EndLabel(0.0, "no change", _GREY), *plot_curves(axes, last, curves)]
     reach = max(0.05, 1.15 * float(last[["change_energy", "change_centred_energy"]].abs().max().max()))
     axes.set_ylim(-reach, reach)
     axes.set_ylabel("H(policy) − H(base) (nats)")
@@ -114,8 +121,6 @@ def _reading(last: pd.DataFrame, cap: float) -> list[str]:
     lines = [
         "H = −Σ q ln q over a matrix’s singular values σ. Energy entropy: q = σ²/Σσ²; “of σ”: q = σ/Σσ, which weighs small "
         "directions more. 0: one direction; exp H: as many equal directions.",
-        "Raw, a constant shift alone makes the update’s entropy small, so this panel repeats f and ρ₁; centred, it says how the "
-        "rest spreads.",
         "The second panel is about the states themselves, not their change: whether the policy’s states use fewer directions than "
         "the base’s.",
         "Centred: less the mean row. Diamond: the final norm’s output.",

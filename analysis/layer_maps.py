@@ -48,7 +48,7 @@ MAPS = (
         None,
         "smallest",
     ),
-    Map("mean cosine, leave-one-out", "mean_cosine/leave_one_out", "The leave-one-out cosine with v*", ".3f", 0.0, 1.0),
+    Map("cosine, leave-one-out", "mean_cosine/leave_one_out", "The leave-one-out cosine with v*", ".3f", 0.0, 1.0),
 )
 
 
@@ -73,7 +73,13 @@ def layers_by_step_section(table: pd.DataFrame) -> Section | None:
     return Section(
         name="layers_by_step",
         question="When does it happen, and in which layers?",
+        claim="D-STEER, Fig. 4, says in which layers of a finished model (the upper ones); when it comes about is not told there.",
         sentences=sentences,
+        interval="None: each cell is one reading of the same probe, so cells of a row share their pairs.",
+        limits=[
+            "Three facts: f and the cosine are high or low together, and the raw entropy is then low or high.",
+            "Whether other runs take the same course: one seed, one order of the data.",
+        ],
         figure=figure,
         table=seen[drawn].rename(columns=lambda name: name.replace("/", "_")),
         reading=_reading(seen, n_moments),
@@ -137,7 +143,6 @@ def _reading(seen: pd.DataFrame, n_moments: int) -> list[str]:
         "after a decoder block; pre and post: before and after the final norm.",
         "Columns are evenly spaced, whatever the steps between them. The update is taken from the base model, not from the "
         "column before.",
-        "f and the cosine are high or low together, and the raw entropy is then low or high: one fact, not three.",
     ]
     if n_moments == 1:
         lines.append(

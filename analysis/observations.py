@@ -87,7 +87,17 @@ def updates(table: pd.DataFrame) -> pd.DataFrame:
 
 def latest(table: pd.DataFrame) -> pd.DataFrame:
     """The rows of the last observation among those given, in the order of the forward pass."""
-    return table[table["steps_taken"] == table["steps_taken"].max()].reset_index(drop=True)
+    steps = table["steps_taken"]
+    return table[(steps == steps.max()) | steps.isna()].reset_index(drop=True)  # NaN: one reading, at unknown steps
+
+
+def after_steps(steps: float) -> str:
+    """When an observation was made, in words.
+
+    >>> after_steps(120), after_steps(math.nan)
+    ('after 120 steps', 'in the aligned model')
+    """
+    return f"after {steps:.0f} steps" if steps == steps else "in the aligned model"
 
 
 def geometry_rows(metrics: pd.DataFrame) -> list[GeometryRow]:

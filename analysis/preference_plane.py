@@ -102,7 +102,15 @@ def preference_plane_section(parting: Parting | None) -> Section | None:
     return Section(
         name="preference_plane",
         question="Where do hidden states move, seen along the preference?",
+        claim="D-STEER, Fig. 1a: hidden states move along the preference vector v, pair by pair.",
         sentences=sentences,
+        interval=_interval(summary, site),
+        limits=[
+            "Anything but what was trained: DPO’s loss asks for ⟨h, v⟩ to grow at the final norm’s output.",
+            "The rest of the space, which two components hide. Each pair is drawn on another v: arrows side by side need not be "
+            "parallel in truth.",
+            "What shuffled labels or SFT do, and whether the step causes what is written.",
+        ],
         figure=figure,
         table=_points_table(parting, points),
         reading=_reading(parting, site),
@@ -182,6 +190,11 @@ def said_of_growth(summary: ProjectionSummary, site: str) -> str:
     )
 
 
+def _interval(summary: ProjectionSummary, site: str) -> str:
+    change, least, most = (as_text(x, "+.2f") for x in summary.change)
+    return f"Mean change at {site_name(site)}: {change}, 95 % CI {least} … {most}, prompts resampled, base and policy paired."
+
+
 def said_of_shares(points: PlanePoints, d_model: int) -> str:
     """How much of the update lies along each axis."""
     v, first, second = (as_text(100 * share, ".1f") + "\u00a0%" for share in points.energy_shares)
@@ -213,9 +226,6 @@ def _reading(parting: Parting, site: str) -> list[str]:
         f"An arrow is one pair at {site_name(site)}, from base to {rows.snapshot}. PC1, PC2: principal components of h without "
         "its part along v, of base and policy together, less their mean.",
         "Intervals: prompts resampled, base and policy paired. projections.csv has every pair at every site.",
-        "DPO’s loss asks for ⟨h, v⟩ to grow at the final norm’s output, so that it does is what was trained. Two components hide "
-        "the rest of the space, and each pair is drawn on another v: arrows side by side need not be parallel in truth.",
-        "Not shown: what shuffled labels or SFT do, and whether the step causes what is written.",
     ]
     if len(parting.kept) < rows.n_rows:
         lines.insert(

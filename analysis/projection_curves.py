@@ -4,16 +4,16 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from analysis.figures import COLOURS, EndLabel, mark_level
-from analysis.observations import DIVERGE, deepest, latest, site_name
+from analysis.observations import DIVERGE, after_steps, deepest, latest, site_name
 from analysis.report import Headline, Section
 from analysis.site_axes import (
+    Curve,
     Panel,
     as_text,
     draw_over_sites,
     extremes,
     finish_sites,
-    last_value,
-    plot_sites,
+    plot_curves,
     prepare_sites,
     shade_sites,
 )
@@ -44,7 +44,14 @@ def projection_section(table: pd.DataFrame, metrics: pd.DataFrame) -> Section | 
     return Section(
         name="projection",
         question="Do hidden states move along what the preference asks for?",
+        claim="D-STEER, Fig. 1a: the projection of hidden states onto the preference vector v grows with DPO.",
         sentences=sentences,
+        interval=_interval(last),
+        limits=[
+            "More than was trained: DPO’s loss asks for a larger difference of these logits, so growth at the final norm’s output "
+            "is no discovery. Further up v is a direction that later layers still rotate, so growth there is weaker evidence.",
+            "Whether this shift causes what the model writes; that is for steering to say.",
+        ],
         figure=figure,
         table=last,
         reading=_reading(last, metrics),
@@ -116,16 +123,21 @@ def draw_direction_cosines(axes: Axes, last: pd.DataFrame) -> str:
 
 def _curves(axes: Axes, last: pd.DataFrame, column: str, *, prefix: str = "") -> list[EndLabel]:
     """One curve a kind of direction, with its interval where it has one; returns their labels."""
-    sites, labels = last["site"].tolist(), []
+    curves = []
     for kind, name in _NAMES.items():
         values = column.format(kind)
-        if last[values].isna().all():
-            continue
         if f"{values}_low" in last and last[f"{values}_low"].notna().any():
-            shade_sites(axes, sites, last[f"{values}_low"], last[f"{values}_high"], colour=_COLOURS[kind])
-        plot_sites(axes, sites, last[values], style=_STYLES[kind], colour=_COLOURS[kind])
-        labels.append(EndLabel(last_value(last[values]), prefix + name, _COLOURS[kind]))
-    return labels
+            low, high = last[f"{values}_low"], last[f"{values}_high"]
+            shade_sites(axes, last["site"].tolist(), low, high, colour=_COLOURS[kind])
+        curves.append(Curve(values, prefix + name, _STYLES[kind], _COLOURS[kind]))
+    return plot_curves(axes, last, curves)
+
+
+def _interval(last: pd.DataFrame) -> str:
+    site = deepest(last["site"].tolist())
+    row = last[last["site"] == site].iloc[0]
+    change, low, high = (as_text(float(row[f"token_delta{end}"]), "+.2f") for end in ("", "_low", "_high"))
+    return f"Mean change at {site_name(site)}: {change}, 95 % CI {low} … {high}, prompts resampled, base and policy paired."
 
 
 def _reading(last: pd.DataFrame, metrics: pd.DataFrame) -> list[str]:
@@ -133,12 +145,9 @@ def _reading(last: pd.DataFrame, metrics: pd.DataFrame) -> list[str]:
         "v = e(chosen) − e(rejected): unembeddings of the first tokens in which a pair’s responses differ; v̄: of the mean tokens "
         "of whole responses. Both are each pair’s own. h is read where that first token is predicted.",
         "Bands: 95 % intervals by resampling prompts, base and policy paired.",
-        "Only at the final norm’s output is v a difference of logits; further up it is a direction that later layers still "
-        "rotate, so growth there is weaker evidence. Diamond: the final norm’s output.",
+        "Only at the final norm’s output (diamond) is v a difference of logits.",
         "v* is the mean change of h, at the same token. v* and v are different things, hence the last panel; chance is 0, about "
         "±1/√d for one pair.",
-        "DPO’s loss asks for a larger difference of these logits, so growth at the final norm’s output is what was trained. "
-        "It doesn’t say that this shift causes what the model writes.",
     ]
     if HYPERPLANE in metrics and metrics[HYPERPLANE].notna().any():
         share = as_text(float(metrics[HYPERPLANE].dropna().iloc[-1]), "percent")
@@ -151,5 +160,5 @@ def _headlines(last: pd.DataFrame) -> list[Headline]:
     row = last[last["site"] == site].iloc[0]
     if row["token_share_grown"] != row["token_share_grown"]:
         return []
-    where = f"{site_name(site)}, after {row['steps_taken']} steps; projection.csv, column token_share_grown. ½ is no change."
+    where = f"{site_name(site)}, {after_steps(row['steps_taken'])}; projection.csv, column token_share_grown. ½ is no change."
     return [Headline(as_text(float(row["token_share_grown"]), "percent"), "of pairs moved along v", where)]

@@ -30,14 +30,17 @@ class Headline:
     source: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Section:
     """What one analysis hands to the report.
 
     Args:
         name: of its figure and table files.
         question: heading.
-        sentences: message of each panel, with its number.
+        claim: what is put to the test, in words, and whose claim it is.
+        sentences: message of each panel, with its number; the first one is the answer on the first screen.
+        interval: how sure the numbers are: the interval of the main one, or why there is none.
+        limits: what the figure does not show.
         figure: drawn, not yet saved.
         table: the numbers drawn.
         reading: how to read the figure.
@@ -50,7 +53,10 @@ class Section:
 
     name: str
     question: str
+    claim: str = ""
     sentences: Sequence[str]
+    interval: str = ""
+    limits: Sequence[str] = ()
     figure: Figure
     table: pd.DataFrame
     reading: Sequence[str]

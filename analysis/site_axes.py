@@ -1,7 +1,7 @@
 """Curves over sites, in the order of the forward pass, and numbers as the sentences above them say them."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -12,7 +12,7 @@ from analysis.figures import COLOURS, EndLabel, house_style, label_ends, new_fig
 from analysis.observations import site_name
 from tiltmeter.layers import FINAL_POST_NORM, FINAL_PRE_NORM
 
-SITES_LABEL = "after decoder block (pre, post: around the final norm)"
+SITES_LABEL = "after block (pre, post: around the final norm)"
 _MOST_TICKS = 9
 _LARGEST = 1e6
 """From here on numbers are written with an exponent; none of them is expected to be so large."""
@@ -20,6 +20,16 @@ _LARGEST = 1e6
 
 Panel = Callable[[Axes, pd.DataFrame], str]
 """Draws one panel from a table with a row for each site, and returns its message."""
+
+
+class Curve(NamedTuple):
+    """A column of a table with a row for each site, and how it is drawn."""
+
+    column: str
+    name: str
+    """At the right end."""
+    style: str
+    colour: str
 
 
 def draw_over_sites(
@@ -39,14 +49,37 @@ def prepare_sites(axes: Axes, sites: Sequence[str]) -> None:
     axes.set_xlim(-0.3, len(sites) - 0.7)
 
 
-def plot_sites(axes: Axes, sites: Sequence[str], values: pd.Series, *, style: str = "-", colour: str = "") -> None:
-    """One quantity at each site: the residual stream as a line, the final norm's output as a point of its own scale."""
-    colour = colour or COLOURS["policy"]
+def plot_sites(
+    axes: Axes,
+    sites: Sequence[str],
+    values: pd.Series,
+    *,
+    style: str | tuple[float, tuple[float, ...]] = "-",
+    colour: str = "",
+    is_behind: bool = False,
+) -> None:
+    """One quantity at each site: the residual stream as a line, the final norm's output as a point of its own scale.
+
+    Args:
+        is_behind: broad and pale, for what another line is compared with.
+    """
     residual = np.array([site != FINAL_POST_NORM for site in sites])
     x, y = np.arange(len(sites)), values.to_numpy(dtype=float)
-    marker = "o" if len(sites) <= _MOST_TICKS + 3 else ""
-    axes.plot(x[residual], y[residual], color=colour, linestyle=style, marker=marker, markersize=2.5)
-    axes.plot(x[~residual], y[~residual], color=colour, linestyle="", marker="D", markersize=2.8)
+    look: dict[str, Any] = {"color": colour or COLOURS["policy"]}
+    look |= {"linewidth": 4.0, "alpha": 0.35, "zorder": 1} if is_behind else {}
+    marker = "o" if len(sites) <= _MOST_TICKS + 3 and not is_behind else ""
+    axes.plot(x[residual], y[residual], linestyle=style, marker=marker, markersize=2.5, **look)
+    axes.plot(x[~residual], y[~residual], linestyle="", marker="D", markersize=5.5 if is_behind else 2.8, **look)
+
+
+def plot_curves(axes: Axes, table: pd.DataFrame, curves: Sequence[Curve]) -> list[EndLabel]:
+    """Curves over the sites, but for those without a number; returns their labels."""
+    sites, labels = table["site"].tolist(), []
+    for column, name, style, colour in curves:
+        if table[column].notna().any():
+            plot_sites(axes, sites, table[column], style=style, colour=colour)
+            labels.append(EndLabel(last_value(table[column]), name, colour))
+    return labels
 
 
 def shade_sites(axes: Axes, sites: Sequence[str], low: pd.Series | float, high: pd.Series, *, colour: str = "") -> None:

@@ -68,7 +68,7 @@ class StoredRows:
         if self.n_left_out:
             lines.append(f"{self.n_left_out} rows hold NaN or infinity and are left out.")
         if self.dtype != "float32":
-            lines.append(f"Rows were stored as {self.dtype}, whose rounding is 5 to 74 % of small updates.")
+            lines.append(f"States were kept as {self.dtype}, whose rounding is 5 to 74 % of small updates.")
         return lines
 
 
@@ -99,12 +99,17 @@ def latest_rows(snapshots: Path, metrics: pd.DataFrame, *, position: str | None 
     there = torch.stack([(before[p].rows + after[p].rows).isfinite().all(1) for p in points]).all(0)
     base = {p.site: before[p].rows[there] for p in points}
     policy = {p.site: after[p].rows[there] for p in points}
-    if int(there.sum()) < 2 or all(torch.equal(base[site], policy[site]) for site in base):
-        return None
     ids = [i for i, kept in zip(reader.manifest.labels[position].pair_ids, there.tolist(), strict=True) if kept]
     groups = {pair.pair_id: pair.group for pair in read_probe_pairs(snapshots.parent / PROMPTS_FILE)}
     clusters = [groups.get(i, i) for i in ids]
-    return StoredRows(name, position, reader.manifest.dtype, ids, clusters, base, policy, int((~there).sum()))
+    n_left_out = int((~there).sum())
+    return changed_rows(StoredRows(name, position, reader.manifest.dtype, ids, clusters, base, policy, n_left_out))
+
+
+def changed_rows(rows: StoredRows) -> StoredRows | None:
+    """The same; None with fewer than two rows, or where nothing changed at any site."""
+    is_same = all(torch.equal(rows.base[site], rows.policy[site]) for site in rows.sites)
+    return None if rows.n_rows < 2 or is_same else rows
 
 
 def latest_name(names: Sequence[str], metrics: pd.DataFrame) -> str | None:

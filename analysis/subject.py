@@ -39,13 +39,19 @@ class Subject:
 
 
 def subject_of_run(
-    run: Run, *, asked: Sequence[str] = (), is_read: bool = True, command: Callable[[str], str] | None = None
+    run: Run,
+    *,
+    asked: Sequence[str] = (),
+    is_read: bool = True,
+    left_out: Sequence[str] = (),
+    command: Callable[[str], str] | None = None,
 ) -> Subject:
     """That of a finished run.
 
     Args:
         asked: analyses that asked its models again.
         is_read: whether anything is read off its folder.
+        left_out: analyses that it has nothing for.
         command: what makes a section again, by its name; None: without further options.
     """
     title = f"{run.setting('name') or run.folder.name}: {run.setting('arm') or 'one run'}, {run.n_steps} steps"
@@ -58,7 +64,10 @@ def subject_of_run(
     def plain(name: str) -> str:
         return shlex.join(["python", "analyze.py", f"run={run.folder}", f"analysis={name}"])
 
-    return Subject("report of one run", title, _facts(run), origin, run.report, command or plain)
+    facts = _facts(run)
+    if left_out:
+        facts.append(("Not shown", f"{', '.join(left_out)}: the run logged nothing for it"))
+    return Subject("report of one run", title, facts, origin, run.report, command or plain)
 
 
 def subject_of_checkpoints(
@@ -68,6 +77,7 @@ def subject_of_checkpoints(
     *,
     reports: Sequence[LoadReport],
     cuts: TokenizationReport,
+    left_out: Sequence[str] = (),
     command: Callable[[str], str],
     report: Path,
 ) -> Subject:
@@ -77,6 +87,7 @@ def subject_of_checkpoints(
         base, aligned: as they were given.
         reports: what was read.
         cuts: what encoding the pairs cut or dropped.
+        left_out: analyses that only a run can have.
         command: what makes a section again, by its name.
     """
     read = "; ".join(f"{r.source} ({r.location}), {r.n_kept} of {r.n_rows} pairs" for r in reports)
@@ -89,6 +100,8 @@ def subject_of_checkpoints(
         ("Asked about", "; ".join([f"{len(checkpoints.pairs)} pairs, one a prompt", *lost])),
         ("Held out?", "not known: the aligned model may have been trained on these prompts"),
     ]
+    if left_out:
+        facts.append(("Not shown", f"{', '.join(left_out)}: only a run that was trained here has a course over steps"))
     title = f"{Path(aligned).name} against {Path(base).name}"
     return Subject("report of two checkpoints", title, facts, "of these two checkpoints, asked now.", report, command)
 

@@ -66,12 +66,26 @@ def training_section(run: Run) -> Section:
     return Section(
         name="training",
         question="How did training go?",
+        claim=_claim(table),
         sentences=sentences,
+        interval=f"Held-out accuracy:{note}"
+        if (note := _interval_note(run))
+        else "None: the run kept no held_out.csv to resample prompts of.",
+        limits=[
+            "That the model is better: a low loss or a high accuracy says that it fits or ranks these pairs as their labels do.",
+            "What another seed or order of the data would give.",
+        ],
         figure=figure,
         table=table,
         reading=reading,
         headlines=headlines(table, note=_interval_note(run) + _noise_note(run)),
     )
+
+
+def _claim(table: pd.DataFrame) -> str:
+    if "accuracy" in table:
+        return "DPO (Rafailov et al. 2023): the policy learns to rank responses as their labels do, also on prompts not trained on."
+    return "None of the papers’: supervised training lowers the loss, also on prompts that it was not done on."
 
 
 def training_table(run: Run) -> tuple[pd.DataFrame, int]:

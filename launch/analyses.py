@@ -15,6 +15,7 @@ from analysis.behaviour_by_step import behaviour_by_step_section, behaviour_of_r
 from analysis.behaviour_section import NAME as BEHAVIOUR
 from analysis.gradient_field_section import NAME as GRADIENT_FIELD
 from analysis.hidden_states import SECTIONS as HIDDEN_STATES
+from analysis.read_states import OVER_STEPS
 from analysis.report import Section
 from analysis.runs import Run
 from analysis.steering_section import NAME as STEERING
@@ -30,6 +31,7 @@ OF_FOLDER: Mapping[str, Callable[[Run], Section]] = {
 """Read off the tables of a run's folder."""
 OPTIONAL: Mapping[str, Callable[[Run], Section | None]] = {BEHAVIOUR_BY_STEP: behaviour_by_step_section}
 """Those of them that a run need not have."""
+NEED_A_RUN = (*OF_FOLDER, *OVER_STEPS)
 ASKED: Mapping[str, str] = {
     BEHAVIOUR: "behaviour",
     STEERING: "steering",
@@ -41,7 +43,8 @@ _KEYS: Mapping[str, Sequence[str]] = {
     **{node: (name,) for name, node in ASKED.items()},
     "truthfulqa": (BEHAVIOUR,),
     **dict.fromkeys(("decoding", "judge", "toxicity"), (BEHAVIOUR, STEERING)),
-    **dict.fromkeys(("dtype", "device"), tuple(ASKED)),
+    "hidden_states": HIDDEN_STATES,
+    **dict.fromkeys(("dtype", "device"), (*HIDDEN_STATES, *ASKED)),
 }
 """Keys of the configuration → the analyses that they have an effect on; others concern all."""
 _OF_CHECKPOINTS = ("data", "pairs", "out")
@@ -63,11 +66,10 @@ def chosen_analyses(asked: str | ListConfig, *, of_run: bool) -> dict[str, bool]
     for name in names or ["none"]:
         if name not in (ALL, *known):
             raise UserError(f"analysis={name}: there is none of that name (there are: {', '.join((ALL, *known))})")
-    needs_run = (*OF_FOLDER, *HIDDEN_STATES)
-    if not of_run and (wrong := [name for name in names if name in needs_run]):
-        there_are = ", ".join(name for name in known if name not in needs_run)
+    if not of_run and (wrong := [name for name in names if name in NEED_A_RUN]):
+        there_are = ", ".join(name for name in known if name not in NEED_A_RUN)
         raise UserError(f"analysis={wrong[0]}: needs a run; two checkpoints are asked with {there_are} or {ALL}")
-    left_out = (BEHAVIOUR,) if of_run else needs_run  # a run's models were scored while it trained
+    left_out = (BEHAVIOUR,) if of_run else NEED_A_RUN  # a run's models were scored while it trained
     whole = [name for name in known if name not in left_out] if ALL in names else []
     return {name: name in names for name in known if name in names or name in whole}
 
@@ -77,11 +79,17 @@ def refuse_unused(names: Iterable[str], *, of_run: bool) -> None:
     unused = dict.fromkeys(_OF_CHECKPOINTS, "two checkpoints, base=… aligned=…") if of_run else {}
     for key, analyses in _KEYS.items():
         if not set(analyses) & set(names):
-            unused[key] = " or ".join(f"analysis={name}" for name in analyses)
+            unused[key] = _needs(analyses)
     for text in _overrides():
         key = _key(text)
         if (needs := unused.get(key.split(".")[0])) is not None:
             raise UserError(f"{key}: has no effect here; it is for {needs}")
+
+
+def _needs(analyses: Sequence[str]) -> str:
+    asked = " or ".join(f"analysis={name}" for name in analyses if name not in HIDDEN_STATES)
+    read = "hidden states that no run stored" if set(HIDDEN_STATES) & set(analyses) else ""
+    return ", or ".join(text for text in (read, asked) if text)
 
 
 def options_of(name: str) -> list[str]:
@@ -89,7 +97,7 @@ def options_of(name: str) -> list[str]:
 
     Left out: what concerns other analyses alone, and what says how to go about it rather than what to compute.
     """
-    never = ("run", "base", "aligned", "analysis", "dry_run", "debug", "steering.restart")
+    never = ("run", "base", "aligned", "analysis", "dry_run", "debug", "runs_root", "steering.restart")
     return [
         text.lstrip("+")
         for text in _overrides()

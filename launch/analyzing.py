@@ -1,25 +1,48 @@
 """From a composed configuration to a report, of a run or of any two checkpoints."""
 
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from functools import cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from analysis.checkpoints import Checkpoints, HeldOutPairs, checkpoints_of_run
-from analysis.hidden_states import SECTIONS, Watched, hidden_state_section, section_of_run
+from analysis.hidden_states import SECTIONS, Watched, hidden_state_section
+from analysis.read_states import READ_NOW, ReadNow, StateReading
 from analysis.report import Section, write_report
 from analysis.runs import Run, find_run, open_run
 from analysis.samples import Samples, compare_samples, samples_of_models
 from analysis.subject import Subject, subject_of_checkpoints, subject_of_run
-from launch.analyses import ASKED, OF_FOLDER, OPTIONAL, chosen_analyses, is_set, options_of, refuse_unused
+from launch.analyses import (
+    ASKED,
+    NEED_A_RUN,
+    OF_FOLDER,
+    OPTIONAL,
+    chosen_analyses,
+    is_set,
+    options_of,
+    refuse_unused,
+)
 from launch.asking import Asked, Plan, Question, costs_table
 from launch.configuration import check_config
 from launch.screen import console
 from tiltmeter.errors import IncompleteEvaluation, UserError
+
+
+class Wanted(NamedTuple):
+    """What the command line asks for, built but not begun."""
+
+    names: Mapping[str, bool]
+    """Analyses, and whether each was asked for by its name."""
+    questions: Mapping[str, Question]
+    """Those that ask models."""
+    reading: StateReading
+    dry_run: bool
 
 
 def analyze(config: DictConfig) -> Path | None:
@@ -35,10 +58,11 @@ def analyze(config: DictConfig) -> Path | None:
     of_run = _asks_of_run(config)
     names = chosen_analyses(config.analysis, of_run=of_run)
     refuse_unused(names, of_run=of_run)
-    questions: dict[str, Question] = {name: instantiate(config[ASKED[name]]) for name in names if name in ASKED}
+    questions = {name: instantiate(config[ASKED[name]]) for name in names if name in ASKED}
+    wanted = Wanted(names, questions, instantiate(config.hidden_states), config.dry_run)
     if of_run:
-        return _analyze_run(config, names, questions)
-    return _analyze_checkpoints(config, names, questions)
+        return _analyze_run(wanted, open_run(find_run(str(config.run), Path(config.runs_root))))
+    return _analyze_checkpoints(config, wanted)
 
 
 def _asks_of_run(config: DictConfig) -> bool:
@@ -53,55 +77,104 @@ def _asks_of_run(config: DictConfig) -> bool:
     return "run" in given
 
 
-def _analyze_run(config: DictConfig, names: Mapping[str, bool], questions: Mapping[str, Question]) -> Path | None:
-    run = open_run(find_run(str(config.run), Path(config.runs_root)))
-    subject = subject_of_run(
-        run, asked=list(questions), is_read=len(names) > len(questions), command=partial(_command, f"run={run.folder}")
-    )
-    plans = _plan(config, names, questions, cache(partial(checkpoints_of_run, run)), run.report / "tables")
-    if config.dry_run:
-        _say_costs(plans)
+def _analyze_run(wanted: Wanted, run: Run) -> Path | None:
+    opened = cache(partial(checkpoints_of_run, run))
+    plans = _plan(wanted, opened, run.report / "tables")
+    read = _read_off(wanted.names, run)
+    again = [name for name in wanted.names if name in READ_NOW and name not in read]
+    if not again:
+        refuse_unused(wanted.questions, of_run=True)
+    try:
+        checkpoints = opened(dtype=wanted.reading.dtype, device=wanted.reading.device) if again else None
+    except UserError as error:
+        raise UserError(
+            f"analysis={again[0]}: {run.folder} stored no hidden states for it, and they can’t be read again: {error}"
+        ) from error
+    if wanted.dry_run:
+        _say_costs(plans, wanted.reading, checkpoints)
         return None
-    read = [_read(name, run, is_named=is_named) for name, is_named in names.items() if name not in ASKED]
-    samples = partial(samples_of_models, plans[0].checkpoints) if plans else partial(compare_samples, run)
-    return _report(subject, [section for section in read if section], [_ask(plan) for plan in plans], samples)
+    if checkpoints is not None:
+        now = wanted.reading.read(checkpoints, n_steps=run.n_steps)
+        note = f"The run stored nothing for this: hidden states of {now.n_pairs} of its held-out pairs were read again."
+        read |= _drawn_now(again, now, note)
+    _check_named(wanted.names, read)
+    asked = [_ask(plan) for plan in plans]
+    subject = subject_of_run(
+        run,
+        asked=[*(name for name in again if name in read), *wanted.questions],
+        is_read=any(name not in again for name in read),
+        left_out=[name for name in wanted.names if name not in (*read, *wanted.questions)],
+        command=partial(_command, f"run={run.folder}"),
+    )
+    models = plans[0].checkpoints if plans else checkpoints
+    samples = partial(compare_samples, run) if models is None else partial(samples_of_models, models)
+    return _report(subject, _in_order(wanted.names, read), asked, samples)
 
 
-def _read(name: str, run: Run, *, is_named: bool) -> Section | None:
-    """A section of what the run's folder holds; None for what it doesn't, unless that was asked for by its name."""
-    if name in SECTIONS:
-        return section_of_run(name, run) if is_named else hidden_state_section(name, Watched.of_run(run))
-    return (OF_FOLDER if is_named or name not in OPTIONAL else OPTIONAL)[name](run)
+def _read_off(names: Mapping[str, bool], run: Run) -> dict[str, Section]:
+    """Sections of what the run's folder holds, by name; none for what it doesn't."""
+    seen, found = Watched.of_run(run), {}
+    for name, is_named in names.items():
+        if name in SECTIONS:
+            section = hidden_state_section(name, seen)
+        elif name in OF_FOLDER:
+            section = (OF_FOLDER if is_named or name not in OPTIONAL else OPTIONAL)[name](run)
+        else:
+            continue
+        if section is not None:
+            found[name] = section
+    return found
 
 
-def _analyze_checkpoints(
-    config: DictConfig, names: Mapping[str, bool], questions: Mapping[str, Question]
-) -> Path | None:
+def _drawn_now(names: Iterable[str], now: ReadNow, note: str) -> dict[str, Section]:
+    """Sections of what was just read; each says so."""
+    drawn = {name: section for name in names if (section := hidden_state_section(name, now))}
+    return {name: replace(section, reading=[*section.reading, note]) for name, section in drawn.items()}
+
+
+def _check_named(names: Mapping[str, bool], found: Mapping[str, Section]) -> None:
+    """Refuse to leave out what was asked for by its name. Raises UserError."""
+    for name, is_named in names.items():
+        if is_named and name not in ASKED and name not in found:
+            needs = "a run trained with callbacks=geometry or callbacks=full that took at least one step"
+            if name not in NEED_A_RUN:
+                needs = f"{needs}, or two models that differ, and at least four pairs whose responses do"
+            raise UserError(f"analysis={name}: there are no readings for it (expected {needs})")
+
+
+def _analyze_checkpoints(config: DictConfig, wanted: Wanted) -> Path | None:
     pairs: HeldOutPairs = instantiate(config.pairs)
     base, aligned = str(config.base), str(config.aligned)
     opened = cache(partial(pairs.ask, base, aligned, instantiate(config.data)))
     stamp = datetime.now().astimezone().strftime("%Y-%m-%d_%H-%M-%S")
     folder = Path(config.out) if config.out else Path(config.runs_root) / "checkpoints" / stamp / "report"
-    plans = _plan(config, names, questions, lambda **how: opened(**how)[0], folder / "tables")
-    if config.dry_run:
-        _say_costs(plans)
-        return None
-    first = next(iter(questions.values()))
+    plans = _plan(wanted, lambda **how: opened(**how)[0], folder / "tables")
+    now = [name for name in wanted.names if name in READ_NOW]
+    first = wanted.reading if now else next(iter(wanted.questions.values()))
     checkpoints, reports, cuts = opened(dtype=first.dtype, device=first.device)
-    command = partial(_command, f"base={base}", f"aligned={aligned}")
+    if wanted.dry_run:
+        _say_costs(plans, wanted.reading, checkpoints if now else None)
+        return None
+    read: dict[str, Section] = {}
+    if now:
+        states = wanted.reading.read(checkpoints)
+        read = _drawn_now(now, states, f"Hidden states of {states.n_pairs} pairs were read now, once.")
+        _check_named(wanted.names, read)
+    asked = [_ask(plan) for plan in plans]
     subject = subject_of_checkpoints(
-        checkpoints, base, aligned, reports=reports, cuts=cuts, command=command, report=folder
+        checkpoints,
+        base,
+        aligned,
+        reports=reports,
+        cuts=cuts,
+        left_out=() if all(wanted.names.values()) else NEED_A_RUN,
+        command=partial(_command, f"base={base}", f"aligned={aligned}"),
+        report=folder,
     )
-    return _report(subject, [], [_ask(plan) for plan in plans], partial(samples_of_models, checkpoints))
+    return _report(subject, _in_order(wanted.names, read), asked, partial(samples_of_models, checkpoints))
 
 
-def _plan(
-    config: DictConfig,
-    names: Mapping[str, bool],
-    questions: Mapping[str, Question],
-    opened: Callable[..., Checkpoints],
-    tables: Path,
-) -> list[Plan]:
+def _plan(wanted: Wanted, opened: Callable[..., Checkpoints], tables: Path) -> list[Plan]:
     """What is asked, models opened and judges reached; models of one dtype and device are opened once."""
     return [
         Plan(
@@ -109,11 +182,15 @@ def _plan(
             question,
             opened(dtype=question.dtype, device=question.device),
             tables=tables,
-            takes_old=not (names[name] or is_set(name)),
-            dry_run=config.dry_run,
+            takes_old=not (wanted.names[name] or is_set(name)),
+            dry_run=wanted.dry_run,
         )
-        for name, question in questions.items()
+        for name, question in wanted.questions.items()
     ]
+
+
+def _in_order(names: Iterable[str], found: Mapping[str, Section]) -> list[Section]:
+    return [found[name] for name in names if name in found]
 
 
 def _command(*arguments: str) -> str:
@@ -122,9 +199,12 @@ def _command(*arguments: str) -> str:
     return shlex.join(["python", "analyze.py", *about, *options_of(name), f"analysis={name}"])
 
 
-def _say_costs(plans: Sequence[Plan]) -> None:
-    if plans:
-        console().print(costs_table(plans))
+def _say_costs(plans: Sequence[Plan], reading: StateReading, read: Checkpoints | None) -> None:
+    """Print what would be run; ``read``: the models whose hidden states would be."""
+    costs = {} if read is None else {"hidden states": reading.costs(read)}
+    costs |= {plan.name: plan.costs() for plan in plans}
+    if costs:
+        console().print(costs_table(costs))
     else:
         console().print("Would run nothing: what is asked is read off the run’s folder.")
 

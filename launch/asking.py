@@ -1,7 +1,7 @@
 """Analyses that ask models, each planned before any of them starts: what it will take, and its section when it is run."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -107,13 +107,13 @@ def _behaviour(question: Behaviour, checkpoints: Checkpoints) -> Asked:
     return Asked(behaviour_section(answers), samples_of(checkpoints.pairs, answers.samples, answers.decoding), lost)
 
 
-def costs_table(plans: Sequence[Plan]) -> Table:
-    """What would be run."""
+def costs_table(costs: Mapping[str, Sequence[Cost]]) -> Table:
+    """What would be run, by analysis."""
     table = Table(title="Would run", title_justify="left", title_style="bold")
     for column, justify in (("analysis", "left"), ("", "left"), ("passes", "right"), ("tokens", "right")):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
-    for plan in plans:
-        rows = [(cost.name, f"{cost.forwards:,.1f}", f"{cost.tokens:,}") for cost in plan.costs()]
+    for name, parts in costs.items():
+        rows = [(cost.name, f"{cost.forwards:,.1f}", f"{cost.tokens:,}") for cost in parts]
         for i, row in enumerate(rows or [("not known before", "–", "–")]):
-            table.add_row("" if i else plan.name, *row)
+            table.add_row("" if i else name, *row)
     return table

@@ -14,10 +14,29 @@ from torch import Tensor
 class SplitHalf(NamedTuple):
     """Agreement of two random halves, for each of several splits."""
 
-    mean_cosine: Float[Tensor, " split"]
-    """Mean of cos(row, mean of the half that it is not in), over both halves."""
+    cosines: Float[Tensor, "split row"]
+    """cos(row, mean of the half that it is not in)."""
     cosine_of_means: Float[Tensor, " split"]
     """cos between the two halves' means: how reproducible v* is."""
+
+    @property
+    def mean_cosine(self) -> Float[Tensor, " split"]:
+        """Mean of :attr:`cosines` over the rows of both halves."""
+        return self.cosines.mean(1)
+
+
+def at_least_two_rows(updates: Float[Tensor, "row d_model"], *, name: str) -> Float[Tensor, "row d_model"]:
+    """The rows in float64.
+
+    Args:
+        name: of the figure that needs them, for the message.
+
+    Raises:
+        ValueError: fewer than two rows.
+    """
+    if len(updates) < 2:
+        raise ValueError(f"{name}: expected at least two rows, got {len(updates)}")
+    return updates.to(torch.float64)
 
 
 def cosine(a: Float[Tensor, "*row d_model"], b: Float[Tensor, "*#row d_model"]) -> Float[Tensor, "*row"]:
@@ -63,10 +82,8 @@ def split_half(updates: Float[Tensor, "row d_model"], *, n_splits: int = 20, see
     Raises:
         ValueError: fewer than two rows.
     """
+    updates = at_least_two_rows(updates, name="split_half")
     n = len(updates)
-    if n < 2:
-        raise ValueError(f"split_half: expected at least two rows, got {n}")
-    updates = updates.to(torch.float64)
     halves = torch.zeros(n_splits, n, dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
     for half in halves:
@@ -91,4 +108,4 @@ def split_half_of_gram(
     lengths = [energy.clamp(min=0).sqrt()[:, None] for energy in energies]
     other = torch.where(halves == 1, sums[1] / lengths[1], sums[0] / lengths[0])
     between = (sums[1] * signs * halves).sum(1) / (lengths[0] * lengths[1])[:, 0]
-    return SplitHalf((signs * other / norms).mean(1), between)
+    return SplitHalf(signs * other / norms, between)

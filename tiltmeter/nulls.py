@@ -9,7 +9,7 @@ from scipy.integrate import quad
 from scipy.optimize import brentq
 from torch import Tensor
 
-from tiltmeter.consistency import SplitHalf, split_half_of_gram
+from tiltmeter.consistency import SplitHalf, at_least_two_rows, split_half_of_gram
 from tiltmeter.geometry import unit_rows
 from tiltmeter.spectra import singular_values
 
@@ -52,11 +52,8 @@ def sign_flip_null(updates: Float[Tensor, "row d_model"], *, n_flips: int = 1000
     Raises:
         ValueError: fewer than two rows.
     """
-    n = len(updates)
-    if n < 2:
-        raise ValueError(f"sign_flip_null: expected at least two rows, got {n}")
-    updates = updates.to(torch.float64)
-    generator = torch.Generator().manual_seed(seed)
+    updates = at_least_two_rows(updates, name="sign_flip_null")
+    n, generator = len(updates), torch.Generator().manual_seed(seed)
     parts = []
     for start in range(0, n_flips, _FLIPS_AT_A_TIME):
         signs = _random_signs(min(_FLIPS_AT_A_TIME, n_flips - start), n, generator)
@@ -73,11 +70,8 @@ def split_half_null(updates: Float[Tensor, "row d_model"], *, n_flips: int = 500
     Raises:
         ValueError: fewer than two rows.
     """
-    n = len(updates)
-    if n < 2:
-        raise ValueError(f"split_half_null: expected at least two rows, got {n}")
-    updates = updates.to(torch.float64)
-    generator = torch.Generator().manual_seed(seed)
+    updates = at_least_two_rows(updates, name="split_half_null")
+    n, generator = len(updates), torch.Generator().manual_seed(seed)
     signs = _random_signs(n_flips, n, generator)
     halves = (torch.rand(n_flips, n, generator=generator).argsort(1) < n // 2).to(torch.float64)
     return split_half_of_gram(updates @ updates.T, halves.to(updates.device), signs.to(updates.device))

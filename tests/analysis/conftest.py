@@ -3,6 +3,7 @@
 import csv
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,33 +45,35 @@ def sft_rows() -> list[dict[str, float]]:
     return rows + [{"step": i, "epoch": 0, "val/loss": x, "val/logps/chosen": -30.0} for i, x in validations.items()]
 
 
+def write_run(
+    root: Path,
+    experiment: str = "fake",
+    stamp: str = STAMP,
+    *,
+    finished: bool = True,
+    config: dict[str, Any] | None = None,
+    rows: list[dict[str, float]] | None = None,
+    prompts: list[dict[str, Any]] | None = None,
+) -> Path:
+    """A run folder below ``root/runs``."""
+    folder = root / "runs" / experiment / stamp
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG | (config or {})), encoding="utf-8")
+    rows = dpo_rows() if rows is None else rows
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with (folder / "metrics.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    if finished:
+        (folder / "aligned").mkdir()
+        (folder / "aligned" / "config.json").write_text("{}", encoding="utf-8")
+    if prompts is not None:
+        (folder / "probe_prompts.json").write_text(json.dumps(prompts), encoding="utf-8")
+    return folder
+
+
 @pytest.fixture
 def make_run(tmp_path: Path) -> MakeRun:
     """Writes a run folder below ``tmp_path/runs``."""
-
-    def make(
-        experiment: str = "fake",
-        stamp: str = STAMP,
-        *,
-        finished: bool = True,
-        config: dict[str, Any] | None = None,
-        rows: list[dict[str, float]] | None = None,
-        prompts: list[dict[str, Any]] | None = None,
-    ) -> Path:
-        folder = tmp_path / "runs" / experiment / stamp
-        folder.mkdir(parents=True)
-        (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG | (config or {})), encoding="utf-8")
-        rows = dpo_rows() if rows is None else rows
-        columns = list(dict.fromkeys(name for row in rows for name in row))
-        with (folder / "metrics.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        if finished:
-            (folder / "aligned").mkdir()
-            (folder / "aligned" / "config.json").write_text("{}", encoding="utf-8")
-        if prompts is not None:
-            (folder / "probe_prompts.json").write_text(json.dumps(prompts), encoding="utf-8")
-        return folder
-
-    return make
+    return partial(write_run, tmp_path)

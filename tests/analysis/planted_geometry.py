@@ -2,15 +2,18 @@
 
 from pathlib import Path
 
+import pandas as pd
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from analysis.hidden_states import Watched
+from analysis.stored_rows import StoredRows
 from tests.analysis.conftest import dpo_rows
 from tiltmeter.batch import PROMPT
 from tiltmeter.capture import HiddenStates, ReadPoint
 from tiltmeter.files import write_json
-from tiltmeter.layers import all_sites
+from tiltmeter.layers import FINAL_POST_NORM, all_sites
 from tiltmeter.snapshots import BASE, SnapshotWriter
 from tiltmeter.watching import consistency_metrics, spectral_metrics
 
@@ -118,3 +121,21 @@ def write_pairs(run_dir: Path) -> None:
 def unembedding_weight() -> Tensor:
     """W_U of a vocabulary of ten."""
     return torch.randn(10, WIDTH, generator=torch.Generator().manual_seed(5))
+
+
+def noise(n: int, d: int, seed: int = 0) -> Tensor:
+    """Independent normal entries."""
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def stored(base: Tensor, policy: Tensor, clusters: list[str] | None = None) -> StoredRows:
+    """One site of planted rows."""
+    ids = [str(i) for i in range(len(base))]
+    at = {FINAL_POST_NORM: base}, {FINAL_POST_NORM: policy}
+    return StoredRows("epoch=000", "prompt_last", "float32", ids, clusters or ids, *at, 0)
+
+
+def watched(folder: Path, **options: object) -> Watched:
+    """What a run in that folder has logged and stored."""
+    write_snapshots(folder / "snapshots", **options)  # type: ignore[arg-type]
+    return Watched(pd.DataFrame(run_rows()), folder / "snapshots")

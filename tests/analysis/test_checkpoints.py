@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from analysis import checkpoints as module
 from analysis.behaviour import Behaviour
@@ -76,11 +76,35 @@ def test_labels_that_were_flipped_are_asked_about_as_they_are_meant(folders: tup
 
 
 def test_two_tokenizers_are_refused(folders: tuple[str, str], tmp_path: Path) -> None:
-    other = train_bpe_tokenizer(["other words entirely " * 20], vocab_size=280)
+    other = train_bpe_tokenizer(["other words entirely are said here today " * 20], vocab_size=280)
+    assert len(other) == len(asked.TOKENIZER)
     save_model(tmp_path / "other", seed=0, tokenizer=other)
     with pytest.raises(UserError, match=r"base=.* aligned=.*other: their tokenizers differ") as caught:
         HeldOutPairs().ask(folders[0], str(tmp_path / "other"), MemorySource(4))
     one_line(caught)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"hidden_size": 48}, "hidden_size is 32 and 48"), ({"num_hidden_layers": 3}, "num_hidden_layers is 2 and 3")],
+)
+def test_two_shapes_are_refused_before_any_weights_are_read(
+    folders: tuple[str, str], tmp_path: Path, changes: dict[str, int], words: str
+) -> None:
+    save_model(tmp_path / "other", seed=0, **changes)
+    (tmp_path / "other" / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=rf"base=.* aligned=.*other: {words}; give two checkpoints") as caught:
+        HeldOutPairs().ask(folders[0], str(tmp_path / "other"), MemorySource(4))
+    one_line(caught)
+
+
+def test_weights_that_are_not_there_are_not_made_up(folders: tuple[str, str]) -> None:
+    file = Path(folders[1]) / "model.safetensors"
+    weights = load_file(file)
+    del weights["model.norm.weight"]
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"aligned: damaged: 1 weights are missing, model\.norm\.weight among them"):
+        HeldOutPairs().ask(*folders, MemorySource(4))
 
 
 def test_a_missing_folder_is_named(folders: tuple[str, str], tmp_path: Path) -> None:
@@ -165,6 +189,7 @@ def test_a_pointer_is_followed_with_its_revision(make_run: MakeRun, monkeypatch:
         return asked.opened(0)
 
     monkeypatch.setattr(module, "load_model", load)
+    monkeypatch.setattr(module, "load_config", lambda *_, **__: asked.opened(0).model.config)
     checkpoints_of_run(open_run(run))
     assert calls == [("someone/base", "abc"), (str(run / "aligned"), None)]
 

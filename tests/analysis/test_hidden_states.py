@@ -6,18 +6,18 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
-from analysis.cosines import EDGES
+from analysis.cosines import EDGES, SIDES, cosine_set
 from analysis.hidden_states import SECTIONS, Watched, hidden_state_section, hidden_state_sections, section_of_run
 from analysis.layer_curves import NULLS
 from analysis.observations import UPDATE, geometry_rows, latest, most_entropy, observed, updates
-from analysis.report import Section, write_report
+from analysis.report import Section
 from analysis.runs import open_run
-from analysis.samples import Samples
 from analysis.stored_rows import latest_name
-from analysis.subject import subject_of_run
 from tests.analysis import planted_geometry as planted
 from tests.analysis.conftest import dpo_rows
+from tests.analysis.legible import assert_legible
 from tiltmeter.errors import UserError
 from tiltmeter.geometry import row_geometry
 from tiltmeter.layers import FINAL_POST_NORM, FINAL_PRE_NORM
@@ -74,18 +74,16 @@ def test_a_run_without_a_probe_has_no_sections_and_no_table(tmp_path: Path) -> N
     assert sections_of(dpo_rows(), tmp_path / "snapshots") == {}
 
 
-def test_every_section_is_drawn_and_says_what_it_does_not_show(drawn: dict[str, Section]) -> None:
+def test_every_section_is_drawn_and_legible(drawn: dict[str, Section]) -> None:
     assert tuple(drawn) == SECTIONS
     for section in drawn.values():
         panels = [axes for axes in section.figure.axes if axes.get_title("left")]
         assert len(panels) == len(section.sentences)
         assert section.figure.get_size_inches()[0] * 2.54 == pytest.approx(8.0)
         assert len(section.table)
-    said = {name: " ".join(section.reading) for name, section in drawn.items()}
-    for name in ("geometry", "layers_by_step", "cosines"):
-        assert "same fact" in said[name] or "one fact" in said[name], name
-    assert "no entropy can pass ln min(N, d) = ln 16" in said["entropy"]
-    assert "controls" in said["geometry"]
+        assert_legible(section)
+    assert "no entropy can pass ln min(N, d) = ln 16" in " ".join(drawn["entropy"].reading)
+    assert "control runs" in " ".join(drawn["geometry"].limits)
 
 
 def test_sentences_carry_the_numbers_of_the_run(drawn: dict[str, Section]) -> None:
@@ -198,13 +196,29 @@ def test_cosines_are_those_of_the_stored_rows(snapshots: Path) -> None:
     assert found is not None
     assert (found.snapshot, found.site, found.position) == ("epoch=001", FINAL_POST_NORM, "prompt_last")
     row = geometry_rows(pd.DataFrame(planted.run_rows()))[-1]
-    assert found.means["in_sample"] == pytest.approx(row.mean_cosine_in_sample, abs=1e-6)
-    assert found.means["leave_one_out"] == pytest.approx(row.mean_cosine_leave_one_out, abs=1e-6)
+    assert found.means["in_sample"].value == pytest.approx(row.mean_cosine_in_sample, abs=1e-6)
+    assert found.means["leave_one_out"].value == pytest.approx(row.mean_cosine_leave_one_out, abs=1e-6)
+    assert tuple(found.counts) == SIDES
     middle = (EDGES[:-1] + EDGES[1:]) / 2
     for side, counts in found.counts.items():
-        assert counts.sum() == found.n_pairs == planted.N_PAIRS
-        assert float(np.average(middle, weights=counts)) == pytest.approx(found.means[side], abs=0.0125)
+        assert counts.sum() == pytest.approx(found.n_pairs)
+        mean, low, high = found.means[side]
+        assert float(np.average(middle, weights=counts)) == pytest.approx(mean, abs=0.0125)
+        assert low < mean < high
+        assert found.bands[side][0] < found.bands[side][1] < low
         assert found.null_shares[side].sum() == pytest.approx(1)
+
+
+def test_pairs_that_did_not_move_have_no_cosine_and_leave_the_means_alone() -> None:
+    base, update = planted.noise(20, 8), planted.noise(20, 8, 1) + 2
+    all_moved = cosine_set(planted.stored(base, base + update), FINAL_POST_NORM)
+    base, update = torch.cat([base, base[:5]]), torch.cat([update, 0 * update[:5]])
+    found = cosine_set(planted.stored(base, base + update), FINAL_POST_NORM)
+    assert found.n_pairs == 25
+    for side in SIDES:
+        assert found.counts[side].sum() == pytest.approx(20)
+        assert found.means[side].value == pytest.approx(all_moved.means[side].value)
+        assert found.bands[side] == pytest.approx(all_moved.bands[side])
 
 
 def test_the_latest_snapshot_is_found_whatever_its_name() -> None:
@@ -226,24 +240,6 @@ def test_a_damaged_snapshot_is_named(tmp_path: Path) -> None:
     (folder / "epoch=001.safetensors").write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"epoch=001\.safetensors: damaged"):
         one("cosines", planted.run_rows(), folder)
-
-
-def test_the_report_has_every_section_its_files_and_the_table(make_run: Callable[..., Path]) -> None:
-    folder = make_run(rows=planted.run_rows())
-    planted.write_snapshots(folder / "snapshots")
-    run = open_run(folder)
-    sections = hidden_state_sections(Watched.of_run(run))
-    page = write_report(subject_of_run(run), sections, Samples([], "Because.")).read_text(encoding="utf-8")
-    for name in SECTIONS:
-        assert (run.report / "tables" / f"{name}.csv").is_file()
-        assert (run.report / "figures" / f"{name}.png").is_file()
-        assert f"analysis={name}" in page
-    table = pd.read_csv(run.report / "tables" / "geometry.csv")
-    assert list(table.columns[:3]) == ["steps_taken", "position", "site"]
-    assert set(UPDATE) <= set(table.columns)
-    assert '<th scope="col">ρ₁ centred</th>' in page
-    assert f"<td>{table['shift_share'][0]:.3f}</td>" in page
-    assert "what changed inside the model" not in page
 
 
 def test_asking_for_what_a_run_has_not_is_one_line(make_run: Callable[..., Path]) -> None:

@@ -16,11 +16,13 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import open_dict
 
+from analysis.read_states import READ_NOW, StateReading
 from launch.analyzing import analyze
 from launch.command import one_line_errors
 from launch.configuration import CONF, prepare_overrides
 from tests.analysis import asked
 from tests.analysis import planted_behaviour as planted
+from tests.analysis import planted_geometry as geometry
 from tests.analysis.asked import save_model
 from tests.analysis.conftest import CONFIG, dpo_rows
 from tests.cli import ROOT
@@ -80,6 +82,7 @@ def refused(tmp_path: Path, *arguments: str) -> str:
     return str(caught.value)
 
 
+@pytest.mark.slow
 def test_two_checkpoints_and_a_source(tmp_path: Path, two: tuple[str, str]) -> None:
     page = ask(tmp_path, *two, *DATA, *SMALL, *SWEEP)
     assert page.parent.parent.parent == tmp_path / "runs" / "checkpoints"
@@ -89,6 +92,11 @@ def test_two_checkpoints_and_a_source(tmp_path: Path, two: tuple[str, str]) -> N
     assert "synthetic (seed 0), 30 of 30 pairs" in text
     for word in (*two, *DATA, *SMALL[:2], "analysis=behaviour"):
         assert word in text, "the command makes the same again"
+    for name in (*READ_NOW, "steering_sweep"):
+        assert (page.parent / "figures" / f"{name}.png").is_file(), name
+    (of_clouds,) = re.findall("<pre class=.command.>(.*analysis=clouds)</pre>", text)
+    assert "behaviour." not in of_clouds, "options of other figures have no effect on this one"
+    assert "layers_by_step: only a run" in text
     assert "likeliest token each time, at most 6 tokens" in text
     samples = pd.read_csv(page.parent / "tables" / "behaviour_samples.csv")
     assert len(samples) == 3
@@ -154,7 +162,7 @@ def test_a_local_judge_in_this_process(tmp_path: Path, two: tuple[str, str]) -> 
         (("run=last", "base=a"), r"run: .* got base and run"),
         (("base=a",), r"run: .* got base$"),
         (("base=a", "aligned=b"), r"data: expected where prompts come from, got none; add data=hh"),
-        (("base=a", "aligned=b", "data=synthetic", "analysis=geometry"), r"analysis=geometry: needs a run"),
+        (("base=a", "aligned=b", "data=synthetic", "analysis=layers_by_step"), r"analysis=layers_by_step: needs a run"),
         (("run=last", "analysis=behavior"), r"analysis=behavior: there is none of that name \(there are: all, .*steering_sweep,"),
         (("run=last",), r"run=last: no finished run below"),
         (("run=last", "analysis=[training,foo]"), r"analysis=foo: there is none of that name"),
@@ -172,10 +180,54 @@ def test_what_is_refused(tmp_path: Path, arguments: tuple[str, ...], words: str)
     assert re.search(words, refused(tmp_path, *arguments))
 
 
+@pytest.mark.slow
 def test_a_run_that_scored_nothing_has_a_report_without_that_section(tmp_path: Path, run: Path) -> None:
     page = ask(tmp_path, f"run={run}", *SWEEP)
     assert "What does the model say while it trains" not in page.read_text(encoding="utf-8")
     assert "has no scores of generated text" in refused(tmp_path, f"run={run}", "analysis=behaviour_by_step")
+
+
+def test_states_that_a_run_did_not_store_are_read_again_and_the_page_says_so(tmp_path: Path, run: Path) -> None:
+    text = ask(tmp_path, f"run={run}", "analysis=[clouds,geometry]", "hidden_states.n_pairs=5").read_text("utf-8")
+    assert text.count("The run stored nothing for this: hidden states of 5 of its held-out pairs were read again.") == 2
+    assert "after 10 steps" in text
+    assert "clouds, geometry of this run" not in text, "in the order of the report"
+    assert "hidden_states.n_pairs=5 analysis=clouds" in text
+    assert "no readings for it (expected a run" in refused(tmp_path, f"run={run}", "analysis=layers_by_step")
+    for file in (run / "base").glob("*"):
+        file.unlink()
+    said = refused(tmp_path, f"run={run}", "analysis=clouds")
+    assert "analysis=clouds: " in said
+    assert "stored no hidden states for it, and they can’t be read again: " in said
+    assert "pointer.json" in said
+
+
+def test_states_that_a_run_stored_are_not_read_again(
+    tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    geometry.write_snapshots(run / "snapshots")
+    save_model(run / "base", seed=0)
+    pd.DataFrame(geometry.run_rows()).to_csv(run / "metrics.csv", index=False)
+    monkeypatch.setattr(StateReading, "read", lambda *_, **__: pytest.fail("read"))
+    text = ask(tmp_path, f"run={run}", "analysis=[cosines,geometry,layers_by_step]").read_text("utf-8")
+    assert "read again" not in text
+    said = refused(tmp_path, f"run={run}", "analysis=cosines", "hidden_states.n_pairs=5")
+    assert said == "hidden_states.n_pairs: has no effect here; it is for hidden states that no run stored"
+    (run / "snapshots" / "epoch=001.safetensors").write_bytes(b"nothing")
+    assert "epoch=001.safetensors: damaged" in refused(tmp_path, f"run={run}", "analysis=clouds")
+
+
+def test_a_dry_run_says_what_each_analysis_would_take(
+    tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path for path in tmp_path.rglob("*") if path.is_file()}
+    assert ask(tmp_path, f"run={run}", *SWEEP, "dry_run=true") is None
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == before
+    said = " ".join(capsys.readouterr().out.split())
+    assert "hidden states │ hidden states │ 2.0 │" in said
+    assert "steering_sweep │ teacher-forced │ " in said
+    assert ask(tmp_path, f"run={run}", "analysis=training", "dry_run=true") is None
+    assert "Would run nothing" in capsys.readouterr().out
 
 
 def test_the_scores_of_training_are_a_section_of_the_report(tmp_path: Path, run: Path) -> None:

@@ -62,6 +62,7 @@ def test_halves_from_inner_products_are_those_of_the_rows() -> None:
         order = torch.randperm(n, generator=generator)
         a, b = rows[order[: n // 2]], rows[order[n // 2 :]]
         across = torch.cat([cosine(a, b.mean(0, keepdim=True)), cosine(b, a.mean(0, keepdim=True))])
+        assert_close(found.cosines[split, order], across)
         assert_close(found.mean_cosine[split], across.mean())
         assert_close(found.cosine_of_means[split], cosine(a.mean(0), b.mean(0)))
 

@@ -1,0 +1,184 @@
+"""Hidden states of two checkpoints, read now: what a run's probe would have logged and stored of them, without its course."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from analysis.checkpoints import Checkpoints
+from analysis.costs import Cost
+from analysis.hidden_states import SECTIONS, Watched
+from analysis.observations import DIVERGE, STEPS_TAKEN, USUAL_POSITION, observed
+from analysis.preference_plane import Parting
+from analysis.probe_pairs import ProbePair
+from analysis.stored_rows import StoredRows, changed_rows
+from tiltmeter.capture import HiddenStates, ReadPoint
+from tiltmeter.errors import UserError
+from tiltmeter.layers import unembedding
+from tiltmeter.models import DTYPES
+from tiltmeter.positions import Position
+from tiltmeter.probe import PreferenceDirections, Probe, cut_pair
+from tiltmeter.watching import observation_metrics
+
+OVER_STEPS = ("layers_by_step",)
+"""Sections that need several observations."""
+READ_NOW = tuple(name for name in SECTIONS if name not in OVER_STEPS)
+"""Sections for which one reading of two models is enough."""
+_POSITIONS: tuple[Position, ...] = ("prompt_last", "diverge")
+_LEAST_PAIRS = 4
+AFTER = "aligned"
+"""Name of the reading after training, where a run has that of a snapshot."""
+
+States = dict[ReadPoint, HiddenStates]
+
+
+class StateReading:
+    """How hidden states are read where no run stored them: at every site, where prompts end and where responses part.
+
+    Args:
+        n_pairs: the first so many pairs; their rows are all kept in memory, since figures are drawn pair by pair.
+        pairs_per_batch: pairs in one forward pass.
+        dtype, device: of the models; device null: a GPU where there is one.
+
+    Raises:
+        UserError: a value out of range.
+    """
+
+    def __init__(
+        self, *, n_pairs: int = 512, pairs_per_batch: int = 16, dtype: str = "float32", device: str | None = None
+    ) -> None:
+        if n_pairs < _LEAST_PAIRS or pairs_per_batch < 1:
+            raise UserError(
+                f"hidden_states: expected n_pairs of at least {_LEAST_PAIRS} and pairs_per_batch of at least 1, got {n_pairs} and "
+                f"{pairs_per_batch}"
+            )
+        if dtype not in DTYPES:
+            raise UserError(f"hidden_states.dtype: expected one of {', '.join(DTYPES)}, got {dtype}")
+        self.n_pairs, self.pairs_per_batch = n_pairs, pairs_per_batch
+        self.dtype, self.device = dtype, device
+
+    def costs(self, checkpoints: Checkpoints) -> list[Cost]:
+        """One pass through each model, of pairs cut behind the last token that is read."""
+        cut = [cut_pair(pair.ids, _POSITIONS) for pair in checkpoints.pairs[: self.n_pairs]]
+        return [Cost("hidden states", 2.0, 2 * sum(len(part) for pair in cut for part in pair))]
+
+    def read(self, checkpoints: Checkpoints, *, n_steps: int | None = None) -> "ReadNow":
+        """Read both models.
+
+        Args:
+            n_steps: optimizer steps between the two, where they are known.
+
+        Raises:
+            UserError: fewer than four pairs with finite states.
+        """
+        pairs = list(checkpoints.pairs[: self.n_pairs])
+        probe = Probe.of_pairs([p.ids for p in pairs], pairs_per_batch=self.pairs_per_batch, positions=_POSITIONS)
+        base, policy = (probe.read(opened.model) for opened in (checkpoints.base, checkpoints.aligned))
+        finite = _finite_pairs(base, policy, len(pairs))
+        if len(finite) < _LEAST_PAIRS:
+            raise UserError(
+                f"hidden_states: expected finite states of at least {_LEAST_PAIRS} pairs, got {len(finite)} of {len(pairs)}; ask "
+                "about more pairs (pairs.n_pairs), or in another dtype"
+            )
+        base, policy = (_of_pairs(states, finite) for states in (base, policy))
+        kept = [pairs[i] for i in finite.tolist()]
+        head = unembedding(checkpoints.base.model)
+        directions = PreferenceDirections(head, [pair.ids for pair in kept])
+        groups = [pair.group for pair in kept]
+        metrics = observation_metrics(base, policy, directions, head=head, clusters=groups)
+        rows: dict[str, StoredRows] = {
+            position: _rows_at(position, base, policy, kept, self.dtype, len(pairs) - len(kept))
+            for position in _POSITIONS
+        }
+        return ReadNow.of(metrics, rows, directions.token, n_steps)
+
+
+@dataclass(frozen=True)
+class ReadNow(Watched):
+    """In place of what a run logged and stored: one reading of two models.
+
+    Args:
+        metrics: one row, named as in metrics.csv.
+        snapshots: no folder.
+        n_steps: optimizer steps between the two; None: not known.
+        read: rows by position.
+        token_directions: v = e_w − e_l of the rows at ``diverge``.
+    """
+
+    n_steps: int | None
+    read: Mapping[str, StoredRows]
+    token_directions: Tensor
+
+    @classmethod
+    def of(
+        cls, metrics: Mapping[str, float], read: Mapping[str, StoredRows], v: Tensor, n_steps: int | None
+    ) -> "ReadNow":
+        """That of an observation's metrics and rows."""
+        return cls(pd.DataFrame([{STEPS_TAKEN: n_steps or 0, **metrics}]), Path(), n_steps, read, v)
+
+    @property
+    def n_pairs(self) -> int:
+        """Pairs that were read, each with finite states."""
+        return self.read[USUAL_POSITION].n_rows
+
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """A row for each position and site."""
+        return observed(self.metrics).assign(steps_taken=math.nan if self.n_steps is None else self.n_steps)
+
+    @cached_property
+    def rows(self) -> StoredRows | None:
+        """Those at ``prompt_last``; None where nothing changed."""
+        return changed_rows(self.read[USUAL_POSITION])
+
+    @cached_property
+    def parting(self) -> Parting | None:
+        """Those at ``diverge``; None where nothing changed, or fewer than four pairs have one."""
+        rows = changed_rows(self.read[DIVERGE])
+        if rows is None or rows.n_rows < _LEAST_PAIRS:
+            return None
+        return Parting(rows, range(rows.n_rows), self.token_directions, "base")
+
+
+def _finite_pairs(base: States, policy: States, n_pairs: int) -> Tensor:
+    """Which pairs have no NaN or infinity at any site and position under either model."""
+    finite = torch.ones(n_pairs, dtype=torch.bool)
+    for states in (base, policy):
+        for found in states.values():
+            finite[found.pair_index[~found.rows.isfinite().all(1)]] = False
+    return finite.nonzero()[:, 0]
+
+
+def _of_pairs(states: States, pairs: Tensor) -> States:
+    """The readings of some pairs, counted anew."""
+    kept = {point: torch.isin(found.pair_index, pairs) for point, found in states.items()}
+    return {
+        point: HiddenStates(
+            found.rows[kept[point]],
+            torch.searchsorted(pairs, found.pair_index[kept[point]]),
+            found.sides[kept[point]],
+        )
+        for point, found in states.items()
+    }
+
+
+def _rows_at(
+    position: Position, base: States, policy: States, pairs: Sequence[ProbePair], dtype: str, n_left_out: int
+) -> StoredRows:
+    points = [point for point in base if point.position == position]
+    of_rows = [pairs[i] for i in base[points[0]].pair_index.tolist()]
+    return StoredRows(
+        AFTER,
+        position,
+        dtype,
+        [pair.pair_id for pair in of_rows],
+        [pair.group for pair in of_rows],
+        {point.site: base[point].rows for point in points},
+        {point.site: policy[point].rows for point in points},
+        n_left_out,
+    )
