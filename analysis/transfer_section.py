@@ -44,7 +44,15 @@ def transfer_section(table: pd.DataFrame, settings: Mapping[str, Any]) -> Sectio
     return Section(
         name=NAME,
         question="Does v* of one layer work at another?",
+        claim="D-STEER: DPO’s update is a steering vector. Then v* of a layer, added there, turns the base into the aligned model.",
         sentences=sentences,
+        interval=_interval(table, recovery, sites, settings["n_test"]),
+        limits=[
+            "Other strengths λ, for which a vector that does little here may do more, several sites at once, and what is written.",
+            "A second piece of evidence where a vector works at another’s place: v* of neighbouring sites are much alike (column "
+            "cosine), since blocks add to one residual stream.",
+            "That DPO did nothing else: R says how far one vector goes, and v* of SFT or shuffled labels is not among the vectors.",
+        ],
         figure=figure,
         table=table,
         reading=_reading(settings),
@@ -137,6 +145,16 @@ def _headline(table: pd.DataFrame, cells: np.ndarray, sites: Sequence[str]) -> H
     )
 
 
+def _interval(table: pd.DataFrame, cells: np.ndarray, sites: Sequence[str], n: int) -> str:
+    best = sites[int(np.nanargmax(_parts(cells)[0]))]
+    known = table.set_index(["source", "site"])
+    own, random = (_with_interval(known.loc[(source, best)]) for source in (best, OWN_LESS_RANDOM))
+    return (
+        f"R of v* at {site_name(best)}, the best of {len(sites)} sites on these same pairs: {own}; less the mean of the random "
+        f"vectors there: {random}. 95\u00a0% intervals over the prompts of {n} pairs, differences paired."
+    )
+
+
 def _reading(settings: Mapping[str, Any]) -> list[str]:
     return [
         f"v* of a site: mean of hπ − h₀ at {settings['position']} over {settings['n_estimation']} held-out pairs. Numbers are of "
@@ -147,12 +165,8 @@ def _reading(settings: Mapping[str, Any]) -> list[str]:
         "below 0 further away. Margin: log π(chosen) − log π(rejected).",
         f"Top row: the largest of {settings['n_random']} random vectors at each site. Where they recover as much, what "
         "recovers is not the direction of v*.",
-        "v* of neighbouring sites are much alike (column cosine), since blocks add to one residual stream: that one works at "
-        "another’s place is no second piece of evidence.",
         f"{NAME}.csv has every cell with its 95 % interval over prompts, and paired differences: {OWN_LESS_OTHERS}, "
         f"{OWN_LESS_RANDOM}.",
-        "Not shown: other strengths λ, for which a vector that does little here may do more; several sites at once; what is "
-        "written.",
     ]
 
 
