@@ -59,7 +59,7 @@ def full_disk(step: int) -> None:
     def failing(content: Any, path: Any, *args: Any, **kwargs: Any) -> None:
         save(content, path, *args, **kwargs)
         if isinstance(content, dict) and content.get("global_step") == step:
-            os.truncate(path, os.path.getsize(path) // 2)
+            os.truncate(path, Path(path).stat().st_size // 2)
             raise OSError(28, "No space left on device", str(path))
 
     torch.save = failing  # type: ignore[assignment]

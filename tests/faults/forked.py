@@ -8,6 +8,7 @@ import json
 import os
 import runpy
 import select
+import socket
 import subprocess
 import sys
 import traceback
@@ -16,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from tests.cli import ROOT
 
@@ -47,21 +50,31 @@ class Forkery:
     def __enter__(self) -> "Forkery":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        assert self._server.stdin is not None
-        self._server.stdin.close()
-        self._server.wait(60)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._server.communicate(timeout=60)  # the end of its input ends it
 
     def run(self, *arguments: str, timeout: float = 120, **options: Any) -> Ended:
         """One run to its end; see :func:`together`."""
         return self.together([(arguments, options)], timeout=timeout)[0]
 
+    def two_ranks(
+        self, *arguments: str, fault_of_second: Mapping[str, Any] | None = None, **options: Any
+    ) -> list[Ended]:
+        """One run by two processes over gloo."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        faults = ({}, fault_of_second or {})
+        return self.together([(arguments, {"rank": i, "port": port, "fault": faults[i]}) for i in range(2)], **options)
+
     def together(self, runs: list[tuple[tuple[str, ...], Mapping[str, Any]]], *, timeout: float = 120) -> list[Ended]:
         """Several runs side by side, to the end of all of them.
 
         Args:
-            runs: of each its command line, and options: ``fault`` (a name of :data:`tests.faults.faults.FAULTS`, and its
-                argument), ``environment``.
+            runs: of each its command line, and options: ``fault`` (names of :data:`tests.faults.faults.FAULTS` and their
+                arguments), ``rank`` and ``port`` of one of several processes.
             timeout: seconds, after which none may be left.
         """
         jobs = []
@@ -85,9 +98,9 @@ class Forkery:
 
 def _serve() -> None:
     """Parent of all runs; must not compute, for threads of a pool don't survive a fork."""
-    import wandb  # noqa: F401, PLC0415 (imported once, before any fork)
+    import wandb  # noqa: F401 (imported once, before any fork)
 
-    import launch.training  # noqa: F401, PLC0415
+    import launch.training  # noqa: F401
 
     for line in sys.stdin:
         children = [_fork(job) for job in json.loads(line)]
@@ -102,7 +115,7 @@ def _fork(job: Mapping[str, Any]) -> int:
         try:
             for number, name in ((1, "out"), (2, "err")):
                 os.dup2(os.open(f"{job['out']}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-            os.environ.update(job.get("environment", {}))
+            _become_rank(job.get("rank"), job.get("port"))
             code = _train(job)
         except BaseException:
             traceback.print_exc()
@@ -111,6 +124,13 @@ def _fork(job: Mapping[str, Any]) -> int:
             sys.stderr.flush()
             os._exit(code)
     return child
+
+
+def _become_rank(rank: int | None, port: int | None) -> None:
+    """One of the processes of a job that something else started, as torchrun or srun would."""
+    if rank is not None:
+        os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        rank_zero_only.rank = rank  # read from the environment when Lightning was imported
 
 
 def _train(job: Mapping[str, Any]) -> int:
