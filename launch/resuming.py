@@ -123,7 +123,7 @@ def lasting_settings(config: DictConfig) -> dict[str, Any]:
 
 
 def _lasting(settings: Any) -> dict[str, Any]:
-    return {
+    return {"trainer.precision": "32-true"} | {  # Lightning's default, where a trainer's file leaves it out
         key: value
         for key, value in _flat(settings).items()
         if (key.split(".")[0] not in _MAY_CHANGE or key in _STAYS_INSIDE) and key not in _MAY_CHANGE_INSIDE

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.cli import TINY, metrics_of
+from tests.cli import TINY, logged, metrics_of
 from tests.faults.forked import KILLED, Ended, Forkery
 
 pytestmark = pytest.mark.slow
@@ -101,3 +101,36 @@ def test_f1_f6_killed_at_random_steps_and_inside_a_save_a_run_ends_as_if_nothing
     assert sorted(p.name for p in run.iterdir()) == sorted(p.name for p in golden.iterdir()), (
         "no lock, nothing half done"
     )
+
+
+def test_f2_f24_one_of_two_ranks_killed_ends_both_and_they_go_on_alike_or_alone(forkery: Forkery) -> None:
+    arguments = (*RUN, *TWO_RANKS)
+    finished(*forkery.two_ranks(*arguments, root(forkery, "two")))
+    whole = run_below(forkery, "two")
+
+    first, second = forkery.two_ranks(
+        *arguments, root(forkery, "one_dies"), fault_of_second={"kill_inside_step": 7}, timeout=60
+    )
+    assert second.code == KILLED
+    assert first.code > 0, "the peer notices"
+    part = run_below(forkery, "one_dies")
+    alone = forkery.folder / "alone" / "tiny_synthetic" / part.name
+    root(forkery, "alone")
+    shutil.copytree(part, alone, symlinks=True)
+
+    finished(*forkery.two_ranks(*arguments, root(forkery, "one_dies"), "ckpt_path=last"))
+    assert recorded(part) == recorded(whole)
+    assert sha256_of_weights(part) == sha256_of_weights(whole)
+
+    changed = (
+        "trainer.max_epochs=1",
+        "datamodule.tokens_per_micro_batch=700",
+        root(forkery, "alone"),
+        "ckpt_path=last",
+    )
+    resumed = forkery.run(*RUN, *changed)
+    finished(resumed)
+    assert "Resumed by 1 processes what 2 trained" in resumed.stdout
+    assert logged(alone, "step") == logged(whole, "step")
+    for name in ("train/loss", "train/logps/chosen", "val/loss"):
+        assert logged(alone, name) == pytest.approx(logged(whole, name), rel=1e-5, abs=1e-5), name
