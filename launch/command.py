@@ -12,9 +12,10 @@ from omegaconf.errors import OmegaConfBaseException
 from launch.configuration import prepare_overrides
 from launch.run_folder import is_first_process
 from launch.screen import quiet_libraries
-from tiltmeter.errors import IncompleteEvaluation, NumericalStop, UserError
+from tiltmeter.errors import IncompleteEvaluation, NumericalStop, Preempted, UserError
 
-EXIT_CODES: Mapping[type[Exception], int] = {UserError: 2, IncompleteEvaluation: 3, NumericalStop: 4}
+Known = UserError | IncompleteEvaluation | NumericalStop | Preempted
+EXIT_CODES: Mapping[type[Known], int] = {UserError: 2, IncompleteEvaluation: 3, NumericalStop: 4, Preempted: 143}
 
 
 def run_command(main: Callable[[], Any], *, config_name: str) -> None:
@@ -37,15 +38,15 @@ def one_line_errors(*, debug: bool, clean_up: Callable[[], object] = lambda: Non
     """
     try:
         yield
-    except Exception as error:
+    except (Exception, Preempted) as error:
         clean_up()
-        known = error if isinstance(error, NumericalStop | IncompleteEvaluation) else as_user_error(error)
+        known = error if isinstance(error, Known) else as_user_error(error)
         if known is None or debug:
             raise
         exit_with(known)
 
 
-def exit_with(error: UserError | IncompleteEvaluation | NumericalStop) -> None:
+def exit_with(error: Known) -> None:
     """Print one line and leave with the exit code of its kind; only the first process prints."""
     if is_first_process():
         print(f"tiltmeter: {error}", file=sys.stderr, flush=True)  # noqa: T201

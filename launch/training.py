@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
 from callbacks.generation_metrics import GenerationMetrics
+from callbacks.preemption import Preemption
 from callbacks.truthfulqa_metrics import TruthfulQAMetrics
 from datamodules.records import PreferenceSource
 from launch.base_model import find_or_train_base, progress_callbacks
@@ -30,6 +31,7 @@ from launch.run_folder import (
     write_config,
 )
 from launch.screen import behaviour_table, console, data_table, geometry_table, quiet_libraries, result_table
+from launch.slurm import checkpoint_of_this_job, note_job, requeued_when_asked
 from launch.wandb_logger import RunLogger, close_wandb, open_wandb
 from launch.wandb_media import WandbMedia
 from lightning_modules.dpo import DPOModule
@@ -46,7 +48,7 @@ def train(config: DictConfig) -> Path:
             if not (folder / "metrics.csv").exists():
                 shutil.rmtree(folder, ignore_errors=True)
 
-    with one_line_errors(debug=config.debug, clean_up=forget):
+    with one_line_errors(debug=config.debug, clean_up=forget), requeued_when_asked():
         return _train(config, created)
 
 
@@ -55,9 +57,7 @@ def _train(config: DictConfig, created: list[Path]) -> Path:
     is_first = is_first_process()
     screen = console(enabled=is_first)
     root = Path(config.runs_root)
-    checkpoint = find_checkpoint(config.ckpt_path, root, config.name) if config.ckpt_path else None
-    if checkpoint is not None:
-        check_same_run(checkpoint, config)
+    checkpoint = _checkpoint_to_resume(config, root)
     run_dir = checkpoint.parent.parent if checkpoint else new_run_dir(root, config.name)
     config.run_dir = str(run_dir)
     watching = watching_callbacks(config)
@@ -80,6 +80,7 @@ def _train(config: DictConfig, created: list[Path]) -> Path:
             created.append(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         write_config(run_dir, config)
+        note_job(run_dir)
         loggers, line = _open_loggers(config, run_dir, parts, checkpoint)
         screen.print(line, soft_wrap=True)
     trainer = make_trainer(config, watching, loggers)
@@ -97,6 +98,15 @@ def _train(config: DictConfig, created: list[Path]) -> Path:
         screen.print(table)
     screen.print(f"Run: {run_dir}\nNext: python analyze.py run={run_dir}", soft_wrap=True)
     return run_dir
+
+
+def _checkpoint_to_resume(config: DictConfig, root: Path) -> Path | None:
+    checkpoint = checkpoint_of_this_job(config)
+    if checkpoint is None and config.ckpt_path:
+        checkpoint = find_checkpoint(config.ckpt_path, root, config.name)
+    if checkpoint is not None:
+        check_same_run(checkpoint, config)
+    return checkpoint
 
 
 def closing_tables(run_dir: Path, parts: Parts, trainer: Trainer, seconds: float) -> Iterator[Table]:
@@ -150,9 +160,11 @@ def watching_callbacks(config: DictConfig) -> list[Callback]:
 def make_trainer(config: DictConfig, watching: Sequence[Callback], loggers: list[Logger]) -> Trainer:
     """The trainer of the run, with :func:`watching_callbacks` and those that every run has."""
     callbacks: list[Callback] = progress_callbacks(config, config.arm)
+    last = None
     if config.trainer.get("enable_checkpointing", True):
-        callbacks += [instantiate(config.checkpoint), instantiate(config.last_checkpoint)]
-    callbacks += watching
+        last = instantiate(config.last_checkpoint)
+        callbacks += [instantiate(config.checkpoint), last]
+    callbacks += [Preemption(last), *watching]
     callbacks += [WandbMedia(logger, Path(config.run_dir)) for logger in loggers if isinstance(logger, RunLogger)]
     trainer: Trainer = instantiate(
         config.trainer,
