@@ -15,6 +15,7 @@ from callbacks.spectral_entropy import SpectralEntropy
 from callbacks.stop_signals import SIGNALS
 from tests.callbacks.memory_logger import MemoryLogger
 from tests.callbacks.watched import dpo, probe_data, watch
+from tests.faults.faulty import SignalInStep
 from tests.tiny_models import lightning_warnings
 from tiltmeter.errors import Preempted
 
@@ -23,18 +24,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
 ]
-
-
-class SignalInStep(Callback):
-    """Sends this process a signal inside a step, once its gradients are there."""
-
-    def __init__(self, step: int, number: signal.Signals = signal.SIGTERM) -> None:
-        self.step, self.number = step, number
-
-    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.global_step == self.step:
-            self.step = -1
-            os.kill(os.getpid(), self.number)
 
 
 def run(folder: Path, logger: MemoryLogger, *extra: Callback, resume: bool = False) -> dict[str, torch.Tensor]:
@@ -67,16 +56,16 @@ def golden(tmp_path_factory: pytest.TempPathFactory) -> tuple[MemoryLogger, dict
     return logger, run(tmp_path_factory.mktemp("golden"), logger)
 
 
-@pytest.mark.parametrize("step", [0, 1, 2, 4])
+@pytest.mark.parametrize(("step", "name"), [(0, "SIGTERM"), (1, "SIGINT"), (2, "SIGUSR1"), (4, "SIGTERM")])
 def test_a_stopped_and_resumed_run_is_the_uninterrupted_one(
-    golden: tuple[MemoryLogger, dict[str, torch.Tensor]], step: int, tmp_path: Path
+    golden: tuple[MemoryLogger, dict[str, torch.Tensor]], step: int, name: str, tmp_path: Path
 ) -> None:
     logger, handlers = MemoryLogger(), [signal.getsignal(number) for number in SIGNALS]
     with pytest.raises(Preempted) as stopped:
-        run(tmp_path, logger, SignalInStep(step))
+        run(tmp_path, logger, SignalInStep(step=step, name=name))
     assert [signal.getsignal(number) for number in SIGNALS] == handlers
     last = tmp_path / "checkpoints" / "last.ckpt"
-    assert str(stopped.value) == f"stopped by SIGTERM after step {step + 1}; go on with ckpt_path={last}"
+    assert str(stopped.value) == f"stopped by {name} after step {step + 1}; go on with ckpt_path={last}"
     assert torch.load(last, weights_only=True)["global_step"] == step + 1
     weights = run(tmp_path, logger, resume=True)
     assert said(logger) == said(golden[0])
@@ -101,6 +90,6 @@ def test_a_run_that_has_not_taken_a_step_stops_at_once_and_keeps_nothing(tmp_pat
 
 def test_a_signal_in_the_last_step_lets_the_run_end(tmp_path: Path) -> None:
     logger = MemoryLogger()
-    run(tmp_path, logger, SignalInStep(5))
+    run(tmp_path, logger, SignalInStep(step=5))
     assert len(logger.of("train/loss")) == 6
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
 from torch.testing import assert_close
 
 from lightning_modules.dpo import DPOModule
 from lightning_modules.step_guard import ACTIVE_FROM, WINDOW, StepGuard
+from tests.faults.faulty import Kept, poison
 from tests.tiny_models import fit, lightning_warnings, make_data
 from tiltmeter.errors import NumericalStop, UserError
 
@@ -73,41 +72,9 @@ def test_a_restored_guard_judges_as_the_first_one_would_have() -> None:
     assert other.refuse(loss=0.68, norm=1.0) == guard.refuse(loss=0.68, norm=1.0) is not None
 
 
-class Kept(Callback):
-    """Weights, moments and learning rate behind every step."""
-
-    def __init__(self) -> None:
-        self.steps: list[tuple[dict[str, Tensor], list[dict[str, Tensor]], float]] = []
-        self.logged: list[dict[str, float]] = []
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        weights = {name: value.clone() for name, value in pl_module.state_dict().items()}
-        moments = [{k: v.clone() for k, v in s.items()} for s in trainer.optimizers[0].state.values()]
-        self.steps.append((weights, moments, float(trainer.callback_metrics["train/learning_rate"])))
-        self.logged.append({name: float(value) for name, value in trainer.callback_metrics.items()})
-
-
-def poisoned(module: DPOModule, is_bad: Callable[[int], bool], by: float = math.nan, *, gradient: bool = False) -> None:
-    """Multiply the objective of some steps; with ``gradient``, only its gradient."""
-    original = module.pair_results
-
-    def changed(batch: Any, split: Any) -> Any:
-        results = original(batch, split)
-        if split != "train" or not is_bad(module.trainer.global_step):
-            return results
-        if gradient:
-            results.objective.register_hook(lambda grad: grad * by)
-            return results
-        columns = results.columns.clone()
-        columns[0] *= by
-        return results._replace(objective=results.objective * by, columns=columns)
-
-    module.pair_results = changed  # type: ignore[method-assign]
-
-
-def train(is_bad: Callable[[int], bool], *, by: float = math.nan, gradient: bool = False, **options: Any) -> Kept:
+def train(is_bad: Callable[[int], bool], *, gradient: bool = False, **options: Any) -> Kept:
     module, kept = DPOModule(learning_rate=3e-3, weight_decay=0.1, **options), Kept()
-    poisoned(module, is_bad, by, gradient=gradient)
+    poison(module, lambda step: math.nan if is_bad(step) else 1.0, gradient_only=gradient)
     data = make_data(12, pairs_per_step=2, tokens_per_micro_batch=60)
     fit(module, data, family="llama", dtype="float32", max_steps=6, callbacks=[kept])
     return kept
@@ -118,11 +85,13 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count(
     gradient: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kept, clean = train(lambda step: step == 3, gradient=gradient), train(lambda step: False)
-    assert_close(kept.steps[2], clean.steps[2], rtol=0, atol=0)
-    assert_close(kept.steps[3][:2], kept.steps[2][:2], rtol=0, atol=0)
-    moved = [name for name, value in kept.steps[4][0].items() if not torch.equal(value, kept.steps[3][0][name])]
+    assert_close(kept.weights[2], clean.weights[2], rtol=0, atol=0)
+    assert_close(kept.weights[3], kept.weights[2], rtol=0, atol=0)
+    assert_close(kept.moments[3], kept.moments[2], rtol=0, atol=0)
+    moved = [name for name, value in kept.weights[4].items() if not torch.equal(value, kept.weights[3][name])]
     assert moved, "the next step is taken"
-    assert [rate for _, _, rate in kept.steps] == [rate for _, _, rate in clean.steps], "the schedule goes on"
+    rates = [[row["train/learning_rate"] for row in run.logged] for run in (kept, clean)]
+    assert rates[0] == rates[1], "the schedule goes on"
     assert [row["alarm/skipped_steps"] for row in kept.logged] == [0, 0, 0, 1, 1, 1]
     (said,) = re.findall(r"step 3: .*", capsys.readouterr().out)
     named = "every loss is finite" if gradient else "memory/"
