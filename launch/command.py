@@ -1,5 +1,6 @@
 """The command line around a Hydra main: arguments checked first, wrong input as one line and exit code 2."""
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -8,6 +9,7 @@ from typing import Any
 from hydra.errors import HydraException, InstantiationException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
+from torch.distributed import DistNetworkError
 
 from launch.configuration import prepare_overrides
 from launch.run_folder import is_first_process
@@ -60,6 +62,11 @@ def as_user_error(error: BaseException) -> UserError | None:
         if isinstance(cause, UserError):
             return cause
         cause = cause.__cause__
+    if isinstance(error, DistNetworkError):
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        return UserError(
+            f"MASTER_PORT: the processes can't meet at {address} ({str(error).splitlines()[0]}); set it to a free port"
+        )
     if isinstance(error, InstantiationException | MisconfigurationException | HydraException | OmegaConfBaseException):
         text = str(error.__cause__ or error).strip()
         return UserError(" ".join(text.split()))

@@ -28,11 +28,16 @@ def provenance(parts: Parts) -> dict[str, Any]:
     """Code, versions, data and model that a run was made from."""
     return {
         "git_commit": git_commit(),
-        "versions": {"python": sys.version.split()[0], **{name: version(name) for name in _PACKAGES}},
+        "versions": versions(),
         "data_sha256": {name: parts.data.digest(name) for name in parts.data.splits},
         "data_sources": {report.source: report.location for report in parts.data.reports},
         "model_revision": parts.model_revision,
     }
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the libraries that a result can depend on."""
+    return {"python": sys.version.split()[0], **{name: version(name) for name in _PACKAGES}}
 
 
 def git_commit() -> str | None:

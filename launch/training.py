@@ -15,6 +15,7 @@ from callbacks.generation_metrics import GenerationMetrics
 from callbacks.preemption import Preemption
 from callbacks.truthfulqa_metrics import TruthfulQAMetrics
 from datamodules.records import PreferenceSource
+from launch.agreement import agreement
 from launch.base_model import find_or_train_base, progress_callbacks
 from launch.command import one_line_errors
 from launch.metrics_csv import MetricsCSV
@@ -83,7 +84,9 @@ def _train(config: DictConfig, created: list[Path]) -> Path:
         note_job(run_dir)
         loggers, line = _open_loggers(config, run_dir, parts, checkpoint)
         screen.print(line, soft_wrap=True)
-    trainer = make_trainer(config, watching, loggers)
+    trainer = make_trainer(
+        config, [agreement(config, parts.data, trains="the run", checkpoint=checkpoint), *watching], loggers
+    )
     started = time.perf_counter()
     trainer.fit(
         parts.module, datamodule=parts.data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True

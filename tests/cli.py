@@ -4,6 +4,7 @@ import csv
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,14 +22,22 @@ TINY = (
 )
 
 
-def run_train(*arguments: str, timeout: int = 240) -> subprocess.CompletedProcess[str]:
+def run_train(
+    *arguments: str, timeout: int = 240, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """``python train.py …`` with output captured."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "160"}
+    inherited = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "160"}
     for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_PORT", "PL_GLOBAL_SEED"):
-        environment.pop(name, None)
+        inherited.pop(name, None)
     command = [sys.executable, str(ROOT / "train.py"), *arguments]
     return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+        command,
+        cwd=ROOT,
+        env=inherited | (environment or {}),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
     )
 
 

@@ -66,7 +66,9 @@ def test_a_stopped_and_resumed_run_is_the_uninterrupted_one(
     assert [signal.getsignal(number) for number in SIGNALS] == handlers
     last = tmp_path / "checkpoints" / "last.ckpt"
     assert str(stopped.value) == f"stopped by {name} after step {step + 1}; go on with ckpt_path={last}"
-    assert torch.load(last, weights_only=True)["global_step"] == step + 1
+    saved = torch.load(last, weights_only=True)
+    assert saved["global_step"] == step + 1
+    assert set(saved["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"].values()) == {step + 1}
     weights = run(tmp_path, logger, resume=True)
     assert said(logger) == said(golden[0])
     assert weights.keys() == golden[1].keys()
