@@ -23,18 +23,26 @@ class Agreement(Callback):
         """Compare, as soon as processes can."""
         if trainer.world_size == 1:
             return
-        gathered: list[Mapping[str, str]] = [{}] * trainer.world_size
-        all_gather_object(gathered, self.facts())
-        if differing := disagreements(gathered):
-            more = f", and {len(differing) - 3} more" if len(differing) > 3 else ""
-            raise UserError(
-                f"{'; '.join(differing[:3])}{more}; start all processes with the same code, command and data"
-            )
+        self._compare(trainer, self.facts())
         n_pairs = data_of(trainer).pairs_per_step
         if n_pairs < trainer.world_size:
             raise UserError(
                 f"datamodule.pairs_per_step={n_pairs}: {trainer.world_size} processes share the pairs of a step; set it to "
                 f"{trainer.world_size} or more, or start fewer processes"
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What was loaded is known now."""
+        if trainer.world_size > 1:
+            self._compare(trainer, {"steps of the checkpoint": str(trainer.global_step)})
+
+    def _compare(self, trainer: Trainer, facts: Mapping[str, str]) -> None:
+        gathered: list[Mapping[str, str]] = [{}] * trainer.world_size
+        all_gather_object(gathered, facts)
+        if differing := disagreements(gathered):
+            more = f", and {len(differing) - 3} more" if len(differing) > 3 else ""
+            raise UserError(
+                f"{'; '.join(differing[:3])}{more}; start all processes with the same code, command and data"
             )
 
 

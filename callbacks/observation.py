@@ -142,11 +142,13 @@ class ProbeSession:
 _SESSIONS: WeakKeyDictionary[Trainer, ProbeSession] = WeakKeyDictionary()
 
 
-def report_failed_write(path: Path, error: OSError | UserError, trainer: Trainer) -> None:
+def report_failed_write(
+    path: Path, error: OSError | UserError, trainer: Trainer, *, alarm: str = "alarm/snapshot"
+) -> None:
     """A file that could not be written, or that somebody damaged, is an alarm, and no reason to stop training."""
     reason = getattr(error, "strerror", None) or error
     warnings.warn(f"{path}: could not be written ({reason}); training goes on without it", stacklevel=2)
-    log(trainer, {"alarm/snapshot": 1.0})
+    log(trainer, {alarm: 1.0})
 
 
 def log(trainer: Trainer, metrics: Mapping[str, float]) -> None:

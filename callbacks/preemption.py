@@ -65,4 +65,7 @@ class Preemption(Callback):
         progress.is_last_batch = False
         path = self.checkpoint.format_checkpoint_name({})
         trainer.save_checkpoint(path)
+        failure = trainer.strategy.broadcast(getattr(trainer.strategy.checkpoint_io, "failure", None))
+        if failure is not None:  # the first process has said so, and this exit is no promise
+            raise failure
         return path

@@ -10,7 +10,6 @@ from callbacks.agreement import Agreement
 from datamodules.preference import PreferenceDataModule
 from launch.configuration import leaves
 from launch.results import versions
-from launch.run_folder import checkpoint_step
 
 _OWN = ("run_dir",)
 """Keys that every process fills in for itself; the first one's counts."""
@@ -18,25 +17,23 @@ _ROOT = Path(__file__).resolve().parent.parent
 _CODE = ("tiltmeter", "datamodules", "lightning_modules", "callbacks", "launch")
 
 
-def agreement(
-    config: DictConfig, data: PreferenceDataModule, *, trains: str, checkpoint: Path | None = None
-) -> Agreement:
+def agreement(config: DictConfig, data: PreferenceDataModule, *, trains: str, resumes: bool = False) -> Agreement:
     """The callback that compares them.
 
     Args:
         trains: what this fit trains, a base or the run: a process may have found the base that another one lacks.
-        checkpoint: that the fit goes on from.
+        resumes: the fit goes on from a checkpoint.
     """
-    return Agreement(lambda: _facts(config, data, trains, checkpoint))
+    return Agreement(lambda: _facts(config, data, trains, resumes))
 
 
-def _facts(config: DictConfig, data: PreferenceDataModule, trains: str, checkpoint: Path | None) -> Mapping[str, str]:
+def _facts(config: DictConfig, data: PreferenceDataModule, trains: str, resumes: bool) -> Mapping[str, str]:
     options = {key: str(value) for key, value in leaves(config) if key not in _OWN}
     splits = {
         f"data ({name})": f"{len(split.pairs)} pairs with sha256 {data.digest(name)[:12]}"
         for name, split in data.splits.items()
     }
-    start = "its beginning" if checkpoint is None else f"step {checkpoint_step(checkpoint)}"
+    start = "a checkpoint" if resumes else "its beginning"
     return {"training": f"{trains} from {start}", "code": code_digest(), **versions(), **options, **splits}
 
 

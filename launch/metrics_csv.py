@@ -74,8 +74,8 @@ class MetricsCSV(Logger):
     def _rewrite(self, keep: Callable[[dict[str, str]], bool]) -> None:
         rows: list[dict[str, str]] = []
         if self.path.exists():
-            with self.path.open(newline="", encoding="utf-8") as file:
-                rows = [row for row in csv.DictReader(file) if keep(row)]
+            whole, _, _ = self.path.read_text(encoding="utf-8").rpartition("\n")  # a row cut by a crash is none
+            rows = [row for row in csv.DictReader(whole.splitlines()) if keep(row)]
         temporary = self.path.with_suffix(".csv.partial")
         with temporary.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self._columns, restval="", lineterminator="\n")

@@ -1,15 +1,11 @@
 """The run folder of DESIGN §4: where it is, and what is written into it, each file whole or not at all."""
 
 import os
-import pickle
 import shutil
-import zipfile
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
 from omegaconf import DictConfig, OmegaConf
@@ -18,7 +14,6 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_modules.base import LogProbModule
-from tiltmeter.errors import UserError
 from tiltmeter.files import write_atomically, write_json, write_text
 from tiltmeter.lora import ADAPTER, add_lora, merged_state
 from tiltmeter.models import CausalLM
@@ -36,95 +31,6 @@ def new_run_dir(root: Path, experiment: str) -> Path:
         n += 1
         folder = root / experiment / f"{stamp}_{n}"
     return folder
-
-
-def find_checkpoint(ckpt_path: str, root: Path, experiment: str) -> Path:
-    """The checkpoint to resume: a path, or ``last`` for the newest run of this experiment that has one.
-
-    Raises:
-        UserError: there is none.
-    """
-    if ckpt_path != "last":
-        path = Path(ckpt_path)
-        if not path.exists():
-            raise UserError(f"ckpt_path: no such checkpoint: {path} (expected a path, or last)")
-        if path.resolve().parent.name != "checkpoints":
-            raise UserError(
-                f"ckpt_path: expected a checkpoint inside a run folder (RUN/checkpoints/NAME.ckpt), got {path}"
-            )
-        return path
-    found = sorted((root / experiment).glob("*/checkpoints/last.ckpt"), key=lambda p: p.parent.parent.name)
-    if not found:
-        raise UserError(
-            f"ckpt_path=last: no run under {root / experiment} has a checkpoint yet; start one without ckpt_path"
-        )
-    return found[-1]
-
-
-def checkpoint_step(checkpoint: Path) -> int:
-    """Optimizer steps that a checkpoint has taken; weights are not read.
-
-    Raises:
-        UserError: damaged.
-    """
-    try:
-        file = checkpoint / "meta.pt" if checkpoint.is_dir() else checkpoint
-        step: int = torch.load(file, weights_only=True, mmap=True, map_location="cpu")["global_step"]
-    except (OSError, RuntimeError, KeyError, ValueError, pickle.UnpicklingError) as error:
-        raise UserError(f"ckpt_path: cannot read {checkpoint} ({type(error).__name__}); choose another one") from error
-    return step
-
-
-_MAY_CHANGE = {"run_dir", "runs_root", "ckpt_path", "debug", "name", "trainer", "monitor"} | {
-    "callbacks",
-    "judge",
-    "toxicity",
-    "truthfulqa",
-    "logger",
-    "checkpoint",
-    "last_checkpoint",
-}
-_MAY_CHANGE_INSIDE = {"datamodule.num_workers", "datamodule.tokens_per_micro_batch", "module.chunk_tokens"}
-
-
-def check_same_run(checkpoint: Path, config: DictConfig) -> None:
-    """Refuse to resume under settings that would make it another run.
-
-    Raises:
-        UserError: a damaged checkpoint, or settings that differ; names the first few.
-    """
-    if checkpoint.is_file() and not zipfile.is_zipfile(checkpoint):
-        raise UserError(
-            f"ckpt_path: {checkpoint} is damaged (not a complete checkpoint file); choose another one of the run"
-        )
-    saved = checkpoint.parent.parent / "config.yaml"
-    try:
-        before = yaml.safe_load(saved.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(
-            f"ckpt_path: cannot read {saved}, which says how the run was started ({type(error).__name__})"
-        ) from error
-    old, new = _flat(before), _flat(OmegaConf.to_container(config, resolve=True))
-    changed = [
-        f"{key} was {old.get(key)}, now {new.get(key)}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-        and (key.split(".")[0] not in _MAY_CHANGE or key == "trainer.precision")
-        and key not in _MAY_CHANGE_INSIDE
-    ]
-    if changed:
-        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-        raise UserError(
-            f"ckpt_path: these settings would make it another run: {'; '.join(changed[:3])}{more}; resume with the old ones"
-        )
-
-
-def _flat(value: Any, path: str = "") -> dict[str, Any]:
-    if isinstance(value, dict):
-        return {
-            k: v for key, inner in value.items() for k, v in _flat(inner, f"{path}.{key}" if path else str(key)).items()
-        }
-    return {path: value}
 
 
 def write_config(run_dir: Path, config: DictConfig) -> None:

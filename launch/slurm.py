@@ -10,7 +10,9 @@ from signal import SIGUSR1
 
 from omegaconf import DictConfig
 
-from launch.run_folder import check_same_run, is_first_process
+from launch.resuming import check_same_run
+from launch.run_folder import is_first_process
+from tiltmeter.checkpoint_files import newest_valid
 from tiltmeter.errors import Preempted, UserError
 from tiltmeter.files import write_text
 
@@ -39,9 +41,10 @@ def checkpoint_of_this_job(config: DictConfig) -> Path | None:
     if int(os.environ.get("SLURM_RESTART_COUNT", "0")) == 0 or (job := job_id()) is None:
         return None
     for file in sorted(Path(config.runs_root, config.name).glob(f"*/{_JOB_FILE}"), reverse=True):
-        checkpoint = file.parent / "checkpoints" / "last.ckpt"
-        if file.read_text(encoding="utf-8") == job and checkpoint.exists() and _is_same(checkpoint, config):
-            return checkpoint
+        if file.read_text(encoding="utf-8") == job:
+            checkpoint, _ = newest_valid(file.parent / "checkpoints", contents=is_first_process())
+            if checkpoint is not None and _is_same(checkpoint, config):
+                return checkpoint
     return None
 
 

@@ -3,16 +3,20 @@
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers.logger import Logger
 from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
 from rich.table import Table
 
 from callbacks.generation_metrics import GenerationMetrics
+from callbacks.observation import report_failed_write
 from callbacks.preemption import Preemption
+from callbacks.random_state import RandomState
 from callbacks.truthfulqa_metrics import TruthfulQAMetrics
 from datamodules.records import PreferenceSource
 from launch.agreement import agreement
@@ -20,22 +24,17 @@ from launch.base_model import find_or_train_base, progress_callbacks
 from launch.command import one_line_errors
 from launch.metrics_csv import MetricsCSV
 from launch.parts import Parts, build_parts, check_options
-from launch.results import behaviour_of, geometry_of, provenance, result_rows, write_results
-from launch.run_folder import (
-    check_same_run,
-    checkpoint_step,
-    export_model,
-    find_checkpoint,
-    is_first_process,
-    keep_base,
-    new_run_dir,
-    write_config,
-)
+from launch.results import behaviour_of, geometry_of, provenance, result_rows, versions, write_results
+from launch.resuming import SETTINGS, check_same_run, clean_up, find_checkpoint, settings_sha256
+from launch.run_folder import export_model, is_first_process, keep_base, new_run_dir, write_config
+from launch.run_lock import RunLock, check_writable
 from launch.screen import behaviour_table, console, data_table, geometry_table, quiet_libraries, result_table
 from launch.slurm import checkpoint_of_this_job, note_job, requeued_when_asked
 from launch.wandb_logger import RunLogger, close_wandb, open_wandb
 from launch.wandb_media import WandbMedia
+from lightning_modules.checkpoint_io import CommittedCheckpointIO
 from lightning_modules.dpo import DPOModule
+from tiltmeter.checkpoint_files import verify
 from tiltmeter.scoring.judge_scorer import JudgeScorer
 
 
@@ -49,17 +48,18 @@ def train(config: DictConfig) -> Path:
             if not (folder / "metrics.csv").exists():
                 shutil.rmtree(folder, ignore_errors=True)
 
-    with one_line_errors(debug=config.debug, clean_up=forget), requeued_when_asked():
-        return _train(config, created)
+    with one_line_errors(debug=config.debug, clean_up=forget), requeued_when_asked(), ExitStack() as held:
+        return _train(config, created, held)
 
 
-def _train(config: DictConfig, created: list[Path]) -> Path:
+def _train(config: DictConfig, created: list[Path], held: ExitStack) -> Path:
     check_options(config)
     is_first = is_first_process()
     screen = console(enabled=is_first)
     root = Path(config.runs_root)
-    checkpoint = _checkpoint_to_resume(config, root)
+    checkpoint = _checkpoint_to_resume(config, root, held, screen)
     run_dir = checkpoint.parent.parent if checkpoint else new_run_dir(root, config.name)
+    check_writable(run_dir, key="runs_root")
     config.run_dir = str(run_dir)
     watching = watching_callbacks(config)
     make_trainer(config, watching, [])  # options that only a trainer can judge, before a base is trained
@@ -77,15 +77,16 @@ def _train(config: DictConfig, created: list[Path]) -> Path:
 
     loggers: list[Logger] = []
     if is_first:
-        if not run_dir.exists():
+        if checkpoint is None:
+            run_dir.mkdir(parents=True, exist_ok=True)  # two runs started in the same second find the same name
+            held.enter_context(RunLock(run_dir))
             created.append(run_dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
         write_config(run_dir, config)
         note_job(run_dir)
         loggers, line = _open_loggers(config, run_dir, parts, checkpoint)
         screen.print(line, soft_wrap=True)
     trainer = make_trainer(
-        config, [agreement(config, parts.data, trains="the run", checkpoint=checkpoint), *watching], loggers
+        config, [agreement(config, parts.data, trains="the run", resumes=checkpoint is not None), *watching], loggers
     )
     started = time.perf_counter()
     trainer.fit(
@@ -103,12 +104,21 @@ def _train(config: DictConfig, created: list[Path]) -> Path:
     return run_dir
 
 
-def _checkpoint_to_resume(config: DictConfig, root: Path) -> Path | None:
-    checkpoint = checkpoint_of_this_job(config)
-    if checkpoint is None and config.ckpt_path:
-        checkpoint = find_checkpoint(config.ckpt_path, root, config.name)
-    if checkpoint is not None:
-        check_same_run(checkpoint, config)
+def _checkpoint_to_resume(config: DictConfig, root: Path, held: ExitStack, screen: Console) -> Path | None:
+    """The checkpoint, once its run folder is locked and cleaned up; says what was found on the way."""
+    checkpoint, lines = checkpoint_of_this_job(config), list[str]()
+    if checkpoint is None and config.ckpt_path is None:
+        return None
+    if checkpoint is None:
+        checkpoint, lines = find_checkpoint(config.ckpt_path, root, config.name)
+    lines += check_same_run(checkpoint, config)
+    if is_first_process():
+        check_writable(checkpoint.parent, key="ckpt_path")
+        lock = held.enter_context(RunLock(checkpoint.parent.parent))
+        lines += [f"Lock taken over: {lock.taken_over} is gone"] if lock.taken_over else []
+        lines += clean_up(checkpoint.parent)
+    for line in [*lines, f"Resuming: {checkpoint}"]:
+        screen.print(line, soft_wrap=True)
     return checkpoint
 
 
@@ -133,7 +143,7 @@ def _open_loggers(config: DictConfig, run_dir: Path, parts: Parts, checkpoint: P
     facts = {**OmegaConf.to_container(config, resolve=True), **provenance(parts)}  # type: ignore[dict-item]
     options = OmegaConf.to_container(config.logger, resolve=True)
     wandb_logger, line = open_wandb(run_dir=run_dir, config=facts, name=run_dir.name, group=config.name, **options)  # type: ignore[arg-type]
-    resume_step = None if checkpoint is None else checkpoint_step(checkpoint)
+    resume_step = None if checkpoint is None else verify(checkpoint, contents=False).step
     loggers: list[Logger] = [MetricsCSV(run_dir / "metrics.csv", resume_step=resume_step)]
     return loggers + ([wandb_logger] if wandb_logger is not None else []), line
 
@@ -167,7 +177,7 @@ def make_trainer(config: DictConfig, watching: Sequence[Callback], loggers: list
     if config.trainer.get("enable_checkpointing", True):
         last = instantiate(config.last_checkpoint)
         callbacks += [instantiate(config.checkpoint), last]
-    callbacks += [Preemption(last), *watching]
+    callbacks += [Preemption(last), *watching, RandomState()]
     callbacks += [WandbMedia(logger, Path(config.run_dir)) for logger in loggers if isinstance(logger, RunLogger)]
     trainer: Trainer = instantiate(
         config.trainer,
@@ -177,5 +187,9 @@ def make_trainer(config: DictConfig, watching: Sequence[Callback], loggers: list
         enable_model_summary=False,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
+    )
+    trainer.strategy.checkpoint_io = CommittedCheckpointIO(
+        {SETTINGS: settings_sha256(config), "versions": versions()},
+        on_failure=lambda path, error: report_failed_write(path, error, trainer, alarm="alarm/checkpoint"),
     )
     return trainer

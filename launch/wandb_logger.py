@@ -78,6 +78,8 @@ def open_wandb(
 
     Returns:
         the logger (None when disabled or when W&B fails) and one line that says where the run goes.
+
+    A run folder that W&B has seen before is the same run there: its id is the end of the folders in ``wandb/``.
     """
     chosen = _choose_mode(mode)
     if chosen == "disabled":
@@ -105,6 +107,8 @@ def _open(
     settings = wandb.Settings(init_timeout=30, finish_timeout=300, silent=True, save_code=False, console="off")
     run = wandb.init(
         dir=str(run_dir),
+        id=_id_of(run_dir),
+        resume="allow" if mode == "online" else None,  # offline, W&B has nothing to look it up in
         config=dict(config),
         name=name,
         group=group,
@@ -130,6 +134,12 @@ def _open(
     else:
         line = f"W&B: {run.url}"
     return RunLogger(experiment=run, save_dir=str(run_dir)), line
+
+
+def _id_of(run_dir: Path) -> str | None:
+    """The id under which W&B knows a run folder; None: it doesn't."""
+    found = sorted(run_dir.glob("wandb/*run-*-*"), key=lambda path: path.name.partition("run-")[2])
+    return found[-1].name.rpartition("-")[2] if found else None
 
 
 def _choose_mode(mode: Mode) -> str:

@@ -1,6 +1,11 @@
 """FSDP2 through Lightning: every process of the job is one data-parallel shard."""
 
+from pathlib import Path
+from typing import Any
+
 from lightning.pytorch.strategies import ModelParallelStrategy
+
+from lightning_modules.checkpoint_io import CommittedCheckpointIO, check_sharded
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -17,3 +22,19 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Fix the mesh's size as soon as the number of processes is known."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """A folder of shards, committed as a whole when it comes through :class:`CommittedCheckpointIO`."""
+        save = super().save_checkpoint
+        if isinstance(self.checkpoint_io, CommittedCheckpointIO):
+            step = checkpoint["global_step"]
+            self.checkpoint_io.save_shards(lambda partial: save(checkpoint, partial), Path(filepath), step=step)
+        else:
+            save(checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Looked through first: PyTorch would run whatever a folder of shards asks for."""
+        path = Path(self.broadcast(checkpoint_path))
+        if path.is_dir():
+            check_sharded(path)
+        return super().load_checkpoint(path, weights_only)

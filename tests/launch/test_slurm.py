@@ -4,8 +4,10 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from launch.resuming import SETTINGS, settings_sha256
 from launch.run_folder import write_config
 from launch.slurm import checkpoint_of_this_job, job_id, note_job, requeued_when_asked
+from tiltmeter.checkpoint_files import commit
 from tiltmeter.errors import Preempted
 
 
@@ -55,8 +57,12 @@ def test_tasks_of_an_array_are_jobs_of_their_own(asked: Path, monkeypatch: pytes
 def test_a_job_started_again_finds_its_newest_run_of_these_settings(
     asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = OmegaConf.create({"runs_root": str(tmp_path / "runs"), "name": "x", "seed": 1})
-    other = OmegaConf.create({"runs_root": str(tmp_path / "runs"), "name": "x", "seed": 2})
+    config = OmegaConf.create(
+        {"runs_root": str(tmp_path / "runs"), "name": "x", "seed": 1, "allow_config_change": False}
+    )
+    other = OmegaConf.create(
+        {"runs_root": str(tmp_path / "runs"), "name": "x", "seed": 2, "allow_config_change": False}
+    )
     for day, job, made_with, has_saved in (
         ("2026-01-01", "77", config, True),
         ("2026-01-02", "77", config, True),
@@ -65,16 +71,22 @@ def test_a_job_started_again_finds_its_newest_run_of_these_settings(
         ("2026-01-05", "78", config, True),
     ):
         run = tmp_path / "runs" / "x" / day
-        (run / "checkpoints").mkdir(parents=True)
+        run.mkdir(parents=True)
         write_config(run, made_with)
         monkeypatch.setenv("SLURM_JOB_ID", job)
         note_job(run)
         if has_saved:
-            (run / "checkpoints" / "last.ckpt").mkdir()  # sharded
+            made_by = {SETTINGS: settings_sha256(made_with)}
+            commit(
+                run / "checkpoints" / "last.ckpt", lambda path: path.write_bytes(b"weights"), step=3, made_by=made_by
+            )
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     assert checkpoint_of_this_job(config) is None, "the first start"
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert checkpoint_of_this_job(config) == tmp_path / "runs" / "x" / "2026-01-02" / "checkpoints" / "last.ckpt"
+    assert (
+        checkpoint_of_this_job(config)
+        == tmp_path / "runs" / "x" / "2026-01-02" / "checkpoints" / "last-step=000003.ckpt"
+    )
     monkeypatch.setenv("SLURM_JOB_ID", "79")
     assert checkpoint_of_this_job(config) is None
     monkeypatch.delenv("SLURM_JOB_ID")

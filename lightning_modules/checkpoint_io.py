@@ -1,0 +1,130 @@
+"""Lightning's checkpoints through :mod:`tiltmeter.checkpoint_files`: committed or not there, and only tensors when read."""
+
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.utilities.load import _METADATA_FILENAME
+from torch.distributed.checkpoint.api import CheckpointException
+
+from tiltmeter.checkpoint_files import commit, prune
+from tiltmeter.errors import UserError
+from tiltmeter.shards import check_shards
+
+
+class CommittedCheckpointIO(CheckpointIO):
+    """Saves and loads the checkpoints of one run.
+
+    A save that fails (a full disk, a missing permission) is reported and leaves the checkpoints of before, and training
+    goes on: what it has learnt is in memory, and the next save may work.
+
+    Args:
+        made_by: goes into every manifest.
+        on_failure: told which checkpoint could not be saved, and why; called on the first process.
+    """
+
+    def __init__(self, made_by: Mapping[str, Any], *, on_failure: Callable[[Path, OSError], object]) -> None:
+        self.made_by = made_by
+        self.on_failure = on_failure
+        self.failure: OSError | None = None
+        """Why the last save failed; None: it didn't. Known on the first process, for shards on all."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """One file, written by the first process, which alone calls this."""
+        self._save(Path(path), lambda partial: torch.save(checkpoint, partial), step=checkpoint["global_step"])
+
+    def save_shards(self, write: Callable[[Path], object], path: Path, *, step: int) -> None:
+        """A folder of shards; every process calls this, ``write`` begins with a message from the first to the others."""
+        self._save(path, write, step=step)
+
+    def _save(self, link: Path, write: Callable[[Path], object], *, step: int) -> None:
+        rank, world_size = _rank_and_world_size()
+        self.failure = None
+        try:
+            commit(link, write, step=step, world_size=world_size, made_by=self.made_by, is_first=rank == 0)
+        except OSError as error:
+            self.failure = error
+        except CheckpointException as error:  # of shards, on all processes alike
+            self.failure = _only_os_errors(error)
+        if self.failure is not None and rank == 0:
+            self.on_failure(link, self.failure)
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read the file that the first process chose, and had verified.
+
+        Raises:
+            UserError: it is a folder of shards, or holds more than tensors and plain values.
+        """
+        path = _first_process_s(Path(path))
+        if path.is_dir():
+            raise UserError(
+                f"ckpt_path: {path} is a folder of shards, which only a sharded run reads; resume with trainer=fsdp"
+            )
+        return load_plain(path)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Take the link away; what it pointed to goes as soon as newer ones are there."""
+        Path(path).unlink(missing_ok=True)
+        prune(Path(path).parent)
+
+
+def load_plain(path: Path) -> dict[str, Any]:
+    """A file of tensors and plain values, on the CPU.
+
+    Raises:
+        UserError: it holds anything else, or options from which Lightning would make objects.
+    """
+    try:
+        checkpoint: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"ckpt_path: {path} holds more than tensors and plain values and was not read; choose another"
+        ) from error
+    if made := sorted(key for key in checkpoint if "hyper_parameters" in str(key) or str(key).startswith("_")):
+        raise UserError(f"ckpt_path: {path} holds {', '.join(made)}, which no run writes here; it was not loaded")
+    return checkpoint
+
+
+def check_sharded(folder: Path) -> None:
+    """Refuse a folder of shards that would run anything when PyTorch reads it.
+
+    Raises:
+        UserError: it would, or is no such folder.
+    """
+    try:
+        check_shards(folder)
+        load_plain(folder / _METADATA_FILENAME)
+    except (pickle.UnpicklingError, OSError, EOFError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"ckpt_path: {folder} was not read: {reason}; choose another checkpoint") from error
+
+
+def _only_os_errors(error: CheckpointException) -> OSError:
+    """The first of the processes' failures, when all of them are the disk's."""
+    causes = [cause for cause, _ in error.failures.values()]
+    for cause in causes:
+        if not isinstance(cause, OSError):
+            raise error
+    first = causes[0]
+    assert isinstance(first, OSError)
+    return first
+
+
+def _rank_and_world_size() -> tuple[int, int]:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def _first_process_s(path: Path) -> Path:
+    """The first process's path on every process."""
+    paths = [str(path)]
+    if _rank_and_world_size()[1] > 1:
+        torch.distributed.broadcast_object_list(paths, 0)
+    return Path(paths[0])

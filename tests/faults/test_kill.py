@@ -1,0 +1,136 @@
+"""F1, F2, F6, F24: runs that are killed at any moment and resumed are the runs that were not."""
+
+import hashlib
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli import TINY, logged, metrics_of
+from tests.faults.forked import KILLED, Ended, Forkery
+
+pytestmark = pytest.mark.slow
+RUN = (
+    *TINY,
+    "callbacks=none",
+    "logger=csv",
+    "datamodule.pairs_per_step=8",
+    "datamodule.tokens_per_micro_batch=400",  # several micro-batches a step
+    "trainer.max_epochs=2",  # of 12 steps each
+    "trainer.val_check_interval=3",  # a checkpoint each time
+)
+TWO_RANKS = (
+    "trainer=ddp",
+    "trainer.accelerator=cpu",
+    "trainer.devices=2",
+    "trainer.precision=32-true",
+    "trainer.max_epochs=1",
+)
+N_STEPS = 24
+OF_THE_CLOCK = ("throughput/tokens_per_second", "throughput/pairs_per_second")
+
+
+@pytest.fixture(scope="module")
+def forkery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forkery]:
+    with Forkery(tmp_path_factory.mktemp("forked")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def golden(forkery: Forkery) -> Path:
+    """A run that nothing happens to."""
+    finished(forkery.run(*RUN, root(forkery, "golden")))
+    return run_below(forkery, "golden")
+
+
+def root(forkery: Forkery, name: str) -> str:
+    """Runs of their own folder, and the base of all."""
+    folder = forkery.folder / name
+    shared = forkery.folder / "cache"
+    shared.mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True)
+    if not (folder / "cache").exists():
+        (folder / "cache").symlink_to(shared)
+    return f"runs_root={folder}"
+
+
+def run_below(forkery: Forkery, name: str) -> Path:
+    (run,) = (forkery.folder / name / "tiny_synthetic").iterdir()
+    return run
+
+
+def finished(*ended: Ended) -> None:
+    for one in ended:
+        assert one.code == 0, one.stderr
+
+
+def recorded(run: Path) -> list[dict[str, Any]]:
+    """metrics.csv to the last digit, without what the clock says."""
+    return [{k: v for k, v in row.items() if k not in OF_THE_CLOCK} for row in metrics_of(run)]
+
+
+def sha256_of_weights(run: Path) -> str:
+    return hashlib.sha256((run / "aligned" / "model.safetensors").read_bytes()).hexdigest()
+
+
+def test_f1_f6_killed_at_random_steps_and_inside_a_save_a_run_ends_as_if_nothing_had_happened(
+    forkery: Forkery, golden: Path
+) -> None:
+    draw = random.Random(1)
+    steps = sorted(draw.sample(range(1, N_STEPS), 6))
+    assert steps[-1] > N_STEPS // 2, "one of them in the second epoch"
+    kinds = ["kill_inside_step", "kill_before_step"] * 2 + ["kill_inside_step"]
+    draw.shuffle(kinds)
+    faults: list[dict[str, int]] = [{kind: step} for kind, step in zip(kinds, steps, strict=False)]
+    faults.append({"kill_while_saving": -(-(steps[-2] + 1) // 3) * 3})
+    where = root(forkery, "killed")
+    for i, fault in enumerate(faults):
+        assert forkery.run(*RUN, where, *(["ckpt_path=last"] if i else []), fault=fault).code == KILLED, fault
+        if not list(run_below(forkery, "killed").glob("checkpoints/last.ckpt")):
+            shutil.rmtree(run_below(forkery, "killed"))  # too early: there is nothing to go on from
+    last = forkery.run(*RUN, where, "ckpt_path=last")
+    finished(last)
+    run = run_below(forkery, "killed")
+    assert ".partial-" in last.stdout.split("Removed: ")[1].splitlines()[0]
+    assert "Lock taken over: process" in last.stdout
+    assert recorded(run) == recorded(golden)
+    assert sha256_of_weights(run) == sha256_of_weights(golden)
+    assert sorted(p.name for p in run.iterdir()) == sorted(p.name for p in golden.iterdir()), (
+        "no lock, nothing half done"
+    )
+
+
+def test_f2_f24_one_of_two_ranks_killed_ends_both_and_they_go_on_alike_or_alone(forkery: Forkery) -> None:
+    arguments = (*RUN, *TWO_RANKS)
+    finished(*forkery.two_ranks(*arguments, root(forkery, "two")))
+    whole = run_below(forkery, "two")
+
+    first, second = forkery.two_ranks(
+        *arguments, root(forkery, "one_dies"), fault_of_second={"kill_inside_step": 7}, timeout=60
+    )
+    assert second.code == KILLED
+    assert first.code > 0, "the peer notices"
+    part = run_below(forkery, "one_dies")
+    alone = forkery.folder / "alone" / "tiny_synthetic" / part.name
+    root(forkery, "alone")
+    shutil.copytree(part, alone, symlinks=True)
+
+    finished(*forkery.two_ranks(*arguments, root(forkery, "one_dies"), "ckpt_path=last"))
+    assert recorded(part) == recorded(whole)
+    assert sha256_of_weights(part) == sha256_of_weights(whole)
+
+    changed = (
+        "trainer.max_epochs=1",
+        "datamodule.tokens_per_micro_batch=700",
+        root(forkery, "alone"),
+        "ckpt_path=last",
+    )
+    resumed = forkery.run(*RUN, *changed)
+    finished(resumed)
+    assert "Resumed by 1 processes what 2 trained" in resumed.stdout
+    assert logged(alone, "step") == logged(whole, "step")
+    for name in ("train/loss", "train/logps/chosen", "val/loss"):
+        assert logged(alone, name) == pytest.approx(logged(whole, name), rel=1e-5, abs=1e-5), name
