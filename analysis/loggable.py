@@ -39,6 +39,7 @@ _OTHERS = (
     "alarm/accuracy_saturation",
     "alarm/length_ratio",
     "alarm/nan",
+    "alarm/skipped_steps",
     "alarm/snapshot",
     "probe/steps_taken",
 )

@@ -43,9 +43,11 @@ class TrainingAlarms(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: StepBatch, batch_idx: int
     ) -> None:
-        """Look at the step's own metrics; every process counts its own tokens."""
-        for name in _MEANS.keys() & trainer.callback_metrics.keys():
-            self._add(name, torch.stack([trainer.callback_metrics[name].detach(), torch.ones(())]).to(pl_module.device))
+        """Look at the step's metrics; every process counts its own tokens."""
+        for name in _MEANS:  # in one order on all processes, which add them up in it
+            value = trainer.callback_metrics.get(name)
+            if value is not None and value.isfinite():  # or the step was skipped
+                self._add(name, torch.stack([value.detach(), torch.ones(())]).to(pl_module.device))
         for micro in batch.micro_batches if batch.micro_batches[0].n_sequences > batch.micro_batches[0].n_pairs else ():
             self._add("length_ratio", (micro.target_counts.view(2, -1) * micro.weights).sum(1))
         if trainer.global_step % self.window == 0 or trainer.global_step == pl_module.total_steps():  # type: ignore[operator]
@@ -55,12 +57,10 @@ class TrainingAlarms(Callback):
         if isinstance(exception, NumericalStop):
             log(trainer, {"alarm/nan": 1.0})
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run compares with."""
+    def state_dict(self) -> dict[str, Any]:  # noqa: D102
         return {"first_logp": self._first_logp}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take it back."""
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: D102
         self._first_logp = state_dict["first_logp"]
 
     def _add(self, name: str, fraction: Tensor) -> None:

@@ -10,8 +10,10 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedTokenizerBase
 
+from callbacks.preemption import Preemption
 from callbacks.progress import TrainingProgress
 from datamodules.preference import PreferenceDataModule
+from launch.agreement import agreement
 from launch.metrics_csv import MetricsCSV
 from launch.run_folder import export_model
 from lightning_modules.sft import SFTModule
@@ -67,7 +69,11 @@ def _train_base(
     trainer: Trainer = instantiate(
         {**config.trainer, "max_steps": -1, "val_check_interval": 1.0, **limits},
         logger=MetricsCSV(log),
-        callbacks=progress_callbacks(config, "base (SFT)"),
+        callbacks=[
+            *progress_callbacks(config, "base (SFT)"),
+            Preemption(None),
+            agreement(config, data, trains="its base"),
+        ],
         enable_checkpointing=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,

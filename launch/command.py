@@ -1,5 +1,6 @@
 """The command line around a Hydra main: arguments checked first, wrong input as one line and exit code 2."""
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -8,13 +9,15 @@ from typing import Any
 from hydra.errors import HydraException, InstantiationException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
+from torch.distributed import DistNetworkError
 
 from launch.configuration import prepare_overrides
 from launch.run_folder import is_first_process
 from launch.screen import quiet_libraries
-from tiltmeter.errors import IncompleteEvaluation, NumericalStop, UserError
+from tiltmeter.errors import IncompleteEvaluation, NumericalStop, Preempted, UserError
 
-EXIT_CODES: Mapping[type[Exception], int] = {UserError: 2, IncompleteEvaluation: 3, NumericalStop: 4}
+Known = UserError | IncompleteEvaluation | NumericalStop | Preempted
+EXIT_CODES: Mapping[type[Known], int] = {UserError: 2, IncompleteEvaluation: 3, NumericalStop: 4, Preempted: 143}
 
 
 def run_command(main: Callable[[], Any], *, config_name: str) -> None:
@@ -37,15 +40,15 @@ def one_line_errors(*, debug: bool, clean_up: Callable[[], object] = lambda: Non
     """
     try:
         yield
-    except Exception as error:
+    except (Exception, Preempted) as error:
         clean_up()
-        known = error if isinstance(error, NumericalStop | IncompleteEvaluation) else as_user_error(error)
+        known = error if isinstance(error, Known) else as_user_error(error)
         if known is None or debug:
             raise
         exit_with(known)
 
 
-def exit_with(error: UserError | IncompleteEvaluation | NumericalStop) -> None:
+def exit_with(error: Known) -> None:
     """Print one line and leave with the exit code of its kind; only the first process prints."""
     if is_first_process():
         print(f"tiltmeter: {error}", file=sys.stderr, flush=True)  # noqa: T201
@@ -59,6 +62,11 @@ def as_user_error(error: BaseException) -> UserError | None:
         if isinstance(cause, UserError):
             return cause
         cause = cause.__cause__
+    if isinstance(error, DistNetworkError):
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        return UserError(
+            f"MASTER_PORT: the processes can't meet at {address} ({str(error).splitlines()[0]}); set it to a free port"
+        )
     if isinstance(error, InstantiationException | MisconfigurationException | HydraException | OmegaConfBaseException):
         text = str(error.__cause__ or error).strip()
         return UserError(" ".join(text.split()))

@@ -83,7 +83,7 @@ def check_config(config: DictConfig, *, config_name: str = "train") -> None:
         raise UserError(f"{key}: expected a value, got none; add {key}=… to the command line")
     for path, node in _nodes(config):
         _check_node(path, node)
-    for path, value in _leaves(config):
+    for path, value in leaves(config):
         if isinstance(value, str) and _SECRET.search(value) and path.split(".")[-1] not in _REVISION_KEYS:
             raise UserError(
                 f"{path}: this looks like a secret; configuration is saved and logged, give keys in the environment"
@@ -92,7 +92,7 @@ def check_config(config: DictConfig, *, config_name: str = "train") -> None:
 
 def missing_keys(config: DictConfig) -> list[str]:
     """Keys that only the user can give a value; what refers to one of them is none itself."""
-    return sorted(path for path, value in _leaves(config) if value == MISSING)
+    return sorted(path for path, value in leaves(config) if value == MISSING)
 
 
 def _check_node(path: str, node: DictConfig) -> None:
@@ -213,7 +213,8 @@ def _nodes(config: DictConfig, path: str = "") -> Iterator[tuple[str, DictConfig
             yield from _nodes(value, here)
 
 
-def _leaves(config: DictConfig | ListConfig, path: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(config: DictConfig | ListConfig, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Path and value of everything that isn't a mapping or a list, as written: references are not followed."""
     container = OmegaConf.to_container(config, resolve=False)
     stack: list[tuple[str, Any]] = [(path, container)]
     while stack:
@@ -228,7 +229,7 @@ def _leaves(config: DictConfig | ListConfig, path: str = "") -> Iterator[tuple[s
 
 def _known_keys(tree: DictConfig) -> Iterator[str]:
     yield from (str(key) for key in tree)
-    yield from (path for path, _ in _leaves(tree))
+    yield from (path for path, _ in leaves(tree))
     for path, node in _nodes(tree):
         yield from (f"{path}.{name}" for name in _constructor_options(node) or ())
 

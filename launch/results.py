@@ -75,8 +75,10 @@ def result_rows(parts: Parts, trainer: Trainer, seconds: float) -> list[tuple[st
         when = "" if module.validated_at_step == trainer.global_step else f", after step {module.validated_at_step}"
         text = f"{interval.value:.3f}  (95 % CI {interval.low:.3f} … {interval.high:.3f}, {len(scored)} pairs{when})"
         rows.append(("held-out preference accuracy", text))
-    if module.seconds_trained:
-        rows.append(("throughput", f"{module.pairs_trained / module.seconds_trained:.1f} pairs/s in training steps"))
+    if module.throughput.seconds:
+        rows.append(
+            ("throughput", f"{module.throughput.pairs / module.throughput.seconds:.1f} pairs/s in training steps")
+        )
     if torch.cuda.is_available():
         rows.append(("peak GPU memory", f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"))
     return rows

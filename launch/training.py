@@ -15,9 +15,11 @@ from rich.table import Table
 
 from callbacks.generation_metrics import GenerationMetrics
 from callbacks.observation import report_failed_write
+from callbacks.preemption import Preemption
 from callbacks.random_state import RandomState
 from callbacks.truthfulqa_metrics import TruthfulQAMetrics
 from datamodules.records import PreferenceSource
+from launch.agreement import agreement
 from launch.base_model import find_or_train_base, progress_callbacks
 from launch.command import one_line_errors
 from launch.metrics_csv import MetricsCSV
@@ -27,6 +29,7 @@ from launch.resuming import SETTINGS, check_same_run, clean_up, find_checkpoint,
 from launch.run_folder import export_model, is_first_process, keep_base, new_run_dir, write_config
 from launch.run_lock import RunLock, check_writable
 from launch.screen import behaviour_table, console, data_table, geometry_table, quiet_libraries, result_table
+from launch.slurm import checkpoint_of_this_job, note_job, requeued_when_asked
 from launch.wandb_logger import RunLogger, close_wandb, open_wandb
 from launch.wandb_media import WandbMedia
 from lightning_modules.checkpoint_io import CommittedCheckpointIO
@@ -45,7 +48,7 @@ def train(config: DictConfig) -> Path:
             if not (folder / "metrics.csv").exists():
                 shutil.rmtree(folder, ignore_errors=True)
 
-    with one_line_errors(debug=config.debug, clean_up=forget), ExitStack() as held:
+    with one_line_errors(debug=config.debug, clean_up=forget), requeued_when_asked(), ExitStack() as held:
         return _train(config, created, held)
 
 
@@ -54,7 +57,7 @@ def _train(config: DictConfig, created: list[Path], held: ExitStack) -> Path:
     is_first = is_first_process()
     screen = console(enabled=is_first)
     root = Path(config.runs_root)
-    checkpoint = _checkpoint_to_resume(config, root, held, screen) if config.ckpt_path else None
+    checkpoint = _checkpoint_to_resume(config, root, held, screen)
     run_dir = checkpoint.parent.parent if checkpoint else new_run_dir(root, config.name)
     check_writable(run_dir, key="runs_root")
     config.run_dir = str(run_dir)
@@ -79,9 +82,12 @@ def _train(config: DictConfig, created: list[Path], held: ExitStack) -> Path:
             held.enter_context(RunLock(run_dir))
             created.append(run_dir)
         write_config(run_dir, config)
+        note_job(run_dir)
         loggers, line = _open_loggers(config, run_dir, parts, checkpoint)
         screen.print(line, soft_wrap=True)
-    trainer = make_trainer(config, watching, loggers)
+    trainer = make_trainer(
+        config, [agreement(config, parts.data, trains="the run", resumes=checkpoint is not None), *watching], loggers
+    )
     started = time.perf_counter()
     trainer.fit(
         parts.module, datamodule=parts.data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True
@@ -98,9 +104,13 @@ def _train(config: DictConfig, created: list[Path], held: ExitStack) -> Path:
     return run_dir
 
 
-def _checkpoint_to_resume(config: DictConfig, root: Path, held: ExitStack, screen: Console) -> Path:
+def _checkpoint_to_resume(config: DictConfig, root: Path, held: ExitStack, screen: Console) -> Path | None:
     """The checkpoint, once its run folder is locked and cleaned up; says what was found on the way."""
-    checkpoint, lines = find_checkpoint(config.ckpt_path, root, config.name)
+    checkpoint, lines = checkpoint_of_this_job(config), list[str]()
+    if checkpoint is None and config.ckpt_path is None:
+        return None
+    if checkpoint is None:
+        checkpoint, lines = find_checkpoint(config.ckpt_path, root, config.name)
     lines += check_same_run(checkpoint, config)
     if is_first_process():
         check_writable(checkpoint.parent, key="ckpt_path")
@@ -163,9 +173,11 @@ def watching_callbacks(config: DictConfig) -> list[Callback]:
 def make_trainer(config: DictConfig, watching: Sequence[Callback], loggers: list[Logger]) -> Trainer:
     """The trainer of the run, with :func:`watching_callbacks` and those that every run has."""
     callbacks: list[Callback] = progress_callbacks(config, config.arm)
+    last = None
     if config.trainer.get("enable_checkpointing", True):
-        callbacks += [instantiate(config.checkpoint), instantiate(config.last_checkpoint)]
-    callbacks += [*watching, RandomState()]
+        last = instantiate(config.last_checkpoint)
+        callbacks += [instantiate(config.checkpoint), last]
+    callbacks += [Preemption(last), *watching, RandomState()]
     callbacks += [WandbMedia(logger, Path(config.run_dir)) for logger in loggers if isinstance(logger, RunLogger)]
     trainer: Trainer = instantiate(
         config.trainer,

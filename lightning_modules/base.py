@@ -1,7 +1,6 @@
 """What SFT and DPO share: the optimizer step over micro-batches, exact means over pairs and processes, logging."""
 
 import math
-import time
 from abc import abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -25,9 +24,11 @@ from lightning_modules.policy import (
     shard,
 )
 from lightning_modules.schedule import Schedule, check_number, learning_rate_factor
+from lightning_modules.step_guard import StepGuard
+from lightning_modules.throughput import Throughput
 from tiltmeter.batch import StepBatch
 from tiltmeter.cpu_linear import onednn_is_faster, use_fast_linear
-from tiltmeter.errors import NumericalStop, UserError
+from tiltmeter.errors import UserError
 from tiltmeter.lora import add_lora, check_lora
 from tiltmeter.verification import settle_packing
 
@@ -51,6 +52,7 @@ class LogProbModule(PairMetrics):
         lora: train low-rank adapters instead of the weights (``adapter=lora``); null: the weights.
         activation_checkpointing: keep only each block's input for the backward pass and compute the rest again: less
             memory, about a third more time, the same numbers to the last bit on a CPU.
+        max_skipped_steps, spike_sigmas: steps that aren't learned from (:class:`~lightning_modules.step_guard.StepGuard`).
         compile_blocks: compile every decoder block with torch.compile; float32 log-probs agree to 1e-5, relative.
     """
 
@@ -70,6 +72,8 @@ class LogProbModule(PairMetrics):
         lora: LoraConfig | None = None,
         activation_checkpointing: bool = False,
         compile_blocks: bool = False,
+        max_skipped_steps: int = 3,
+        spike_sigmas: float | None = 6.0,
     ) -> None:
         super().__init__()
         check_number("learning_rate", learning_rate, 0, math.inf, above=True)
@@ -78,6 +82,8 @@ class LogProbModule(PairMetrics):
             "gradient_clip_norm", 1 if gradient_clip_norm is None else gradient_clip_norm, 0, math.inf, above=True
         )
         check_number("chunk_tokens", 1 if chunk_tokens is None else chunk_tokens, 1, math.inf)
+        check_number("max_skipped_steps", max_skipped_steps, 0, math.inf)
+        check_number("spike_sigmas", 1 if spike_sigmas is None else spike_sigmas, 0, math.inf, above=True)
         for beta in betas:
             check_number("betas", beta, 0, 1)
         if schedule not in ("constant", "linear", "cosine"):
@@ -98,10 +104,9 @@ class LogProbModule(PairMetrics):
         self.activation_checkpointing = activation_checkpointing
         self.compile_blocks = compile_blocks
         self.policy: Policy | None = None
-        self.seconds_trained = 0.0
-        self.pairs_trained = 0
+        self.guard = StepGuard(max_skipped_steps=max_skipped_steps, spike_sigmas=spike_sigmas)
+        self.throughput = Throughput()
         self._build_model: PolicyBuilder | None = None
-        self._step_started = 0.0
 
     @abstractmethod
     def divisor(self, step: StepBatch) -> int:
@@ -186,48 +191,54 @@ class LogProbModule(PairMetrics):
         scheduler._last_lr = [base * scheduler.lr_lambdas[0](scheduler.last_epoch) for base in scheduler.base_lrs]
         for group, rate in zip(optimizer.param_groups, scheduler._last_lr, strict=True):
             group["lr"] = rate
-        self._step_started = time.perf_counter()
+        self.throughput.start()
 
     def on_validation_end(self) -> None:
         """Validation is no part of a training step's time."""
-        self._step_started = time.perf_counter()
+        self.throughput.start()
 
     def on_train_batch_start(self, batch: StepBatch, batch_idx: int) -> None:
         """Log at the number of steps taken, of which Lightning loses count when a run goes on inside an epoch."""
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
 
     def training_step(self, step: StepBatch, batch_idx: int) -> None:
-        """One optimizer step: all micro-batches backward, one all-reduce, clip, update."""
+        """One optimizer step: all micro-batches backward, one all-reduce, clip, update unless the numbers are wrong."""
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         assert not isinstance(optimizer, list)
         assert isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler)
         scale = self.trainer.world_size / self.divisor(step)  # DDP and FSDP2 average gradients over processes
         tables: list[Tensor] = []
+        seen: list[tuple[Tensor, Tensor]] = []
         for i, batch in enumerate(step.micro_batches):
             is_last = i == len(step.micro_batches) - 1
             with nullcontext() if is_last else self._no_gradient_sync():
                 results = self.pair_results(batch, "train")
                 self.manual_backward(results.objective * scale)
             tables.append(self._sums_by_source(batch, results.columns, "train"))
+            seen.append((batch.pair_index, results.columns))
         norm = self._clip_gradients()
-        if not norm.isfinite():
-            self._stop_for_numbers(step)
+        sums, n_computed, n_padding, mean_norm = self._reduce_with_counts(torch.stack(tables).sum(0), step, norm)
+        metrics: dict[str, Any] = self._metrics_by_source(sums, "train")
+        reason = self.guard.refuse(loss=float(metrics["train/loss"]), norm=float(mean_norm))
+        if reason is not None:
+            optimizer.zero_grad()  # AdamW passes over weights without a gradient; the step and its learning rate count
+            self.print(self.guard.skipped(self.trainer.global_step, reason, self.not_finite(seen, "train")))
         optimizer.step()
         optimizer.zero_grad()
         learning_rate = scheduler.get_last_lr()[0]
         scheduler.step()
-        sums, n_computed, n_padding = self._reduce_with_counts(torch.stack(tables).sum(0), step)
-        metrics: dict[str, Any] = self._metrics_by_source(sums, "train")
         metrics |= {"train/gradient_norm": norm, "train/learning_rate": learning_rate}
+        metrics["alarm/skipped_steps"] = float(self.guard.n_refused)
         metrics["throughput/padding_share"] = n_padding / n_computed
         if self.data.active_layout == "shared_prefix":
             n_unshared = step.n_tokens + step.n_prompt_tokens
             metrics["throughput/saved_prompt_share"] = step.n_prompt_tokens / n_unshared
-        self.log_dict(metrics | self._throughput(step), batch_size=step.n_pairs)
+        self.log_dict(metrics | self.throughput.end_of_step(step, self.device), batch_size=step.n_pairs)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say which token ids the run was trained on; leave out weights that LoRA doesn't train."""
         checkpoint["data_digests"] = self._data_digests()
+        checkpoint["step_guard"] = self.guard.state_dict()
         if self.lora is not None and self.device_mesh is None:
             trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
@@ -243,6 +254,7 @@ class LogProbModule(PairMetrics):
             raise UserError(
                 "ckpt_path: the checkpoint was trained on other data or another tokenisation; resume with the same data options"
             )
+        self.guard.load_state_dict(checkpoint["step_guard"])
         if self.lora is not None and self.device_mesh is None:
             frozen = {k: v for k, v in self.state_dict().items() if k not in checkpoint["state_dict"]}
             if any(name for name, p in self.named_parameters() if p.requires_grad and name in frozen):
@@ -254,41 +266,14 @@ class LogProbModule(PairMetrics):
     def _data_digests(self) -> dict[str, str]:
         return {split: self.data.digest(split) for split in _DIGESTED}
 
-    def _reduce_with_counts(self, sums: Tensor, step: StepBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """Sums over processes, with the tokens computed and the padding among them, in one message."""
-        counts = sums.new_tensor([step.n_computed, step.n_padding])
+    def _reduce_with_counts(self, sums: Tensor, step: StepBatch, norm: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Sums over processes, with the tokens computed, the padding among them and the mean gradient norm, in one message.
+
+        The norm is every process's own and could differ in the last bit, which no decision may depend on.
+        """
+        counts = sums.new_tensor([step.n_computed, step.n_padding, norm.item() / self.trainer.world_size])
         reduced = self._reduce(torch.cat([sums.flatten(), counts]))
-        return reduced[:-2].view_as(sums), reduced[-2], reduced[-1]
-
-    def _stop_for_numbers(self, step: StepBatch) -> None:
-        """The norm is the same on every process, so all of them stop here, before the update."""
-        records = self.data.splits["train"].records
-        named = []
-        for batch in step.micro_batches:
-            with torch.no_grad():
-                bad = ~self.pair_results(batch, "train").columns.isfinite().all(1)
-            named += [records[row].pair_id for row in batch.pair_index[bad].tolist()]
-        of = (
-            f"; loss not finite for {', '.join(named[:5])}"
-            if named
-            else "; every loss here is finite, the gradient is not"
-        )
-        raise NumericalStop(
-            f"step {self.trainer.global_step}: gradient not finite{of}. Nothing was updated; the last checkpoint is as it was. "
-            "A lower module.learning_rate or a higher precision is the usual cure"
-        )
-
-    def _throughput(self, step: StepBatch) -> dict[str, float]:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        now = time.perf_counter()
-        seconds, self._step_started = now - self._step_started, now
-        self.seconds_trained += seconds
-        self.pairs_trained += step.n_pairs
-        return {
-            "throughput/pairs_per_second": step.n_pairs / seconds,
-            "throughput/tokens_per_second": step.n_tokens / seconds,
-        }
+        return reduced[:-3].view_as(sums), reduced[-3], reduced[-2], reduced[-1]
 
     def _clip_gradients(self) -> Tensor:
         parameters = [p for p in self.parameters() if p.grad is not None]

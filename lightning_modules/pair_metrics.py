@@ -1,6 +1,7 @@
 """Figures of pairs as metrics: exact means over a step or a whole split, over all pairs and over each source's."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -9,7 +10,9 @@ from torch import Tensor
 
 from datamodules.preference import PreferenceDataModule
 from datamodules.splits import Split
+from lightning_modules.step_guard import CURE, some
 from tiltmeter.batch import PreferenceBatch, StepBatch
+from tiltmeter.errors import NumericalStop
 
 
 class PairResults(NamedTuple):
@@ -64,6 +67,12 @@ class PairMetrics(LightningModule):
         table = self._reduce(table)
         if self.trainer.sanity_checking:
             return
+        if not table[table[:, -1] > 0].isfinite().all(1).any():
+            raise NumericalStop(
+                f"step {self.trainer.global_step}: the loss of every held-out pair is not finite "
+                f"({some([record.pair_id for record in self.data.splits['val'].records])}), so the weights are of no use any "
+                f"more. The last checkpoint is as it was. {CURE}"
+            )
         self.validation_table = table[:, :-1].masked_fill(table[:, -1:] == 0, torch.nan).cpu()
         self.validated_at_step = self.trainer.global_step
         sums = table.new_zeros(len(self.data.sources), table.shape[1]).index_add(0, self._source_of("val"), table)
@@ -94,6 +103,14 @@ class PairMetrics(LightningModule):
                         f"{stage}/{name}/{source}": value for name, value in self.metrics_from_sums(row).items()
                     }
         return metrics
+
+    def not_finite(self, seen: Sequence[tuple[Tensor, Tensor]], split: Split) -> list[str]:
+        """Ids of the pairs, of all processes, with a figure that isn't finite; of ([pair] rows, [pair, column] figures)."""
+        records = self.data.splits[split].records
+        marked = torch.zeros(len(records), device=self.device)
+        for rows, columns in seen:
+            marked[rows[~columns.isfinite().all(1)]] = 1
+        return [records[row].pair_id for row in self._reduce(marked).nonzero()[:, 0].tolist()]
 
     def _reduce(self, tensor: Tensor) -> Tensor:
         """Sum over processes."""

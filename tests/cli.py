@@ -1,6 +1,7 @@
 """Runs the command line as a person would, in a process of its own, on a world small enough for a test."""
 
 import csv
+from collections.abc import Mapping
 from pathlib import Path
 from subprocess import CompletedProcess
 
@@ -19,9 +20,11 @@ TINY = (
 )
 
 
-def run_train(*arguments: str, timeout: float = 240) -> CompletedProcess[str]:
+def run_train(
+    *arguments: str, timeout: float = 240, environment: Mapping[str, str] | None = None
+) -> CompletedProcess[str]:
     """``python train.py …`` with output captured."""
-    return run_script("train.py", *arguments, timeout=timeout)
+    return run_script("train.py", *arguments, environment=environment, timeout=timeout)
 
 
 def only_run(root: Path, experiment: str = "tiny_synthetic") -> Path:

@@ -180,9 +180,8 @@ def fit(
     trainer = Trainer(
         accelerator=accelerator,
         precision=precision,
-        devices=1,
         max_steps=max_steps,
-        **({"max_epochs": 1, "limit_val_batches": 0} | quiet | options),
+        **({"devices": 1, "max_epochs": 1, "limit_val_batches": 0} | quiet | options),
     )
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     return trainer

@@ -1,4 +1,6 @@
-"""What ends a program with one line: wrong input (exit code 2), scores that are missing (3), numbers gone wrong (4)."""
+"""What ends a program with one line: wrong input (exit code 2), missing scores (3), numbers gone wrong (4), a signal (143)."""
+
+from signal import Signals
 
 
 class UserError(ValueError):
@@ -15,3 +17,24 @@ class NumericalStop(RuntimeError):
 
 class IncompleteEvaluation(RuntimeError):
     """Too many scores of a figure are missing: shown as one line, exit code 3; everything that could be scored is kept."""
+
+
+class Preempted(BaseException):
+    """A signal asked the run to stop and it did, on all processes: shown as one line, exit code 143.
+
+    No ``Exception``, since it may be raised anywhere, where no library shall take it for a failure of its own.
+
+    Args:
+        signal: that asked for it.
+        after_step: optimizer steps taken; 0: none.
+        checkpoint: what was written; None: nothing new.
+
+    >>> print(Preempted(Signals.SIGTERM, after_step=12, checkpoint="run/last.ckpt"))
+    stopped by SIGTERM after step 12; go on with ckpt_path=run/last.ckpt
+    """
+
+    def __init__(self, signal: Signals, *, after_step: int = 0, checkpoint: str | None = None) -> None:
+        self.signal = signal
+        self.checkpoint = checkpoint
+        kept = "nothing new to keep" if checkpoint is None else f"go on with ckpt_path={checkpoint}"
+        super().__init__(f"stopped by {signal.name} after step {after_step}; {kept}")
