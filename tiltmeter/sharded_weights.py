@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, rename_source_key
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from tiltmeter.errors import UserError
 from tiltmeter.lora import plain_name
@@ -94,12 +94,13 @@ def _shapes(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
 def _stored_names(model: PreTrainedModel, shapes: dict[str, tuple[int, ...]]) -> dict[str, str] | None:
     """Parameter → its name in the files, by transformers' own rules; None: not every one is there as it is."""
     changes = get_model_conversion_mapping(model)
-    if any(isinstance(change, WeightConverter) for change in changes):
+    renamings = [change for change in changes if isinstance(change, WeightRenaming)]
+    if len(renamings) < len(changes):
         return None  # tensors have to be split, merged or turned
     parameters = dict(model.named_parameters(remove_duplicate=False))
     stored: dict[int, str] = {}
     for name, shape in shapes.items():
-        target, _ = rename_source_key(name, changes, [], model.base_model_prefix, parameters)
+        target, _ = rename_source_key(name, renamings, [], model.base_model_prefix, parameters)
         if target in parameters and tuple(parameters[target].shape) == shape:
             stored[id(parameters[target])] = name
     if any(id(parameter) not in stored for parameter in parameters.values()):
