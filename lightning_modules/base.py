@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
@@ -175,6 +176,8 @@ class LogProbModule(PairMetrics):
             self.trainer.precision_plugin.forward_context() if is_sharded else nullcontext(),
         ):
             policy.run(check)
+        if isinstance(policy, FSDPModule):
+            policy.reshard()  # FSDP2 leaves the root whole after a forward; the optimizer takes the shards
         self.on_model_built(policy.model)
 
     def build_model(self) -> PreTrainedModel:

@@ -97,6 +97,7 @@ def one_of_two(rank: int, large: Path, small: Path, folder: Path) -> None:
     )
     _, peak_whole = most_held(lambda: CausalLM(str(large)).build(make_tokenizer()))
     said: dict[str, Any] = {"packs": packs, "peaks": [p / n_bytes for p in (peak, peak_of_check, peak_whole)]}
+    policy.reshard()
     said["share"] = sum(p.to_local().nbytes for p in policy.parameters() if isinstance(p, DTensor)) / n_bytes
     said["hash"] = hash_weights(plain_state(policy.model), is_first=rank == 0)
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
