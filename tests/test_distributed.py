@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.cli import TINY, logged, metrics_of, only_run, run_train
@@ -70,16 +71,24 @@ def test_a_sharded_run_resumes_with_more_steps_where_the_uninterrupted_one_would
     assert logged(part, "train/loss") == pytest.approx(logged(whole, "train/loss"), rel=1e-6)
 
 
+def first_run(root: Path) -> Path:
+    return min((root / "tiny_synthetic").iterdir(), key=lambda run: run.name)
+
+
 def _is_single(run: Path) -> bool:
     return "strategy" not in (run / "config.yaml").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
-def test_a_base_is_trained_by_two_processes_too_and_wrong_input_is_said_once(trainer: str, tmp_path: Path) -> None:
+def test_a_base_is_trained_by_two_processes_too_and_wrong_input_is_said_once(
+    trainer: str, tmp_path: Path, single: Path
+) -> None:
     done = run_train(*TINY, *STEPS, f"trainer={trainer}", *TWO_PROCESSES, f"runs_root={tmp_path}")
     assert done.returncode == 0, done.stderr
     assert "Base: trained by SFT" in done.stdout
-    assert (only_run(tmp_path) / "base" / "model.safetensors").is_file()
+    base, theirs = (load_file(root / "base" / "model.safetensors") for root in (only_run(tmp_path), first_run(single)))
+    for name in theirs:
+        torch.testing.assert_close(base[name], theirs[name], rtol=0, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
     resumed = run_train(*TINY, *STEPS, f"trainer={trainer}", *TWO_PROCESSES, f"runs_root={tmp_path}", "seed=-1x")
     assert resumed.returncode == 2
     assert len(resumed.stderr.strip().splitlines()) == 1

@@ -20,7 +20,7 @@ from typing import Any
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-from tests.cli import ROOT
+from tests.processes import ROOT
 
 KILLED = -9
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from launch.run_lock import LOCK, RunLock, check_writable
-from tests.cli import ROOT
+from tests.processes import ROOT
 from tiltmeter.errors import UserError
 
 HOLDER = """

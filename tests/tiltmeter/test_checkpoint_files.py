@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.cli import ROOT
+from tests.processes import ROOT
 from tests.tiltmeter.interrupted_saves import CONTENT, save, write_file, write_folder
 from tiltmeter.checkpoint_files import (
     MANIFEST,
