@@ -1,34 +1,24 @@
 """``python analyze.py`` on tiny models: what it takes, what it refuses, what it leaves behind."""
 
-import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
 import pytest
-import yaml
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import open_dict
 
 from analysis.read_states import READ_NOW, StateReading
-from launch.analyzing import analyze
-from launch.command import one_line_errors
-from launch.configuration import CONF, prepare_overrides
 from tests.analysis import asked
 from tests.analysis import planted_behaviour as planted
 from tests.analysis import planted_geometry as geometry
 from tests.analysis.asked import save_model
-from tests.analysis.conftest import CONFIG, dpo_rows
 from tests.cli import ROOT
+from tests.launch.analyze_command import ask, refused
 from tests.tiltmeter.scoring.stub_endpoint import refused_url
 from tests.tiny_models import make_model
-from tiltmeter.errors import IncompleteEvaluation, UserError
+from tiltmeter.errors import IncompleteEvaluation
 
 SMALL = ("decoding.max_new_tokens=6", "behaviour.n_prompts=3", "behaviour.probe_sites=''")
 SWEEP = ("steering.lambdas=[1.0]", "steering.n_random=1", "steering.n_generated=2", "steering.sites=final_post_norm")
@@ -36,50 +26,9 @@ DATA = ("data=synthetic", "judge=none", "data.n_prompts=30", "pairs.n_pairs=5")
 CANARY = "canary-0123456789"
 
 
-@pytest.fixture(autouse=True)
-def no_config_left() -> Iterator[None]:
-    yield
-    GlobalHydra.instance().clear()
-    HydraConfig.instance().cfg = None
-
-
 @pytest.fixture
 def two(tmp_path: Path) -> tuple[str, str]:
     return f"base={save_model(tmp_path / 'old', seed=0)}", f"aligned={save_model(tmp_path / 'new', seed=1)}"
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    folder = tmp_path / "runs" / "fake" / "2026-01-31_12-00-00"
-    folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG), encoding="utf-8")
-    pd.DataFrame(dpo_rows()).to_csv(folder / "metrics.csv", index=False)
-    pairs = [pair.as_json() for pair in asked.probe_pairs(6)]
-    (folder / "probe_prompts.json").write_text(json.dumps(pairs), encoding="utf-8")
-    for i, name in enumerate(("base", "aligned")):
-        save_model(folder / name, seed=i)
-    return folder
-
-
-def ask(tmp_path: Path, *arguments: str) -> Path:
-    """As ``analyze.py`` does, in this process."""
-    overrides = prepare_overrides([*arguments, f"runs_root={tmp_path / 'runs'}"], config_name="analyze")
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("analyze", overrides=overrides, return_hydra_config=True)
-    HydraConfig.instance().set_config(config)
-    with open_dict(config):
-        del config["hydra"]
-    return analyze(config)
-
-
-def refused(tmp_path: Path, *arguments: str) -> str:
-    before = {path for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises((UserError, SystemExit)) as caught, one_line_errors(debug=True):
-        ask(tmp_path, *arguments)
-    assert {path for path in tmp_path.rglob("*") if path.is_file()} == before, "something was written"
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 @pytest.mark.slow
