@@ -75,7 +75,7 @@ def test_nothing_that_a_run_says_is_run(tmp_path: Path, run: Path) -> None:
         raw = json.loads(file.read_text("utf-8")) | {"auto_map": {"AutoModelForCausalLM": "evil.Evil"}}
         file.write_text(json.dumps(raw), encoding="utf-8")
         (run / name / "evil.py").write_text(f"open({str(tmp_path / 'owned')!r}, 'w')", encoding="utf-8")
-    assert ask(tmp_path, f"run={run}", "analysis=[training,geometry]").is_file()
+    assert ask(tmp_path, f"run={run}", "analysis=geometry").is_file()
     assert not (tmp_path / "owned").exists()
 
 
