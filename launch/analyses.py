@@ -1,8 +1,8 @@
 """The questions that ``analyze.py`` knows, what each needs, and what of a command line concerns it.
 
 Three kinds: read off the tables of a run's folder; drawn from hidden states, those that a run stored or else read again; and
-asked of the models. One of the last kind is a class with the attributes ``dtype`` and ``device`` and a method
-``section(checkpoints) -> Section``, built from the node of its name in conf/analyze.yaml: give it a line here and a node there.
+asked of the models. One of the last kind is a class with attributes ``dtype`` and ``device`` and methods ``section(checkpoints)
+-> Section`` and ``costs(checkpoints) -> list[Cost]``, built from its node in conf/analyze.yaml: a line here, a node there.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence

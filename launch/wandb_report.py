@@ -94,7 +94,7 @@ def _upload(run: Run, page: Path, sections: Sequence[Section]) -> str:
     url = opened.url
     opened.finish()
     if mode == "offline":
-        return f"W&B: the report is kept offline; upload it with: wandb sync --append {kept.parent}"
+        return f"W&B: the report is kept offline; upload it behind training’s with: wandb sync {kept.parents[1]}/*run-*-{name}"
     return f"W&B: the report is at {url}"
 
 

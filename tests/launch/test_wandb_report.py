@@ -52,7 +52,7 @@ def test_the_report_reaches_the_run_that_training_logged_to(
     said = upload_report(run, *written(run))
     (file,) = run.folder.glob(f"wandb/offline-run-*/run-{ID}.wandb")
     wait_until_written(file)
-    assert said == f"W&B: the report is kept offline; upload it with: wandb sync --append {file.parent}"
+    assert said.endswith(f"wandb sync {run.folder / 'wandb'}/*run-*-{ID}")
     (opened,) = [record.run for record in read_records(file) if record.WhichOneof("record_type") == "run"]
     assert (opened.run_id, opened.project, opened.entity) == (ID, "mine", "")
     (row,) = [row for row in history_rows(file) if "report/training/path" in row]
