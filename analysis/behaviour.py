@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from analysis.checkpoints import Checkpoints, prompts_of_file
+from analysis.costs import Cost
 from analysis.models import LoadedModel
 from analysis.preferences import kl_of_samples, preference_figures, probe_accuracies
 from datamodules.oracle import PlantedOracle
@@ -109,6 +110,17 @@ class Behaviour:
         if self.probe_sites:
             scores.figures.extend(probe_accuracies(checkpoints, self.probe_sites))
         return Answers(samples, scores, self.decoding, beta, silent)
+
+    def costs(self, checkpoints: Checkpoints) -> list[Cost]:
+        """Of the two models; what scorers, judges and TruthfulQA take comes on top."""
+        prompts, n_samples, n_new = self._prompts(checkpoints), self.decoding.n_samples, self.decoding.max_new_tokens
+        said = n_samples * sum(len(prompt.ids) + n_new for prompt in prompts)
+        over_pairs = 4 if self.probe_sites else 2  # log-probs and the probe, by either model
+        read = over_pairs * sum(pair.n_row_tokens for pair in checkpoints.pairs)
+        return [
+            Cost("completions, at most", float(2 * n_new), 2 * said),
+            Cost("teacher-forced, at most", over_pairs + 4.0, read + 4 * said),  # each completion as two rows of a pair
+        ]
 
     def _prompts(self, checkpoints: Checkpoints) -> list[Prompt]:
         if self.prompts is not None:

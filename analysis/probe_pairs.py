@@ -34,6 +34,12 @@ class ProbePair:
     attributes: Mapping[str, str | int | float | bool]
     """What the source knows beyond the text."""
 
+    @property
+    def n_row_tokens(self) -> int:
+        """Tokens of its two rows, the prompt in both."""
+        prompt, chosen, rejected = map(len, self.ids)
+        return 2 * prompt + chosen + rejected
+
     @classmethod
     def of(cls, record: PreferencePair, ids: TokenizedPair) -> "ProbePair":
         """That of a record and its token ids."""

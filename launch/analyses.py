@@ -1,8 +1,8 @@
 """The questions that ``analyze.py`` knows, what each needs, and what of a command line concerns it.
 
 Three kinds: read off the tables of a run's folder; drawn from hidden states, those that a run stored or else read again; and
-asked of the models. One of the last kind is a class with the attributes ``dtype`` and ``device`` and a method
-``section(checkpoints) -> Section``, built from the node of its name in conf/analyze.yaml: give it a line here and a node there.
+asked of the models. One of the last kind is a class with attributes ``dtype`` and ``device`` and methods ``section(checkpoints)
+-> Section`` and ``costs(checkpoints) -> list[Cost]``, built from its node in conf/analyze.yaml: a line here, a node there.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -76,7 +76,8 @@ def chosen_analyses(asked: str | ListConfig, *, of_run: bool) -> dict[str, bool]
 
 def refuse_unused(names: Iterable[str], *, of_run: bool) -> None:
     """Refuse what was set on the command line and would have no effect on any of these analyses. Raises UserError."""
-    unused = dict.fromkeys(_OF_CHECKPOINTS, "two checkpoints, base=… aligned=…") if of_run else {}
+    needs_two = dict.fromkeys(_OF_CHECKPOINTS, "two checkpoints, base=… aligned=…")
+    unused = needs_two if of_run else {"upload": "a run, which W&B knows"}
     for key, analyses in _KEYS.items():
         if not set(analyses) & set(names):
             unused[key] = _needs(analyses)
@@ -97,7 +98,7 @@ def options_of(name: str) -> list[str]:
 
     Left out: what concerns other analyses alone, and what says how to go about it rather than what to compute.
     """
-    never = ("run", "base", "aligned", "analysis", "dry_run", "debug", "runs_root", "steering.restart")
+    never = ("run", "base", "aligned", "analysis", "dry_run", "upload", "debug", "runs_root", "steering.restart")
     return [
         text.lstrip("+")
         for text in _overrides()

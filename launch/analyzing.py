@@ -31,6 +31,7 @@ from launch.analyses import (
 from launch.asking import Asked, Plan, Question, costs_table
 from launch.configuration import check_config
 from launch.screen import console
+from launch.wandb_report import check_upload, upload_report
 from tiltmeter.errors import IncompleteEvaluation, UserError
 
 
@@ -43,6 +44,7 @@ class Wanted(NamedTuple):
     """Those that ask models."""
     reading: StateReading
     dry_run: bool
+    upload: bool
 
 
 def analyze(config: DictConfig) -> Path | None:
@@ -59,7 +61,7 @@ def analyze(config: DictConfig) -> Path | None:
     names = chosen_analyses(config.analysis, of_run=of_run)
     refuse_unused(names, of_run=of_run)
     questions = {name: instantiate(config[ASKED[name]]) for name in names if name in ASKED}
-    wanted = Wanted(names, questions, instantiate(config.hidden_states), config.dry_run)
+    wanted = Wanted(names, questions, instantiate(config.hidden_states), config.dry_run, config.upload)
     if of_run:
         return _analyze_run(wanted, open_run(find_run(str(config.run), Path(config.runs_root))))
     return _analyze_checkpoints(config, wanted)
@@ -78,6 +80,8 @@ def _asks_of_run(config: DictConfig) -> bool:
 
 
 def _analyze_run(wanted: Wanted, run: Run) -> Path | None:
+    if wanted.upload:
+        check_upload(run)
     opened = cache(partial(checkpoints_of_run, run))
     plans = _plan(wanted, opened, run.report / "tables")
     read = _read_off(wanted.names, run)
@@ -108,7 +112,9 @@ def _analyze_run(wanted: Wanted, run: Run) -> Path | None:
     )
     models = plans[0].checkpoints if plans else checkpoints
     samples = partial(compare_samples, run) if models is None else partial(samples_of_models, models)
-    return _report(subject, _in_order(wanted.names, read), asked, samples)
+    return _report(
+        subject, _in_order(wanted.names, read), asked, samples, partial(upload_report, run) if wanted.upload else None
+    )
 
 
 def _read_off(names: Mapping[str, bool], run: Run) -> dict[str, Section]:
@@ -214,11 +220,19 @@ def _ask(plan: Plan) -> Asked:
     return plan.ask()
 
 
-def _report(subject: Subject, read: Sequence[Section], asked: Sequence[Asked], samples: Callable[[], Samples]) -> Path:
-    """Write it, then say what has no number."""
+def _report(
+    subject: Subject,
+    read: Sequence[Section],
+    asked: Sequence[Asked],
+    samples: Callable[[], Samples],
+    upload: Callable[[Path, Sequence[Section]], str] | None = None,
+) -> Path:
+    """Write it, send it where it is wanted, then say what has no number."""
     sections = [*read, *(one.section for one in asked if one.section)]
     said = next((one.samples for one in asked if one.samples), None) or samples()
     page = write_report(subject, sections, said)
+    if upload is not None:
+        console().print(upload(page, sections), soft_wrap=True, markup=False)
     lost = [name for one in asked for name in one.lost]
     if lost:
         raise IncompleteEvaluation(

@@ -31,13 +31,15 @@ class Asked(NamedTuple):
 
 
 class Question(Protocol):
-    """What the node of an analysis builds."""
+    """What the node of an analysis builds; its answer is made by :class:`Plan` where it is more than a section."""
 
     dtype: str
     device: str | None
 
 
-class _HasSection(Question, Protocol):
+class _WithSection(Question, Protocol):
+    def costs(self, checkpoints: Checkpoints) -> list[Cost]: ...
+
     def section(self, checkpoints: Checkpoints) -> Section: ...
 
 
@@ -75,11 +77,11 @@ class Plan:
             self.costs()  # refuses sites and pairs that don't fit before any other analysis has begun
 
     def costs(self) -> list[Cost]:
-        """Passes and tokens of each part; empty where an analysis doesn't tell."""
+        """Passes and tokens of each part."""
         if isinstance(self.question, SteeringSweep):
             return self.question.start(self.checkpoints).costs()
-        tell = getattr(self.question, "costs", None)
-        return [] if tell is None else list(tell(self.checkpoints))
+        question: Behaviour | _WithSection = self.question  # type: ignore[assignment]
+        return question.costs(self.checkpoints)
 
     def ask(self) -> Asked:
         """Run it."""
@@ -87,7 +89,7 @@ class Plan:
             return _behaviour(self.question, self.checkpoints)
         if isinstance(self.question, SteeringSweep):
             return Asked(self._sweep(self.question))
-        question: _HasSection = self.question  # type: ignore[assignment]
+        question: _WithSection = self.question  # type: ignore[assignment]
         return Asked(question.section(self.checkpoints))
 
     def _sweep(self, question: SteeringSweep) -> Section | None:
@@ -113,7 +115,6 @@ def costs_table(costs: Mapping[str, Sequence[Cost]]) -> Table:
     for column, justify in (("analysis", "left"), ("", "left"), ("passes", "right"), ("tokens", "right")):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     for name, parts in costs.items():
-        rows = [(cost.name, f"{cost.forwards:,.1f}", f"{cost.tokens:,}") for cost in parts]
-        for i, row in enumerate(rows or [("not known before", "–", "–")]):
-            table.add_row("" if i else name, *row)
+        for i, cost in enumerate(parts):
+            table.add_row("" if i else name, cost.name, f"{cost.forwards:,.1f}", f"{cost.tokens:,}")
     return table

@@ -79,7 +79,7 @@ def open_wandb(
     Returns:
         the logger (None when disabled or when W&B fails) and one line that says where the run goes.
     """
-    chosen = _choose_mode(mode)
+    chosen = choose_mode(mode)
     if chosen == "disabled":
         return None, "W&B: disabled; metrics.csv has everything"
     for attempt in dict.fromkeys((chosen, "offline")):
@@ -132,7 +132,13 @@ def _open(
     return RunLogger(experiment=run, save_dir=str(run_dir)), line
 
 
-def _choose_mode(mode: Mode) -> str:
+def id_of(run_dir: Path) -> str | None:
+    """The id under which W&B knows a run folder; None: it doesn't."""
+    found = sorted(run_dir.glob("wandb/*run-*-*"), key=lambda path: path.name.partition("run-")[2])
+    return found[-1].name.rpartition("-")[2] if found else None
+
+
+def choose_mode(mode: Mode) -> str:
     """``auto``: the environment's WANDB_MODE if set, else online when there is a key, else offline."""
     if mode != "auto":
         return mode

@@ -117,7 +117,7 @@ def most_bytes_while_reading(models: Checkpoints) -> int:
 
 
 def test_memory_does_not_grow_with_the_number_of_pairs() -> None:
-    few, many = (most_bytes_while_reading(asked.checkpoints(n)) for n in (8, 64))
+    few, many = (most_bytes_while_reading(asked.checkpoints(n)) for n in (8, 24))
     assert few == many > 0
 
 

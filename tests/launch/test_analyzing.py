@@ -1,34 +1,24 @@
 """``python analyze.py`` on tiny models: what it takes, what it refuses, what it leaves behind."""
 
-import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
 import pytest
-import yaml
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import open_dict
 
 from analysis.read_states import READ_NOW, StateReading
-from launch.analyzing import analyze
-from launch.command import one_line_errors
-from launch.configuration import CONF, prepare_overrides
 from tests.analysis import asked
 from tests.analysis import planted_behaviour as planted
 from tests.analysis import planted_geometry as geometry
 from tests.analysis.asked import save_model
-from tests.analysis.conftest import CONFIG, dpo_rows
 from tests.cli import ROOT
+from tests.launch.analyze_command import ask, refused
 from tests.tiltmeter.scoring.stub_endpoint import refused_url
 from tests.tiny_models import make_model
-from tiltmeter.errors import IncompleteEvaluation, UserError
+from tiltmeter.errors import IncompleteEvaluation
 
 SMALL = ("decoding.max_new_tokens=6", "behaviour.n_prompts=3", "behaviour.probe_sites=''")
 SWEEP = ("steering.lambdas=[1.0]", "steering.n_random=1", "steering.n_generated=2", "steering.sites=final_post_norm")
@@ -36,50 +26,9 @@ DATA = ("data=synthetic", "judge=none", "data.n_prompts=30", "pairs.n_pairs=5")
 CANARY = "canary-0123456789"
 
 
-@pytest.fixture(autouse=True)
-def no_config_left() -> Iterator[None]:
-    yield
-    GlobalHydra.instance().clear()
-    HydraConfig.instance().cfg = None
-
-
 @pytest.fixture
 def two(tmp_path: Path) -> tuple[str, str]:
     return f"base={save_model(tmp_path / 'old', seed=0)}", f"aligned={save_model(tmp_path / 'new', seed=1)}"
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    folder = tmp_path / "runs" / "fake" / "2026-01-31_12-00-00"
-    folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG), encoding="utf-8")
-    pd.DataFrame(dpo_rows()).to_csv(folder / "metrics.csv", index=False)
-    pairs = [pair.as_json() for pair in asked.probe_pairs(6)]
-    (folder / "probe_prompts.json").write_text(json.dumps(pairs), encoding="utf-8")
-    for i, name in enumerate(("base", "aligned")):
-        save_model(folder / name, seed=i)
-    return folder
-
-
-def ask(tmp_path: Path, *arguments: str) -> Path:
-    """As ``analyze.py`` does, in this process."""
-    overrides = prepare_overrides([*arguments, f"runs_root={tmp_path / 'runs'}"], config_name="analyze")
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("analyze", overrides=overrides, return_hydra_config=True)
-    HydraConfig.instance().set_config(config)
-    with open_dict(config):
-        del config["hydra"]
-    return analyze(config)
-
-
-def refused(tmp_path: Path, *arguments: str) -> str:
-    before = {path for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises((UserError, SystemExit)) as caught, one_line_errors(debug=True):
-        ask(tmp_path, *arguments)
-    assert {path for path in tmp_path.rglob("*") if path.is_file()} == before, "something was written"
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 @pytest.mark.slow
@@ -188,11 +137,10 @@ def test_a_run_that_scored_nothing_has_a_report_without_that_section(tmp_path: P
 
 
 def test_states_that_a_run_did_not_store_are_read_again_and_the_page_says_so(tmp_path: Path, run: Path) -> None:
-    text = ask(tmp_path, f"run={run}", "analysis=[clouds,geometry]", "hidden_states.n_pairs=5").read_text("utf-8")
-    assert text.count("The run stored nothing for this: hidden states of 5 of its held-out pairs were read again.") == 2
+    text = ask(tmp_path, f"run={run}", "analysis=geometry", "hidden_states.n_pairs=5").read_text("utf-8")
+    assert text.count("The run stored nothing for this: hidden states of 5 of its held-out pairs were read again.") == 1
     assert "after 10 steps" in text
-    assert "clouds, geometry of this run" not in text, "in the order of the report"
-    assert "hidden_states.n_pairs=5 analysis=clouds" in text
+    assert "hidden_states.n_pairs=5 analysis=geometry" in text
     assert "no readings for it (expected a run" in refused(tmp_path, f"run={run}", "analysis=layers_by_step")
     for file in (run / "base").glob("*"):
         file.unlink()
@@ -209,9 +157,9 @@ def test_states_that_a_run_stored_are_not_read_again(
     save_model(run / "base", seed=0)
     pd.DataFrame(geometry.run_rows()).to_csv(run / "metrics.csv", index=False)
     monkeypatch.setattr(StateReading, "read", lambda *_, **__: pytest.fail("read"))
-    text = ask(tmp_path, f"run={run}", "analysis=[cosines,geometry,layers_by_step]").read_text("utf-8")
+    text = ask(tmp_path, f"run={run}", "analysis=geometry").read_text("utf-8")
     assert "read again" not in text
-    said = refused(tmp_path, f"run={run}", "analysis=cosines", "hidden_states.n_pairs=5")
+    said = refused(tmp_path, f"run={run}", "analysis=geometry", "hidden_states.n_pairs=5")
     assert said == "hidden_states.n_pairs: has no effect here; it is for hidden states that no run stored"
     (run / "snapshots" / "epoch=001.safetensors").write_bytes(b"nothing")
     assert "epoch=001.safetensors: damaged" in refused(tmp_path, f"run={run}", "analysis=clouds")
@@ -232,10 +180,9 @@ def test_a_dry_run_says_what_each_analysis_would_take(
 
 def test_the_scores_of_training_are_a_section_of_the_report(tmp_path: Path, run: Path) -> None:
     planted.write(run, planted.LOOKS)
-    text = ask(tmp_path, f"run={run}", "analysis=[training,behaviour_by_step]").read_text(encoding="utf-8")
+    text = ask(tmp_path, f"run={run}", "analysis=behaviour_by_step").read_text(encoding="utf-8")
     assert "What does the model say while it trains" in text
     assert "how they were drawn is not known" in text
-    assert text.index("<h2>") < text.index("What does the model say while it trains")
 
 
 def test_a_damaged_table_ends_the_report_of_all_with_its_name(tmp_path: Path, run: Path) -> None:

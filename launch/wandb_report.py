@@ -1,0 +1,127 @@
+"""The report of a run on Weights & Biases: its folder as an artifact, its figures as media, in the run that training logged to."""
+
+import io
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from analysis.figures import png_bytes
+from analysis.report import Section
+from analysis.runs import Run
+from launch.wandb_logger import STEP_AXIS, choose_mode, id_of
+from tiltmeter.errors import UserError
+
+_SENT = (".html", ".csv", ".json", ".png", ".pdf")
+_TEXTS = (".html", ".csv", ".json")
+_PICTURE = re.compile(r"(data:image/png;base64,[A-Za-z0-9+/=]+)")
+_PATH = re.compile(r"(?<![\w/.:<])/(?:[\w.@+~-]+/)+(?=[\w.@+~-])")
+"""The folders of an absolute path; addresses on the web and closing tags are none."""
+_NAME = re.compile(r"[\w.-]{1,128}")
+_SETTINGS: dict[str, Any] = {
+    "init_timeout": 30,
+    "finish_timeout": 300,
+    "silent": True,
+    "save_code": False,
+    "console": "off",
+    **dict.fromkeys(("disable_git", "x_disable_meta", "x_disable_stats"), True),
+    "x_save_requirements": False,
+}
+"""Nothing of this machine: no command line, folders, packages or repository."""
+_ROWS_A_STEP = 10
+"""W&B counts calls and takes none back; a run makes fewer than so many for each row of metrics.csv."""
+
+
+def check_upload(run: Run) -> str:
+    """The id of the run on W&B, known before anything is computed.
+
+    Raises:
+        UserError: training logged nothing to W&B, or it is switched off now.
+    """
+    found = id_of(run.folder)
+    if found is None:
+        raise UserError(f"upload: {run.folder} has no wandb/ folder, so W&B has no such run; leave upload out")
+    if choose_mode("auto") == "disabled":
+        raise UserError("upload: W&B is disabled by WANDB_MODE or WANDB_DISABLED; unset it, or leave upload out")
+    return found
+
+
+def upload_report(run: Run, page: Path, sections: Sequence[Section]) -> str:
+    """Send a written report, online when logged in, else into an offline run of the same id; one line that says where.
+
+    Files are sent without the folders of absolute paths in them. A failure of W&B is that line, and no failure of the report.
+    """
+    try:
+        return _upload(run, page, sections)
+    except Exception as error:  # the network, the service, a full disk
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        return f"W&B: the report could not be sent ({reason}); it is in {page.parent}"
+
+
+def _upload(run: Run, page: Path, sections: Sequence[Section]) -> str:
+    import wandb  # slow to import, and absent is no failure
+
+    mode, name = choose_mode("auto"), id_of(run.folder)
+    project, entity = (_plain(run, f"logger.{what}") for what in ("project", "entity"))
+    opened = wandb.init(
+        dir=str(run.folder),
+        id=name,
+        resume="allow" if mode == "online" else None,  # offline, W&B has nothing to look it up in
+        project=project,
+        entity=entity,
+        job_type="train",
+        mode=mode,  # type: ignore[arg-type]
+        settings=_SETTINGS,
+        reinit="finish_previous",
+    )
+    media = {
+        f"report/{section.name}": wandb.Image(
+            Image.open(io.BytesIO(png_bytes(section.figure))), caption=". ".join(section.sentences)
+        )
+        for section in sections
+    }
+    last = max(run.n_steps - 1, 0)
+    opened.log(media | {STEP_AXIS: last}, step=_ROWS_A_STEP * len(run.metrics))
+    kept = Path(opened.dir).parent / "report"
+    copy_without_paths(page.parent, kept)
+    artifact = wandb.Artifact(
+        f"report-{name}", type="report", description="report/ of the run folder: open index.html."
+    )
+    artifact.add_dir(str(kept), policy="immutable", skip_cache=True)  # read where it is, not copied to a cache
+    opened.log_artifact(artifact)
+    url = opened.url
+    opened.finish()
+    if mode == "offline":
+        return f"W&B: the report is kept offline; upload it behind training’s with: wandb sync {kept.parents[1]}/*run-*-{name}"
+    return f"W&B: the report is at {url}"
+
+
+def copy_without_paths(report: Path, to: Path) -> None:
+    """Copy a report's pages, tables and figures; in texts, the folders of absolute paths become ``…/``."""
+    for file in sorted(report.rglob("*")):
+        if not file.is_file() or file.is_symlink() or file.suffix not in _SENT:
+            continue
+        target = to / file.relative_to(report)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        content = file.read_bytes()
+        if file.suffix in _TEXTS:
+            content = without_paths(content.decode("utf-8", "replace")).encode("utf-8")
+        target.write_bytes(content)
+
+
+def without_paths(text: str) -> str:
+    """The text with only the last name of every absolute path.
+
+    >>> without_paths("run=/home/me/runs/a/b.csv, 1/2 of https://example.org/a/b </td>")
+    'run=…/b.csv, 1/2 of https://example.org/a/b </td>'
+    """
+    parts = _PICTURE.split(text)  # every second one is a picture, in which slashes are digits
+    return "".join(part if i % 2 else _PATH.sub("…/", part) for i, part in enumerate(parts))
+
+
+def _plain(run: Run, key: str) -> str | None:
+    """A name out of the run's configuration; None for anything that is none."""
+    value = run.setting(key)
+    return value if isinstance(value, str) and _NAME.fullmatch(value) else None

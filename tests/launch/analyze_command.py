@@ -1,0 +1,35 @@
+"""``python analyze.py`` in this process."""
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import open_dict
+
+from launch.analyzing import analyze
+from launch.command import one_line_errors
+from launch.configuration import CONF, prepare_overrides
+from tiltmeter.errors import UserError
+
+
+def ask(tmp_path: Path, *arguments: str) -> Path:
+    """As ``analyze.py`` does, in this process."""
+    overrides = prepare_overrides([*arguments, f"runs_root={tmp_path / 'runs'}"], config_name="analyze")
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("analyze", overrides=overrides, return_hydra_config=True)
+    HydraConfig.instance().set_config(config)
+    with open_dict(config):
+        del config["hydra"]
+    return analyze(config)
+
+
+def refused(tmp_path: Path, *arguments: str) -> str:
+    before = {path for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises((UserError, SystemExit)) as caught, one_line_errors(debug=True):
+        ask(tmp_path, *arguments)
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == before, "something was written"
+    assert "\n" not in str(caught.value)
+    return str(caught.value)

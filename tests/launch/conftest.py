@@ -1,0 +1,35 @@
+"""A finished run of two tiny models, written file by file."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+
+from tests.analysis import asked
+from tests.analysis.asked import save_model
+from tests.analysis.conftest import CONFIG, dpo_rows
+
+
+@pytest.fixture(autouse=True)
+def no_config_left() -> Iterator[None]:
+    yield
+    GlobalHydra.instance().clear()
+    HydraConfig.instance().cfg = None
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    folder = tmp_path / "runs" / "fake" / "2026-01-31_12-00-00"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG), encoding="utf-8")
+    pd.DataFrame(dpo_rows()).to_csv(folder / "metrics.csv", index=False)
+    pairs = [pair.as_json() for pair in asked.probe_pairs(6)]
+    (folder / "probe_prompts.json").write_text(json.dumps(pairs), encoding="utf-8")
+    for i, name in enumerate(("base", "aligned")):
+        save_model(folder / name, seed=i)
+    return folder
