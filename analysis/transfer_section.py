@@ -22,6 +22,8 @@ OWN_LESS_OTHERS, OWN_LESS_RANDOM = "own_less_others", "own_less_random"
 """Sources of the rows that compare: the site's own v* less the mean of the other sites', or of the random vectors."""
 _MOST_NUMBERS = 60
 """Cells up to which their numbers are written into them."""
+_MOST_ROWS = 12
+"""Sites up to which names of neighbours don't touch."""
 _COLOUR_MAP = "PuOr_r"
 
 
@@ -34,7 +36,7 @@ def transfer_section(table: pd.DataFrame, settings: Mapping[str, Any]) -> Sectio
     """
     sites = list(dict.fromkeys(table["site"]))
     with house_style():
-        figure, axes = new_figure(2, panel_height_cm=max(5.6, 3.4 + 0.35 * len(sites)))
+        figure, axes = new_figure(2, panel_height_cm=min(8.0, max(5.6, 3.4 + 0.35 * len(sites))))
         recovery = matrix(table, sites, "recovery")
         change = matrix(table, sites, "margin_change")
         draw_matrix(figure, axes[0], recovery, sites, name="recovery R", form=".2f", limit=1.0)
@@ -84,7 +86,15 @@ def draw_matrix(
     axes.grid(visible=False)
     axes.axhline(n - 0.5, color="white", linewidth=3)
     for i in range(n):
-        frame = Rectangle((i - 0.5, i - 0.5), 1, 1, fill=False, edgecolor=COLOURS["base"], linewidth=1.4, zorder=3)
+        frame = Rectangle(
+            (i - 0.5, i - 0.5),
+            1,
+            1,
+            fill=False,
+            edgecolor=COLOURS["base"],
+            linewidth=1.4 if n <= _MOST_ROWS else 0.7,
+            zorder=3,
+        )
         axes.add_patch(frame).set_clip_on(False)
     if cells.size <= _MOST_NUMBERS:
         for (row, column), value in np.ndenumerate(cells):
@@ -95,9 +105,9 @@ def draw_matrix(
     bar.ax.tick_params(labelsize=6)
     bar.set_label(name)
     ticks = shown_ticks(sites)
-    names = [tick_name(sites[i], of=()).strip() for i in ticks]
-    axes.set_xticks(ticks, names)
-    axes.set_yticks([*ticks, n], [*names, "random"])
+    axes.set_xticks(ticks, [tick_name(sites[i], of=sites) for i in ticks])
+    rows = [i for i in ticks if i < n - 2 or n <= _MOST_ROWS]
+    axes.set_yticks([*rows, n], [*(tick_name(sites[i], of=()).strip() for i in rows), "random"])
     axes.set_xlabel("added after decoder block (pre, post: around the final norm)")
     axes.set_ylabel("v* of")
 
