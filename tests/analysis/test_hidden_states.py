@@ -83,6 +83,11 @@ def test_every_section_is_drawn_and_legible(drawn: dict[str, Section]) -> None:
         assert section.figure.get_size_inches()[0] * 2.54 == pytest.approx(8.0)
         assert len(section.table)
         assert_legible(section)
+    assert {name: set(section.more_tables) for name, section in drawn.items() if section.more_tables} == {
+        "singular_values": {"spectra"},
+        "clouds": {"cloud_distances"},
+        "preference_plane": {"projections"},
+    }
     assert "no entropy can pass ln min(N, d) = ln 16" in " ".join(drawn["entropy"].reading)
     assert "control runs" in " ".join(drawn["geometry"].limits)
 
