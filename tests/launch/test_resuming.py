@@ -39,7 +39,7 @@ def test_last_is_the_newest_run_s_newest_valid_one_and_the_rest_is_said(tmp_path
     found, lines = find_checkpoint("last", tmp_path, "tiny")
     assert found == before
     assert lines == [
-        f"Passed over: {early.parent}, which was stopped before its first checkpoint",
+        f"Passed over: {early.parent}, which has no checkpoint yet",
         f"Skipped: {newest} is truncated or overwritten: {newest.name} has 5 bytes, 64 were written",
     ]
 

@@ -3,6 +3,7 @@
 import os
 import pickle
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,24 @@ def shards(tmp_path: Path) -> Path:
 
     commit(tmp_path / "last.ckpt", write, step=3, made_by={})
     return target_of(tmp_path / "last.ckpt")
+
+
+def test_f8_shards_that_cannot_be_written_are_told_and_the_ones_before_stay(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    io, failed = writer()
+    error = OSError(28, "No space left on device")
+
+    def fail(descriptor: int) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.distributed.checkpoint.filesystem.os.fsync", fail)
+        save = partial(dcp.save, {"weight": torch.arange(4.0)}, no_dist=True)
+        io.save_shards(lambda folder: save(checkpoint_id=folder), shards.with_name("last.ckpt"), step=6)
+    assert failed == [(shards.with_name("last.ckpt"), error)]
+    assert verify(shards.with_name("last.ckpt")).step == 3
+    assert not list(shards.parent.glob(".*"))
 
 
 def test_shards_pass_and_one_process_says_who_reads_them(shards: Path) -> None:
