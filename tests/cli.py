@@ -1,11 +1,14 @@
 """Runs the command line as a person would, in a process of its own, on a world small enough for a test."""
 
 import csv
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from subprocess import CompletedProcess
 
-from tests.processes import run_script
+from tests.processes import ROOT, Running, run_script
 
 TINY = (
     "model.architecture.hidden_size=32",
@@ -25,6 +28,41 @@ def run_train(
 ) -> CompletedProcess[str]:
     """``python train.py …`` with output captured."""
     return run_script("train.py", *arguments, environment=environment, timeout=timeout)
+
+
+def run_train_by_torchrun(*arguments: str, timeout: float = 240) -> CompletedProcess[str]:
+    """``torchrun --standalone --nproc_per_node=2 train.py …`` with output captured."""
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(ROOT / "train.py"),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "160"}
+    return subprocess.run(
+        [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+def run_train_by_srun(*arguments: str, timeout: float = 240) -> CompletedProcess[str]:
+    """Two tasks of one node, with the variables that SLURM gives each; the output and the exit code of the first."""
+    job = {
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_JOB_NAME": "train",
+        "SLURM_NTASKS": "2",
+        "SLURM_NTASKS_PER_NODE": "2",
+    }
+    job |= {"SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_NODELIST": "localhost", "SLURM_JOB_NODELIST": "localhost"}
+    tasks = [
+        Running("train.py", *arguments, environment=job | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank})
+        for rank in "01"
+    ]
+    first, second = (task.wait(timeout) for task in tasks)
+    assert second.returncode == first.returncode, second.stderr
+    assert second.stdout == "", "only the first process speaks"
+    return first
 
 
 def only_run(root: Path, experiment: str = "tiny_synthetic") -> Path:

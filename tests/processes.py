@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from subprocess import CompletedProcess, TimeoutExpired
 
+from lightning.fabric.utilities.rank_zero import _get_rank, rank_zero_only
+
 ROOT = Path(__file__).resolve().parent.parent
 PRELOADED = (
     "launch.training",
@@ -117,6 +119,7 @@ def _run_script(arguments: tuple[str, ...], folder: str, known: dict[str, str], 
     for inherited in list(weakref.finalize._registry):
         inherited.atexit = False
     weakref.finalize._registered_with_atexit = False
+    rank_zero_only.rank = _get_rank() or 0  # as it would be when Lightning is imported
     try:
         runpy.run_path(arguments[0], run_name="__main__")
     finally:

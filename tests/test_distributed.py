@@ -1,5 +1,7 @@
-"""Two processes over gloo, as `trainer=ddp` and `trainer=fsdp` start them, give the numbers of one process."""
+"""Two processes over gloo, however they are started, give the numbers of one: `trainer=ddp` and `trainer=fsdp`."""
 
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.cli import TINY, logged, metrics_of, only_run, run_train
+from tests.cli import TINY, logged, metrics_of, only_run, run_train, run_train_by_srun, run_train_by_torchrun
 
 pytestmark = pytest.mark.slow
 # 13 pairs a step: uneven shares on two processes, and fillers where one has fewer micro-batches.
@@ -34,10 +36,17 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
-def test_two_processes_give_the_losses_and_weights_of_one(trainer: str, single: Path) -> None:
+LAUNCHERS: dict[str, Callable[..., subprocess.CompletedProcess[str]]] = {
+    "python": run_train,
+    "torchrun": run_train_by_torchrun,
+    "srun": run_train_by_srun,
+}
+
+
+@pytest.mark.parametrize(("trainer", "launcher"), [("ddp", "python"), ("ddp", "srun"), ("fsdp", "torchrun")])
+def test_two_processes_give_the_losses_and_weights_of_one(trainer: str, launcher: str, single: Path) -> None:
     before = set((single / "tiny_synthetic").iterdir())
-    done = run_train(*TINY, *STEPS, f"trainer={trainer}", *TWO_PROCESSES, f"runs_root={single}")
+    done = LAUNCHERS[launcher](*TINY, *STEPS, f"trainer={trainer}", *TWO_PROCESSES, f"runs_root={single}")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Result") == 1, "only the first process speaks"
     (run,) = set((single / "tiny_synthetic").iterdir()) - before

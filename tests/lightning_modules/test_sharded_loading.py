@@ -17,7 +17,8 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
-from lightning_modules.policy import Policy, shard
+from benchmarks.scaling import Plan, Shape, sent
+from lightning_modules.policy import Policy, freeze_embeddings, shard
 from tests.tiny_models import make_model, make_tokenizer, random_pairs
 from tiltmeter.batch import PreferenceBatch, collate_pairs
 from tiltmeter.lora import add_lora, check_adapters, insert_adapters, plain_state
@@ -55,10 +56,31 @@ def sharded(folder: Path, *, lora: bool = False, block_dtype: torch.dtype | None
     if lora:
         torch.manual_seed(5)
         insert_adapters(empty.model, LoraConfig(r=2))
+    freeze_embeddings(empty.model)
     policy = Policy(empty.model)
     shard(policy, init_device_mesh("cpu", (2,)), block_dtype=block_dtype)
     empty.read_weights(torch.device("cpu"))
     return policy
+
+
+def sent_by(work: Callable[[], T]) -> tuple[T, int]:
+    """A function's result, and the bytes that FSDP2 let this process send in a ring of two."""
+    gather, scatter = distributed.all_gather_into_tensor, distributed.reduce_scatter_tensor
+    counts: list[int] = []
+
+    def counted_gather(**options: Any) -> Any:
+        counts.append(options["input_tensor"].nbytes)
+        return gather(**options)
+
+    def counted_scatter(**options: Any) -> Any:
+        counts.append(options["output"].nbytes)
+        return scatter(**options)
+
+    distributed.all_gather_into_tensor, distributed.reduce_scatter_tensor = counted_gather, counted_scatter
+    try:
+        return work(), sum(counts)
+    finally:
+        distributed.all_gather_into_tensor, distributed.reduce_scatter_tensor = gather, scatter
 
 
 def results(policy: Policy, cast: AbstractContextManager[Any]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -103,7 +125,9 @@ def one_of_two(rank: int, large: Path, small: Path, folder: Path) -> None:
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     said["consolidated"] = sorted(get_model_state_dict(policy.model, options=options))
     torch.save(results(policy, nullcontext()), folder / f"plain_{rank}.pt")
-    torch.save(results(sharded(small, block_dtype=torch.bfloat16), autocast()), folder / f"mixed_{rank}.pt")
+    mixed = sharded(small, block_dtype=torch.bfloat16)
+    found, said["sent"] = sent_by(lambda: results(mixed, autocast()))
+    torch.save(found, folder / f"mixed_{rank}.pt")
     torch.save(sharded(small).run(after_a_broken_forward), folder / f"broken_{rank}.pt")
     adapted = sharded(small, lora=True)
     adapted.run(check_adapters)
@@ -159,6 +183,7 @@ def test_a_model_read_sharded_computes_what_a_whole_one_does(name: str, both: An
     if name == "lora":
         torch.manual_seed(5)
         add_lora(model, LoraConfig(r=2))
+    freeze_embeddings(model)
     logps, gradients = results(Policy(model), autocast() if name == "mixed" else nullcontext())
     for rank in (0, 1):
         ours, grads = torch.load(root / f"{name}_{rank}.pt", weights_only=True)
@@ -167,6 +192,16 @@ def test_a_model_read_sharded_computes_what_a_whole_one_does(name: str, both: An
         for key in grads:
             rounding = 2**-8 if name == "mixed" and "norm" in key else 0  # autocast leaves only these in float32
             torch.testing.assert_close(grads[key], gradients[key], rtol=rounding, atol=0, msg=key)
+
+
+def test_what_a_step_sends_is_what_the_arithmetic_says(both: Any) -> None:
+    root, _, small = both
+    config = small.config
+    shape = Shape("", config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.vocab_size, 16)
+    assert shape.total == sum(parameter.numel() for parameter in small.parameters())
+    for rank in (0, 1):
+        said = json.loads((root / f"{rank}.json").read_text(encoding="utf-8"))
+        assert said["sent"] == sent(shape, Plan("fsdp", 2), micro_batches=1)
 
 
 def test_a_check_that_fails_inside_a_sharded_model_changes_nothing(both: Any) -> None:
