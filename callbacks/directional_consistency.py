@@ -26,7 +26,7 @@ class DirectionalConsistency(Observer):
             return
         metrics: Metrics = {}
         for point in self.points(seen):
-            previous = None if seen.previous is None else seen.previous[point]
+            previous = (seen.previous or {}).get(point)
             metrics |= consistency_metrics(seen.base, seen.policy, point, previous=previous)
         log(trainer, metrics)
         if seen.step:

@@ -23,7 +23,7 @@ from tiltmeter.probe import PreferenceDirections, Probe, cut_pair
 from tiltmeter.watching import Metrics, states_from_tensors, states_to_tensors, steering_vectors
 
 States = dict[ReadPoint, HiddenStates]
-_BASE = "probe_base"
+_BASE, _STEERING = "probe_base", "probe_steering"
 
 
 @dataclass
@@ -108,14 +108,18 @@ class ProbeSession:
             )
 
     def save(self, checkpoint: dict[str, Any]) -> None:
-        """The base model's rows go with the run: a resumed one couldn't read them any more."""
+        """The base model's rows, and the last v*, go with the run: a resumed one couldn't read them any more."""
         if self.base is not None:
             checkpoint[_BASE] = states_to_tensors(self.base)
+        if self.steering is not None:
+            checkpoint[_STEERING] = {f"{point.site}/{point.position}": v for point, v in self.steering.items()}
 
     def load(self, checkpoint: dict[str, Any]) -> None:
         """Take them back."""
         if _BASE in checkpoint:
             self.base = states_from_tensors(checkpoint[_BASE])
+        if _STEERING in checkpoint:
+            self.steering = {ReadPoint(*place.split("/")): v for place, v in checkpoint[_STEERING].items()}
 
     def _read(self, trainer: Trainer, module: LightningModule) -> States:
         if self._probe is None:

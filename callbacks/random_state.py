@@ -34,8 +34,8 @@ class RandomState(Callback):
             set_random_state(states[trainer.global_rank])
         else:
             pl_module.print(
-                f"Resumed by {trainer.world_size} processes what {len(states)} trained: the same pairs in the same order, sums in "
-                "another one (losses equal to about 1e-5)"
+                f"Processes: {trainer.world_size} now, {len(states)} when the checkpoint was saved; the same pairs in the same "
+                "order, sums in another one (losses equal to about 1e-5)"
             )
 
 

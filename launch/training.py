@@ -113,7 +113,8 @@ def _checkpoint_to_resume(config: DictConfig, root: Path, held: ExitStack, scree
         checkpoint, lines = find_checkpoint(config.ckpt_path, root, config.name)
     lines += check_same_run(checkpoint, config)
     if is_first_process():
-        check_writable(checkpoint.parent, key="ckpt_path")
+        for folder in (checkpoint.parent.parent, checkpoint.parent):
+            check_writable(folder, key="ckpt_path")
         lock = held.enter_context(RunLock(checkpoint.parent.parent))
         lines += [f"Lock taken over: {lock.taken_over} is gone"] if lock.taken_over else []
         lines += clean_up(checkpoint.parent)

@@ -1,7 +1,8 @@
 """Lightning's checkpoints through :mod:`tiltmeter.checkpoint_files`: committed or not there, and only tensors when read."""
 
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +81,8 @@ def load_plain(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it holds anything else, or options from which Lightning would make objects.
     """
-    try:
+    with only_plain(path):
         checkpoint: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"ckpt_path: {path} holds more than tensors and plain values and was not read; choose another"
-        ) from error
     if made := sorted(key for key in checkpoint if "hyper_parameters" in str(key) or str(key).startswith("_")):
         raise UserError(f"ckpt_path: {path} holds {', '.join(made)}, which no run writes here; it was not loaded")
     return checkpoint
@@ -97,12 +94,22 @@ def check_sharded(folder: Path) -> None:
     Raises:
         UserError: it would, or is no such folder.
     """
-    try:
+    with only_plain(folder):
         check_shards(folder)
         load_plain(folder / _METADATA_FILENAME)
+
+
+@contextmanager
+def only_plain(path: Path) -> Iterator[None]:
+    """Turn PyTorch's refusal to make objects into one line."""
+    try:
+        yield
     except (pickle.UnpicklingError, OSError, EOFError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"ckpt_path: {folder} was not read: {reason}; choose another checkpoint") from error
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise UserError(
+            f"ckpt_path: {path} was not read, since it is damaged or holds more than tensors and plain values ({reason}); "
+            "choose another checkpoint"
+        ) from error
 
 
 def _only_os_errors(error: CheckpointException) -> OSError:

@@ -5,7 +5,7 @@ from typing import Any
 
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from lightning_modules.checkpoint_io import CommittedCheckpointIO, check_sharded
+from lightning_modules.checkpoint_io import CommittedCheckpointIO, check_sharded, only_plain
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -37,4 +37,5 @@ class FSDP2Strategy(ModelParallelStrategy):
         path = Path(self.broadcast(checkpoint_path))
         if path.is_dir():
             check_sharded(path)
-        return super().load_checkpoint(path, weights_only)
+        with only_plain(path):
+            return super().load_checkpoint(path, weights_only)

@@ -117,6 +117,7 @@ def remove(checkpoint: Path) -> None:
     """Remove a checkpoint that was committed; a half removed one looks like one that was never committed."""
     away = checkpoint.with_name(_PARTIAL + checkpoint.name)
     with suppress(OSError):  # tried again after the next commit
+        _remove(away)
         checkpoint.rename(away)
         _manifest_of(checkpoint).unlink()
         _remove(away)

@@ -202,7 +202,8 @@ def test_a_resumed_run_compares_with_the_first_base(watched: Any, tmp_path: Path
         tmp_path, everything(), module=dpo(schedule="constant"), data=data, max_epochs=2, ckpt_path=str(checkpoint)
     )
     whole, _, _ = watch(tmp_path / "whole", everything(), module=dpo(schedule="constant"), max_epochs=2)
-    for name in ("shift_share/delta/layer_00", "projection/delta/final_post_norm", "mean_cosine/in_sample/layer_00"):
+    names = ("shift_share/delta", "projection/delta", "mean_cosine/in_sample", "direction_settled")
+    for name in (f"{name}/layer_00" for name in names):
         assert resumed.of(name)[-1] == pytest.approx(whole.of(name)[-1], abs=1e-6), name
     assert SnapshotReader(tmp_path / "snapshots").names == ["base", "epoch=000", "epoch=001"]
 

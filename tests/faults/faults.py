@@ -65,14 +65,6 @@ def full_disk(step: int) -> None:
     torch.save = failing  # type: ignore[assignment]
 
 
-def become_nobody(_: Any) -> None:
-    """An ordinary user: root may write anywhere, whatever a folder's permissions say."""
-    if os.getuid() == 0:
-        os.setgid(65534)
-        os.setuid(65534)
-
-
 FAULTS: Mapping[str, Callable[[Any], object]] = {
-    function.__name__: function
-    for function in (kill_inside_step, kill_before_step, kill_while_saving, full_disk, become_nobody)
+    function.__name__: function for function in (kill_inside_step, kill_before_step, kill_while_saving, full_disk)
 }

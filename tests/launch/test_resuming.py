@@ -1,0 +1,101 @@
+"""F7, F25 and F33 before anything starts: which checkpoint is taken, under which settings, and what is only data."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from launch.configuration import CONF
+from launch.resuming import SETTINGS, check_same_run, find_checkpoint, settings_sha256
+from launch.run_folder import write_config
+from tests.tiltmeter.interrupted_saves import write_file
+from tiltmeter.checkpoint_files import commit
+from tiltmeter.errors import UserError
+
+
+def composed(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("train", overrides=list(overrides))
+
+
+def saved(run: Path, *steps: int, config: DictConfig | None = None) -> list[Path]:
+    """A run folder with checkpoints."""
+    folder = run / "checkpoints"
+    made_by = {} if config is None else {SETTINGS: settings_sha256(config)}
+    for step in steps:
+        commit(folder / "last.ckpt", write_file, step=step, made_by=made_by)
+    return [folder / f"last-step={step:06d}.ckpt" for step in steps]
+
+
+def test_last_is_the_newest_run_s_newest_valid_one_and_the_rest_is_said(tmp_path: Path) -> None:
+    saved(tmp_path / "tiny" / "2026-01-01_00-00-00", 90)
+    before, newest = saved(tmp_path / "tiny" / "2026-01-02_00-00-00", 3, 6)
+    early = tmp_path / "tiny" / "2026-01-03_00-00-00" / "checkpoints"
+    early.mkdir(parents=True)
+    (early / ".partial-last.ckpt").write_bytes(b"half")
+    os.truncate(newest, 5)
+    found, lines = find_checkpoint("last", tmp_path, "tiny")
+    assert found == before
+    assert lines == [
+        f"Passed over: {early.parent}, which has no checkpoint yet",
+        f"Skipped: {newest} is truncated or overwritten: {newest.name} has 5 bytes, 64 were written",
+    ]
+
+
+def test_last_never_falls_back_to_another_run(tmp_path: Path) -> None:
+    saved(tmp_path / "tiny" / "2026-01-01_00-00-00", 90)
+    for path in saved(tmp_path / "tiny" / "2026-01-02_00-00-00", 3, 6):
+        os.truncate(path, 0)
+    with pytest.raises(UserError, match=r"ckpt_path=last: no checkpoint of .*2026-01-02.* can be used: .*has 0 bytes"):
+        find_checkpoint("last", tmp_path, "tiny")
+
+
+def test_a_named_one_is_found_by_its_link_and_refused_with_file_and_reason(tmp_path: Path) -> None:
+    (data,) = saved(tmp_path / "run", 3)
+    link = data.with_name("last.ckpt")
+    assert find_checkpoint(str(link), tmp_path, "tiny") == (data, [])
+    content = bytearray(data.read_bytes())
+    content[30] ^= 1
+    data.write_bytes(content)
+    with pytest.raises(UserError, match=rf"ckpt_path: {data} has changed since it was written: the sha256 of"):
+        find_checkpoint(str(link), tmp_path, "tiny")
+
+
+def test_a_checkpoint_outside_a_run_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "some.ckpt").write_bytes(b"")
+    with pytest.raises(UserError, match="inside a run folder"):
+        find_checkpoint(str(tmp_path / "some.ckpt"), tmp_path, "tiny")
+
+
+def test_f25_other_settings_are_refused_with_all_that_differs_and_allowed_when_asked_for(tmp_path: Path) -> None:
+    config = composed()
+    (checkpoint,) = saved(tmp_path, 3, config=config)
+    write_config(tmp_path, config)
+    free = ("trainer.max_epochs=7", "logger=csv", "callbacks=none", "trainer=ddp", "++trainer.precision=32-true")
+    assert check_same_run(checkpoint, composed(*free)) == []
+    other = ("++module.beta=0.5", "seed=4", "++trainer.precision=64-true")
+    with pytest.raises(UserError) as refused:
+        check_same_run(checkpoint, composed(*other))
+    for line in ("module.beta was None, now 0.5", "seed was 0, now 4", "trainer.precision was 32-true, now 64-true"):
+        assert line in str(refused.value)
+    assert "allow_config_change=true" in str(refused.value)
+    lines = check_same_run(checkpoint, composed(*other, "allow_config_change=true"))
+    assert "Changed: module.beta was None, now 0.5" in lines
+
+
+def test_a_config_that_was_edited_afterwards_is_not_what_the_checkpoint_was_made_under(tmp_path: Path) -> None:
+    (checkpoint,) = saved(tmp_path, 3, config=composed("++module.beta=0.5"))
+    write_config(tmp_path, composed())
+    with pytest.raises(UserError, match=r"config.yaml is not what last-step=000003.ckpt was made under"):
+        check_same_run(checkpoint, composed())
+
+
+def test_f33_a_config_with_a_python_tag_is_data_and_refused(tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+    (checkpoint,) = saved(tmp_path, 3)
+    (tmp_path / "config.yaml").write_text(f"seed: !!python/object/apply:os.mkdir ['{canary}']\n", encoding="utf-8")
+    with pytest.raises(UserError, match="ConstructorError"):
+        check_same_run(checkpoint, composed())
+    assert not canary.exists()
