@@ -71,7 +71,9 @@ def _train(config: DictConfig, created: list[Path], held: ExitStack) -> Path:
         parts.model, line = find_or_train_base(config, parts.model, parts.tokenizer, parts.data)
         screen.print(line, soft_wrap=True)
     seed_everything(config.seed, verbose=False)
-    parts.module.attach_model(lambda: parts.model.build(parts.tokenizer))
+    parts.module.attach_model(
+        lambda: parts.model.build(parts.tokenizer), lambda: parts.model.build_empty(parts.tokenizer)
+    )
     if isinstance(parts.module, DPOModule):
         parts.module.reference_cache_dir = root / "cache" / "reference"
 

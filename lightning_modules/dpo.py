@@ -18,7 +18,7 @@ from lightning_modules.pair_metrics import PairResults
 from lightning_modules.reference import cached_reference
 from tiltmeter.batch import PreferenceBatch, StepBatch
 from tiltmeter.errors import UserError
-from tiltmeter.lora import adapters_disabled
+from tiltmeter.lora import adapters_disabled, plain_state
 from tiltmeter.preference_losses import PAIR_METRICS, PairLogProbs, make_preference_loss
 from tiltmeter.reference_cache import ReferenceCache, hash_weights
 
@@ -68,7 +68,7 @@ class DPOModule(LogProbModule):
         """Open the cache of this very model: its weights, precision, kernel and layout."""
         if self.reference_cache_dir is not None:
             depends_on = {
-                "weights": hash_weights(model) if self.trainer.is_global_zero else "",  # only the first process looks
+                "weights": hash_weights(plain_state(model), is_first=self.trainer.is_global_zero),
                 "dtype": str(model.dtype),
                 "precision": self.trainer.precision,
                 "attention": str(model.config._attn_implementation),

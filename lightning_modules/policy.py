@@ -8,15 +8,17 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from transformers import PreTrainedModel
 
 from tiltmeter.batch import PreferenceBatch
 from tiltmeter.errors import UserError
 from tiltmeter.layers import decoder_blocks, embedding_parameters
 from tiltmeter.log_probs import sequence_log_probs
+from tiltmeter.sharded_weights import EmptyModel
 
 PolicyBuilder = Callable[[], PreTrainedModel]
+EmptyBuilder = Callable[[], EmptyModel | None]
 T = TypeVar("T")
 
 
@@ -71,9 +73,18 @@ def compile_blocks(model: PreTrainedModel) -> None:
         block.compile(dynamic=True)
 
 
-def shard(policy: Policy, mesh: DeviceMesh) -> None:
-    """FSDP2 over the data-parallel dimension: each decoder block is a unit, everything else (embeddings, norm, head) the root."""
+def shard(policy: Policy, mesh: DeviceMesh, *, block_dtype: torch.dtype | None = None) -> None:
+    """FSDP2 over the data-parallel dimension: each decoder block is a unit, everything else (embeddings, norm, head) the root.
+
+    Args:
+        block_dtype: in which blocks are gathered and their products computed, while their shards, gradients (summed over
+            processes) and the residual stream between them stay as they are; None: their own. What autocast would cast a
+            weight to anyway: half the bytes to send, and no cast copy of each weight kept for the backward pass.
+    """
+    precision = MixedPrecisionPolicy(
+        param_dtype=block_dtype, reduce_dtype=block_dtype and torch.float32, cast_forward_inputs=False
+    )
     for block in decoder_blocks(policy.model):
-        fully_shard(block, mesh=mesh)
+        fully_shard(block, mesh=mesh, mp_policy=precision)
     fully_shard(policy, mesh=mesh)
     register_fsdp_forward_method(policy, "run")

@@ -4,7 +4,8 @@ import csv
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,23 +23,58 @@ TINY = (
 )
 
 
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+
 def run_train(
-    *arguments: str, timeout: int = 240, environment: Mapping[str, str] | None = None
+    *arguments: str,
+    timeout: int = 240,
+    python: Sequence[str] = (sys.executable,),
+    variables: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """``python train.py …`` with output captured."""
-    inherited = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "160"}
+    """``python train.py …`` with output captured.
+
+    Args:
+        python: what runs the file, :data:`TORCHRUN` for example.
+        variables: additional environment.
+    """
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "160"}
     for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_PORT", "PL_GLOBAL_SEED"):
-        inherited.pop(name, None)
-    command = [sys.executable, str(ROOT / "train.py"), *arguments]
+        environment.pop(name, None)
     return subprocess.run(
-        command,
+        [*python, str(ROOT / "train.py"), *arguments],
         cwd=ROOT,
-        env=inherited | (environment or {}),
+        env=environment | (variables or {}),
         capture_output=True,
         text=True,
         timeout=timeout,
         check=False,
     )
+
+
+def run_train_by_srun(*arguments: str, timeout: int = 240) -> subprocess.CompletedProcess[str]:
+    """Two tasks of one node, with the variables that SLURM gives each; the output and the exit code of the first."""
+    job = {
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_JOB_NAME": "train",
+        "SLURM_NTASKS": "2",
+        "SLURM_NTASKS_PER_NODE": "2",
+    }
+    job |= {"SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_NODELIST": "localhost", "SLURM_JOB_NODELIST": "localhost"}
+    with ThreadPoolExecutor(2) as pool:
+        tasks = [
+            pool.submit(
+                run_train,
+                *arguments,
+                timeout=timeout,
+                variables=job | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+            )
+            for rank in range(2)
+        ]
+    first, second = (task.result() for task in tasks)
+    assert second.returncode == first.returncode, second.stderr
+    assert second.stdout == "", "only the first process speaks"
+    return first
 
 
 def only_run(root: Path, experiment: str = "tiny_synthetic") -> Path:

@@ -1,12 +1,16 @@
-"""Two processes over gloo, as `trainer=ddp` and `trainer=fsdp` start them, give the numbers of one process."""
+"""Two processes over gloo, however they are started, give the numbers of one: `trainer=ddp` and `trainer=fsdp`."""
 
+import subprocess
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.cli import TINY, logged, metrics_of, only_run, run_train
+from tests.cli import TINY, TORCHRUN, logged, metrics_of, only_run, run_train, run_train_by_srun
 
 pytestmark = pytest.mark.slow
 # 13 pairs a step: uneven shares on two processes, and fillers where one has fewer micro-batches.
@@ -33,10 +37,17 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
-def test_two_processes_give_the_losses_and_weights_of_one(trainer: str, single: Path) -> None:
+LAUNCHERS: dict[str, Callable[..., subprocess.CompletedProcess[str]]] = {
+    "python": run_train,
+    "torchrun": partial(run_train, python=TORCHRUN),
+    "srun": run_train_by_srun,
+}
+
+
+@pytest.mark.parametrize(("trainer", "launcher"), [("ddp", "python"), ("ddp", "srun"), ("fsdp", "torchrun")])
+def test_two_processes_give_the_losses_and_weights_of_one(trainer: str, launcher: str, single: Path) -> None:
     before = set((single / "tiny_synthetic").iterdir())
-    done = run_train(*TINY, *STEPS, f"trainer={trainer}", *TWO_PROCESSES, f"runs_root={single}")
+    done = LAUNCHERS[launcher](*TINY, *STEPS, f"trainer={trainer}", *TWO_PROCESSES, f"runs_root={single}")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Result") == 1, "only the first process speaks"
     (run,) = set((single / "tiny_synthetic").iterdir()) - before
@@ -70,16 +81,24 @@ def test_a_sharded_run_resumes_with_more_steps_where_the_uninterrupted_one_would
     assert logged(part, "train/loss") == pytest.approx(logged(whole, "train/loss"), rel=1e-6)
 
 
+def first_run(root: Path) -> Path:
+    return min((root / "tiny_synthetic").iterdir(), key=lambda run: run.name)
+
+
 def _is_single(run: Path) -> bool:
     return "strategy" not in (run / "config.yaml").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
-def test_a_base_is_trained_by_two_processes_too_and_wrong_input_is_said_once(trainer: str, tmp_path: Path) -> None:
+def test_a_base_is_trained_by_two_processes_too_and_wrong_input_is_said_once(
+    trainer: str, tmp_path: Path, single: Path
+) -> None:
     done = run_train(*TINY, *STEPS, f"trainer={trainer}", *TWO_PROCESSES, f"runs_root={tmp_path}")
     assert done.returncode == 0, done.stderr
     assert "Base: trained by SFT" in done.stdout
-    assert (only_run(tmp_path) / "base" / "model.safetensors").is_file()
+    base, theirs = (load_file(root / "base" / "model.safetensors") for root in (only_run(tmp_path), first_run(single)))
+    for name in theirs:
+        torch.testing.assert_close(base[name], theirs[name], rtol=0, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
     resumed = run_train(*TINY, *STEPS, f"trainer={trainer}", *TWO_PROCESSES, f"runs_root={tmp_path}", "seed=-1x")
     assert resumed.returncode == 2
     assert len(resumed.stderr.strip().splitlines()) == 1

@@ -3,12 +3,14 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
+from torch.nn import Module, Parameter
 from transformers import PreTrainedModel
 
 from tiltmeter.batch import collate_pairs
@@ -51,17 +53,26 @@ def check_lora(config: LoraConfig, *, freeze_embeddings: bool) -> None:
 def add_lora(model: PreTrainedModel, config: LoraConfig) -> None:
     """Put adapters into the model, in place, and freeze everything else; the model still computes what it did.
 
+    Raises:
+        UserError: see :func:`insert_adapters` and :func:`check_adapters`.
+    """
+    insert_adapters(model, config)
+    check_adapters(model)
+
+
+def insert_adapters(model: PreTrainedModel, config: LoraConfig) -> None:
+    """Put adapters into the model, in place, and freeze everything else; its own weights may still be on the meta device.
+
     Without ``target_modules`` every linear map of the decoder blocks gets one. Adapters of 16-bit weights are float32,
     in which small updates aren't rounded away.
 
     Raises:
-        UserError: no module matches, one outside the decoder is matched, or the model computes something else afterwards.
+        UserError: no module matches, or one outside the decoder is matched.
     """
-    before = _log_probs(model)
     if config.target_modules is None:
         config.target_modules = "all-linear"
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _weights_have_a_device(model):
             warnings.filterwarnings(
                 "ignore", "fan_in_fan_out is set to False"
             )  # peft turns it over for GPT-2 by itself
@@ -77,12 +88,66 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.float()
+
+
+def check_adapters(model: PreTrainedModel) -> None:
+    """Adapters that were just put in must change nothing: without them the model is the reference.
+
+    Raises:
+        UserError: the model computes something else with them.
+    """
+    with adapters_disabled(model):
+        before = _log_probs(model)
     worst = float(((_log_probs(model) - before) / before).abs().max())
     if not worst <= _TOLERANCE:
         raise UserError(
             f"module.lora: these options change the model before its first step, the reference (by {worst:.1g}, relative); "
             "leave the unusual ones out"
         )
+
+
+def reads_weights(config: LoraConfig) -> bool:
+    """True where adapters begin from the weights they are put beside (DoRA: their norms), which must be there by then."""
+    return bool(config.use_dora)
+
+
+def plain_name(name: str) -> str:
+    """What a weight is called in the model without adapters.
+
+    >>> plain_name("model.layers.0.mlp.up_proj.base_layer.weight")
+    'model.layers.0.mlp.up_proj.weight'
+    """
+    return name.replace(".base_layer.", ".")
+
+
+def plain_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The state dict that the model would have without adapters; the tensors are its own."""
+    adapters = {
+        f"{name}.{inner}"
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+        for inner in cast(Module, module).state_dict()
+        if not inner.startswith("base_layer.")
+    }
+    return {plain_name(name): tensor for name, tensor in model.state_dict().items() if name not in adapters}
+
+
+@contextmanager
+def _weights_have_a_device(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, parameters on the meta device are views of one number on the CPU: peft draws adapters where the weights are."""
+    replaced = []
+    for module in model.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            if weight.is_meta:
+                view = torch.zeros((), dtype=weight.dtype).expand(weight.shape)
+                module.register_parameter(name, Parameter(view, weight.requires_grad))
+                replaced.append((module, name, weight))
+    try:
+        yield
+    finally:
+        for module, name, weight in replaced:
+            weight.requires_grad_(module.get_parameter(name).requires_grad)
+            module.register_parameter(name, weight)
 
 
 @torch.no_grad()

@@ -4,15 +4,18 @@ import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from torch.nn import Embedding
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from tiltmeter.errors import UserError
+from tiltmeter.sharded_weights import WEIGHT_FILES, EmptyModel, make_empty
 
 T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -110,10 +113,7 @@ class CausalLM:
         config = self.load_config(tokenizer)
         dtype = DTYPES[self.dtype]
         if self.init == "random":
-            attention = self.attn_implementation
-            model = _from_architecture(
-                lambda: AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
-            )
+            model = _from_architecture(lambda: self._from_config(config))
         else:
             where = str(self.name_or_path)
             model = _load(
@@ -129,12 +129,46 @@ class CausalLM:
                     trust_remote_code=False,
                 ),
             )
-        size = model.get_input_embeddings().num_embeddings
-        if len(tokenizer) > size:
-            raise UserError(
-                f"model: its vocabulary has {size} tokens but its tokenizer {len(tokenizer)}; they don't belong together"
-            )
+        _check_vocabulary(model, tokenizer)
         return model
+
+    def build_empty(self, tokenizer: Tokenizer) -> EmptyModel | None:
+        """The model without its weights, for sharding before they are read (each process its share).
+
+        None for models from scratch, and where the files hold weights in another form than the model does or with
+        buffers; :meth:`build` makes these.
+
+        Raises:
+            UserError: as :meth:`build`.
+        """
+        if self.init == "random":
+            return None
+        config, where = self.load_config(), str(self.name_or_path)
+
+        def make() -> EmptyModel | None:
+            is_local = Path(where).is_dir()
+            folder = (
+                where if is_local else snapshot_download(where, revision=self.revision, allow_patterns=[*WEIGHT_FILES])
+            )
+            return make_empty(Path(folder), lambda: self._from_config(config))
+
+        empty = _load("model.name_or_path", where, make)
+        if empty is not None:
+            _check_vocabulary(empty.model, tokenizer)
+        return empty
+
+    def _from_config(self, config: PretrainedConfig) -> PreTrainedModel:
+        return AutoModelForCausalLM.from_config(
+            config, attn_implementation=self.attn_implementation, dtype=DTYPES[self.dtype], trust_remote_code=False
+        )
+
+
+def _check_vocabulary(model: PreTrainedModel, tokenizer: Tokenizer) -> None:
+    size = cast(Embedding, model.get_input_embeddings()).num_embeddings
+    if len(tokenizer) > size:
+        raise UserError(
+            f"model: its vocabulary has {size} tokens but its tokenizer {len(tokenizer)}; they don't belong together"
+        )
 
 
 def without_dropout(config: PretrainedConfig) -> PretrainedConfig:

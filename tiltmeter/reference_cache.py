@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Float, Int64
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from tiltmeter.batch import TokenizedPair
 from tiltmeter.files import write_atomically, write_json
@@ -25,13 +26,20 @@ _TABLE, _MANIFEST = "log_probs.safetensors", "manifest.json"
 _FORMAT = 1
 
 
-def hash_weights(model: nn.Module) -> str:
-    """sha256 over names, dtypes, shapes and bytes of all parameters and buffers; call it before sharding."""
+def hash_weights(weights: Mapping[str, Tensor], *, is_first: bool = True) -> str:
+    """sha256 over names, dtypes, shapes and bytes of a state dict.
+
+    Args:
+        weights: sharded ones are gathered one after the other, so every process must then call this.
+        is_first: this process needs the hash; the others get an empty one.
+    """
     state = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        state.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return state.hexdigest()
+    for name, tensor in sorted(weights.items()):
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if is_first:
+            state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+            state.update(whole.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return state.hexdigest() if is_first else ""
 
 
 def hash_pairs(pairs: Sequence[TokenizedPair]) -> Int64[Tensor, "pair 2"]:

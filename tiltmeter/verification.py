@@ -66,7 +66,9 @@ def verify_layout(model: PreTrainedModel, layout: Layout, *, packed: bool = Fals
         raise UserError(f"{name} cannot run {shown} ({reason[:200]}); {_advice(layout, packed)}") from error
     own = own[::2] if layout == "chosen_only" else own
     worst = max(abs(a - b) / abs(b) for a, b in zip(ours, own, strict=True))
-    if not worst <= _TOLERANCE.get(model.dtype, 5e-2):
+    kind = model.device.type
+    computed_in = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
+    if not worst <= _TOLERANCE.get(computed_in, 5e-2):
         raise UserError(
             f"{name} gives other log-probs in {shown} than by its own logits (a relative difference of {worst:.1g}); "
             f"{_advice(layout, packed)}"

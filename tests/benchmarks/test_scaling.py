@@ -1,0 +1,91 @@
+"""The formulas of benchmarks/scaling.py against a small Llama that is really trained."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+
+from benchmarks.scaling import ADAM_STATE, FLOAT32, Plan, Shape, memory, sent, watching
+from lightning_modules.policy import Policy, freeze_embeddings
+from tests.tiny_models import make_model, random_pairs
+from tiltmeter.batch import collate_pairs
+from tiltmeter.lora import add_lora
+from tiltmeter.moments import UpdateMoments
+
+SMALL = Shape("small", width=32, inner=64, layers=2, vocab=64, kv_width=16)
+
+
+def step(policy: Any) -> torch.optim.AdamW:
+    """One optimizer step."""
+    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad])
+    policy(collate_pairs(random_pairs(2), pair_index=range(2))).sum().backward()
+    optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_weights_gradients_and_optimizer_state_are_what_training_holds(lora_rank: int) -> None:
+    model = make_model("llama")
+    assert sum(p.numel() for p in model.parameters()) == SMALL.total
+    if lora_rank:
+        add_lora(model, LoraConfig(r=lora_rank))
+    else:
+        freeze_embeddings(model)
+    policy = Policy(model)
+    optimizer = step(policy)
+    plan = Plan("ddp", 1, lora_rank)
+    parts = memory(SMALL, plan, tokens=1)
+    gradients = sum(p.grad.nbytes for p in policy.parameters() if p.grad is not None)
+    state = sum(x.nbytes for s in optimizer.state.values() for k, x in s.items() if k != "step")
+    assert parts["gradients"] == gradients == FLOAT32 * plan.trained(SMALL)
+    assert parts["AdamW"] == state == ADAM_STATE * plan.trained(SMALL)
+    if not lora_rank:
+        assert parts["weights"] == sum(p.nbytes for p in policy.parameters())
+
+
+def test_ddp_sends_the_gradients_once(tmp_path: Path) -> None:
+    model = make_model("llama")
+    freeze_embeddings(model)
+    seen: list[int] = []
+
+    def hook(_: object, bucket: distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        seen.append(bucket.buffer().nbytes)
+        done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+        done.set_result(bucket.buffer())
+        return done
+
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        policy = DistributedDataParallel(Policy(model))
+        policy.register_comm_hook(None, hook)
+        step(policy)
+    finally:
+        distributed.destroy_process_group()
+    assert sum(seen) == FLOAT32 * Plan("ddp", 1).trained(SMALL)
+    assert sent(SMALL, Plan("ddp", 2), micro_batches=3) == sum(seen), (
+        "a ring of two sends each number once, twice by half"
+    )
+
+
+def test_shards_are_parts_of_the_whole_and_alone_nothing_is_sent() -> None:
+    one, four = (memory(SMALL, Plan("fsdp", n), tokens=1) for n in (1, 4))
+    for name in ("weights", "gradients", "AdamW"):
+        assert four[name] == one[name] / 4
+    assert sent(SMALL, Plan("fsdp", 1), micro_batches=2) == sent(SMALL, Plan("ddp", 1), micro_batches=2) == 0
+
+
+def test_rows_of_a_probe_are_what_accumulators_keep() -> None:
+    n, width = 10, SMALL.width
+    moments = UpdateMoments(width)
+    moments.update(torch.zeros(n, width), torch.ones(n, width))
+    kept = sum(part.rows.nbytes for part in moments.of.values())
+    site = watching(SMALL, probe_pairs=n)
+    assert site["a site at work"] - n * n * 8 == kept
+    folded = UpdateMoments(width, max_rows_kept=0)
+    folded.update(torch.zeros(n, width), torch.ones(n, width))
+    scatters = [part.scatter() for part in folded.of.values()]
+    assert site["scatter, N above max_rows_kept"] == sum(scatter.nbytes for scatter in scatters)
