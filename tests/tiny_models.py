@@ -181,6 +181,7 @@ def fit(
         accelerator=accelerator,
         precision=precision,
         max_steps=max_steps,
+        use_distributed_sampler=False,
         **({"devices": 1, "max_epochs": 1, "limit_val_batches": 0} | quiet | options),
     )
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)

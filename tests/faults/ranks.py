@@ -8,6 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig
+
+from launch.configuration import CONF, prepare_overrides
+
 N_RANKS = 2
 _PRELOADED = ("lightning.pytorch", "transformers.models.llama.modeling_llama", "peft", "launch.training")
 
@@ -48,19 +54,19 @@ def said(folder: Path) -> list[str]:
     return [(folder / f"{rank}.txt").read_text(encoding="utf-8") for rank in range(N_RANKS)]
 
 
-def train_on_rank(rank: int, *arguments: str) -> None:
-    """``python train.py …`` on one of them."""
-    from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-
-    from launch.configuration import CONF, prepare_overrides
-    from launch.training import train
-
+def composed(*arguments: str) -> DictConfig:
+    """The configuration of ``python train.py …``."""
     overrides = prepare_overrides(arguments, config_name="train")
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("train", overrides=overrides)
-    train(config)
+        return compose("train", overrides=overrides)
+
+
+def train_on_rank(rank: int, *arguments: str) -> None:
+    """``python train.py …`` on one of them."""
+    from launch.training import train
+
+    train(composed(*arguments))
 
 
 def _as_rank(
