@@ -67,7 +67,7 @@ def test_a_port_that_is_taken_is_one_line_and_nobody_is_left_waiting(tmp_path: P
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        done = run_train(*JOB, f"runs_root={tmp_path}", variables={"MASTER_PORT": port})
+        done = run_train(*JOB, f"runs_root={tmp_path}", environment={"MASTER_PORT": port})
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith(f"tiltmeter: MASTER_PORT: the processes can't meet at 127.0.0.1:{port} (")

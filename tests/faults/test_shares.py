@@ -18,8 +18,8 @@ from callbacks.random_state import RandomState
 from callbacks.training_alarms import TrainingAlarms
 from tests.callbacks.memory_logger import MemoryLogger
 from tests.callbacks.watched import dpo
-from tests.processes import ROOT
 from tests.faults.ranks import composed, run_ranks, said
+from tests.processes import ROOT
 from tests.tiny_models import fit, lightning_warnings, make_data
 from tiltmeter.errors import UserError
 
