@@ -83,7 +83,12 @@ def _analyze_run(wanted: Wanted, run: Run) -> Path | None:
     if wanted.upload:
         check_upload(run)
     opened = cache(partial(checkpoints_of_run, run))
-    plans = _plan(wanted, opened, run.report / "tables")
+    try:
+        plans = _plan(wanted, opened, run.report / "tables")
+    except UserError as error:
+        if all(wanted.names.values()):
+            raise
+        raise UserError(f"{error}; or ask for what needs no model, as in analysis=[training,geometry]") from error
     with console().status("Drawing what the run kept …"):
         read = _read_off(wanted.names, run)
     again = [name for name in wanted.names if name in READ_NOW and name not in read]
