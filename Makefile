@@ -35,6 +35,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) install -q -c constraints.txt -e '.[dev]'
+	$(PIP) install -q -c constraints.txt --no-deps --upgrade --target $(VENV)/peers steering-vectors # asks for transformers < 5
 	@touch $@ $(VENV)/.installed
 
 clean: ## remove what can be made again (runs are kept)

@@ -39,13 +39,22 @@ def gradient_field_section(
     sites = list(dict.fromkeys(table[table["reading"] == GRID]["site"]))
     with house_style():
         figure, axes = new_figure(len(pictures) + 1, panel_height_cm=5.8)
-        sentences = [draw_field(panel, picture) for panel, picture in zip(axes, pictures, strict=False)]
-        sentences.append(draw_resultants(axes[-1], table, sites))
+        sentences = [draw_resultants(axes[0], table, sites)]
+        sentences += [draw_field(panel, picture) for panel, picture in zip(axes[1:], pictures, strict=True)]
         set_titles(figure, axes, sentences)
     return Section(
         name=NAME,
         question="Do the gradients of the preference loss point one way?",
+        claim="D-STEER, Fig. 1b: around a hidden state the gradients of DPO’s loss all point one way.",
         sentences=sentences,
+        interval=_interval(table),
+        limits=[
+            "A preference direction, in R around one state: there it nears 1 for any smooth model and any words as the grid "
+            "shrinks, and at the final norm’s output it is 1 by the formula.",
+            "The gradient of the weights, which all tokens share, and the optimizer’s scaling of it: states need not move where L "
+            "at h falls.",
+            "Cause: that −∇L points along v* says that the update lowers the loss, not that it is nothing else.",
+        ],
         figure=figure,
         table=table,
         reading=_reading(table, pictures, settings),
@@ -171,13 +180,24 @@ def _headline(table: pd.DataFrame) -> Headline:
     )
 
 
+def _interval(table: pd.DataFrame) -> str:
+    rows = table[(table["reading"] == PAIRS) & (table["words"] == "preference")]
+    row = rows.iloc[-1]
+    value, low, high = (as_text(row[f"mean_resultant{end}"], ".2f") for end in ("", "_low", "_high"))
+    return (
+        f"R across pairs at {site_name(row['site'])} is {value} (95\u00a0% CI {low} … {high}), {row['n_pairs']} pairs, prompts "
+        f"resampled; noise alone: {as_text(row['null'], '.2f')}. Cosines are taken between different pairs, since a pair drawn "
+        "twice agrees with itself. Bands: the same at every site; around one state of the mean over pairs."
+    )
+
+
 def _reading(table: pd.DataFrame, pictures: Sequence[Picture], settings: Mapping[str, Any]) -> list[str]:
     shares = [as_text(float(projected(p).square().sum(1).mean()), "percent") for p in pictures]
     n, reach = settings["n_pairs"], f"{settings['reach']:g}"
     lines = [
         f"h: states of the {settings['model']} model where a pair’s responses part; L = −log σ(β m), m the log-odds of its two "
         "words, less the base’s. R = ‖mean ĝ‖ over unit gradients ĝ: 1 if all point one way, about 1/√n for n arrows of noise.",
-        f"Planes: −∇L (where a step down leads) of one pair, at unit length, on v̂ and PC1: {' and '.join(shares)} of their squared "
+        f"Arrows: −∇L (where a step down leads) of one pair, at unit length, on v̂ and PC1: {' and '.join(shares)} of their squared "
         f"length. Grid: {settings['n_points']} points up to {reach} σ from h on v̂, PC1, PC2 of {settings['n_states']} states.",
         "A tautology: for one pair of words at the final norm’s output ∇L = −β σ(−β m) v, so R = 1 for any model, trained or not; "
         "the program asserts it.",
@@ -189,9 +209,6 @@ def _reading(table: pd.DataFrame, pictures: Sequence[Picture], settings: Mapping
         "against each other, so R is small. Shown: the mean over pairs.",
         "cosine with v*: of −(mean ĝ over pairs) with the mean update of the same states; above 0, training moved states down the "
         f"common gradient. A random direction: 0 ± {as_text(settings['d_model'] ** -0.5, '.2f')}.",
-        "Bands: 95 % intervals over prompts; of R across pairs from resampled cosines of different pairs.",
-        "Not shown: the gradient of the weights, which all tokens share, and the optimizer’s scaling of it: states need not move "
-        "where L at h falls.",
     ]
     if not settings["tautologies"] and FINAL_POST_NORM in set(table["site"]):
         lines[2] = (

@@ -22,6 +22,8 @@ OWN_LESS_OTHERS, OWN_LESS_RANDOM = "own_less_others", "own_less_random"
 """Sources of the rows that compare: the site's own v* less the mean of the other sites', or of the random vectors."""
 _MOST_NUMBERS = 60
 """Cells up to which their numbers are written into them."""
+_MOST_ROWS = 12
+"""Sites up to which names of neighbours don't touch."""
 _COLOUR_MAP = "PuOr_r"
 
 
@@ -34,7 +36,7 @@ def transfer_section(table: pd.DataFrame, settings: Mapping[str, Any]) -> Sectio
     """
     sites = list(dict.fromkeys(table["site"]))
     with house_style():
-        figure, axes = new_figure(2, panel_height_cm=max(5.6, 3.4 + 0.35 * len(sites)))
+        figure, axes = new_figure(2, panel_height_cm=min(8.0, max(5.6, 3.4 + 0.35 * len(sites))))
         recovery = matrix(table, sites, "recovery")
         change = matrix(table, sites, "margin_change")
         draw_matrix(figure, axes[0], recovery, sites, name="recovery R", form=".2f", limit=1.0)
@@ -44,7 +46,15 @@ def transfer_section(table: pd.DataFrame, settings: Mapping[str, Any]) -> Sectio
     return Section(
         name=NAME,
         question="Does v* of one layer work at another?",
+        claim="D-STEER: DPO’s update is a steering vector. Then v* of a layer, added there, turns the base into the aligned model.",
         sentences=sentences,
+        interval=_interval(table, recovery, sites, settings["n_test"]),
+        limits=[
+            "Other strengths λ, for which a vector that does little here may do more, several sites at once, and what is written.",
+            "A second piece of evidence where a vector works at another’s place: v* of neighbouring sites are much alike (column "
+            "cosine), since blocks add to one residual stream.",
+            "That DPO did nothing else: R says how far one vector goes, and v* of SFT or shuffled labels is not among the vectors.",
+        ],
         figure=figure,
         table=table,
         reading=_reading(settings),
@@ -76,7 +86,15 @@ def draw_matrix(
     axes.grid(visible=False)
     axes.axhline(n - 0.5, color="white", linewidth=3)
     for i in range(n):
-        frame = Rectangle((i - 0.5, i - 0.5), 1, 1, fill=False, edgecolor=COLOURS["base"], linewidth=1.4, zorder=3)
+        frame = Rectangle(
+            (i - 0.5, i - 0.5),
+            1,
+            1,
+            fill=False,
+            edgecolor=COLOURS["base"],
+            linewidth=1.4 if n <= _MOST_ROWS else 0.7,
+            zorder=3,
+        )
         axes.add_patch(frame).set_clip_on(False)
     if cells.size <= _MOST_NUMBERS:
         for (row, column), value in np.ndenumerate(cells):
@@ -87,9 +105,9 @@ def draw_matrix(
     bar.ax.tick_params(labelsize=6)
     bar.set_label(name)
     ticks = shown_ticks(sites)
-    names = [tick_name(sites[i], of=()).strip() for i in ticks]
-    axes.set_xticks(ticks, names)
-    axes.set_yticks([*ticks, n], [*names, "random"])
+    axes.set_xticks(ticks, [tick_name(sites[i], of=sites) for i in ticks])
+    rows = [i for i in ticks if i < n - 2 or n <= _MOST_ROWS]
+    axes.set_yticks([*rows, n], [*(tick_name(sites[i], of=()).strip() for i in rows), "random"])
     axes.set_xlabel("added after decoder block (pre, post: around the final norm)")
     axes.set_ylabel("v* of")
 
@@ -137,6 +155,16 @@ def _headline(table: pd.DataFrame, cells: np.ndarray, sites: Sequence[str]) -> H
     )
 
 
+def _interval(table: pd.DataFrame, cells: np.ndarray, sites: Sequence[str], n: int) -> str:
+    best = sites[int(np.nanargmax(_parts(cells)[0]))]
+    known = table.set_index(["source", "site"])
+    own, random = (_with_interval(known.loc[(source, best)]) for source in (best, OWN_LESS_RANDOM))
+    return (
+        f"R of v* at {site_name(best)}, the best of {len(sites)} sites on these same pairs: {own}; less the mean of the random "
+        f"vectors there: {random}. 95\u00a0% intervals over the prompts of {n} pairs, differences paired."
+    )
+
+
 def _reading(settings: Mapping[str, Any]) -> list[str]:
     return [
         f"v* of a site: mean of hπ − h₀ at {settings['position']} over {settings['n_estimation']} held-out pairs. Numbers are of "
@@ -147,12 +175,8 @@ def _reading(settings: Mapping[str, Any]) -> list[str]:
         "below 0 further away. Margin: log π(chosen) − log π(rejected).",
         f"Top row: the largest of {settings['n_random']} random vectors at each site. Where they recover as much, what "
         "recovers is not the direction of v*.",
-        "v* of neighbouring sites are much alike (column cosine), since blocks add to one residual stream: that one works at "
-        "another’s place is no second piece of evidence.",
         f"{NAME}.csv has every cell with its 95 % interval over prompts, and paired differences: {OWN_LESS_OTHERS}, "
         f"{OWN_LESS_RANDOM}.",
-        "Not shown: other strengths λ, for which a vector that does little here may do more; several sites at once; what is "
-        "written.",
     ]
 
 

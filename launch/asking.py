@@ -70,8 +70,11 @@ class Plan:
     ) -> None:
         self.name, self.question, self.checkpoints = name, question, checkpoints
         self.tables, self.takes_old = tables, takes_old
-        if isinstance(question, Behaviour) and not dry_run:
-            question.start(checkpoints)
+        if isinstance(question, Behaviour):
+            if not dry_run:
+                question.start(checkpoints)
+        elif not isinstance(question, SteeringSweep):
+            self.costs()  # refuses sites and pairs that don't fit before any other analysis has begun
 
     def costs(self) -> list[Cost]:
         """Passes and tokens of each part."""

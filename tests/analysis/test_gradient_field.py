@@ -15,6 +15,7 @@ from analysis.gradient_field import GradientField, resultant_interval
 from analysis.gradient_places import StateGradients, parting_places
 from analysis.report import Section
 from tests.analysis.asked import checkpoints
+from tests.analysis.legible import assert_legible
 from tiltmeter.batch import collate_pairs
 from tiltmeter.capture import capture_gradients
 from tiltmeter.errors import UserError
@@ -98,8 +99,12 @@ def test_r_is_one_by_tautology_at_the_last_site_alone(section: Section) -> None:
     assert tautology["smallest_cosine"].tolist() == pytest.approx([1, 1], abs=1e-9)
     others = grids[~grids["is_tautology"].astype(bool)]
     assert (others["mean_resultant"] < 1 - 1e-6).all()
-    assert "tautology" in section.sentences[0]
-    assert not any("tautology" in sentence for sentence in section.sentences[1:])
+    assert ["tautology" in sentence for sentence in section.sentences] == [False, True, False]
+
+
+def test_the_figure_is_legible_and_its_section_whole(section: Section) -> None:
+    assert_legible(section)
+    assert all((section.claim, section.interval, section.limits, section.headlines))
 
 
 def test_a_soft_cap_bends_the_field_so_that_nothing_is_a_tautology() -> None:

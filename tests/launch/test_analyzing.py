@@ -56,6 +56,14 @@ def test_two_checkpoints_and_a_source(tmp_path: Path, two: tuple[str, str]) -> N
     }
 
 
+def test_what_does_not_fit_the_models_is_said_before_any_analysis_begins(
+    tmp_path: Path, two: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refused(tmp_path, *two, *DATA, "analysis=[behaviour,transfer]", "transfer.sites=[layer_00,layer_09]")
+    assert "layer_09: this model has 2 blocks" in said
+    assert "Asking" not in capsys.readouterr().out
+
+
 def test_the_report_goes_where_it_is_wanted(tmp_path: Path, two: tuple[str, str]) -> None:
     assert (
         ask(tmp_path, *two, *DATA, *SMALL, "analysis=behaviour", f"out={tmp_path / 'here'}")
