@@ -7,9 +7,7 @@ import pandas as pd
 from analysis.behaviour_words import WIN_RATES, has
 from tiltmeter.generation import Decoding, as_words
 
-CLAIM = (
-    "D-STEER, Fig. 2: alignment raises judged quality and lowers toxicity, at little cost in overlap with good answers."
-)
+CLAIM = "D-STEER: alignment raises judged quality (G-Eval) and lowers toxicity; its Fig. 2 wants the same by steering alone."
 """What figures of behaviour put to the test."""
 INTERVAL = (
     "95 %, by bootstrap over prompts, of each number alone; both models answer the same prompts, so a difference can be surer than "

@@ -107,7 +107,7 @@ def draw_win_rates(axes: Axes, table: pd.DataFrame, metrics: Sequence[str]) -> s
         colour = COLOURS["chosen" if metric.endswith(VS_CHOSEN) else "policy"]
         _dot(axes, y, last_point(table, metric, "both"), colour)
     _name_rows(axes, metrics)
-    axes.set_xlabel("share (line: 95 % interval; dashed: chance)")
+    axes.set_xlabel("share, 95 % interval; dashed: chance")
     first = last_point(table, metrics[0], "both")
     name = name_of(metrics[0]).capitalize()
     if metrics[0] in WIN_RATES:

@@ -86,7 +86,7 @@ def _figures(update: Tensor, clusters: list[str]) -> dict[str, float]:
     for name, values, null in (
         ("in_sample", in_sample_cosines(update), flipped.mean_cosine_in_sample),
         ("leave_one_out", leave_one_out_cosines(update), flipped.mean_cosine_leave_one_out),
-        ("split_half", halves.cosines.mean(0), flipped_halves.mean_cosine),
+        ("split_half", halves.cosines.nanmean(0), flipped_halves.mean_cosine),
     ):
         interval = cluster_mean_interval(values.tolist(), clusters)
         figures |= {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}

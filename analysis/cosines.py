@@ -85,7 +85,7 @@ def cosine_set(rows: StoredRows, site: str) -> CosineSet:
         {side: n / max(n.sum(), 1) for side, n in counts.items()},
         counts,
         {side: n / max(n.sum(), 1) for side, n in nulls.items()},
-        {side: cluster_mean_interval(values.mean(0).tolist(), prompts) for side, values in found.items()},
+        {side: cluster_mean_interval(values.nanmean(0).tolist(), prompts) for side, values in found.items()},
         {side: bands[f"mean_cosine_{side}"] for side in flipped} | {"split_half": (low, high)},
     )
 

@@ -110,13 +110,13 @@ def render_page(subject: Subject, sections: Sequence[Section], samples: Samples,
 def _missing(sections: Sequence[Section]) -> list[str]:
     """What a reader may look for and this page can't show."""
     by_section = {
-        "geometry": "what changed inside the model: geometry of the hidden states, layer by layer;",
-        "steering_sweep": "steering sweeps;",
+        "geometry": "analysis=all: what changed inside the model, layer by layer;",
+        "steering_sweep": "analysis=steering_sweep: steering sweeps;",
     }
     shown = {section.name for section in sections}
     return [
         *(line for name, line in by_section.items() if name not in shown),
-        "claims with verdicts against controls (shuffled and swapped labels, SFT) and over several seeds.",
+        "verdicts against controls (shuffled and swapped labels, SFT), over several seeds.",
     ]
 
 

@@ -114,6 +114,7 @@ def draw_ranks(axes: Axes, spectra: pd.DataFrame) -> str:
         plot_sites(axes, sites, found, colour=colour)
         labels.append(EndLabel(last_value(found), name, colour))
     axes.set_ylim(0, 1.08 * max(1.0, axes.get_ylim()[1]))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     axes.set_ylabel("values above the edge")
     axes.set_xlabel(SITES_LABEL)
     finish_sites(axes, sites, labels)

@@ -1,6 +1,5 @@
 """How training went: loss, held-out preference accuracy and implicit rewards over the optimizer steps of one run."""
 
-import inspect
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -13,8 +12,7 @@ from matplotlib.figure import Figure
 from analysis.figures import COLOURS, EndLabel, house_style, label_ends, mark_level, new_figure, set_titles
 from analysis.report import Headline, Section
 from analysis.runs import Run
-from datamodules.synthetic import SyntheticWorld
-from tiltmeter.bootstrap import cluster_mean_interval
+from analysis.training_notes import claim_of, interval_note, loss_unit, noise_note, reading_of_training, starts_at_ln_2
 from tiltmeter.errors import UserError
 
 METRICS = {
@@ -24,9 +22,6 @@ METRICS = {
     "rewards/rejected": "reward_rejected",
 }
 """Name in metrics.csv behind ``train/`` and ``val/`` → column of the table."""
-_STARTS_AT_LN_2 = ("sigmoid", "robust")
-"""Losses that are ln 2 nats for a policy equal to its reference."""
-_WITHOUT_UNIT = ("hinge", "ipo")
 _FEWEST_TO_SMOOTH = 10
 _MARK = COLOURS["mark"]
 Panel = Callable[[Axes, pd.DataFrame], str]
@@ -40,36 +35,18 @@ def training_section(run: Run) -> Section:
         UserError: the run logged no loss.
     """
     table, window = training_table(run)
-    panels: list[Panel] = [partial(draw_loss, unit=_loss_unit(run, table), mark_ln_2=_starts_at_ln_2(run, table))]
+    panels: list[Panel] = [partial(draw_loss, unit=loss_unit(run, table), mark_ln_2=starts_at_ln_2(run, table))]
     if "accuracy" in table:
         panels += [draw_accuracy, draw_rewards]
     figure, sentences = draw_training(table, panels)
-    reading = [
-        "x counts the optimizer steps taken before the measurement: a training loss is measured before its own update.",
-        "Training: "
-        + (
-            "each step's own pairs."
-            if window == 1
-            else f"thin, each step's own pairs; thick, mean of {window} steps around."
-        )
-        + " Points: all held-out pairs.",
-    ]
-    if n_lost := int((~(table["loss"].abs() < math.inf)).sum()):
-        reading.append(f"{n_lost} measurements of the loss are not finite and are not drawn.")
-    if "accuracy" in table:
-        reading += [
-            "Accuracy: share of pairs whose chosen response has the higher implicit reward; ½ is chance. None at 0 steps, "
-            "where policy and base are equal." + _noise_note(run),
-            "Implicit reward: β · log(π/π₀) of the whole response, π the policy and π₀ the base; 0 at the start. That both "
-            "rewards fall is common in DPO: the loss sees only their difference.",
-        ]
+    interval = interval_note(run)
     return Section(
         name="training",
         question="How did training go?",
-        claim=_claim(table),
+        claim=claim_of(table),
         sentences=sentences,
-        interval=f"Held-out accuracy:{note}"
-        if (note := _interval_note(run))
+        interval=f"Held-out accuracy:{interval}"
+        if interval
         else "None: the run kept no held_out.csv to resample prompts of.",
         limits=[
             "That the model is better: a low loss or a high accuracy says that it fits or ranks these pairs as their labels do.",
@@ -77,15 +54,9 @@ def training_section(run: Run) -> Section:
         ],
         figure=figure,
         table=table,
-        reading=reading,
-        headlines=headlines(table, note=_interval_note(run) + _noise_note(run)),
+        reading=reading_of_training(run, table, window=window),
+        headlines=headlines(table, note=interval + noise_note(run)),
     )
-
-
-def _claim(table: pd.DataFrame) -> str:
-    if "accuracy" in table:
-        return "DPO (Rafailov et al. 2023): the policy learns to rank responses as their labels do, also on prompts not trained on."
-    return "None of the papers’: supervised training lowers the loss, also on prompts that it was not done on."
 
 
 def training_table(run: Run) -> tuple[pd.DataFrame, int]:
@@ -258,44 +229,6 @@ def _best(table: pd.DataFrame, column: str) -> tuple[int, float] | None:
         return None
     row = rows.loc[rows[column].idxmax()]
     return int(row["steps_taken"]), float(row[column])
-
-
-def _loss_name(run: Run) -> str:
-    return str(run.setting("module.loss") or "sigmoid")
-
-
-def _starts_at_ln_2(run: Run, table: pd.DataFrame) -> bool:
-    return "accuracy" in table and _loss_name(run) in _STARTS_AT_LN_2
-
-
-def _loss_unit(run: Run, table: pd.DataFrame) -> str:
-    """Label of the loss axis."""
-    if "accuracy" not in table:
-        return "loss (nats per token)"
-    return "loss (nats)" if _loss_name(run) not in _WITHOUT_UNIT else f"loss ({_loss_name(run)})"
-
-
-def _interval_note(run: Run) -> str:
-    """95 % interval of the last held-out accuracy by resampling prompts; empty for runs without held_out.csv."""
-    table = run.held_out
-    if table is None or "rewards/accuracies" not in table:
-        return ""
-    interval = cluster_mean_interval(table["rewards/accuracies"].tolist(), table["prompt"].astype(str).tolist())
-    return f" 95 % CI {interval.low:.3f} … {interval.high:.3f} ({len(table)} pairs, prompts resampled; held_out.csv)."
-
-
-def _noise_note(run: Run) -> str:
-    """Planted label noise, which a person must know to judge train accuracy beside held-out accuracy."""
-    if run.setting("data._target_") != f"{SyntheticWorld.__module__}.{SyntheticWorld.__qualname__}":
-        return ""
-    default = inspect.signature(SyntheticWorld).parameters["label_noise"].default
-    noise = run.node("data").get("label_noise", default)
-    if not isinstance(noise, float) or not 0 < noise < 0.5:
-        return ""
-    return (
-        f" {noise:.0%} of the training labels are swapped at random, so about {1 - noise:.2f} is the most that training "
-        "accuracy should reach; held-out pairs are scored against their clean labels."
-    )
 
 
 def _lighter(colour: str) -> str:

@@ -11,6 +11,7 @@ from analysis.runs import open_run
 from analysis.samples import Samples
 from analysis.subject import subject_of_run
 from tests.analysis import planted_behaviour as planted
+from tests.analysis.legible import assert_legible
 from tests.tiltmeter.scoring.fake_judge import sample
 from tiltmeter.errors import UserError
 from tiltmeter.generation import Decoding
@@ -43,6 +44,7 @@ def test_sentences_have_the_tables_numbers(make_run: MakeRun) -> None:
         "Mean word-list toxicity falls from 0.200 to 0.125 (0.115 to 0.135)",
         "Overlap with the chosen response (ROUGE-L) is 0.250 before and after",
     ]
+    assert_legible(section)
 
 
 def test_the_table_has_both_models_the_interval_and_the_scorers_number(make_run: MakeRun) -> None:

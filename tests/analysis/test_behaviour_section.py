@@ -11,6 +11,7 @@ from analysis.behaviour_section import behaviour_section
 from datamodules.oracle import PlantedOracle
 from tests.analysis import asked
 from tests.analysis import planted_behaviour as planted
+from tests.analysis.legible import assert_legible
 from tests.tiltmeter.scoring.fake_judge import FakeJudge, honest, sample
 from tiltmeter.errors import UserError
 from tiltmeter.generation import Decoding
@@ -54,6 +55,7 @@ def test_sentences_and_rows_have_the_figures_numbers() -> None:
         "by": "4",
     }
     assert "steps_taken" not in section.table
+    assert_legible(section)
 
 
 def test_without_a_win_rate_the_preference_accuracy_leads() -> None:

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from analysis.cosines import EDGES, SIDES, cosine_set
+from analysis.cosines import EDGES, N_SPLITS, SIDES, cosine_set
 from analysis.hidden_states import SECTIONS, Watched, hidden_state_section, hidden_state_sections, section_of_run
 from analysis.layer_curves import NULLS
 from analysis.observations import UPDATE, geometry_rows, latest, most_entropy, observed, updates
@@ -18,6 +18,7 @@ from analysis.stored_rows import latest_name
 from tests.analysis import planted_geometry as planted
 from tests.analysis.conftest import dpo_rows
 from tests.analysis.legible import assert_legible
+from tiltmeter.consistency import split_half
 from tiltmeter.errors import UserError
 from tiltmeter.geometry import row_geometry
 from tiltmeter.layers import FINAL_POST_NORM, FINAL_PRE_NORM
@@ -82,6 +83,11 @@ def test_every_section_is_drawn_and_legible(drawn: dict[str, Section]) -> None:
         assert section.figure.get_size_inches()[0] * 2.54 == pytest.approx(8.0)
         assert len(section.table)
         assert_legible(section)
+    assert {name: set(section.more_tables) for name, section in drawn.items() if section.more_tables} == {
+        "singular_values": {"spectra"},
+        "clouds": {"cloud_distances"},
+        "preference_plane": {"projections"},
+    }
     assert "no entropy can pass ln min(N, d) = ln 16" in " ".join(drawn["entropy"].reading)
     assert "control runs" in " ".join(drawn["geometry"].limits)
 
@@ -198,6 +204,10 @@ def test_cosines_are_those_of_the_stored_rows(snapshots: Path) -> None:
     row = geometry_rows(pd.DataFrame(planted.run_rows()))[-1]
     assert found.means["in_sample"].value == pytest.approx(row.mean_cosine_in_sample, abs=1e-6)
     assert found.means["leave_one_out"].value == pytest.approx(row.mean_cosine_leave_one_out, abs=1e-6)
+    last = Watched(pd.DataFrame(planted.run_rows()), snapshots).rows
+    assert last is not None
+    halves = split_half(last.update(FINAL_POST_NORM), n_splits=N_SPLITS)
+    assert found.means["split_half"].value == pytest.approx(float(halves.mean_cosine.mean()), abs=1e-9)
     assert tuple(found.counts) == SIDES
     middle = (EDGES[:-1] + EDGES[1:]) / 2
     for side, counts in found.counts.items():

@@ -146,6 +146,17 @@ def test_a_model_that_says_nothing_is_shown_as_such(run: Run) -> None:
     assert "(no words, only white space)" in page
 
 
+def test_what_no_section_shows_is_missing_with_the_analysis_that_shows_it(run: Run) -> None:
+    page = rendered(run, Samples([]))
+    for words in (
+        "analysis=all: what changed inside the model",
+        "analysis=steering_sweep: steering sweeps;",
+        "verdicts",
+    ):
+        assert words in page
+    assert '<ul class="numbers">' not in page
+
+
 def test_a_control_says_that_it_is_one(make_run: Callable[..., Path]) -> None:
     page = rendered(open_run(make_run(config={"datamodule": {"labels": "shuffled"}})), Samples([]))
     assert "a control: training labels reversed with probability ½" in page

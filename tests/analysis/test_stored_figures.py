@@ -5,37 +5,11 @@ import pandas as pd
 import pytest
 
 from analysis.hidden_states import Watched, hidden_state_section
-from analysis.report import Section
 from tests.analysis import planted_geometry as planted
 from tiltmeter.errors import UserError
 from tiltmeter.snapshots import BASE, SnapshotWriter
 
 STORED = ("entropy_controls", "singular_values", "signal_rank", "consistency", "clouds", "preference_plane")
-
-
-@pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> Watched:
-    return planted.watched(tmp_path_factory.mktemp("run"))
-
-
-@pytest.fixture(scope="module")
-def drawn(seen: Watched) -> dict[str, Section]:
-    found = {name: hidden_state_section(name, seen) for name in STORED}
-    return {name: section for name, section in found.items() if section is not None}
-
-
-def test_every_section_has_its_tables_and_a_sentence_a_panel(drawn: dict[str, Section]) -> None:
-    assert tuple(drawn) == STORED
-    assert {name: set(section.more_tables) for name, section in drawn.items()} == {
-        "entropy_controls": set(),
-        "singular_values": {"spectra"},
-        "signal_rank": set(),
-        "consistency": set(),
-        "clouds": {"cloud_distances"},
-        "preference_plane": {"projections"},
-    }
-    for section in drawn.values():
-        assert len([axes for axes in section.figure.axes if axes.get_title("left")]) == len(section.sentences)
 
 
 def test_without_snapshots_or_change_there_is_nothing(tmp_path: Path) -> None:

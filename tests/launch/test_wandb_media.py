@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from safetensors.torch import save_file
 
-from analysis.cosines import EDGES
+from analysis.cosines import EDGES, SIDES
 from analysis.hidden_states import WHILE_TRAINING
 from launch.metrics_csv import MetricsCSV
 from launch.wandb_logger import RunLogger, close_wandb, open_wandb
@@ -76,11 +76,11 @@ def test_figures_histograms_and_artifacts_arrive(logger: RunLogger, tmp_path: Pa
             assert row[f"figures/{name}/_type"] == "image-file"
             assert (file.parent / "files" / row[f"figures/{name}/path"]).stat().st_size < 200_000
             assert row[f"figures/{name}/caption"]
-        for side in ("in_sample", "leave_one_out"):
+        for side in SIDES:
             name = f"cosines/{side}/final_post_norm"
             assert row[f"{name}/_type"] == "histogram"
             assert len(row[f"{name}/bins"]) == len(EDGES)
-            assert sum(row[f"{name}/values"]) == planted.N_PAIRS
+            assert sum(row[f"{name}/values"]) == pytest.approx(planted.N_PAIRS)
     artifacts = {r.artifact.type: r.artifact for r in read_records(file) if r.WhichOneof("record_type") == "artifact"}
     assert set(artifacts) == {"snapshot-manifest", "steering-vectors"}
     contents = [entry.path for artifact in artifacts.values() for entry in artifact.manifest.contents]

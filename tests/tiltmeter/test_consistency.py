@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from tiltmeter.consistency import cosine, in_sample_cosines, leave_one_out_cosines, split_half
+from tiltmeter.consistency import cosine, in_sample_cosines, leave_one_out_cosines, split_half, split_half_of_gram
 
 
 def noise(n: int, d: int, seed: int = 0) -> Tensor:
@@ -65,6 +65,16 @@ def test_halves_from_inner_products_are_those_of_the_rows() -> None:
         assert_close(found.cosines[split, order], across)
         assert_close(found.mean_cosine[split], across.mean())
         assert_close(found.cosine_of_means[split], cosine(a.mean(0), b.mean(0)))
+
+
+def test_signs_given_beside_inner_products_are_those_of_the_rows() -> None:
+    rows, halves = noise(9, 4) + 0.4, (torch.arange(9) < 4).double()[None]
+    signs = torch.tensor([[1.0, -1, 1, 1, -1, -1, 1, -1, 1]], dtype=torch.float64)
+    flipped = signs.T * rows
+    found = split_half_of_gram(rows @ rows.T, halves, signs)
+    expected = split_half_of_gram(flipped @ flipped.T, halves, torch.ones_like(signs))
+    assert_close(found.cosines, expected.cosines)
+    assert_close(found.cosine_of_means, expected.cosine_of_means)
 
 
 def test_what_has_no_direction_is_nan() -> None:

@@ -1,50 +1,20 @@
 import math
-import shutil
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
-from transformers import PreTrainedModel
 
-from tests.tiny_models import LAYERS, VOCAB, WIDTH, make_model
-from tiltmeter.capture import capture
+from tests.tiltmeter.steered import SITES, ids_of, model_of, n_hooks, noise, run
+from tests.tiny_models import WIDTH, make_model
 from tiltmeter.errors import UserError
-from tiltmeter.layers import all_sites, backbone, decoder_blocks, final_norm, unembedding
-from tiltmeter.positions import Readings
+from tiltmeter.layers import backbone, final_norm, unembedding
 from tiltmeter.steering import Intervention, steer
 from tiltmeter.steering_operators import OPERATORS, Operator
 from tiltmeter.steering_vector import SteeringVector
 
-SITES = all_sites(LAYERS)
 GOLDEN_FAMILIES = ("llama", "gpt2", "gemma2", "cohere")
-
-
-def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def n_hooks(model: PreTrainedModel) -> int:
-    modules = [backbone(model), *decoder_blocks(model), final_norm(model)]
-    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules)
-
-
-def model_of(family: str, **options: Any) -> PreTrainedModel:
-    return make_model(family, torch.float64, "eager" if family == "gemma2" else "sdpa", **options)
-
-
-def ids_of(rows: int = 3, tokens: int = 6, seed: int = 0) -> Tensor:
-    return torch.randint(3, VOCAB, (rows, tokens), generator=torch.Generator().manual_seed(seed))
-
-
-def run(model: PreTrainedModel, ids: Tensor, **inputs: Any) -> tuple[dict[str, Tensor], Tensor]:
-    """Hidden states at every site, and the logits."""
-    zeros = torch.zeros(ids.numel(), dtype=torch.long)
-    wanted = Readings(torch.arange(ids.numel()), None, zeros, zeros, zeros, (ids.shape[0], ids.shape[1]))
-    with torch.no_grad(), capture(model, SITES, {"response_all": wanted}) as captured:
-        logits = model(input_ids=ids, use_cache=False, **inputs).logits
-    return {point.site: rows.reshape(*ids.shape, -1) for point, rows in captured.items()}, logits
 
 
 @pytest.mark.parametrize("site", SITES)
@@ -181,140 +151,6 @@ def test_untouched_places_keep_minus_zero_nan_and_infinity() -> None:
     assert out[1, 0, 3] == 0
 
 
-def test_nothing_is_written_in_place() -> None:
-    model, v = make_model("gpt2"), noise(1, WIDTH)
-    hidden = noise(2, 3, WIDTH, dtype=torch.float32)
-    kept = hidden.clone()
-    with steer(model, Intervention("final_pre_norm", v)):
-        final_norm(model)(hidden)
-    assert torch.equal(hidden, kept)
-
-
-def test_a_capture_reads_what_was_there_when_it_was_opened() -> None:
-    model, ids, v = model_of("gpt2"), ids_of(), noise(1, WIDTH)
-    zeros = torch.zeros(ids.numel(), dtype=torch.long)
-    wanted = {"response_all": Readings(torch.arange(ids.numel()), None, zeros, zeros, zeros, (3, 6))}
-    outside, inside = (capture(model, "layer_00", wanted) for _ in range(2))
-    with torch.no_grad(), outside as before, steer(model, Intervention("layer_00", v)), inside as after:
-        model(input_ids=ids)
-    (own,), (steered,) = before.values(), after.values()
-    assert torch.equal(steered, own + v)
-
-
-def test_gradients_reach_vectors_and_coefficients() -> None:
-    model, ids = model_of("gpt2"), ids_of(2, 4)
-    v, strength = noise(1, WIDTH).requires_grad_(), torch.tensor([0.5, 0.0], dtype=torch.float64, requires_grad=True)
-
-    def loss(v: Tensor, strength: Tensor) -> Tensor:
-        with steer(model, Intervention("layer_00", v, strength)):
-            return model(input_ids=ids, use_cache=False).logits.log_softmax(-1)[..., 7].sum()
-
-    grad_v, grad_strength = torch.autograd.grad(loss(v, strength), [v, strength])
-    step = 1e-5
-    with torch.no_grad():
-        along = [loss(v + sign * step * v, strength) for sign in (1, -1)]
-        by_strength = [loss(v, strength + sign * step * torch.tensor([1.0, 0.0])) for sign in (1, -1)]
-    assert float((grad_v * v.detach()).sum()) == pytest.approx(float((along[0] - along[1]) / (2 * step)), rel=1e-6)
-    assert float(grad_strength[0]) == pytest.approx(float((by_strength[0] - by_strength[1]) / (2 * step)), rel=1e-6)
-
-
-@pytest.mark.parametrize("operator", OPERATORS)
-def test_vectors_learn_in_every_pass_of_one_with_whatever_ran_before(operator: Operator) -> None:
-    model, ids = make_model("gpt2"), ids_of(2, 4)
-    v = noise(2, WIDTH, dtype=torch.float32).requires_grad_()
-    gradients = []
-    with steer(model, Intervention("layer_00", v, 0.5, operator)):
-        with torch.no_grad():
-            model(input_ids=ids, use_cache=False)
-        for _ in range(2):
-            loss = model(input_ids=ids, use_cache=False).logits.log_softmax(-1)[..., 7].sum()
-            gradients.append(torch.autograd.grad(loss, v)[0])
-    assert gradients[0].abs().max() > 1e-4
-    assert torch.equal(gradients[0], gradients[1])
-
-
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_checkpointed_blocks_have_the_same_gradients(family: str) -> None:
-    gradients = []
-    for checkpointed in (False, True):
-        model, v = model_of(family), noise(1, WIDTH).requires_grad_()
-        if checkpointed:
-            model.activation_checkpointing_enable({"use_reentrant": False})
-        losses = []
-        for seed in (0, 1):  # both recomputed after the hooks are gone
-            ids = ids_of(2, 4 + seed, seed)
-            with steer(model, Intervention("layer_00", v, float(seed + 1), tokens="prompt"), prompt_width=3):
-                losses.append(model(input_ids=ids, use_cache=False).logits.log_softmax(-1)[..., 7].sum())
-        sum(losses, torch.tensor(0.0)).backward()
-        gradients.append([v.grad, *(p.grad for p in model.parameters() if p.grad is not None)])
-    assert gradients[0][0].abs().max() > 1e-3
-    assert_close(gradients[1], gradients[0], rtol=1e-10, atol=1e-10)
-
-
-def test_autocast_does_not_round_the_vectors() -> None:
-    model, v = make_model("gpt2"), noise(2, WIDTH, dtype=torch.float32)
-    hidden, strengths = noise(2, 3, WIDTH, dtype=torch.float32), noise(2, 2, seed=1, dtype=torch.float32)
-    backbone(model).ln_f = nn.Identity()
-    with steer(model, Intervention("final_post_norm", v, strengths)), torch.autocast("cpu", torch.bfloat16):
-        out = final_norm(model)(hidden)
-    assert_close(out, hidden + (strengths @ v)[:, None])
-
-
-def test_blocks_that_return_tuples_keep_what_else_they_return() -> None:
-    model, v = model_of("gpt2"), noise(1, WIDTH)
-
-    class Pair(nn.Module):
-        def __init__(self, block: nn.Module) -> None:
-            super().__init__()
-            self.block = block
-
-        def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, str]:
-            return self.block(*args, **kwargs), "weights"
-
-    pair = Pair(decoder_blocks(model)[0])
-    decoder_blocks(model)[0] = pair
-    hidden = noise(3, 6, WIDTH)
-    with steer(model, Intervention("layer_00", v)):
-        out, rest = pair(hidden)
-    assert rest == "weights"
-    assert_close(out, pair(hidden)[0] + v)
-
-
-def test_hooks_are_gone_after_an_exception_and_when_a_later_intervention_does_not_fit() -> None:
-    model, ids, v = model_of("gpt2"), ids_of(), noise(1, WIDTH)
-
-    def stop(_module: nn.Module, _inputs: Any) -> None:
-        assert n_hooks(model) == 3
-        raise RuntimeError("midway")
-
-    handle = decoder_blocks(model)[1].register_forward_pre_hook(stop)
-    with pytest.raises(RuntimeError, match="midway"), steer(model, Intervention("layer_00", v)):
-        model(input_ids=ids)
-    handle.remove()
-    assert n_hooks(model) == 0
-    wrong = [
-        (Intervention("layer_02", v), "layer_02: this model has 2 blocks"),
-        (Intervention("layer_1", v), "expected final_pre_norm"),
-        (
-            Intervention("layer_00", v[:, 1:]),
-            f"expected width {WIDTH}, that of the model's hidden states, got {WIDTH - 1}",
-        ),
-    ]
-    for second, message in wrong:
-        with pytest.raises(UserError, match=message), steer(model, [Intervention("layer_00", v), second]):
-            pytest.fail("not to be reached")
-        assert n_hooks(model) == 0
-
-
-def test_a_model_that_fails_halfway_through_attaching_keeps_no_hook() -> None:
-    model, v = model_of("gpt2"), noise(1, WIDTH)
-    del backbone(model).ln_f
-    interventions = [Intervention("layer_00", v), Intervention("final_post_norm", v)]
-    with pytest.raises(UserError, match="expected a final norm"), steer(model, interventions):
-        pytest.fail("not to be reached")
-    assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()) == 0
-
-
 def test_steering_vectors_become_an_intervention_at_their_site() -> None:
     a = SteeringVector("layer_00", noise(WIDTH, dtype=torch.float32), made="a")
     both = Intervention.along([a, 2 * a], 0.5, operator="add", tokens="new")
@@ -344,23 +180,3 @@ def test_an_intervention_that_makes_no_sense_is_refused(options: dict[str, Any],
         Intervention(**({"site": "layer_00", "vectors": torch.ones(1, 4)} | options))
     assert str(caught.value).startswith("steering: ")
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-@pytest.mark.parametrize("is_compiled_before", [True, False])
-def test_compiled_blocks_are_steered_and_afterwards_are_not(is_compiled_before: bool) -> None:
-    plain, model, ids, v = model_of("gpt2"), model_of("gpt2"), ids_of(), noise(1, WIDTH)
-    for block in decoder_blocks(model):
-        block.compile(dynamic=True)
-    intervention = Intervention("layer_00", v, torch.tensor([0.0, 1.0, -1.0]))
-    with torch.no_grad():
-        expected = plain(input_ids=ids, use_cache=False).logits
-        with steer(plain, intervention):
-            expected_steered = plain(input_ids=ids, use_cache=False).logits
-        if is_compiled_before:
-            assert_close(model(input_ids=ids, use_cache=False).logits, expected)
-        with steer(model, intervention):
-            assert_close(model(input_ids=ids, use_cache=False).logits, expected_steered)
-        assert_close(model(input_ids=ids, use_cache=False).logits, expected)

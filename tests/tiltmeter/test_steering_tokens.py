@@ -1,42 +1,18 @@
-"""Which tokens are steered: prompts and new ones, with a cache and without, beside padding, in beams and packed rows."""
+"""Which tokens are steered: prompts and new ones, with a cache and without, in beams and branches."""
 
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.testing import assert_close
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
 
-from tests.tiny_models import BOS, EOS, LAYERS, PAD, VOCAB, WIDTH, make_model, make_tokenizer, random_pairs
-from tiltmeter.batch import PAD as PAD_SEGMENT
-from tiltmeter.batch import PROMPT, Layout, collate_pairs
-from tiltmeter.capture import capture
-from tiltmeter.generation import Decoding, generate
-from tiltmeter.layers import all_sites, backbone
-from tiltmeter.log_probs import run_backbone, sequence_log_probs
-from tiltmeter.packing import use_packed_attention
-from tiltmeter.positions import Readings
+from tests.tiltmeter.steered import SITES, STRONG, direction, prompts
+from tests.tiny_models import EOS, LAYERS, PAD, make_model
+from tiltmeter.layers import backbone
 from tiltmeter.steering import Intervention, steer
 
-SITES = all_sites(LAYERS)
 N_NEW = 7
-STRONG = 4.0
-
-
-def direction(n: int = 1, *, seed: int = 0) -> Tensor:
-    return torch.randn(n, WIDTH, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def prompts(lengths: tuple[int, ...] = (6, 3, 5), *, left: bool = True) -> tuple[Tensor, Tensor]:
-    """Ids and attention mask of prompts of different lengths."""
-    generator = torch.Generator().manual_seed(1)
-    ids, mask = torch.full((len(lengths), max(lengths)), PAD), torch.zeros(len(lengths), max(lengths), dtype=torch.long)
-    for row, n in enumerate(lengths):
-        own = slice(max(lengths) - n, None) if left else slice(0, n)
-        ids[row, own] = torch.cat([torch.tensor([BOS]), torch.randint(3, VOCAB, (n - 1,), generator=generator)])
-        mask[row, own] = 1
-    return ids, mask
 
 
 def spoken(model: PreTrainedModel, ids: Tensor, mask: Tensor, **options: Any) -> Tensor:
@@ -176,36 +152,6 @@ def test_a_mask_says_which_tokens_through_prompt_and_cache_and_beams() -> None:
         spoken(model, ids, mask)
 
 
-@pytest.mark.parametrize("left", [True, False])
-@pytest.mark.parametrize("tokens", ["all", "prompt", "mask"])
-def test_padding_is_never_touched(tokens: str, left: bool) -> None:
-    model, v = make_model("gpt2", torch.float64), direction()
-    ids, mask = prompts(left=left)
-    chosen = torch.ones(1, ids.shape[1], dtype=torch.bool) if tokens == "mask" else tokens
-    before = _states(model, ids, mask)
-    with steer(model, Intervention("layer_00", v, tokens=chosen), prompt_width=ids.shape[1]):
-        after = _states(model, ids, mask)
-    is_real = mask == 1
-    assert torch.equal(after[~is_real], before[~is_real])
-    assert_close(after[is_real], before[is_real] + v, rtol=0, atol=1e-14)
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_mask_given_by_place_is_seen_as_one_given_by_name(family: str) -> None:
-    model, v = make_model(family, torch.float64), direction()
-    ids, mask = prompts()
-    base = backbone(model)
-    args = {"llama": (ids, mask), "gpt2": (ids, None, mask)}[family]
-    with torch.no_grad(), steer(model, Intervention("final_post_norm", v)):
-        by_place = base(*args, use_cache=False).last_hidden_state
-        by_name = base(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        unmasked = base(ids, use_cache=False).last_hidden_state
-    assert torch.equal(by_place, by_name)
-    assert not torch.equal(by_place, unmasked)
-    before = base(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-    assert torch.equal(by_place[mask == 0], before[mask == 0])
-
-
 def test_a_static_cache_is_steered_like_a_growing_one() -> None:
     model, v = make_model("llama", torch.float64), direction()
     ids, mask = prompts()
@@ -239,75 +185,3 @@ def test_branches_of_one_row_have_their_own_coefficients_at_every_step() -> None
         with steer(model, Intervention("layer_00", v, float(strength), tokens="new")):
             alone = spoken(model, ids, torch.ones_like(ids))
         assert torch.equal(torch.cat(said)[:, branch], alone[0])
-
-
-@pytest.mark.parametrize("layout", ["shared_prefix", "concatenated", "chosen_only"])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_packed_rows_are_steered_as_padded_ones(family: str, layout: Layout) -> None:
-    pairs, v = random_pairs(4, seed=2), direction()
-    model = make_model(family, torch.float64)
-    use_packed_attention(model)
-    by_side: list[tuple[Tensor, Tensor]] = []
-    for packed in (False, True):
-        batch = collate_pairs(pairs, pair_index=range(4), layout=layout, packed=packed)
-        plain = sequence_log_probs(model, batch)
-        for tokens in (batch.segments != PAD_SEGMENT, (batch.segments != PAD_SEGMENT) & (batch.segments != PROMPT)):
-            with steer(model, Intervention("layer_00", v, STRONG, tokens=tokens)):
-                by_side.append((sequence_log_probs(model, batch), plain))
-    for i in range(2):
-        assert_close(by_side[i], by_side[i + 2], rtol=0, atol=1e-10 if family == "gpt2" else 1e-4)
-        assert (by_side[i][0] - by_side[i][1]).abs().min() > 1e-3
-    assert (by_side[0][0] - by_side[1][0]).abs().max() > 1e-3
-
-
-def test_where_padding_cannot_be_known_a_mask_is_asked_for() -> None:
-    model, v = make_model("llama"), direction()
-    batch = collate_pairs(random_pairs(3), pair_index=range(3), layout="shared_prefix")
-    with steer(model, Intervention("layer_00", v)), pytest.raises(ValueError, match="give tokens as a mask"):
-        run_backbone(model, batch)
-    packed = collate_pairs(random_pairs(3), pair_index=range(3), packed=True)
-    use_packed_attention(model)
-    with steer(model, Intervention("layer_00", v)):
-        run_backbone(model, packed)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"coefficients": torch.ones(2)}, "coefficients: 2 rows, each for 1 of the model's, which has 3"),
-        ({"coefficients": torch.ones(3, 4, 1)}, "coefficients of 4 tokens in a pass of 6"),
-        ({"tokens": torch.ones(2, 6, dtype=torch.bool)}, "the mask of tokens: 2 rows, each for 1"),
-        ({"tokens": torch.ones(3, 5, dtype=torch.bool)}, "the mask of tokens has 5 tokens, the pass reaches token 6"),
-    ],
-)
-def test_what_does_not_fit_the_batch_is_refused(options: dict[str, Any], message: str) -> None:
-    model = make_model("llama", torch.float64)
-    ids, mask = prompts()
-    with steer(model, Intervention("layer_00", direction(), **options)), pytest.raises(ValueError, match=message):
-        model(input_ids=ids, attention_mask=mask)
-
-
-def test_the_projects_own_generation_is_steered_batch_by_batch() -> None:
-    tokenizer = make_tokenizer()
-    model = make_model("llama", torch.float64, vocab_size=len(tokenizer))
-    texts = [tokenizer(text)["input_ids"] for text in ("tea", "rain and maps", "kind seven")]
-    decoding = Decoding(max_new_tokens=5)
-    v = direction()
-    plain = generate(model, tokenizer, texts, decoding)
-    with steer(model, Intervention("layer_00", v, STRONG, tokens="new")):
-        together = generate(model, tokenizer, texts, decoding)
-        alone = generate(model, tokenizer, texts, decoding, tokens_per_batch=1)
-    assert together == alone
-    assert together != plain
-    with steer(model, Intervention("layer_00", v, 0.0, tokens="new")):
-        assert generate(model, tokenizer, texts, decoding) == plain
-
-
-def _states(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
-    """Hidden states after block 0 of every token, padding included."""
-    zeros = torch.zeros(ids.numel(), dtype=torch.long)
-    every = Readings(torch.arange(ids.numel()), None, zeros, zeros, zeros, (ids.shape[0], ids.shape[1]))
-    with torch.no_grad(), capture(model, "layer_00", {"response_all": every}) as captured:
-        model(input_ids=ids, attention_mask=mask, use_cache=False)
-    (rows,) = captured.values()
-    return rows.reshape(*ids.shape, -1)
