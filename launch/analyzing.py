@@ -83,8 +83,14 @@ def _analyze_run(wanted: Wanted, run: Run) -> Path | None:
     if wanted.upload:
         check_upload(run)
     opened = cache(partial(checkpoints_of_run, run))
-    plans = _plan(wanted, opened, run.report / "tables")
-    read = _read_off(wanted.names, run)
+    try:
+        plans = _plan(wanted, opened, run.report / "tables")
+    except UserError as error:
+        if all(wanted.names.values()):
+            raise
+        raise UserError(f"{error}; or ask for what needs no model, as in analysis=[training,geometry]") from error
+    with console().status("Drawing what the run kept …"):
+        read = _read_off(wanted.names, run)
     again = [name for name in wanted.names if name in READ_NOW and name not in read]
     if not again:
         refuse_unused(wanted.questions, of_run=True)
@@ -98,11 +104,11 @@ def _analyze_run(wanted: Wanted, run: Run) -> Path | None:
         _say_costs(plans, wanted.reading, checkpoints)
         return None
     if checkpoints is not None:
-        now = wanted.reading.read(checkpoints, n_steps=run.n_steps)
+        now = _read(wanted.reading, checkpoints, n_steps=run.n_steps)
         note = f"The run stored nothing for this: hidden states of {now.n_pairs} of its held-out pairs were read again."
         read |= _drawn_now(again, now, note)
     _check_named(wanted.names, read)
-    asked = [_ask(plan) for plan in plans]
+    asked = _ask(plans)
     subject = subject_of_run(
         run,
         asked=[*(name for name in again if name in read), *wanted.questions],
@@ -163,10 +169,10 @@ def _analyze_checkpoints(config: DictConfig, wanted: Wanted) -> Path | None:
         return None
     read: dict[str, Section] = {}
     if now:
-        states = wanted.reading.read(checkpoints)
+        states = _read(wanted.reading, checkpoints)
         read = _drawn_now(now, states, f"Hidden states of {states.n_pairs} pairs were read now, once.")
         _check_named(wanted.names, read)
-    asked = [_ask(plan) for plan in plans]
+    asked = _ask(plans)
     subject = subject_of_checkpoints(
         checkpoints,
         base,
@@ -215,9 +221,18 @@ def _say_costs(plans: Sequence[Plan], reading: StateReading, read: Checkpoints |
         console().print("Would run nothing: what is asked is read off the run’s folder.")
 
 
-def _ask(plan: Plan) -> Asked:
-    console().print(f"Asking both models: {plan.name} …")
-    return plan.ask()
+def _read(reading: StateReading, checkpoints: Checkpoints, *, n_steps: int | None = None) -> ReadNow:
+    with console().status("Reading hidden states of both models …"):
+        return reading.read(checkpoints, n_steps=n_steps)
+
+
+def _ask(plans: Sequence[Plan]) -> list[Asked]:
+    """One after another; a sweep shows the time that it has left."""
+    answers = []
+    for i, plan in enumerate(plans):
+        console().print(f"Asking both models, {i + 1} of {len(plans)}: {plan.name} …")
+        answers.append(plan.ask())
+    return answers
 
 
 def _report(

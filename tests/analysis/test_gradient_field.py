@@ -15,6 +15,7 @@ from analysis.gradient_field import GradientField, resultant_interval
 from analysis.gradient_places import StateGradients, parting_places
 from analysis.report import Section
 from tests.analysis.asked import checkpoints
+from tests.analysis.legible import assert_legible
 from tiltmeter.batch import collate_pairs
 from tiltmeter.capture import capture_gradients
 from tiltmeter.errors import UserError
@@ -101,6 +102,11 @@ def test_r_is_one_by_tautology_at_the_last_site_alone(section: Section) -> None:
     assert ["tautology" in sentence for sentence in section.sentences] == [False, True, False]
 
 
+def test_the_figure_is_legible_and_its_section_whole(section: Section) -> None:
+    assert_legible(section)
+    assert all((section.claim, section.interval, section.limits, section.headlines))
+
+
 def test_a_soft_cap_bends_the_field_so_that_nothing_is_a_tautology() -> None:
     capped = checkpoints(6, family="gemma2", attn="eager", final_logit_softcapping=0.5)
     found = GradientField(n_pairs=4, points_per_axis=3, sites=FINAL_POST_NORM).section(capped)
@@ -108,7 +114,6 @@ def test_a_soft_cap_bends_the_field_so_that_nothing_is_a_tautology() -> None:
     assert (pick(found, reading="grid")["mean_resultant"] < 1 - 1e-6).all()
     assert "soft cap" in " ".join(found.reading)
     assert "tautology" not in " ".join(found.sentences)
-    assert all((found.claim, found.interval, found.limits))
 
 
 def test_the_tables_say_what_was_taken(section: Section, asked_about: Checkpoints) -> None:

@@ -164,7 +164,8 @@ def test_a_control_says_that_it_is_one(make_run: Callable[..., Path]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["run=last", "runs_root=runs"], 0, "report/index.html"),
+        (["run=last", "runs_root=runs", "analysis=training"], 0, "report/index.html"),
+        (["run=last"], 2, "; or ask for what needs no model, as in analysis=[training,geometry]"),
         ([], 2, "tiltmeter: run: expected a run folder, for example run=runs/tiny_synthetic/2026-"),
         (["run=runs/nothing"], 2, "tiltmeter: run: no such folder: runs/nothing"),
         (

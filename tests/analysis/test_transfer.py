@@ -10,8 +10,9 @@ from analysis.checkpoints import Checkpoints
 from analysis.report import Section
 from analysis.steering_directions import split_by_prompt
 from analysis.transfer import Transfer, estimate
-from analysis.transfer_section import OWN_LESS_OTHERS, OWN_LESS_RANDOM, RANDOM
+from analysis.transfer_section import OWN_LESS_OTHERS, OWN_LESS_RANDOM, RANDOM, transfer_section
 from tests.analysis.asked import checkpoints
+from tests.analysis.legible import assert_legible
 from tiltmeter.batch import collate_pairs
 from tiltmeter.errors import UserError
 from tiltmeter.layers import FINAL_POST_NORM, FINAL_PRE_NORM, all_sites
@@ -108,6 +109,18 @@ def test_every_vector_is_added_at_every_site_at_the_length_of_its_own(section: S
     assert section.table["cosine"].abs().max() <= 1 + 1e-9
     assert section.shown is not None
     assert len(section.shown) == len(SITES)
+
+
+@pytest.mark.parametrize("n_layers", [2, 40])
+def test_the_figure_is_legible_and_its_section_whole(section: Section, n_layers: int) -> None:
+    sites = all_sites(n_layers)
+    sources = [*sites, f"{RANDOM}1", OWN_LESS_OTHERS, OWN_LESS_RANDOM]
+    table = pd.DataFrame([{"source": source, "site": site} for site in sites for source in sources])
+    figures = [column for column in section.table if column not in table]
+    settings = {"n_estimation": 6, "n_test": 6, "n_random": 1, "position": "prompt_last", "aligned_change": 1.5}
+    drawn = transfer_section(table.assign(**dict.fromkeys(figures, -0.5)), settings)
+    assert_legible(drawn)
+    assert all((drawn.claim, drawn.interval, drawn.limits, drawn.headlines))
 
 
 def test_vectors_and_numbers_come_from_other_prompts(asked_about: Checkpoints) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from analysis import checkpoints
 from analysis.read_states import READ_NOW, StateReading
 from tests.analysis import asked
 from tests.analysis import planted_behaviour as planted
@@ -127,9 +128,18 @@ def test_what_is_refused(tmp_path: Path, arguments: tuple[str, ...], words: str)
 
 
 @pytest.mark.slow
-def test_a_run_that_scored_nothing_has_a_report_without_that_section(tmp_path: Path, run: Path) -> None:
+def test_all_of_a_run_opens_its_models_once_and_shows_whatever_there_is(
+    tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, load = [], checkpoints.load_model
+    monkeypatch.setattr(checkpoints, "load_model", lambda where, **how: opened.append(where) or load(where, **how))
     page = ask(tmp_path, f"run={run}", *SWEEP)
-    assert "What does the model say while it trains" not in page.read_text(encoding="utf-8")
+    assert opened == [str(run / "base"), str(run / "aligned")]
+    shown = ("training", *READ_NOW, "steering_sweep", "transfer", "gradient_field")
+    assert {path.stem for path in (page.parent / "figures").glob("*.png")} == set(shown)
+    text = page.read_text(encoding="utf-8")
+    assert "behaviour_by_step, layers_by_step: the run logged nothing for it" in text
+    assert "What does the model say while it trains" not in text
     assert "has no scores of generated text" in refused(tmp_path, f"run={run}", "analysis=behaviour_by_step")
 
 
