@@ -284,12 +284,17 @@ class LogProbModule(PairMetrics):
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to go on with other data; take a run that ended at ``max_steps`` inside an epoch for one that may go on.
+        """Refuse to go on with other data, and put Lightning's counts right.
 
-        Lightning counts that epoch as processed, so a run that is to take more steps would take one epoch too few.
+        It counts an epoch that ended at ``max_steps`` as processed, so a run that is to take more steps would take one epoch
+        too few. And after a run that was resumed from the end of an epoch, its total of batches lacks one, by which it
+        tells where in a step a checkpoint was saved: the next run resumed would validate a step late.
         """
-        for counts in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
+        loops = checkpoint["loops"]["fit_loop"]
+        for counts in loops["epoch_progress"].values():
             counts["processed"] = counts["completed"]
+        here, total = (loops["epoch_loop.batch_progress"][of] for of in ("current", "total"))
+        total["completed"] = total["processed"] - here["processed"] + here["completed"]
         if checkpoint.get("data_digests") != self._data_digests():
             raise UserError(
                 "ckpt_path: the checkpoint was trained on other data or another tokenisation; resume with the same data options"
