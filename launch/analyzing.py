@@ -27,7 +27,7 @@ from analysis.subject import Subject, subject_of_checkpoints, subject_of_run
 from analysis.training_curves import training_section
 from launch.configuration import check_config
 from launch.screen import console
-from launch.steering import sweep_into
+from launch.steering import report_sweep, sweep_into
 from tiltmeter.errors import IncompleteEvaluation, UserError
 
 ALL = "all"
@@ -76,9 +76,9 @@ def _analyze_run(config: DictConfig, run: Run) -> Path | None:
     if config.analysis == STEERING:
         sweep: SteeringSweep = instantiate(config.steering)
         opened = checkpoints_of_run(run, dtype=sweep.dtype, device=sweep.device)
-        section = sweep_into(run.report / "tables", sweep, opened)
+        swept = sweep_into(run.report / "tables", sweep, opened)
         subject = subject_of_run(run, asked_with=_options("run", "steering.restart"))
-        return write_report(subject, [section], compare_samples(run)) if section else None
+        return report_sweep(subject, swept, compare_samples(run)) if swept else None
     if config.analysis == BEHAVIOUR:
         asked: Behaviour = instantiate(config.behaviour)
         checkpoints = checkpoints_of_run(run, dtype=asked.dtype, device=asked.device)
@@ -113,9 +113,9 @@ def _analyze_checkpoints(config: DictConfig) -> Path | None:
         checkpoints, base, aligned, reports=reports, cuts=cuts, options=options, report=folder
     )
     if isinstance(asked, SteeringSweep):
-        section = sweep_into(folder / "tables", asked, checkpoints)
+        swept = sweep_into(folder / "tables", asked, checkpoints, goes_on_with=None if config.out else f"out={folder}")
         none = Samples([], f"No samples here; analysis={BEHAVIOUR} shows what both models say.")
-        return write_report(subject, [section], none) if section else None
+        return report_sweep(subject, swept, none) if swept else None
     return _report(subject, checkpoints, _ask(asked, checkpoints))
 
 

@@ -25,6 +25,7 @@ from tiltmeter.errors import UserError
 SWEEP = (
     "analysis=steering_sweep",
     "steering.lambdas=[1.0]",
+    "steering.vectors=[v*,v_bar]",
     "steering.n_random=1",
     "steering.n_generated=2",
     "steering.sites=final_post_norm",
@@ -78,7 +79,7 @@ def test_a_run_is_swept_and_its_report_shows_the_sweep(
     assert {0.0, 1.0} == set(pd.read_csv(table)["lambda"])
     ask(tmp_path, "run=last", *SWEEP)
     assert table.read_bytes() == before
-    assert "going on, 12 of 12 parts" in " ".join(capsys.readouterr().out.split())
+    assert "going on, 14 of 14 parts" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(UserError, match=r"sweep\.csv: was begun with seed=0, now it is 1"):
         ask(tmp_path, "run=last", *SWEEP, "steering.seed=1")
     assert table.read_bytes() == before
