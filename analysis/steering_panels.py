@@ -23,6 +23,7 @@ _SITE_COLOURS = ("policy_dark", "policy", "dpo_swapped")
 _LINES = {V_STAR: "-", V_BAR: "--"}
 GOALS = {"interpolation": "aligned model", "inversion": "base"}
 _DOING = {"interpolation": "Adding", "inversion": "Subtracting"}
+_HOW = {"interpolation": "added", "inversion": "subtracted"}
 _WORDS = {"interpolation": "added to the base", "inversion": "subtracted from the aligned model"}
 _NAMES = {
     V_BAR: "v̄",
@@ -119,34 +120,38 @@ def draw_effects(axes: Axes, effects: pd.DataFrame, *, direction: str, sites: Se
     rows = rows[(rows["equal"] == EQUAL_NORM) & (rows["control"] == RANDOM)]
     shown = rows[rows["site"].isin(sites)]
     names = list(dict.fromkeys(shown["vector"]))
-    axes.axvline(0, color=COLOURS["mark"], linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
-    for at, colour in zip(range(len(sites)), _SITE_COLOURS, strict=False):
-        of_site = shown[shown["site"] == sites[at]]
-        for row in of_site.itertuples():
-            y = names.index(row.vector) + 0.22 * (at - (len(sites) - 1) / 2)
-            look: dict[str, Any] = {"color": COLOURS[colour], "clip_on": True}
-            if row.verdict == COLLAPSED:
-                axes.plot([0], [y], marker="x", markersize=3, color=COLOURS[colour], linestyle="")
-                continue
-            face = "white" if row.verdict == SAME else COLOURS[colour]
-            axes.plot([row.ci_low, row.ci_high], [y, y], linewidth=1.0, **look)
-            axes.plot([row.difference], [y], marker="o", markersize=3, markerfacecolor=face, linestyle="", **look)
-    low = min(0.0, max(LOWEST, float(shown["ci_low"].min()))) if shown["ci_low"].notna().any() else LOWEST
-    high = max(0.05, float(shown["ci_high"].max())) if shown["ci_high"].notna().any() else 0.05
-    axes.set_xlim(low - 0.03, high + 0.03)
+    ends = [0.0, *shown["ci_low"].dropna(), *shown["ci_high"].dropna()]
+    axes.set_xlim(max(LOWEST, min(ends)) - 0.05, max(ends) + 0.05)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_yticks(range(len(names)), [vector_name(name) for name in names], fontsize=6)
-    axes.grid(axis="x")
     axes.grid(visible=False, axis="y")
+    axes.grid(axis="x")
+    axes.axvline(0, color=COLOURS["mark"], linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+    for row in shown.itertuples():
+        at = list(sites).index(row.site)
+        y = names.index(row.vector) + 0.22 * (at - (len(sites) - 1) / 2)
+        _draw_effect(axes, row, y, COLOURS[_SITE_COLOURS[at]])
     axes.set_xlabel("R less that of random vectors of equal length")
     own = rows[(rows["vector"] == V_STAR) & (rows["site"] == site)].iloc[0]
     n_above = int((rows["verdict"] == ABOVE).sum())
-    place = f"{site_name(site)}, λ = {own['lambda']:g}"
-    doing = f"{_DOING[direction]} {n_above} of the {len(rows)} vectors and sites recovers more than random ones"
-    if own["verdict"] == COLLAPSED:
-        return f"{doing}; v* breaks the text at {place}"
+    said = f"{n_above} of {len(rows)} vectors and sites recover more than random ones when {_HOW[direction]}"
+    if not math.isfinite(own["difference"]):
+        return f"{said}; v* at {site_name(site)}: {own['verdict']}"
     interval = f"{as_text(own['ci_low'], '+.2f')} to {as_text(own['ci_high'], '+.2f')}"
-    return f"{doing}; v* by {as_text(own['difference'], '+.2f')} ({interval}) at {place}"
+    return f"{said}; v* at {site_name(site)}: {as_text(own['difference'], '+.2f')} ({interval}), {own['verdict']}"
+
+
+def _draw_effect(axes: Axes, row: Any, y: float, colour: str) -> None:
+    """A mark with its interval; a cross on the line where text collapsed, an arrow where it is off the figure."""
+    low, _ = axes.get_xlim()
+    mark: dict[str, Any] = {"marker": "o", "markersize": 3, "color": colour, "linestyle": ""}
+    if row.verdict == COLLAPSED:
+        axes.plot([0], [y], **(mark | {"marker": "x"}))
+    elif row.difference < low:
+        axes.plot([low], [y], **(mark | {"marker": "<", "clip_on": False}))
+    else:
+        axes.plot([row.ci_low, row.ci_high], [y, y], linewidth=1.0, color=colour)
+        axes.plot([row.difference], [y], markerfacecolor="white" if row.verdict == SAME else colour, **mark)
 
 
 def ceiling(table: pd.DataFrame, direction: str, vector: str, site: str) -> float | None:

@@ -147,7 +147,7 @@ def _reading(table: pd.DataFrame, effects: pd.DataFrame, settings: Mapping[str, 
         "length of its v*, but for those of files. Where v* is best was chosen on the pairs that it was estimated on.",
         f"R = 1 − KL(goal ‖ steered) / KL(goal ‖ unsteered) over the tokens of the chosen responses: 0 is the model that steering "
         "starts from, 1 the one that it aims at, below 0 is further away. "
-        f"Drawn down to {as_text(LOWEST, '.0f')}; dashed: the goal.",
+        f"Drawn down to {as_text(LOWEST, '.0f')} (arrows: what is further away); dashed: the goal.",
         f"Each vector is added {_TOKENS[settings['tokens']]}: the same tokens on given answers and in text that is generated.",
         f"At the first token of a response alone v* has R = {as_text(first['interpolation'], '.2f')} added and "
         f"{as_text(first['inversion'], '.2f')} subtracted, at its best site and λ = {compared_at(table):g}: column metric, "

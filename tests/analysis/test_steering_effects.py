@@ -1,6 +1,7 @@
 """Effects against random vectors by a plain loop over resamples; verdicts on planted effects; equal KL; collapsed text."""
 
 import math
+import re
 
 import numpy as np
 import pandas as pd
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from analysis.figures import new_figure
 from analysis.steering_effects import (
     ABOVE,
     BELOW,
@@ -20,6 +22,7 @@ from analysis.steering_effects import (
     interpolate,
     steering_effects,
 )
+from analysis.steering_panels import draw_effects
 from analysis.sweep_table import COLUMNS, PAIR_COLUMNS
 
 LAMBDAS = (-1.0, 0.0, 1.0, 2.0)
@@ -80,21 +83,21 @@ def test_the_interval_is_that_of_a_loop_over_resamples() -> None:
     """Whole prompts are drawn, the same for the vector and its controls; R is a ratio of sums."""
     pairs = planted(better=0.01)
     found = one(steering_effects(pairs, text(0.0), strength=1.0))
-    by = {key: part.set_index("pair_id")["kl"] for key, part in pairs.groupby(["vector", "lambda"])}
-    prompts = pairs.drop_duplicates("pair_id").set_index("pair_id")["prompt"]
-    members = [prompts.index[prompts == prompt] for prompt in prompts.unique()]
+    by = {key: part["kl"].to_numpy() for key, part in pairs.groupby(["vector", "lambda"])}
+    prompts = pairs.drop_duplicates("pair_id")["prompt"].to_numpy()
+    members = [np.flatnonzero(prompts == prompt) for prompt in np.unique(prompts)]
     rng = np.random.default_rng(5)
 
-    def difference(drawn: list[str]) -> float:
+    def difference(drawn: list[int]) -> float:
         start = by["v*", 0.0][drawn].sum()
         reached = [1 - by[f"random_{i + 1}", 1.0][drawn].sum() / start for i in range(4)]
         return float(1 - by["v*", 1.0][drawn].sum() / start - np.mean(reached))
 
     draws = [
-        difference([pair for i in rng.integers(len(members), size=len(members)) for pair in members[i]])
+        difference([int(pair) for i in rng.integers(len(members), size=len(members)) for pair in members[i]])
         for _ in range(600)
     ]
-    assert found["difference"] == pytest.approx(difference(list(prompts.index)))
+    assert found["difference"] == pytest.approx(difference(list(range(N))))
     low, high = np.quantile(draws, [0.025, 0.975])
     width = high - low
     assert found["ci_low"] == pytest.approx(low, abs=0.15 * width)
@@ -132,6 +135,23 @@ def test_vectors_without_text_are_compared() -> None:
     found = one(steering_effects(planted(better=0.2), text(0.0).iloc[:0], strength=1.0))
     assert found["verdict"] == ABOVE
     assert math.isnan(found["degeneration"])
+
+
+@pytest.mark.parametrize(
+    ("better", "share", "mark", "said"),
+    [
+        (0.1, 0.0, "o", r"^1 of 1 vectors .* when added; v\* at layer 0: \+0\.1\d \(.*\), above random$"),
+        (-4.0, 0.0, "<", r"^0 of 1 .*; v\* at layer 0: −3\.9\d \(.*\), below random$"),
+        (0.1, 0.5, "x", r"^0 of 1 .*; v\* at layer 0: collapsed$"),
+    ],
+)
+def test_the_panel_shows_what_is_off_it_and_what_collapsed(better: float, share: float, mark: str, said: str) -> None:
+    effects = steering_effects(planted(better=better), text(share), strength=1.0)
+    _, (axes,) = new_figure(1)
+    sentence = draw_effects(axes, effects, direction="interpolation", sites=["layer_00"], site="layer_00")
+    assert re.search(said, sentence)
+    assert mark in {line.get_marker() for line in axes.lines}
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["v*"]
 
 
 @settings(max_examples=50)

@@ -332,7 +332,9 @@ def test_the_section_is_drawn_from_the_tables_alone(swept: SweepTable) -> None:
     assert section is not None
     assert len(section.sentences) == 7
     assert "at λ = 1; the best of 2 random vectors" in section.sentences[0]
-    assert re.search(r"Adding \d of the 4 vectors and sites recovers more than random ones; v\* ", section.sentences[1])
+    assert re.match(
+        r"\d of 4 vectors and sites recover more than random ones when added; v\* at ", section.sentences[1]
+    )
     assert section.shown is not None
     assert len(section.shown) == 2 * 4  # v* at three sites, v̄ at one, both directions
     assert set(section.more_tables) == {"steering_effects"}
