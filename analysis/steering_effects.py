@@ -26,7 +26,7 @@ ABOVE, BELOW, SAME, COLLAPSED, UNKNOWN = "above random", "below random", "not di
 COLUMNS = (
     *("direction", "vector", "site", "lambda", "metric", "equal", "control", "value", "control_mean", "control_low"),
     *("control_high", "n_controls", "difference", "ci_low", "ci_high", "n", "verdict"),
-    *("degeneration", "degeneration_unsteered"),
+    *("kl_from_start", "degeneration", "degeneration_unsteered"),
 )
 
 
@@ -43,6 +43,7 @@ class _Cell(NamedTuple):
 
     strengths: list[float]
     groups: list[str]
+    n_tokens: float
     by_vector: dict[str, _Sums]
 
 
@@ -56,8 +57,9 @@ def steering_effects(pairs: pd.DataFrame, sweep: pd.DataFrame, *, strength: floa
         strength: λ that vectors are compared at.
 
     Returns:
-        ``value`` is R, or the margin's change in nats, at λ; at equal KL the random vectors' margins are interpolated, over their
-        own λ above 0, to where they have moved the model as far as v has at λ, KL(unsteered ‖ steered).
+        ``value`` is R, or the margin's change in nats, at λ. At equal KL all are taken where they have moved the model equally
+        far, KL(unsteered ‖ steered): as far as v has at λ, or, where a random vector never goes so far, as that one does;
+        between the λ of the grid by straight lines. ``kl_from_start`` is how far that is, nats a token.
     """
     rows: list[dict[str, Any]] = []
     for (direction, site), part in pairs.groupby(["direction", "site"], sort=False):
@@ -66,21 +68,26 @@ def steering_effects(pairs: pd.DataFrame, sweep: pd.DataFrame, *, strength: floa
         for vector in [name for name in cell.by_vector if random_kind(name) is None]:
             broken, usual = (_degeneration(sweep, str(direction), vector, str(site), x) for x in (strength, 0.0))
             where = {"direction": direction, "vector": vector, "site": site, "lambda": strength}
-            where |= {"degeneration": broken, "degeneration_unsteered": usual}
+            where |= {"degeneration": broken.value, "degeneration_unsteered": usual.value}
             for kind, controls in drawn.items():
                 if controls:
-                    has_collapsed = is_past_ceiling(broken, usual)
+                    has_collapsed = is_past_ceiling(broken, usual.value)
                     rows += [where | found for found in _compare(cell, vector, kind, controls, strength, has_collapsed)]
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
-def is_past_ceiling(share: float, unsteered: float) -> bool:
-    """Whether so many more completions are degenerate than without steering; not where no text was scored.
+def is_past_ceiling(share: Interval, unsteered: float) -> bool:
+    """Whether text has collapsed: 10 points more of the completions are degenerate than without steering.
 
-    >>> is_past_ceiling(0.4, 0.3), is_past_ceiling(0.5, 0.3)
-    (False, True)
+    Where the unsteered model's own text is that broken, chance alone moves its share about, so there the interval has to be
+    above it. False where no text was scored.
+
+    >>> [is_past_ceiling(Interval(0.4, low, 0.9), x) for low, x in ((0.1, 0.0), (0.1, 0.3), (0.1, 0.25), (0.3, 0.25))]
+    [True, False, False, True]
     """
-    return share - unsteered > DEGENERATE + 1e-9  # shares are sums that were rounded
+    is_broken_anyway = unsteered > DEGENERATE
+    more = share.value - unsteered > DEGENERATE + 1e-9  # shares are sums that were rounded
+    return more and (share.low > unsteered or not is_broken_anyway)
 
 
 def _compare(
@@ -95,16 +102,16 @@ def _compare(
         """Of each comparison the vector's effect, each control's, their mean, and the difference."""
         columns = []
         for metric, equal in compared:
-            effects = _effects(cell, names, metric, equal, at, drawn)
+            effects, reached = _effects(cell, names, metric, equal, at, drawn)
             mean = effects[:, 1:].mean(1, keepdim=True)
-            columns += [effects, mean, effects[:, :1] - mean]
+            columns += [effects, mean, effects[:, :1] - mean, reached[:, None] / cell.n_tokens]
         return torch.cat(columns, dim=1)
 
     found = cluster_intervals(figures, cell.groups)
     step = len(found) // len(compared)
     rows = []
     for i, (metric, equal) in enumerate(compared):
-        own, *random, mean, difference = found[i * step : (i + 1) * step]
+        own, *random, mean, difference, far = found[i * step : (i + 1) * step]
         reached = [one.value for one in random if math.isfinite(one.value)]
         verdict = _verdict(difference, has_collapsed)
         if verdict in (COLLAPSED, UNKNOWN):
@@ -113,6 +120,7 @@ def _compare(
         of_random = ("value", "control_mean", "control_low", "control_high", "n_controls")
         rows.append(
             {"metric": metric, "equal": equal, "control": kind, "n": len(cell.groups), "verdict": verdict}
+            | {"kl_from_start": far.value}
             | dict(zip(of_random, numbers, strict=True))
             | dict(zip(("difference", "ci_low", "ci_high"), difference, strict=True))
         )
@@ -121,24 +129,26 @@ def _compare(
 
 def _effects(
     cell: _Cell, names: Sequence[str], metric: str, equal: str, at: int, drawn: Float[Tensor, "resample pair"]
-) -> Float[Tensor, "resample vector"]:
-    """Effects of vectors, the first of which sets how far the others go at equal KL."""
+) -> tuple[Float[Tensor, "resample vector"], Float[Tensor, " resample"]]:
+    """Effects of vectors, and how far the first one has moved the model, summed over tokens."""
     zero = cell.strengths.index(0.0)
     sums = [cell.by_vector[name] for name in names]
+    own_kl = drawn @ sums[0].kl_from_start[at]
     if metric == "recovery":
         kl = drawn @ torch.stack([one.kl[at] for one in sums], dim=1)
-        return 1 - kl / (drawn @ sums[0].kl[zero])[:, None]
+        return 1 - kl / (drawn @ sums[0].kl[zero])[:, None], own_kl
     n = drawn.sum(1, keepdim=True)
     if equal == EQUAL_NORM:
-        return drawn @ torch.stack([one.preference_odds[at] - one.preference_odds[zero] for one in sums], dim=1) / n
+        return drawn @ torch.stack(
+            [one.preference_odds[at] - one.preference_odds[zero] for one in sums], dim=1
+        ) / n, own_kl
     forward = [i for i, x in enumerate(cell.strengths) if x >= 0]
     moved, gained = (
-        torch.stack([drawn @ x.T for x in (one[forward] for one in part)], dim=1)
+        torch.stack([drawn @ x[forward].T for x in part], dim=1)
         for part in ([s.kl_from_start for s in sums], [s.preference_odds - s.preference_odds[zero] for s in sums])
     )
-    goes = moved[:, 0, forward.index(at)]
-    own = gained[:, :1, forward.index(at)]
-    return torch.cat([own, interpolate(moved[:, 1:], gained[:, 1:], goes[:, None])], dim=1) / n
+    common = torch.minimum(own_kl, moved[:, 1:].amax(2).amin(1))
+    return interpolate(moved, gained, common[:, None]) / n, common
 
 
 def interpolate(
@@ -168,13 +178,14 @@ def _verdict(difference: Interval, has_collapsed: bool) -> str:
     return ABOVE if difference.low > 0 else BELOW if difference.high < 0 else SAME
 
 
-def _degeneration(sweep: pd.DataFrame, direction: str, vector: str, site: str, strength: float) -> float:
+def _degeneration(sweep: pd.DataFrame, direction: str, vector: str, site: str, strength: float) -> Interval:
     """Share of degenerate completions; NaN where no text was scored."""
     where = Row._fields[:3]
     rows = sweep[(sweep["metric"] == "degeneration") & (sweep["lambda"] == strength)]
     for column, value in zip(where, (direction, vector, site), strict=True):
         rows = rows[rows[column] == value]
-    return float(rows["value"].iloc[0]) if len(rows) else math.nan
+    found = rows[["value", "ci_low", "ci_high"]].to_numpy(dtype=float)
+    return Interval(*found[0].tolist()) if len(found) else Interval(math.nan, math.nan, math.nan)
 
 
 def _cell_of(part: pd.DataFrame) -> _Cell:
@@ -187,4 +198,4 @@ def _cell_of(part: pd.DataFrame) -> _Cell:
             for name in _Sums._fields
         ]
         by_vector[str(vector)] = _Sums(*(torch.tensor(table.to_numpy(dtype=float)) for table in tables))
-    return _Cell(strengths, first["prompt"].tolist(), by_vector)
+    return _Cell(strengths, first["prompt"].tolist(), float(first["n_tokens"].sum()), by_vector)

@@ -14,6 +14,7 @@ from analysis.steering_directions import RANDOM, V_BAR, V_STAR
 from analysis.steering_effects import ABOVE, COLLAPSED, DEGENERATE, EQUAL_NORM, SAME, is_past_ceiling
 from analysis.steering_sweep import CHOOSING, nearest_to_one
 from analysis.steering_vectors import random_kind
+from tiltmeter.bootstrap import Interval
 from tiltmeter.layers import FINAL_POST_NORM, FINAL_PRE_NORM
 
 _SITES_DRAWN = 3
@@ -74,13 +75,13 @@ def draw_recovery(axes: Axes, table: pd.DataFrame, *, direction: str) -> str:
 
 
 def draw_preference(axes: Axes, table: pd.DataFrame, *, direction: str) -> str:
-    """Preference margin over λ, and where the goal's lies."""
-    _draw_lines(axes, table, direction, "preference_odds")
+    """Change of the preference margin over λ, pair by pair, and where the goal's lies."""
+    _draw_lines(axes, table, direction, "preference_odds_change")
     best, strength = best_site(table, direction), compared_at(table)
     at_zero = {d: value_at(table, d, V_STAR, best, "preference_odds", 0.0) for d in GOALS}
     goal = at_zero["inversion" if direction == "interpolation" else "interpolation"]
-    mark_level(axes, goal)
-    axes.set_ylabel("preference margin, nats")
+    mark_level(axes, goal - at_zero[direction])
+    axes.set_ylabel("change of the margin, nats")
     reached = value_at(table, direction, V_STAR, best, "preference_odds", strength)
     return (
         f"Preference margin: {as_text(at_zero[direction], '+.1f')} nats unsteered, {as_text(reached, '+.1f')} with v* at "
@@ -155,11 +156,11 @@ def _draw_effect(axes: Axes, row: Any, y: float, colour: str) -> None:
 
 
 def ceiling(table: pd.DataFrame, direction: str, vector: str, site: str) -> float | None:
-    """The smallest λ above 0 at which 10 points more of the completions are degenerate than at λ = 0; None: there is none."""
+    """The smallest λ above 0 of the grid at which text has collapsed; None: there is none."""
     rows = rows_of(table, direction, vector, site, "degeneration")
     usual = rows[rows["lambda"] == 0]["value"].min()
-    past = [x for x, y in zip(rows["lambda"], rows["value"], strict=True) if x > 0 and is_past_ceiling(y, usual)]
-    return min(past, default=None)
+    intervals = rows[["lambda", "value", "ci_low", "ci_high"]].to_numpy(dtype=float).tolist()
+    return min((x for x, *share in intervals if x > 0 and is_past_ceiling(Interval(*share), usual)), default=None)
 
 
 def vector_name(name: str) -> str:

@@ -100,7 +100,7 @@ def steering_section(table: pd.DataFrame, pairs: pd.DataFrame, settings: Mapping
 
 def drawn_numbers(table: pd.DataFrame) -> pd.DataFrame:
     """Rows that the curves are drawn from."""
-    return table[table["metric"].isin(["recovery", "preference_odds", "degeneration"])].reset_index(drop=True)
+    return table[table["metric"].isin(["recovery", "preference_odds_change", "degeneration"])].reset_index(drop=True)
 
 
 def shown_table(table: pd.DataFrame, effects: pd.DataFrame) -> pd.DataFrame:
@@ -153,7 +153,7 @@ def _reading(table: pd.DataFrame, effects: pd.DataFrame, settings: Mapping[str, 
         f"{as_text(first['inversion'], '.2f')} subtracted, at its best site and λ = {compared_at(table):g}: column metric, "
         "recovery_first_token. Where it is far above R, one vector does not fit all tokens.",
         "Preference margin: log π(chosen) − log π(rejected), summed over tokens; with chosen and rejected as the polarity pair "
-        "it is PrefOdds (column metric: preference_odds).",
+        "it is PrefOdds (column metric: preference_odds). Drawn: its change from λ = 0, paired (preference_odds_change).",
         f"Bands and bars: 95 % intervals over prompts, each of one comparison, not corrected for their number. Grey: from "
         f"the least to the largest of {settings['n_random']} random vectors a site.",
         _verdicts(effects),
@@ -168,7 +168,8 @@ def _reading(table: pd.DataFrame, effects: pd.DataFrame, settings: Mapping[str, 
         lines.insert(
             6,
             "Degenerate: a completion that is empty or repeats itself. Where their share is more than 10 points above the "
-            f"unsteered model’s, vectors are not compared (×): {COLLAPSED}.",
+            f"unsteered model’s, a vector is not compared (×): {COLLAPSED}. Where that model’s own share is above 10 %, the "
+            "interval has to be above it, too.",
         )
     if len(drawn) < len(there):
         lines.append(f"Drawn: the {len(drawn)} sites of {len(there)} where v* recovers most; the tables have all.")
@@ -185,8 +186,8 @@ def _verdicts(effects: pd.DataFrame) -> str:
         parts.append(f"{kind} ({said})")
     return (
         "A vector that is not distinguishable from random ones of its length has no claim of its own. R less their mean, paired by "
-        f"prompt, in {EFFECTS}.csv: {'; '.join(parts)}. There too: the margin, and the margin where the random vectors have moved "
-        "the model as far, KL(unsteered ‖ steered)."
+        f"prompt, in {EFFECTS}.csv: {'; '.join(parts)}. There too: the margin at equal norm, and where all have moved the model "
+        "equally far, KL(unsteered ‖ steered)."
     )
 
 

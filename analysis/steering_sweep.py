@@ -80,7 +80,7 @@ class SteeringSweep:
         position: Position = "prompt_last",
         tokens: Tokens = "predicting",
         sites: str | Sequence[str] | None = None,
-        lambdas: Sequence[float] = (-1.0, 0.0, 0.5, 1.0, 1.5, 2.0),
+        lambdas: Sequence[float] = (-1.0, 0.0, 0.5, 1.0, 2.0),
         n_directions: int = 1,
         n_random: int = 5,
         match_norms: bool = False,

@@ -83,7 +83,7 @@ class TeacherForcedSweep:
         sums = self._run(unit.site, values)
         reached = sums.recovery.summary(self.groups).steered
         at_first = sums.first.summary(self.groups).steered
-        from_start = self._per_token(sums)
+        from_start, changes = self._per_token(sums), self._changes(sums)
         found = []
         for at, strength in enumerate(self.strengths):
             chosen, rejected = sums.log_probs[at].T.tolist()
@@ -96,6 +96,7 @@ class TeacherForcedSweep:
                 for name, interval in zip(("recovery", "kl", "top1_agreement"), reached[at][1:4], strict=True)
             ]
             named += [("recovery_first_token", at_first[at].recovery, n), ("kl_from_start", from_start[at], n)]
+            named += [("preference_odds_change", changes[at], n)]
             where = unit.direction, unit.vector, unit.site, strength
             found += [Row(*where, name, *interval, n) for name, interval, n in named]
         return Rows(found, self._pair_rows(unit, sums))
@@ -104,6 +105,12 @@ class TeacherForcedSweep:
         """KL(unsteered ‖ steered) in nats a token."""
         kl, n_tokens = sums.kl_from_start.T, sums.recovery.row_sums().n_tokens
         return cluster_intervals(lambda drawn: drawn @ kl / (drawn @ n_tokens)[:, None], self.groups)
+
+    def _changes(self, sums: _Sums) -> list[Interval]:
+        """PrefOdds less that of λ = 0, in nats: paired, so that what pairs differ by cancels."""
+        odds = (sums.log_probs[..., 0] - sums.log_probs[..., 1]).T
+        change = odds - odds[:, self.strengths.index(0.0), None]
+        return cluster_intervals(lambda drawn: drawn @ change / drawn.sum(1, keepdim=True), self.groups)
 
     def _pair_rows(self, unit: Unit, sums: _Sums) -> list[PairRow]:
         by_pair = sums.recovery.row_sums()

@@ -50,7 +50,7 @@ def planted(*, better: float = 0.0, moves: float = 1.0, n_random: int = 4, seed:
 
 def text(share: float, *, unsteered: float = 0.0) -> pd.DataFrame:
     rows = [
-        ("interpolation", "v*", "layer_00", strength, "degeneration", value, value, value, 8)
+        ("interpolation", "v*", "layer_00", strength, "degeneration", value, value - 0.25, value + 0.25, 8)
         for strength, value in ((0.0, unsteered), (1.0, share))
     ]
     return pd.DataFrame(rows, columns=list(COLUMNS))
@@ -114,15 +114,28 @@ def test_at_equal_kl_a_vector_that_moves_less_is_compared_with_shorter_random_on
     assert found["difference"] > 10 * abs(at_norm["difference"])
 
 
-def test_what_random_vectors_never_reach_has_no_value() -> None:
-    found = one(steering_effects(planted(moves=9.0), text(0.0), strength=1.0), "preference_odds", EQUAL_KL)
+def test_what_random_vectors_never_reach_is_compared_where_they_get_to() -> None:
+    """v moves the model 81 times as far as they do at λ = 1, they get to 4 at λ = 2: there v is 4 / 81 of the way to λ = 1."""
+    effects = steering_effects(planted(moves=9.0), text(0.0), strength=1.0)
+    found, at_norm = one(effects, "preference_odds", EQUAL_KL), one(effects, "preference_odds")
+    assert found["value"] == pytest.approx(4 / 81 * at_norm["value"])
+    assert found["control_mean"] == pytest.approx(2 * at_norm["control_mean"], rel=1e-6)
+    assert found["kl_from_start"] == pytest.approx(4 / 10)
+    assert at_norm["kl_from_start"] == pytest.approx(81 / 10)
+    assert found["verdict"] == BELOW
+
+
+def test_what_is_not_known_has_no_verdict() -> None:
+    pairs = planted()
+    pairs.loc[(pairs["vector"] == "v*") & (pairs["lambda"] == 1), "kl"] = math.nan
+    found = one(steering_effects(pairs, text(0.0), strength=1.0))
     assert found["verdict"] == UNKNOWN
-    assert (math.isnan(found["difference"]), math.isnan(found["control_low"]), found["n_controls"]) == (True, True, 0)
+    assert math.isnan(found["difference"])
 
 
 @pytest.mark.parametrize(
     ("share", "unsteered", "verdict"),
-    [(0.125, 0.0, COLLAPSED), (0.1, 0.0, ABOVE), (0.6, 0.5, ABOVE), (0.7, 0.5, COLLAPSED)],
+    [(0.125, 0.0, COLLAPSED), (0.1, 0.0, ABOVE), (0.7, 0.5, ABOVE), (0.8, 0.5, COLLAPSED)],
 )
 def test_broken_text_is_marked_and_not_compared(share: float, unsteered: float, verdict: str) -> None:
     found = one(steering_effects(planted(better=0.2), text(share, unsteered=unsteered), strength=1.0))

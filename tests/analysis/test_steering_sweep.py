@@ -125,6 +125,8 @@ def test_a_unit_is_what_steered_passes_give(asked_about: Checkpoints, direction:
         assert values(rows, "recovery", strength) == pytest.approx([recovery], abs=1e-4)
         assert values(rows, "preference_odds", strength) == pytest.approx([margin], abs=1e-3)
         assert values(rows, "kl_from_start", strength) == pytest.approx([away], rel=1e-4)
+        unsteered = values(rows, "preference_odds", 0.0)[0]
+        assert values(rows, "preference_odds_change", strength) == pytest.approx([margin - unsteered], abs=1e-3)
         assert values(rows, "recovery_first_token", strength) == pytest.approx([first], abs=1e-4)
     assert values(rows, "recovery", 0.0) == [0.0]
 
@@ -343,13 +345,15 @@ def test_the_section_is_drawn_from_the_tables_alone(swept: SweepTable) -> None:
 
 def test_the_ceiling_is_the_first_strength_a_tenth_above_the_unsteered() -> None:
     rows = [
-        ("interpolation", V_STAR, "layer_00", x, "degeneration", y, y, y, 10)
-        for x, y in ((-1.0, 0.9), (0.0, 0.3), (1.0, 0.4), (2.0, 0.5), (3.0, 0.9))
+        ("interpolation", V_STAR, "layer_00", x, "degeneration", y, y - 0.15, 1.0, 10)
+        for x, y in ((-1.0, 0.9), (0.0, 0.1), (1.0, 0.2), (2.0, 0.3), (3.0, 0.9))
     ]
     columns = ["direction", "vector", "site", "lambda", "metric", "value", "ci_low", "ci_high", "n"]
     table = pd.DataFrame(rows, columns=columns)
     assert ceiling(table, "interpolation", V_STAR, "layer_00") == 2.0
     assert ceiling(table[table["lambda"] < 2], "interpolation", V_STAR, "layer_00") is None
+    table.loc[table["lambda"] == 0, "value"] = 0.2  # broken anyway: 0.3 is within chance
+    assert ceiling(table, "interpolation", V_STAR, "layer_00") == 3.0
 
 
 def test_zero_is_added_to_a_grid_without_it() -> None:
