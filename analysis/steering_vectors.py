@@ -1,20 +1,16 @@
 """The vectors of a sweep: directions, the controls of METHOD C15 beside them, v* of other runs, and vectors of the user's own."""
 
 import hashlib
-import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
-import torch
 from torch import Tensor
 
 from analysis.checkpoints import Checkpoints
-from analysis.models import LoadedModel, load_model
+from analysis.foreign_vectors import named_runs, open_like, vectors_of_file
 from analysis.probe_pairs import ProbePair
-from analysis.runs import Run, open_run
 from analysis.steering_directions import (
     CONTROLS,
     COUNTED,
@@ -39,16 +35,14 @@ from tiltmeter.controls import (
 from tiltmeter.directions import principal_directions, steering_vector
 from tiltmeter.errors import UserError
 from tiltmeter.layers import layer_site
-from tiltmeter.models import DTYPES
 from tiltmeter.positions import Position
-from tiltmeter.steering_vector import SteeringVector, load_vectors
+from tiltmeter.steering_vector import SteeringVector
 
 Key = tuple[str, str]
 """A vector's name and its site."""
 RANDOM_KINDS = (RANDOM, RANDOM_PCA, RANDOM_COVARIANCE)
 _SPAN = 10
 """Principal directions of the base's states whose span ``random_pca`` is drawn from, at most."""
-_ARM = re.compile(r"[a-z0-9_]{1,30}")
 
 
 @dataclass(frozen=True)
@@ -157,8 +151,8 @@ def estimate_vectors(
             for name, control in _of_kind(kind, states, site, like[site], wanted).items():
                 position = (kind.position or wanted.position) if kind.kind not in (*CONTROLS, "v_bar") else None
                 found.add(name, known.vector(site, control, position), control.provenance.partition(", at norm")[0])
-    for name, run in _named_runs(wanted.runs):
-        base, aligned = _open_like(run, checkpoints, wanted)
+    for name, run in named_runs(wanted.runs):
+        base, aligned = open_like(run, checkpoints.base, wanted.dtype)
         for site, update in states.update_of(base, aligned).items():
             how = f"v* of the run {run.folder.name}"
             if site in like:
@@ -256,69 +250,14 @@ def _block_names(n_layers: int) -> list[str]:
     return [layer_site(i) for i in range(n_layers)]
 
 
-def _named_runs(folders: Sequence[Path]) -> list[tuple[str, Run]]:
-    """Runs by what their v* is called: their arm, which counts on where two have the same."""
-    found: list[tuple[str, Run]] = []
-    seen: Counter[str] = Counter()
-    for folder in folders:
-        try:
-            run = open_run(folder)
-        except UserError as error:
-            raise UserError(f"steering.controls: {error}") from error
-        arm = str(run.setting("arm") or "")
-        arm = arm if _ARM.fullmatch(arm) else "run"
-        seen[arm] += 1
-        found.append((f"{V_STAR}_of_{arm}" + (f"_{seen[arm]}" if seen[arm] > 1 else ""), run))
-    return found
-
-
-def _open_like(run: Run, checkpoints: Checkpoints, wanted: Wanted) -> tuple[LoadedModel, LoadedModel]:
-    """The two models of another run. Raises UserError: of another shape or tokenizer."""
-    own = checkpoints.base
-    shape = _shape(own)
-    opened = []
-    for where, revision in (run.base_source, (str(run.aligned), None)):
-        model = load_model(where, revision=revision, dtype=DTYPES[wanted.dtype], device=str(own.model.device))
-        if (got := _shape(model)) != shape:
-            raise UserError(
-                f"steering.controls: {run.folder}: expected models of {shape}, as those that are steered, got {got}"
-            )
-        if model.tokenizer.get_vocab() != own.tokenizer.get_vocab():
-            raise UserError(
-                f"steering.controls: {run.folder}: its tokenizer is another than that of the models that are steered"
-            )
-        opened.append(model)
-    return opened[0], opened[1]
-
-
-def _shape(opened: LoadedModel) -> str:
-    config = opened.model.config
-    return f"{config.num_hidden_layers} blocks of width {config.hidden_size}"
-
-
 def _add_own(
     found: Vectors, path: Path, checkpoints: Checkpoints, like: Mapping[str, Tensor], *, match_norms: bool
 ) -> None:
     """The vectors of a file that are at swept sites, each as ``FILE:NAME``."""
-    held = load_vectors(path)
-    for vector in held.values():
-        try:
-            vector.check_fits(checkpoints.base.model)
-        except UserError as error:
-            raise UserError(f"steering.vectors: {path}: {error}") from error
+    held = vectors_of_file(path, checkpoints.base.model, list(like))
     there = {name: vector for name, vector in held.items() if vector.site in like}
-    if not there:
-        sites = ", ".join(dict.fromkeys(vector.site for vector in held.values())) or "none"
-        raise UserError(
-            f"steering.vectors: {path}: expected vectors of the sites that are swept, {', '.join(like)}, got {sites}; set "
-            "steering.sites"
-        )
     if left := len(held) - len(there):
         found.notes.append(f"{path}: {len(there)} of {len(held)} vectors are swept; {left} are at other sites.")
     for name, vector in there.items():
-        if not torch.any(vector.values):
-            raise UserError(f"steering.vectors: {path}: {name} is a vector of zeros; leave it out")
-        if match_norms:
-            scale = float(like[vector.site].norm()) / vector.norm()
-            vector = vector * scale
-        found.add(f"{path.stem}:{name}", vector, f"{vector.made}, from {path.name}")
+        own = vector * (float(like[vector.site].norm()) / vector.norm()) if match_norms else vector
+        found.add(f"{path.stem}:{name}", own, f"{vector.made}, from {path.name}")
