@@ -14,7 +14,7 @@ from launch.configuration import CONF, prepare_overrides
 from tiltmeter.errors import UserError
 
 
-def ask(tmp_path: Path, *arguments: str) -> Path:
+def ask(tmp_path: Path, *arguments: str) -> Path | None:
     """As ``analyze.py`` does, in this process."""
     overrides = prepare_overrides([*arguments, f"runs_root={tmp_path / 'runs'}"], config_name="analyze")
     GlobalHydra.instance().clear()

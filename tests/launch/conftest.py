@@ -28,7 +28,7 @@ def run(tmp_path: Path) -> Path:
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG), encoding="utf-8")
     pd.DataFrame(dpo_rows()).to_csv(folder / "metrics.csv", index=False)
-    pairs = [pair.as_json() for pair in asked.probe_pairs(6)]
+    pairs = [pair.as_json() for pair in asked.probe_pairs(8)]
     (folder / "probe_prompts.json").write_text(json.dumps(pairs), encoding="utf-8")
     for i, name in enumerate(("base", "aligned")):
         save_model(folder / name, seed=i)

@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from launch.wandb_logger import _id_of
+from launch.wandb_logger import id_of
 
 
-def test_a_run_folder_keeps_the_id_of_its_newest_run(tmp_path: Path) -> None:
-    assert _id_of(tmp_path) is None
+def test_a_run_folder_keeps_theid_of_its_newest_run(tmp_path: Path) -> None:
+    assert id_of(tmp_path) is None
     for name in ("run-20260101_090000-first111", "offline-run-20260102_090000-second22", "latest-run"):
         (tmp_path / "wandb" / name).mkdir(parents=True)
-    assert _id_of(tmp_path) == "second22"
+    assert id_of(tmp_path) == "second22"
 
 
 def test_wandb_is_asked_to_go_on_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
