@@ -127,7 +127,7 @@ def draw_resultants(axes: Axes, table: pd.DataFrame, sites: Sequence[str]) -> st
     around, around_random = (_range(_over(table, sites, GRID, words), ".3f") for words in ("preference", "random"))
     pairs, pairs_random = (_range(_over(table, sites, PAIRS, words)) for words in ("preference", "random"))
     return (
-        f"Around one state R is {around}, for random words {around_random}: no finding. Across pairs it is {pairs} "
+        f"Around one state R is {around}, for random words {around_random}; across pairs it is {pairs} "
         f"(random words {pairs_random}; noise {as_text(across['null'].iloc[0], '.2f')})"
     )
 
@@ -201,8 +201,8 @@ def _reading(table: pd.DataFrame, pictures: Sequence[Picture], settings: Mapping
         f"length. Grid: {settings['n_points']} points up to {reach} σ from h on v̂, PC1, PC2 of {settings['n_states']} states.",
         "A tautology: for one pair of words at the final norm’s output ∇L = −β σ(−β m) v, so R = 1 for any model, trained or not; "
         "the program asserts it.",
-        "Around one state R is near 1 wherever the layers above are smooth on the grid, and nears 1 as the grid shrinks; dotted, "
-        "two random words of the responses do the same. It is no evidence of a preference direction.",
+        "Around one state R is near 1 wherever the layers above are smooth on the grid, and nears 1 as the grid shrinks. Dotted: "
+        "the same for two random words of the responses; what they do too is no evidence of a preference direction.",
         f"The finding is R across pairs: one gradient for each of {n} pairs ({settings['n_words']} different pairs of words), "
         "beside random words and, grey, 1/√N. Pairs with the same two words agree at the last site by construction.",
         "In responses: gradients of the whole pair’s loss at each state that predicts a word; chosen and rejected words pull "
