@@ -146,8 +146,8 @@ def _reading(table: pd.DataFrame, effects: pd.DataFrame, settings: Mapping[str, 
     lines = [
         f"v* is the mean change of the hidden state at {settings['position']} over {settings['n_estimation']} held-out pairs; "
         f"every number is of {settings['n_test']} other pairs{text}, whose prompts it has not seen. Vectors of a site have the "
-        "length of its v*; those of files their own, unless steering.match_norms is set. Where v* is best was chosen on the pairs that "
-        "it was estimated on.",
+        "length of its v*; those of files their own, unless steering.match_norms is set. Where v* is best was chosen on the pairs "
+        "that it was estimated on.",
         f"R = 1 − KL(goal ‖ steered) / KL(goal ‖ unsteered) over the tokens of the chosen responses: 0 is the model that steering "
         "starts from, 1 the one that it aims at, below 0 is further away. "
         f"Drawn down to {as_text(LOWEST, '.0f')} (arrows: what is further away); dashed: the goal.",
