@@ -132,7 +132,7 @@ def draw_effects(axes: Axes, effects: pd.DataFrame, *, direction: str, sites: Se
         at = list(sites).index(row.site)
         y = names.index(row.vector) + 0.22 * (at - (len(sites) - 1) / 2)
         _draw_effect(axes, row, y, COLOURS[_SITE_COLOURS[at]])
-    axes.set_xlabel("R less that of random vectors of equal length")
+    axes.set_xlabel("R less that of random vectors")
     own = rows[(rows["vector"] == V_STAR) & (rows["site"] == site)].iloc[0]
     n_above = int((rows["verdict"] == ABOVE).sum())
     said = f"{n_above} of {len(rows)} vectors and sites recover more than random ones when {_HOW[direction]}"

@@ -30,6 +30,7 @@ from analysis.steering_panels import (
     value_at,
     vector_name,
 )
+from analysis.steering_sweep import CHOOSING
 from analysis.steering_vectors import random_kind
 from analysis.sweep_table import PAIRS, SETTINGS, TABLE, read_pairs, read_settings, read_sweep
 
@@ -65,12 +66,13 @@ def steering_section(table: pd.DataFrame, pairs: pd.DataFrame, settings: Mapping
         pairs: :func:`analysis.sweep_table.read_pairs`.
         settings: that they were made with.
     """
-    swept = [d for d in GOALS if not rows_of(table, d, V_STAR, None, "recovery").empty]
-    if len(swept) < len(GOALS):
+    if any(rows_of(table, direction, V_STAR, None, CHOOSING).empty for direction in GOALS):
         return None
     effects = steering_effects(pairs, table, strength=compared_at(table))
+    if any(_of_v_star(effects, direction, best_site(table, direction)).empty for direction in GOALS):
+        return None
     panels: list[Panel] = []
-    for direction in swept:
+    for direction in GOALS:
         about = {"direction": direction, "sites": drawn_sites(table), "site": best_site(table, direction)}
         panels += [
             partial(draw_recovery, direction=direction),
@@ -91,7 +93,7 @@ def steering_section(table: pd.DataFrame, pairs: pd.DataFrame, settings: Mapping
         figure=figure,
         table=drawn_numbers(table),
         reading=_reading(table, effects, settings),
-        headlines=[_headline(table, effects, direction) for direction in swept],
+        headlines=[_headline(table, effects, direction) for direction in GOALS],
         shown=shown_table(table, effects),
         caption=f"R at λ = {compared_at(table):g}, beside random vectors at the same site; all comparisons are in {EFFECTS}.csv",
         more_tables={EFFECTS: effects},
@@ -144,7 +146,8 @@ def _reading(table: pd.DataFrame, effects: pd.DataFrame, settings: Mapping[str, 
     lines = [
         f"v* is the mean change of the hidden state at {settings['position']} over {settings['n_estimation']} held-out pairs; "
         f"every number is of {settings['n_test']} other pairs{text}, whose prompts it has not seen. Vectors of a site have the "
-        "length of its v*, but for those of files. Where v* is best was chosen on the pairs that it was estimated on.",
+        "length of its v*; those of files their own, unless steering.match_norms is set. Where v* is best was chosen on the pairs "
+        "that it was estimated on.",
         f"R = 1 − KL(goal ‖ steered) / KL(goal ‖ unsteered) over the tokens of the chosen responses: 0 is the model that steering "
         "starts from, 1 the one that it aims at, below 0 is further away. "
         f"Drawn down to {as_text(LOWEST, '.0f')} (arrows: what is further away); dashed: the goal.",
@@ -157,12 +160,7 @@ def _reading(table: pd.DataFrame, effects: pd.DataFrame, settings: Mapping[str, 
         f"Bands and bars: 95 % intervals over prompts, each of one comparison, not corrected for their number. Grey: from "
         f"the least to the largest of {settings['n_random']} random vectors a site.",
         _verdicts(effects),
-        "Adding v at the final norm’s output is a logit bias, W_U v, the same numbers whatever the context: nothing that it does "
-        "there depends on the prompt.",
-        f"Vectors: {'; '.join(f'{vector_name(name)}: {how}' for name, how in _named(settings))}. They are in "
-        f"vectors/{VECTORS_FILE} beside the tables, their lengths and cosines with v* in steering_vectors.csv.",
-        f"All metrics are in {TABLE}, what each pair adds in {PAIRS}, the settings in {SETTINGS}: run the command again and it "
-        "goes on where it stopped.",
+        *_vectors_and_files(settings),
     ]
     if settings["n_generated"]:
         lines.insert(
@@ -176,6 +174,17 @@ def _reading(table: pd.DataFrame, effects: pd.DataFrame, settings: Mapping[str, 
     return lines
 
 
+def _vectors_and_files(settings: Mapping[str, Any]) -> list[str]:
+    return [
+        "Adding v at the final norm’s output is a logit bias, W_U v, the same numbers whatever the context: nothing that it does "
+        "there depends on the prompt.",
+        f"Vectors: {'; '.join(f'{vector_name(name)}: {how}' for name, how in _named(settings))}. They are in "
+        f"vectors/{VECTORS_FILE} beside the tables, their lengths and cosines with v* in steering_vectors.csv.",
+        f"All metrics are in {TABLE}, what each pair adds in {PAIRS}, the settings in {SETTINGS}: run the command again and it "
+        "goes on where it stopped.",
+    ]
+
+
 def _verdicts(effects: pd.DataFrame) -> str:
     """How many comparisons of R at equal norm said what, for each random kind."""
     rows = effects[(effects["metric"] == "recovery") & (effects["equal"] == EQUAL_NORM)]
@@ -187,8 +196,14 @@ def _verdicts(effects: pd.DataFrame) -> str:
     return (
         "A vector that is not distinguishable from random ones of its length has no claim of its own. R less their mean, paired by "
         f"prompt, in {EFFECTS}.csv: {'; '.join(parts)}. There too: the margin at equal norm, and where all have moved the model "
-        "equally far, KL(unsteered ‖ steered)."
+        "equally far, KL(unsteered ‖ steered); subtracting is meant to lower it, so there below random is what is aimed at."
     )
+
+
+def _of_v_star(effects: pd.DataFrame, direction: str, site: str) -> pd.DataFrame:
+    """What v* recovers beyond random vectors at a site."""
+    rows = effects[(effects["metric"] == "recovery") & (effects["control"] == RANDOM) & (effects["vector"] == V_STAR)]
+    return rows[(rows["direction"] == direction) & (rows["site"] == site)]
 
 
 def _named(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -199,8 +214,7 @@ def _headline(table: pd.DataFrame, effects: pd.DataFrame, direction: str) -> Hea
     best, strength = best_site(table, direction), compared_at(table)
     reached = value_at(table, direction, V_STAR, best, "recovery", strength)
     controls = controls_at(table, direction, best, "recovery", strength)
-    rows = effects[(effects["direction"] == direction) & (effects["vector"] == V_STAR) & (effects["site"] == best)]
-    verdict = rows[(rows["metric"] == "recovery") & (rows["control"] == RANDOM)]["verdict"].iloc[0]
+    verdict = _of_v_star(effects, direction, best)["verdict"].iloc[0]
     text = as_text(max(controls, default=math.nan), "percent")
     return Headline(
         as_text(reached, "percent"),

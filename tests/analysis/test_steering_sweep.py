@@ -343,6 +343,16 @@ def test_the_section_is_drawn_from_the_tables_alone(swept: SweepTable) -> None:
     assert any("a logit bias, W_U v" in line for line in section.reading)
 
 
+@pytest.mark.parametrize("vector", [V_STAR, "random_1"])
+def test_a_sweep_without_v_star_and_its_controls_yet_is_not_drawn(swept: SweepTable, vector: str) -> None:
+    table, pairs = read_sweep(swept.path), read_pairs(swept.folder / PAIRS)
+    if vector == "random_1":
+        table, pairs = (rows[~rows["vector"].str.startswith("random")] for rows in (table, pairs))
+    else:
+        table = table[(table["direction"] != "inversion")]
+    assert steering_section(table, pairs, read_settings(swept.folder)) is None
+
+
 def test_the_ceiling_is_the_first_strength_a_tenth_above_the_unsteered() -> None:
     rows = [
         ("interpolation", V_STAR, "layer_00", x, "degeneration", y, y - 0.15, 1.0, 10)
