@@ -25,7 +25,13 @@ from lightning_modules.policy import (
     freeze_embeddings,
     shard,
 )
-from lightning_modules.schedule import Schedule, check_number, learning_rate_factor
+from lightning_modules.schedule import (
+    Schedule,
+    check_number,
+    learning_rate_factor,
+    set_rate_of_next_step,
+    steps_of_fit,
+)
 from lightning_modules.step_guard import StepGuard
 from lightning_modules.throughput import Throughput
 from tiltmeter.batch import StepBatch
@@ -212,25 +218,14 @@ class LogProbModule(PairMetrics):
 
     def total_steps(self) -> int:
         """Optimizer steps of the whole fit."""
-        per_epoch = self.data.steps_per_epoch
-        max_epochs = self.trainer.max_epochs
-        by_epochs = math.inf if max_epochs is None or max_epochs == -1 else max_epochs * per_epoch
-        by_steps = math.inf if self.trainer.max_steps == -1 else self.trainer.max_steps
-        if per_epoch < 1 or min(by_epochs, by_steps) == math.inf:
-            raise UserError(
-                f"trainer: max_epochs={max_epochs}, max_steps={self.trainer.max_steps} and limit_train_batches="
-                f"{self.trainer.limit_train_batches} of {per_epoch} steps an epoch give no number of steps to train; set them"
-            )
-        return int(min(by_epochs, by_steps))
+        return steps_of_fit(self.trainer, self.data.steps_per_epoch)
 
     def on_train_start(self) -> None:
         """Set the rate of the first step, which a checkpoint of a shorter schedule restores as that one's end; start the clock."""
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         assert not isinstance(optimizer, list)
         assert isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR)
-        scheduler._last_lr = [base * scheduler.lr_lambdas[0](scheduler.last_epoch) for base in scheduler.base_lrs]
-        for group, rate in zip(optimizer.param_groups, scheduler._last_lr, strict=True):
-            group["lr"] = rate
+        set_rate_of_next_step(optimizer.optimizer, scheduler)
         self.throughput.start()
 
     def on_validation_end(self) -> None:
