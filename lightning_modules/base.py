@@ -236,14 +236,12 @@ class LogProbModule(PairMetrics):
         """Refuse to go on with other data, and put Lightning's counts right.
 
         It counts an epoch that ended at ``max_steps`` as processed, so a run that is to take more steps would take one epoch
-        too few. And after a run that was resumed from the end of an epoch, its total of batches lacks one, by which it
-        tells where in a step a checkpoint was saved: the next run resumed would validate a step late.
+        too few. And a run that was resumed at the end of an epoch never counts the next one as started, so a run resumed from
+        its checkpoints would count their batches anew and validate late.
         """
-        loops = checkpoint["loops"]["fit_loop"]
-        for counts in loops["epoch_progress"].values():
+        for counts in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
             counts["processed"] = counts["completed"]
-        here, total = (loops["epoch_loop.batch_progress"][of] for of in ("current", "total"))
-        total["completed"] = total["processed"] - here["processed"] + here["completed"]
+            counts["ready"] = counts["started"] = counts["completed"] + 1  # checkpoints are saved inside epochs
         if checkpoint.get("data_digests") != self._data_digests():
             raise UserError(
                 "ckpt_path: the checkpoint was trained on other data or another tokenisation; resume with the same data options"
