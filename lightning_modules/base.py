@@ -279,12 +279,15 @@ class LogProbModule(PairMetrics):
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to go on with other data; take a run that ended at ``max_steps`` inside an epoch for one that may go on.
+        """Refuse to go on with other data, and put Lightning's counts right.
 
-        Lightning counts that epoch as processed, so a run that is to take more steps would take one epoch too few.
+        It counts an epoch that ended at ``max_steps`` as processed, so a run that is to take more steps would take one epoch
+        too few. And a run that was resumed at the end of an epoch never counts the next one as started, so a run resumed from
+        its checkpoints would count their batches anew and validate late.
         """
         for counts in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
             counts["processed"] = counts["completed"]
+            counts["ready"] = counts["started"] = counts["completed"] + 1  # checkpoints are saved inside epochs
         if checkpoint.get("data_digests") != self._data_digests():
             raise UserError(
                 "ckpt_path: the checkpoint was trained on other data or another tokenisation; resume with the same data options"
