@@ -111,8 +111,7 @@ def memory(shape: Shape, plan: Plan, *, tokens: int) -> dict[str, float]:
     if plan.strategy == "fsdp":  # the block at work and the next one; gradients of one, and what is sent of them
         block_gradients = (BFLOAT16 + FLOAT32) * (adapters or shape.block)
         parts["gathered"] = shape.root * plan.weight_bytes() + 2 * block_gathered + block_gradients
-    else:
-        parts["DDP's buckets"] = trained * FLOAT32
+    else:  # gradients lie in the buckets that DDP sends
         parts["autocast's copies"] = BFLOAT16 * trained
     parts["block inputs"] = shape.layers * tokens * shape.width * FLOAT32
     parts["logits"] = LOGITS
@@ -180,7 +179,7 @@ def main() -> None:
             moved = sent(shape, plan, micro_batches=options.micro_batches)
             kind = f"LoRA {plan.lora_rank}" if plan.lora_rank else "full"
             states = [parts[name] for name in ("weights", "gradients", "AdamW")]
-            copies = sum(parts.get(name, 0) for name in ("gathered", "DDP's buckets", "autocast's copies"))
+            copies = sum(parts.get(name, 0) for name in ("gathered", "autocast's copies"))
             rest = sum(parts.values()) - sum(states) - copies
             cells = [*states, copies, rest, sum(parts.values()), moved]
             rows.append([f"{shape.name} {kind}, {plan.strategy.upper()}", *map(gigabytes, cells)])

@@ -158,6 +158,8 @@ class LogProbModule(PairMetrics):
             shard(policy, self.device_mesh["data_parallel"], block_dtype=mixed)
         if empty is not None:
             empty.read_weights(self.trainer.strategy.root_device)
+        if self.device_mesh is not None:
+            self.trainer.precision_plugin.convert_module(policy)  # bf16-true: FSDP2 settles dtypes at the first forward
         self._check_model(policy)
         if self.compile_blocks:
             compile_blocks(model)

@@ -10,6 +10,7 @@ from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.scaling import ADAM_STATE, FLOAT32, Plan, Shape, memory, sent, watching
+from lightning_modules.ddp_strategy import InPlaceDDPStrategy
 from lightning_modules.policy import Policy, freeze_embeddings
 from tests.tiny_models import make_model, random_pairs
 from tiltmeter.batch import collate_pairs
@@ -47,28 +48,29 @@ def test_weights_gradients_and_optimizer_state_are_what_training_holds(lora_rank
         assert parts["weights"] == sum(p.nbytes for p in policy.parameters())
 
 
-def test_ddp_sends_the_gradients_once(tmp_path: Path) -> None:
+def test_ddp_sends_the_gradients_once_from_where_they_lie(tmp_path: Path) -> None:
     model = make_model("llama")
     freeze_embeddings(model)
-    seen: list[int] = []
+    seen: dict[int, int] = {}
 
     def hook(_: object, bucket: distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
-        seen.append(bucket.buffer().nbytes)
+        seen[bucket.buffer().untyped_storage().data_ptr()] = bucket.buffer().nbytes
         done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
         done.set_result(bucket.buffer())
         return done
 
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
     try:
-        policy = DistributedDataParallel(Policy(model))
+        policy = DistributedDataParallel(Policy(model), **InPlaceDDPStrategy()._ddp_kwargs)
         policy.register_comm_hook(None, hook)
         step(policy)
+        lie = {p.grad.untyped_storage().data_ptr() for p in policy.parameters() if p.grad is not None}
     finally:
         distributed.destroy_process_group()
-    assert sum(seen) == FLOAT32 * Plan("ddp", 1).trained(SMALL)
-    assert sent(SMALL, Plan("ddp", 2), micro_batches=3) == sum(seen), (
-        "a ring of two sends each number once, twice by half"
-    )
+    n_bytes = sum(seen.values())
+    assert lie == seen.keys(), "no second copy"
+    assert n_bytes == FLOAT32 * Plan("ddp", 1).trained(SMALL)
+    assert sent(SMALL, Plan("ddp", 2), micro_batches=3) == n_bytes, "a ring of two sends each half twice"
 
 
 def test_shards_are_parts_of_the_whole_and_alone_nothing_is_sent() -> None:

@@ -65,22 +65,20 @@ def sharded(folder: Path, *, lora: bool = False, block_dtype: torch.dtype | None
 
 def sent_by(work: Callable[[], T]) -> tuple[T, int]:
     """A function's result, and the bytes that FSDP2 let this process send in a ring of two."""
-    gather, scatter = distributed.all_gather_into_tensor, distributed.reduce_scatter_tensor
+    names = ("all_gather_single", "reduce_scatter_single")
     counts: list[int] = []
 
-    def counted_gather(**options: Any) -> Any:
-        counts.append(options["input_tensor"].nbytes)
-        return gather(**options)
+    def counting(collective: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(output: Tensor, input: Tensor, *rest: Any, **options: Any) -> Any:
+            counts.append(min(output.nbytes, input.nbytes))
+            return collective(output, input, *rest, **options)
 
-    def counted_scatter(**options: Any) -> Any:
-        counts.append(options["output"].nbytes)
-        return scatter(**options)
+        return counted
 
-    distributed.all_gather_into_tensor, distributed.reduce_scatter_tensor = counted_gather, counted_scatter
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in names:
+            patch.setattr(distributed, name, counting(getattr(distributed, name)))
         return work(), sum(counts)
-    finally:
-        distributed.all_gather_into_tensor, distributed.reduce_scatter_tensor = gather, scatter
 
 
 def results(policy: Policy, cast: AbstractContextManager[Any]) -> tuple[Tensor, dict[str, Tensor]]:
