@@ -64,7 +64,8 @@ class Preemption(Callback):
         progress.current.ready -= 1
         progress.is_last_batch = False
         path = self.checkpoint.format_checkpoint_name({})
-        trainer.save_checkpoint(path)
+        if self.checkpoint._last_global_step_saved != trainer.global_step:  # or this step's validation did
+            trainer.save_checkpoint(path)
         failure = trainer.strategy.broadcast(getattr(trainer.strategy.checkpoint_io, "failure", None))
         if failure is not None:  # the first process has said so, and this exit is no promise
             raise failure

@@ -20,7 +20,7 @@ class TrainingAlarms(Callback):
     - ``alarm/chosen_logp_drop``: nats that chosen responses have lost since the first window (likelihood displacement).
     - ``alarm/accuracy_saturation``: share of training pairs ordered rightly: at 1 only margins are left to grow.
     - ``alarm/length_ratio``: tokens of chosen over rejected responses: far from 1, length can pass for preference.
-    - ``alarm/nan``: 1 when training stops for a loss or gradient that isn't finite (the error names the pairs).
+    - ``alarm/nan``: 1 when training stops for numbers that aren't finite (skipped steps: ``alarm/skipped_steps``).
 
     Args:
         window: optimizer steps.

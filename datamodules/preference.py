@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from datamodules.records import LoadReport, PreferencePair, PreferenceSource
 from datamodules.sampler import StepSampler
 from datamodules.splits import LabelControl, Split, control_labels, count_repeats, split_by_group
-from datamodules.step_dataset import StepDataset
+from datamodules.step_dataset import StepDataset, leave_stopping_to_the_trainer
 from datamodules.tokenization import PairTokenizer, TextFormat, TokenizationReport, Truncation
 from tiltmeter.batch import Layout, StepBatch, TokenizedPair, packed_length, row_length
 from tiltmeter.errors import UserError
@@ -241,6 +241,7 @@ class PreferenceDataModule(LightningDataModule):
             sampler=sampler,  # yields plans, which the data set takes as its index
             generator=torch.Generator(),  # else every pass over the data would move the run's own random numbers
             num_workers=self.num_workers,
+            worker_init_fn=leave_stopping_to_the_trainer,
             persistent_workers=self.num_workers > 0,
             pin_memory=trainer is not None and trainer.strategy.root_device.type == "cuda",
         )

@@ -1,5 +1,6 @@
 """From the plan of an optimizer step to its batches."""
 
+import signal
 from collections.abc import Sequence
 
 from torch.utils.data import Dataset
@@ -48,3 +49,9 @@ class StepDataset(Dataset[StepBatch]):
 
     def _n_response(self, pair: TokenizedPair) -> int:
         return len(pair.chosen_ids) + (0 if self.layout == "chosen_only" else len(pair.rejected_ids))
+
+
+def leave_stopping_to_the_trainer(worker: int) -> None:
+    """In a DataLoader worker: a signal to the whole job would kill it, and the trainer could not end its step."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

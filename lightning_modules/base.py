@@ -25,7 +25,13 @@ from lightning_modules.policy import (
     freeze_embeddings,
     shard,
 )
-from lightning_modules.schedule import Schedule, check_number, learning_rate_factor
+from lightning_modules.schedule import (
+    Schedule,
+    check_number,
+    learning_rate_factor,
+    set_rate_of_next_step,
+    steps_of_fit,
+)
 from lightning_modules.step_guard import StepGuard
 from lightning_modules.throughput import Throughput
 from tiltmeter.batch import StepBatch
@@ -152,6 +158,8 @@ class LogProbModule(PairMetrics):
             shard(policy, self.device_mesh["data_parallel"], block_dtype=mixed)
         if empty is not None:
             empty.read_weights(self.trainer.strategy.root_device)
+        if self.device_mesh is not None:
+            self.trainer.precision_plugin.convert_module(policy)  # bf16-true: FSDP2 settles dtypes at the first forward
         self._check_model(policy)
         if self.compile_blocks:
             compile_blocks(model)
@@ -212,25 +220,14 @@ class LogProbModule(PairMetrics):
 
     def total_steps(self) -> int:
         """Optimizer steps of the whole fit."""
-        per_epoch = self.data.steps_per_epoch
-        max_epochs = self.trainer.max_epochs
-        by_epochs = math.inf if max_epochs is None or max_epochs == -1 else max_epochs * per_epoch
-        by_steps = math.inf if self.trainer.max_steps == -1 else self.trainer.max_steps
-        if per_epoch < 1 or min(by_epochs, by_steps) == math.inf:
-            raise UserError(
-                f"trainer: max_epochs={max_epochs}, max_steps={self.trainer.max_steps} and limit_train_batches="
-                f"{self.trainer.limit_train_batches} of {per_epoch} steps an epoch give no number of steps to train; set them"
-            )
-        return int(min(by_epochs, by_steps))
+        return steps_of_fit(self.trainer, self.data.steps_per_epoch)
 
     def on_train_start(self) -> None:
         """Set the rate of the first step, which a checkpoint of a shorter schedule restores as that one's end; start the clock."""
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         assert not isinstance(optimizer, list)
         assert isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR)
-        scheduler._last_lr = [base * scheduler.lr_lambdas[0](scheduler.last_epoch) for base in scheduler.base_lrs]
-        for group, rate in zip(optimizer.param_groups, scheduler._last_lr, strict=True):
-            group["lr"] = rate
+        set_rate_of_next_step(optimizer.optimizer, scheduler)
         self.throughput.start()
 
     def on_validation_end(self) -> None:
@@ -287,14 +284,12 @@ class LogProbModule(PairMetrics):
         """Refuse to go on with other data, and put Lightning's counts right.
 
         It counts an epoch that ended at ``max_steps`` as processed, so a run that is to take more steps would take one epoch
-        too few. And after a run that was resumed from the end of an epoch, its total of batches lacks one, by which it
-        tells where in a step a checkpoint was saved: the next run resumed would validate a step late.
+        too few. And a run that was resumed at the end of an epoch never counts the next one as started, so a run resumed from
+        its checkpoints would count their batches anew and validate late.
         """
-        loops = checkpoint["loops"]["fit_loop"]
-        for counts in loops["epoch_progress"].values():
+        for counts in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
             counts["processed"] = counts["completed"]
-        here, total = (loops["epoch_loop.batch_progress"][of] for of in ("current", "total"))
-        total["completed"] = total["processed"] - here["processed"] + here["completed"]
+            counts["ready"] = counts["started"] = counts["completed"] + 1  # checkpoints are saved inside epochs
         if checkpoint.get("data_digests") != self._data_digests():
             raise UserError(
                 "ckpt_path: the checkpoint was trained on other data or another tokenisation; resume with the same data options"

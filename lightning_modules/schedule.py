@@ -1,7 +1,11 @@
-"""The learning rate over the optimizer steps, and what numbers the options of a module may be."""
+"""How many optimizer steps there are, the learning rate over them, and what numbers the options of a module may be."""
 
 import math
 from typing import Literal
+
+from lightning.pytorch import Trainer
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from tiltmeter.errors import UserError
 
@@ -23,6 +27,30 @@ def learning_rate_factor(step: int, *, total_steps: int, warmup_share: float, sc
     if schedule == "constant":
         return 1.0
     return 1.0 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def steps_of_fit(trainer: Trainer, steps_per_epoch: int) -> int:
+    """Optimizer steps that a trainer will take.
+
+    Raises:
+        UserError: no end, or no step.
+    """
+    max_epochs = trainer.max_epochs
+    by_epochs = math.inf if max_epochs is None or max_epochs == -1 else max_epochs * steps_per_epoch
+    by_steps = math.inf if trainer.max_steps == -1 else trainer.max_steps
+    if steps_per_epoch < 1 or min(by_epochs, by_steps) == math.inf:
+        raise UserError(
+            f"trainer: max_epochs={max_epochs}, max_steps={trainer.max_steps} and limit_train_batches="
+            f"{trainer.limit_train_batches} of {steps_per_epoch} steps an epoch give no number of steps to train; set them"
+        )
+    return int(min(by_epochs, by_steps))
+
+
+def set_rate_of_next_step(optimizer: Optimizer, scheduler: LambdaLR) -> None:
+    """The rate as the schedule has it now: a checkpoint of a shorter schedule restores that one's end."""
+    scheduler._last_lr = [base * scheduler.lr_lambdas[0](scheduler.last_epoch) for base in scheduler.base_lrs]
+    for group, rate in zip(optimizer.param_groups, scheduler._last_lr, strict=True):
+        group["lr"] = rate
 
 
 def check_number(name: str, value: float, low: float, high: float, *, above: bool = False) -> None:

@@ -12,7 +12,7 @@ class UserError(ValueError):
 
 
 class NumericalStop(RuntimeError):
-    """Training met a loss or gradient that is not finite: shown as one line, exit code 4, nothing exported."""
+    """Loss or gradient were not finite for too many steps, or weights are lost: one line, exit code 4, nothing exported."""
 
 
 class IncompleteEvaluation(RuntimeError):

@@ -135,8 +135,8 @@ class CausalLM:
     def build_empty(self, tokenizer: Tokenizer) -> EmptyModel | None:
         """The model without its weights, for sharding before they are read (each process its share).
 
-        None for models from scratch, and where the files hold weights in another form than the model does or with
-        buffers; :meth:`build` makes these.
+        None for models from scratch, quantized ones, and where the files hold weights in another form than the model
+        does or with buffers; :meth:`build` makes these.
 
         Raises:
             UserError: as :meth:`build`.
@@ -144,6 +144,8 @@ class CausalLM:
         if self.init == "random":
             return None
         config, where = self.load_config(), str(self.name_or_path)
+        if getattr(config, "quantization_config", None) is not None:
+            return None
 
         def make() -> EmptyModel | None:
             is_local = Path(where).is_dir()

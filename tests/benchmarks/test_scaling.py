@@ -5,20 +5,18 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from peft import LoraConfig
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.scaling import ADAM_STATE, FLOAT32, Plan, Shape, memory, sent, watching
+from lightning_modules.ddp_strategy import InPlaceDDPStrategy
 from lightning_modules.policy import Policy, freeze_embeddings
-from tests.cli import ROOT
 from tests.tiny_models import make_model, random_pairs
 from tiltmeter.batch import collate_pairs
 from tiltmeter.lora import add_lora
 from tiltmeter.moments import UpdateMoments
 
-DDP = yaml.safe_load((ROOT / "conf" / "trainer" / "ddp.yaml").read_text(encoding="utf-8"))
 SMALL = Shape("small", width=32, inner=64, layers=2, vocab=64, kv_width=16)
 
 
@@ -63,8 +61,7 @@ def test_ddp_sends_the_gradients_once_from_where_they_lie(tmp_path: Path) -> Non
 
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
     try:
-        options = {k: v for k, v in DDP["strategy"].items() if k != "_target_"}
-        policy = DistributedDataParallel(Policy(model), **options)
+        policy = DistributedDataParallel(Policy(model), **InPlaceDDPStrategy()._ddp_kwargs)
         policy.register_comm_hook(None, hook)
         step(policy)
         lie = {p.grad.untyped_storage().data_ptr() for p in policy.parameters() if p.grad is not None}

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from lightning_modules.ddp_strategy import InPlaceDDPStrategy
 from lightning_modules.dpo import DPOModule
 from lightning_modules.fsdp_strategy import FSDP2Strategy
 from tests.faults.faulty import Kept, poison
@@ -31,14 +32,14 @@ def train(rank: int, factor: Any, strategy: Any, n_steps: int = 5, **options: An
 
 def wrong_on_rank_1(rank: int, folder: Path) -> None:
     found: dict[str, Any] = {}
-    for name, strategy in (("ddp", "ddp"), ("fsdp", FSDP2Strategy())):
+    for name, strategy in (("ddp", InPlaceDDPStrategy()), ("fsdp", FSDP2Strategy())):
         kept = train(rank, lambda step: math.nan if step == 2 else 1.0, strategy)
         found[name] = {"weights": kept.weights[1:], "moments": kept.moments[1:], "logged": kept.logged[1:]}
-    spiky = train(rank, lambda step: SPIKE if step in (10, 70) else 1.0, "ddp", n_steps=73)
+    spiky = train(rank, lambda step: SPIKE if step in (10, 70) else 1.0, InPlaceDDPStrategy(), n_steps=73)
     found["spike"] = {"weights": spiky.weights[69:], "logged": [spiky.logged[10], *spiky.logged[69:]]}
     torch.save(found, folder / f"{rank}.pt")
     try:
-        train(rank, lambda step: math.nan, "ddp", max_skipped_steps=1)
+        train(rank, lambda step: math.nan, InPlaceDDPStrategy(), max_skipped_steps=1)
     except NumericalStop as stop:
         (folder / f"{rank}.stop").write_text(str(stop), encoding="utf-8")
 

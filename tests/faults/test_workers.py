@@ -1,13 +1,17 @@
-"""Row F26 of the fault list: a DataLoader worker is killed."""
+"""Row F26 of the fault list: a DataLoader worker is killed; and what doesn't kill it."""
 
 import multiprocessing
+import os
 import re
+import signal
 from pathlib import Path
 
 import pytest
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from callbacks.stop_signals import SIGNALS
 from tests.callbacks.watched import dpo
 from tests.tiny_models import fit, lightning_warnings, make_data
 
@@ -21,15 +25,15 @@ pytestmark = [
 
 
 class KillWorker(Callback):
-    """kill -9 of the process that loads training steps, behind a step."""
+    """To the process that loads training steps: the signals that stop a run, then kill -9."""
 
     pid: int | None = None
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: object) -> None:
-        if trainer.global_step == 3:
-            worker = min(multiprocessing.active_children(), key=lambda process: process.pid or 0)
-            self.pid = worker.pid
-            worker.kill()
+        self.pid = min(process.pid or 0 for process in multiprocessing.active_children())
+        sent = {1: SIGNALS, 3: (signal.SIGKILL,)}
+        for number in sent.get(trainer.global_step, ()):
+            os.kill(self.pid, number)
 
 
 def train(folder: Path, *callbacks: Callback, resume: bool = False) -> int:
@@ -54,4 +58,7 @@ def test_a_killed_worker_is_named_at_once_and_the_run_can_go_on(tmp_path: Path) 
     with pytest.raises(RuntimeError) as stopped:
         train(tmp_path, fault)
     assert re.search(rf"DataLoader worker \(pid(\(s\))?:? {fault.pid}\)", str(stopped.value)), stopped.value
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 2, (
+        "signals to stop, which came before, are the trainer's"
+    )
     assert train(tmp_path, resume=True) == 12

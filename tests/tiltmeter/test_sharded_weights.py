@@ -108,6 +108,13 @@ def test_models_from_scratch_and_weights_in_another_form_are_left_to_be_made_who
     scratch = CausalLM(init="random", architecture={"model_type": "llama"})
     assert scratch.build_empty(make_tokenizer()) is None
     spec = stored(tmp_path)
+    config = tmp_path / "config.json"
+    as_saved = config.read_text(encoding="utf-8")
+    quantized = json.loads(as_saved) | {"quantization_config": {"quant_method": "fp8"}}
+    config.write_text(json.dumps(quantized), encoding="utf-8")
+    assert spec.build_empty(make_tokenizer()) is None
+    config.write_text(as_saved, encoding="utf-8")
+    assert spec.build_empty(make_tokenizer()) is not None
     index = tmp_path / "model.safetensors.index.json"
     first = tmp_path / json.loads(index.read_text())["weight_map"]["model.norm.weight"]
     renamed = {name.replace("model.norm", "model.other"): tensor for name, tensor in load_file(first).items()}
