@@ -55,7 +55,7 @@ class Forkery:
     ) -> None:
         self._server.communicate(timeout=60)  # the end of its input ends it
 
-    def run(self, *arguments: str, timeout: float = 120, **options: Any) -> Ended:
+    def run(self, *arguments: str, timeout: float = 240, **options: Any) -> Ended:
         """One run to its end; see :func:`together`."""
         return self.together([(arguments, options)], timeout=timeout)[0]
 
@@ -69,7 +69,7 @@ class Forkery:
         faults = ({}, fault_of_second or {})
         return self.together([(arguments, {"rank": i, "port": port, "fault": faults[i]}) for i in range(2)], **options)
 
-    def together(self, runs: list[tuple[tuple[str, ...], Mapping[str, Any]]], *, timeout: float = 120) -> list[Ended]:
+    def together(self, runs: list[tuple[tuple[str, ...], Mapping[str, Any]]], *, timeout: float = 240) -> list[Ended]:
         """Several runs side by side, to the end of all of them.
 
         Args:

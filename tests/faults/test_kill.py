@@ -104,11 +104,9 @@ def test_f2_f24_one_of_two_ranks_killed_ends_both_and_they_go_on_alike_or_alone(
     finished(*forkery.two_ranks(*arguments, root(forkery, "two")))
     whole = run_below(forkery, "two")
 
-    first, second = forkery.two_ranks(
-        *arguments, root(forkery, "one_dies"), fault_of_second={"kill_inside_step": 7}, timeout=90
-    )
+    first, second = forkery.two_ranks(*arguments, root(forkery, "one_dies"), fault_of_second={"kill_inside_step": 7})
     assert second.code == KILLED
-    assert first.code > 0, "the peer notices"
+    assert first.code > 0, "the peer notices at once, not after the half hour that gloo waits for a message"
     part = run_below(forkery, "one_dies")
     alone = forkery.folder / "alone" / "tiny_synthetic" / part.name
     root(forkery, "alone")
