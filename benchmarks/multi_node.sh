@@ -46,7 +46,7 @@ common=(
 )
 
 start_second_node() { # a fresh machine on the other end of a fresh cable
-    unshare --net --pid --fork --kill-child --mount-proc sleep infinity &
+    unshare --net --pid --fork --kill-child --mount-proc sleep infinity 2>/dev/null &
     until second=$(pgrep -P $!); do sleep 0.1; done
     ip link add node0 type veth peer name node1 2>"$work/ip.log" || skip "no virtual cable could be made ($(tail -1 "$work/ip.log"))"
     ip link set node1 netns "$second"
