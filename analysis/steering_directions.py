@@ -1,27 +1,36 @@
-"""Vectors to steer with, estimated on one half of the held-out prompts so that the other half can test them."""
+"""Vectors to steer with, estimated on one half of the held-out prompts so that the other half can test them.
 
-import hashlib
-from collections.abc import Sequence
+What a vector is called says what it is made of: ``KIND``, for several of a kind ``KIND_1`` …, and behind an ``@`` the position
+of the states where it is not ``steering.position``. At a site all have the norm of its v*.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from analysis.checkpoints import Checkpoints
+from analysis.models import LoadedModel
 from analysis.probe_pairs import ProbePair
-from tiltmeter.capture import ReadPoint
-from tiltmeter.controls import norm_matched, random_vectors
-from tiltmeter.directions import steering_vector
+from tiltmeter.batch import CHOSEN, REJECTED
+from tiltmeter.capture import HiddenStates, ReadPoint
+from tiltmeter.directions import difference_of_means, principal_directions, steering_vector, update_directions
 from tiltmeter.errors import UserError
 from tiltmeter.layers import FINAL_POST_NORM, unembedding
-from tiltmeter.positions import Position
+from tiltmeter.positions import POSITIONS, Position
 from tiltmeter.probe import PreferenceDirections, Probe, matching_rows
-from tiltmeter.steering_vector import SteeringVector
+from tiltmeter.scoring.preference_probe import probe_direction
 
-V_STAR, V_BAR, RANDOM = "v*", "v_bar", "random_"
-"""Names of vectors; random controls are counted from 1."""
-POSITION: Position = "prompt_last"
-"""Where v* is read."""
+V_STAR, V_BAR = "v*", "v_bar"
+DIFFERENCE, PROBE = "difference_of_means", "probe"
+RANDOM, RANDOM_PCA, RANDOM_COVARIANCE = "random", "random_pca", "random_covariance"
+SHUFFLED = "shuffled_layer"
+READ_POSITIONS: tuple[Position, ...] = tuple(p for p in POSITIONS if p != "response_all")
+"""Where states can be read: one row a pair or a response."""
+_OF_RESPONSES: tuple[Position, ...] = ("response_mean", "response_last")
+"""Where chosen and rejected have a state each; the first is the usual one."""
 
 
 class Halves(NamedTuple):
@@ -29,6 +38,94 @@ class Halves(NamedTuple):
 
     estimation: list[ProbePair]
     test: list[ProbePair]
+
+
+class Kind(NamedTuple):
+    """A kind of vector that is to be swept.
+
+    >>> Kind.of("v*@diverge"), Kind.of("probe").name()
+    (Kind(kind='v*', position='diverge'), 'probe@response_mean')
+    """
+
+    kind: str
+    position: Position | None
+    """Where its states are read; None: at ``steering.position``, or it isn't made of states."""
+
+    @classmethod
+    def of(cls, text: str) -> "Kind":
+        """A kind as it is written in ``steering.vectors``. Raises UserError."""
+        kind, at, place = text.partition("@")
+        if kind not in KINDS:
+            raise UserError(
+                f"steering.vectors: {text}: expected a file of vectors (.safetensors) or one of {', '.join(KINDS)}"
+            )
+        known = _OF_RESPONSES if kind in (DIFFERENCE, PROBE) else () if kind in _WITHOUT_POSITION else READ_POSITIONS
+        if at and place not in known:
+            raise UserError(
+                f"steering.vectors: {text}: expected {kind}{''.join(f', {kind}@{p}' for p in known)}, got position {place!r}"
+            )
+        default = _OF_RESPONSES[0] if kind in (DIFFERENCE, PROBE) else None
+        return cls(kind, place if at else default)  # type: ignore[arg-type]
+
+    def name(self, number: int | None = None) -> str:
+        """Of its vector, or of one of several."""
+        counted = self.kind if number is None else f"{self.kind}_{number}"
+        return counted if self.position is None else f"{counted}@{self.position}"
+
+
+class Made(NamedTuple):
+    """Vectors of one kind at one site, of any norm, and how they were made."""
+
+    values: Tensor
+    how: str
+
+
+class States:
+    """Hidden states of the pairs that vectors are estimated on, in both models, at all sites and positions that are asked for.
+
+    Args:
+        pairs: that vectors are estimated from.
+        sites: resolved names.
+        position: the usual one.
+        others: further positions.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        pairs: Sequence[ProbePair],
+        sites: Sequence[str],
+        *,
+        position: Position,
+        others: Sequence[Position] = (),
+    ) -> None:
+        self.position, self.ids = position, [pair.ids for pair in pairs]
+        self.n_layers = checkpoints.base.model.config.num_hidden_layers
+        self.sites = sites
+        self.head = unembedding(checkpoints.base.model)
+        positions = list(dict.fromkeys([position, *others]))
+        self._probe = Probe.of_pairs(self.ids, sites=sites, positions=positions)
+        self._base, self._policy = (self._read(opened) for opened in (checkpoints.base, checkpoints.aligned))
+
+    def _read(self, opened: LoadedModel) -> Mapping[ReadPoint, HiddenStates]:
+        return self._probe.read(opened.model)
+
+    def rows(self, site: str, position: Position | None) -> tuple[Tensor, Tensor]:
+        """Of base and aligned model, a row a reading."""
+        return matching_rows(self._base, self._policy, ReadPoint(site, position or self.position))
+
+    def of_responses(self, site: str, position: Position | None) -> tuple[Tensor, Tensor]:
+        """Of chosen and rejected responses in the base model, a row a pair."""
+        rows, _, sides = self._base[ReadPoint(site, position or self.position)]
+        return rows[sides == CHOSEN], rows[sides == REJECTED]
+
+    def update_of(self, base: LoadedModel, aligned: LoadedModel) -> dict[str, Tensor]:
+        """v* of two other models by site, on the same pairs at the usual position."""
+        read = [self._read(opened) for opened in (base, aligned)]
+        return {
+            site: steering_vector(*matching_rows(read[0], read[1], ReadPoint(site, self.position)))
+            for site in self.sites
+        }
 
 
 def split_by_prompt(pairs: Sequence[ProbePair], *, seed: int) -> Halves:
@@ -48,61 +145,84 @@ def split_by_prompt(pairs: Sequence[ProbePair], *, seed: int) -> Halves:
     return Halves([p for p in pairs if p.group in drawn], [p for p in pairs if p.group not in drawn])
 
 
-def estimate_vectors(
-    checkpoints: Checkpoints, pairs: Sequence[ProbePair], sites: Sequence[str], *, n_random: int, seed: int
-) -> dict[tuple[str, str], SteeringVector]:
-    """v* at every site, v̄ at ``final_post_norm``, and random controls, all at a site with the norm of its v*.
-
-    Args:
-        pairs: that vectors are estimated from.
-        sites: resolved names.
-        n_random: controls of each site.
-        seed: of the controls.
-
-    Returns:
-        By vector's name and site.
+def v_star(states: States, site: str, position: Position | None = None) -> Tensor:
+    """v* of a site, in float64.
 
     Raises:
-        UserError: the two models do not differ at a site, so that there is no v*.
+        UserError: the two models do not differ there.
     """
-    ids = [pair.ids for pair in pairs]
-    probe = Probe.of_pairs(ids, sites=sites, positions=[POSITION])
-    base, aligned = (probe.read(opened.model) for opened in (checkpoints.base, checkpoints.aligned))
-    known: dict[str, str | int] = {"pairs": len(pairs), "seed": seed}
-    found: dict[tuple[str, str], SteeringVector] = {}
-    for site in sites:
-        like = steering_vector(*matching_rows(base, aligned, ReadPoint(site, POSITION)))
-        if not float(like.norm()) > 0:
-            raise UserError(
-                f"steering: base and aligned model have the same hidden states at {site}, so there is no v* to steer with; "
-                "give two checkpoints that differ"
-            )
-        made = f"mean of h_policy - h_base over {len(pairs)} pairs"
-        found[V_STAR, site] = SteeringVector(site, like.float(), made=made, position=POSITION, provenance=known)
-        if site == FINAL_POST_NORM:
-            mean = PreferenceDirections(unembedding(checkpoints.base.model), ids).sequence.mean(0)
-            found |= _norm_matched(V_BAR, site, mean, like, known)
-        controls = random_vectors(like, n_random, seed=seed)
-        for i, values in enumerate(controls.vectors):
-            made = f"{controls.provenance}, number {i + 1}"
-            found[f"{RANDOM}{i + 1}", site] = SteeringVector(site, values.float(), made=made, provenance=known)
+    found = steering_vector(*states.rows(site, position))
+    if not float(found.norm()) > 0:
+        raise UserError(
+            f"steering: base and aligned model have the same hidden states at {site}, so there is no v* to steer with; "
+            "give two checkpoints that differ, or other steering.sites"
+        )
     return found
 
 
-def fingerprint(vectors: dict[tuple[str, str], SteeringVector]) -> str:
-    """First 16 hexadecimal digits of the SHA-256 of names and values: the same vectors have the same one."""
-    digest = hashlib.sha256()
-    for (name, site), vector in vectors.items():
-        digest.update(f"{name} {site} ".encode() + vector.values.numpy().tobytes())
-    return digest.hexdigest()[:16]
+def make(kind: Kind, states: States, site: str, n_directions: int) -> Made:
+    """The vectors of a kind at a site; none where they only exist at another one (v̄: at ``final_post_norm``).
+
+    Args:
+        n_directions: of singular vectors and principal components.
+
+    Raises:
+        ValueError: more directions than there are.
+    """
+    return _MAKERS[kind.kind](kind, states, site, n_directions)
 
 
-def _norm_matched(
-    name: str, site: str, values: Tensor, like: Tensor, known: dict[str, str | int]
-) -> dict[tuple[str, str], SteeringVector]:
-    """The vector; none where it is zero, as v̄ is where chosen and rejected have the same words."""
-    if not float(values.norm()) > 0:
-        return {}
-    control = norm_matched(values[None], like, provenance="mean of unembedding rows, chosen less rejected")
-    vector = SteeringVector(site, control.vectors[0].float(), made=control.provenance, provenance=known)
-    return {(name, site): vector}
+def _mean_update(kind: Kind, states: States, site: str, _: int) -> Made:
+    return Made(v_star(states, site, kind.position)[None], "mean of h_policy - h_base")
+
+
+def _mean_unembedding(_: Kind, states: States, site: str, __: int) -> Made:
+    how = "mean of unembedding rows, chosen less rejected"
+    if site != FINAL_POST_NORM:
+        return Made(torch.empty(0, 0), how)
+    return Made(PreferenceDirections(states.head, states.ids).sequence.mean(0)[None], how)
+
+
+def _singular(kind: Kind, states: States, site: str, n_directions: int) -> Made:
+    centred = kind.kind.endswith("_centred")
+    found = update_directions(*states.rows(site, kind.position), n_directions, centred=centred)
+    what = "h_policy - h_base" + (" less its mean" if centred else "")
+    return Made(found.directions, f"singular vector of {what}, on the side of v*")
+
+
+def _pca(kind: Kind, states: States, site: str, n_directions: int) -> Made:
+    base, policy = states.rows(site, kind.position)
+    centred = kind.kind.endswith("_centred")
+    found = principal_directions(base, n_directions, centred=centred).directions
+    along = found @ steering_vector(base, policy)
+    what = "h_base less its mean" if centred else "h_base, not centred"
+    return Made(found * torch.where(along < 0, -1.0, 1.0)[:, None], f"principal direction of {what}, on the side of v*")
+
+
+def _difference(kind: Kind, states: States, site: str, _: int) -> Made:
+    found = difference_of_means(*states.of_responses(site, kind.position))
+    return Made(found[None], "mean of h_base of chosen responses less that of rejected ones")
+
+
+def _probe(kind: Kind, states: States, site: str, _: int) -> Made:
+    chosen, rejected = states.of_responses(site, kind.position)
+    found = probe_direction(chosen.double() - rejected.double())
+    return Made(found[None], "logistic probe on h_base of chosen less rejected responses")
+
+
+_MAKERS: dict[str, Callable[[Kind, States, str, int], Made]] = {
+    V_STAR: _mean_update,
+    V_BAR: _mean_unembedding,
+    "singular_raw": _singular,
+    "singular_centred": _singular,
+    "pca_raw": _pca,
+    "pca_centred": _pca,
+    DIFFERENCE: _difference,
+    PROBE: _probe,
+}
+CONTROLS = (RANDOM, RANDOM_PCA, RANDOM_COVARIANCE, SHUFFLED)
+KINDS = (*_MAKERS, *CONTROLS)
+"""What ``steering.vectors`` may name, beside files."""
+COUNTED = tuple(name for name, maker in _MAKERS.items() if maker in (_singular, _pca))
+"""Kinds of which there are several."""
+_WITHOUT_POSITION = (V_BAR, *CONTROLS)

@@ -8,24 +8,28 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, get_args
 
 from analysis.checkpoints import Checkpoints
-from analysis.costs import Cost
 from analysis.generation_sweep import GenerationSweep
 from analysis.probe_pairs import ProbePair
-from analysis.steering_directions import RANDOM, Halves, estimate_vectors, fingerprint, split_by_prompt
-from analysis.sweep_table import Kind, Row, Unit
-from analysis.teacher_forced_sweep import TeacherForcedSweep
+from analysis.steering_directions import RANDOM, READ_POSITIONS, V_STAR, Halves, Kind, split_by_prompt
+from analysis.steering_vectors import RANDOM_KINDS, Vectors, Wanted, estimate_vectors, random_kind
+from analysis.sweep_table import Part, Rows, Unit
+from analysis.teacher_forced_sweep import TeacherForcedSweep, Tokens
 from datamodules.oracle import PlantedOracle
 from tiltmeter.errors import UserError
 from tiltmeter.generation import Decoding
-from tiltmeter.layers import FINAL_POST_NORM, FINAL_PRE_NORM, layer_site, resolve_sites, site_depth
+from tiltmeter.layers import FINAL_POST_NORM, FINAL_PRE_NORM, layer_site, resolve_sites
 from tiltmeter.models import DTYPES
+from tiltmeter.positions import Position
 from tiltmeter.recovery import Direction
 from tiltmeter.scoring.scorer import Scorer
 from tiltmeter.steering_vector import SteeringVector
-from tiltmeter.sweeping import sweep_cost
+
+CHOOSING = "recovery_on_estimation_pairs"
+"""Metric of the part ``choosing``."""
 
 
 class SteeringSweep:
@@ -34,10 +38,19 @@ class SteeringSweep:
     Args:
         scorers: of generated text, by name; null leaves one out. ``degeneration`` says where steering breaks the model.
         decoding: of generated text; null: greedy, 96 tokens.
+        vectors: kinds of vectors (:data:`analysis.steering_directions.KINDS`), ``KIND@POSITION`` for one whose states are read
+            elsewhere than at ``position``, and files of vectors (.safetensors). v* and ``random`` are added where they are missing.
+        controls: folders of runs, such as SFT's or one of shuffled labels, whose own v* is swept beside this one.
+        position: where the states are read that vectors are made of: ``prompt_last``, ``diverge``, ``response_last`` or
+            ``response_mean``.
+        tokens: whose hidden states are moved: ``predicting``, those that a token of the response is predicted from; ``all``;
+            ``new``, those after the prompt; ``prompt``.
         sites: where vectors are added: a site, several, or ``all``; null: after the middle block, and before and after the
             final norm.
         lambdas: strengths; 0 is added where it is missing.
-        n_random: random controls of each site, with the norm of its v*.
+        n_directions: of singular vectors and principal components.
+        n_random: controls of each random kind at each site, with the norm of its v*; METHOD asks for 20.
+        match_norms: bring vectors of files to the norm of v* too; false leaves them as they are.
         n_prompts: test prompts that are scored teacher-forced, a pair each, at most; null: all of the second half.
         n_generated: test prompts that are completed at each λ; 0: none, then scorers have nothing to do.
         seed: of the split into halves and of the controls.
@@ -54,9 +67,23 @@ class SteeringSweep:
         *,
         scorers: Mapping[str, Scorer | None],
         decoding: Decoding | None = None,
+        vectors: Sequence[str] = (
+            V_STAR,
+            "v_bar",
+            "v*@response_mean",
+            "singular_raw",
+            "difference_of_means",
+            "probe",
+            RANDOM,
+        ),
+        controls: Sequence[str] = (),
+        position: Position = "prompt_last",
+        tokens: Tokens = "predicting",
         sites: str | Sequence[str] | None = None,
-        lambdas: Sequence[float] = (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0),
+        lambdas: Sequence[float] = (-1.0, 0.0, 0.5, 1.0, 2.0),
+        n_directions: int = 1,
         n_random: int = 5,
+        match_norms: bool = False,
         n_prompts: int | None = 32,
         n_generated: int = 8,
         seed: int = 0,
@@ -66,6 +93,7 @@ class SteeringSweep:
         device: str | None = None,
     ) -> None:
         least: dict[str, tuple[int | None, int]] = {
+            "n_directions": (n_directions, 1),
             "n_random": (n_random, 1),
             "n_prompts": (n_prompts, 1),
             "n_generated": (n_generated, 0),
@@ -76,58 +104,91 @@ class SteeringSweep:
                 raise UserError(f"steering.{name}: expected at least {lowest}, got {value}")
         if not all(math.isfinite(x) for x in lambdas) or not any(lambdas) or len(set(lambdas)) < len(lambdas):
             raise UserError(f"steering.lambdas: expected different finite numbers, not only 0, got {list(lambdas)}")
-        if dtype not in DTYPES:
-            raise UserError(f"steering.dtype: expected one of {', '.join(DTYPES)}, got {dtype}")
+        options = {
+            "dtype": (dtype, DTYPES),
+            "position": (position, READ_POSITIONS),
+            "tokens": (tokens, get_args(Tokens)),
+        }
+        for name, (text, known) in options.items():
+            if text not in known:
+                raise UserError(f"steering.{name}: expected one of {', '.join(known)}, got {text}")
         self.scorers = {name: scorer for name, scorer in scorers.items() if scorer is not None}
-        self.decoding, self.sites = decoding or Decoding(), sites
-        self.added_zero = 0.0 not in lambdas
+        self.decoding, self.sites, self.tokens = decoding or Decoding(), sites, tokens
+        self.notes: list[str] = []
+        """What was added to what was asked for."""
+        if 0.0 not in lambdas:
+            self.notes.append(
+                "steering.lambdas: 0 was missing and is added: the model as it is, which all else is compared with."
+            )
         self.lambdas = sorted({0.0, *map(float, lambdas)})
-        self.n_random, self.n_prompts, self.n_generated, self.seed = n_random, n_prompts, n_generated, seed
+        self.n_prompts, self.n_generated, self.seed = n_prompts, n_generated, seed
         self.restart, self.dry_run, self.dtype, self.device = restart, dry_run, dtype, device
+        self.wanted = Wanted(
+            self._kinds(vectors),
+            files=[Path(name) for name in vectors if _is_file(name)],
+            runs=[Path(folder) for folder in _listed("controls", controls)],
+            position=position,
+            n_directions=n_directions,
+            n_random=n_random,
+            match_norms=match_norms,
+            seed=seed,
+            dtype=dtype,
+        )
 
     def start(self, checkpoints: Checkpoints) -> "Sweep":
         """Load or reach what scorers need, estimate the vectors, and plan; nothing is swept yet.
 
         Raises:
-            UserError: an unknown site, too few prompts, or a scorer that can't start.
+            UserError: an unknown site, too few prompts, vectors that can't be made, or a scorer that can't start.
         """
         n_layers = checkpoints.base.model.config.num_hidden_layers
         sites = default_sites(n_layers) if self.sites is None else resolve_sites(self.sites, n_layers)
         halves = split_by_prompt(checkpoints.pairs, seed=self.seed)
+        vectors = estimate_vectors(checkpoints, halves.estimation, sites, self.wanted)
         if self.n_generated and not self.dry_run:
             for scorer in self.scorers.values():
                 if isinstance(scorer, PlantedOracle):
                     scorer.use_world(checkpoints.world)
                 scorer.start()
-        vectors = estimate_vectors(checkpoints, halves.estimation, sites, n_random=self.n_random, seed=self.seed)
         return Sweep(self, checkpoints, halves._replace(test=halves.test[: self.n_prompts]), vectors)
+
+    def _kinds(self, vectors: Sequence[str]) -> list[Kind]:
+        """v* first, random ones last: v* and ``random`` are there always, since all others are compared with them."""
+        asked = [Kind.of(name) for name in _listed("vectors", vectors) if not _is_file(name)]
+        if len(set(asked)) < len(asked):
+            raise UserError(f"steering.vectors: expected each once, got {', '.join(vectors)}")
+        needed = [Kind(name, None) for name in (V_STAR, RANDOM)]
+        if added := [kind.kind for kind in needed if kind not in asked]:
+            self.notes.append(f"steering.vectors: {' and '.join(added)} added: what all others are compared with.")
+        named = [kind for kind in asked if kind.kind not in RANDOM_KINDS and kind not in needed]
+        drawn = [kind for kind in asked if kind.kind in RANDOM_KINDS and kind not in needed]
+        return [needed[0], *named, needed[1], *drawn]
 
 
 class Sweep:
     """A planned sweep: its units, and the rows of each when it is asked for them."""
 
-    def __init__(
-        self,
-        asked: SteeringSweep,
-        checkpoints: Checkpoints,
-        halves: Halves,
-        vectors: dict[tuple[str, str], SteeringVector],
-    ) -> None:
-        self.asked, self.checkpoints, self.halves, self.vectors = asked, checkpoints, halves, vectors
-        self._engines: dict[tuple[Direction, Kind], TeacherForcedSweep | GenerationSweep] = {}
+    def __init__(self, asked: SteeringSweep, checkpoints: Checkpoints, halves: Halves, vectors: Vectors) -> None:
+        self.asked, self.checkpoints, self.halves, self.made = asked, checkpoints, halves, vectors
+        self._engines: dict[tuple[Direction, Part], TeacherForcedSweep | GenerationSweep] = {}
+
+    @property
+    def vectors(self) -> dict[tuple[str, str], SteeringVector]:
+        """By name and site."""
+        return self.made.by_key
 
     @property
     def units(self) -> list[Unit]:
-        """Everything to compute. Text is generated with v*, v̄ and the first random control of a site."""
-        kinds: list[Kind] = ["teacher_forced"]
+        """Everything to compute. Of each random kind, text is generated with the first of a site alone."""
+        parts: list[Part] = ["choosing", "teacher_forced"]
         if self.asked.n_generated and self.asked.scorers:
-            kinds.append("generated")
+            parts.append("generated")
         return [
-            Unit(direction, name, site, kind)
-            for kind in kinds
+            Unit(direction, name, site, part)
+            for part in parts
             for direction in get_args(Direction)
             for name, site in self.vectors
-            if kind == "teacher_forced" or not name.startswith(RANDOM) or name == f"{RANDOM}1"
+            if part == "teacher_forced" or (name == V_STAR if part == "choosing" else _has_text(name))
         ]
 
     @property
@@ -137,62 +198,70 @@ class Sweep:
         found = {
             "lambdas": asked.lambdas,
             "sites": list(dict.fromkeys(site for _, site in self.vectors)),
-            "n_random": asked.n_random,
+            "position": asked.wanted.position,
+            "tokens": asked.tokens,
+            "n_random": asked.wanted.n_random,
             "seed": asked.seed,
             "dtype": asked.dtype,
             "test_pairs": _pairs_fingerprint(self.halves.test),
             "n_test": len(self.halves.test),
             "n_estimation": len(self.halves.estimation),
-            "vectors": fingerprint(self.vectors),
+            "vectors": list(self.made.made),
+            "made": self.made.made,
+            "values": self.made.fingerprint,
             "n_generated": asked.n_generated,
         }
         if asked.n_generated:
             found |= {"decoding": asdict(asked.decoding), "scorers": {k: s.name for k, s in asked.scorers.items()}}
         return found
 
-    def rows(self, unit: Unit) -> list[Row]:
+    def rows(self, unit: Unit) -> Rows:
         """Compute one unit."""
-        key = unit.direction, unit.kind
+        key = unit.direction, unit.part
         if key not in self._engines:
             self._engines[key] = self._engine(*key)
-        return self._engines[key].rows(unit, self.vectors[unit.vector, unit.site].values)
+        found = self._engines[key].rows(unit, self.vectors[unit.vector, unit.site].values)
+        if unit.part != "choosing":
+            return found
+        return Rows([row._replace(metric=CHOOSING) for row in found.rows if row.metric == "recovery" and row.strength])
 
-    def costs(self) -> list[Cost]:
-        """What the units take, teacher-forced and generated."""
-        n_layers = self.checkpoints.base.model.config.num_hidden_layers
-        n_moving = len(self.asked.lambdas) - 1
-        pair_tokens = sum(_tokens_of(pair) for pair in self.halves.test)
-        prompts = self.halves.test[: self.asked.n_generated]
-        prompt_tokens = sum(len(pair.ids.prompt_ids) for pair in prompts)
-        new_tokens = len(prompts) * len(self.asked.lambdas) * self.asked.decoding.max_new_tokens
-        goals = len(get_args(Direction))
-        depths = [min(site_depth(u.site, n_layers), n_layers - 1) for u in self.units if u.kind == "teacher_forced"]
-        passes = goals + sum(sweep_cost(n_layers, depth, n_moving) for depth in depths)
-        costs = [Cost("teacher-forced", passes, round(passes * pair_tokens))]
-        if n := len(self.units) - len(depths):
-            costs.append(
-                Cost(
-                    "generated, at most",
-                    float(n * self.asked.decoding.max_new_tokens),
-                    n * (prompt_tokens + new_tokens),
-                )
-            )
-        return costs
+    @property
+    def choosing(self) -> list[ProbePair]:
+        """Pairs by which the site of a headline is chosen."""
+        return self.halves.estimation[: self.asked.n_prompts]
 
-    def _engine(self, direction: Direction, kind: Kind) -> TeacherForcedSweep | GenerationSweep:
+    def _engine(self, direction: Direction, part: Part) -> TeacherForcedSweep | GenerationSweep:
         asked, models = self.asked, (self.checkpoints.base, self.checkpoints.aligned)
         start, goal = models if direction == "interpolation" else models[::-1]
-        if kind == "teacher_forced":
-            return TeacherForcedSweep(start, goal, self.halves.test, direction=direction, strengths=asked.lambdas)
-        return GenerationSweep(
+        if part == "generated":
+            return GenerationSweep(
+                start,
+                self.halves.test,
+                scorers=asked.scorers,
+                decoding=asked.decoding,
+                n_prompts=asked.n_generated,
+                sign=1 if direction == "interpolation" else -1,
+                strengths=asked.lambdas,
+                tokens=asked.tokens,
+            )
+        chooses = part == "choosing"
+        return TeacherForcedSweep(
             start,
-            self.halves.test,
-            scorers=asked.scorers,
-            decoding=asked.decoding,
-            n_prompts=asked.n_generated,
-            sign=1 if direction == "interpolation" else -1,
-            strengths=asked.lambdas,
+            goal,
+            self.choosing if chooses else self.halves.test,
+            direction=direction,
+            strengths=[0.0, nearest_to_one(asked.lambdas)] if chooses else asked.lambdas,
+            tokens=asked.tokens,
         )
+
+
+def nearest_to_one(strengths: Sequence[float]) -> float:
+    """The λ at which vectors are compared: 1, the length of v*, or what the grid has nearest to it.
+
+    >>> nearest_to_one([0.0, 0.75, 2.0])
+    0.75
+    """
+    return min((x for x in strengths if x), key=lambda x: abs(x - 1))
 
 
 def default_sites(n_layers: int) -> tuple[str, ...]:
@@ -205,9 +274,19 @@ def default_sites(n_layers: int) -> tuple[str, ...]:
     return (*middle, FINAL_PRE_NORM, FINAL_POST_NORM)
 
 
-def _tokens_of(pair: ProbePair) -> int:
-    """Tokens of the two rows of a pair, the prompt in both."""
-    return 2 * len(pair.ids.prompt_ids) + len(pair.ids.chosen_ids) + len(pair.ids.rejected_ids)
+def _has_text(name: str) -> bool:
+    """Whether text is generated with a vector."""
+    return random_kind(name) is None or name.endswith("_1")
+
+
+def _is_file(name: str) -> bool:
+    return str(name).endswith(".safetensors")
+
+
+def _listed(key: str, given: Sequence[str]) -> Sequence[str]:
+    if isinstance(given, str) or not all(isinstance(name, str) for name in given):
+        raise UserError(f"steering.{key}: expected a list of names, such as [a,b], got {given}")
+    return given
 
 
 def _pairs_fingerprint(pairs: Sequence[ProbePair]) -> str:

@@ -1,7 +1,8 @@
 """``sweep.csv``: rows are appended as they are finished, so a sweep that was stopped goes on where it was.
 
-Beside it ``sweep.json`` says with which settings it was made and how far it is: a row that was being written when the
-process ended is cut off and taken again, and rows of other settings never meet.
+Beside it ``sweep_pairs.csv`` has what each pair adds to them, which paired comparisons of vectors need, and ``sweep.json``
+says with which settings both were made and how far they are: a row that was being written when the process ended is cut off
+and taken again, and rows of other settings never meet.
 """
 
 import csv
@@ -16,8 +17,11 @@ import pandas as pd
 from tiltmeter.errors import UserError
 from tiltmeter.files import write_json
 
-TABLE, SETTINGS = "sweep.csv", "sweep.json"
-Kind = Literal["teacher_forced", "generated"]
+TABLE, PAIRS, SETTINGS = "sweep.csv", "sweep_pairs.csv", "sweep.json"
+Part = Literal["choosing", "teacher_forced", "generated"]
+"""``choosing``: v* on the pairs that it was estimated on, by which the site of a headline is chosen."""
+_SHOWN = 60
+"""Characters of a setting that an error shows."""
 
 
 class Unit(NamedTuple):
@@ -26,7 +30,7 @@ class Unit(NamedTuple):
     direction: Literal["interpolation", "inversion"]
     vector: str
     site: str
-    kind: Kind
+    part: Part
 
 
 class Row(NamedTuple):
@@ -43,9 +47,38 @@ class Row(NamedTuple):
     n: int
 
 
+class PairRow(NamedTuple):
+    """What one pair adds, teacher-forced: sums over the tokens of its chosen response."""
+
+    direction: str
+    vector: str
+    site: str
+    strength: float
+    pair_id: str
+    prompt: str
+    """A hash: pairs of equal ones are drawn together."""
+    n_tokens: int
+    kl: float
+    """KL(goal ‖ steered), nats."""
+    kl_from_start: float
+    """KL(unsteered ‖ steered), nats."""
+    preference_odds: float
+
+
+class Rows(NamedTuple):
+    """What a unit gives."""
+
+    rows: list[Row]
+    pairs: Sequence[PairRow] = ()
+    missing: Sequence[str] = ()
+    """Scorers whose figures are missing, so that the unit is to be taken again."""
+
+
 COLUMNS = ("direction", "vector", "site", "lambda", "metric", "value", "ci_low", "ci_high", "n")
-_NUMBERS = ("lambda", "value", "ci_low", "ci_high", "n")
-_NEVER_EMPTY = ("lambda", "n")
+PAIR_COLUMNS = tuple(name.replace("strength", "lambda") for name in PairRow._fields)
+_FILES = {TABLE: COLUMNS, PAIRS: PAIR_COLUMNS}
+_TEXTS = ("direction", "vector", "site", "metric", "pair_id", "prompt")
+_MAY_BE_EMPTY = ("value", "ci_low", "ci_high", "kl", "kl_from_start", "preference_odds")
 
 
 class OtherSettings(UserError):
@@ -66,42 +99,55 @@ class SweepTable:
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], *, restart: bool = False) -> None:
-        self.path, self._state = folder / TABLE, folder / SETTINGS
+        self.folder, self.path, self._state = folder, folder / TABLE, folder / SETTINGS
         self.settings = json.loads(json.dumps(settings))
         self.finished: list[Unit] = []
         if not restart and self.path.exists():
             self._resume()
         else:
             folder.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(_as_csv([COLUMNS]), encoding="utf-8", newline="")
+            for name, columns in _FILES.items():
+                (folder / name).write_text(_as_csv([columns]), encoding="utf-8", newline="")
             self._note()
 
-    def append(self, unit: Unit, rows: Sequence[Row]) -> None:
+    def append(self, unit: Unit, taken: Rows) -> None:
         """Add the rows of a unit and note that it is finished."""
-        with self.path.open("a", encoding="utf-8", newline="") as file:
-            file.write(_as_csv(rows))
+        self._write(taken)
         self.finished.append(unit)
         self._note()
 
+    def append_unfinished(self, taken: Sequence[Rows]) -> None:
+        """Add what there is of units that are not finished, after all that are: to be seen, and taken again by the next run."""
+        for one in taken:
+            self._write(one)
+
+    def _write(self, taken: Rows) -> None:
+        for name, rows in ((TABLE, taken.rows), (PAIRS, taken.pairs)):
+            with (self.folder / name).open("a", encoding="utf-8", newline="") as file:
+                file.write(_as_csv(rows))
+
     def _resume(self) -> None:
         state = _read_state(self._state)
-        for key in dict.fromkeys([*state["settings"], *self.settings]):
-            before, now = state["settings"].get(key), self.settings.get(key)
-            if before != now:
+        for key in dict.fromkeys([*self.settings, *state["settings"]]):
+            before, now = (str(of.get(key))[:_SHOWN] for of in (state["settings"], self.settings))
+            if state["settings"].get(key) != self.settings.get(key):
                 raise OtherSettings(
                     f"{self.path}: was begun with {key}={before}, now it is {now}; set it back to go on, or begin anew with "
                     "steering.restart=true"
                 )
         self.finished = [Unit(*unit) for unit in state["finished"]]
-        if self.path.stat().st_size < state["bytes"]:
-            raise UserError(f"{self.path}: rows are missing at its end; {_BEGIN_ANEW}")
-        with self.path.open("r+b") as file:
-            file.truncate(state["bytes"])
+        for name in _FILES:
+            path, n_bytes = self.folder / name, state["bytes"][name]
+            if not path.exists() or path.stat().st_size < n_bytes:
+                raise UserError(f"{path}: rows are missing at its end; {_BEGIN_ANEW}")
+            with path.open("r+b") as file:
+                file.truncate(n_bytes)
         read_sweep(self.path)
+        read_pairs(self.folder / PAIRS)
 
     def _note(self) -> None:
-        state = {"settings": self.settings, "finished": self.finished, "bytes": self.path.stat().st_size}
-        write_json(self._state, state)
+        sizes = {name: (self.folder / name).stat().st_size for name in _FILES}
+        write_json(self._state, {"settings": self.settings, "finished": self.finished, "bytes": sizes})
 
 
 _BEGIN_ANEW = "begin anew with analysis=steering_sweep steering.restart=true"
@@ -113,18 +159,27 @@ def read_sweep(path: Path) -> pd.DataFrame:
     Raises:
         UserError: no such file, or it is damaged; names the file.
     """
+    return _read(path, COLUMNS)
+
+
+def read_pairs(path: Path) -> pd.DataFrame:
+    """What each pair adds (:class:`PairRow`). Raises UserError: no such file, or it is damaged."""
+    return _read(path, PAIR_COLUMNS)
+
+
+def _read(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+    types = {name: "str" if name in _TEXTS else "float64" for name in columns}
     try:
-        table = pd.read_csv(path, dtype=dict.fromkeys(_NUMBERS, "float64"), keep_default_na=False, na_values=[""])
+        table = pd.read_csv(path, dtype=types, keep_default_na=False, na_values=[""])
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; run analysis=steering_sweep") from error
     except (ValueError, OSError) as error:
         raise UserError(f"{path}: damaged ({' '.join(str(error).split())[:100]}); {_BEGIN_ANEW}") from error
-    if tuple(table.columns) != COLUMNS:
-        raise UserError(f"{path}: expected the columns {', '.join(COLUMNS)}; {_BEGIN_ANEW}")
-    if table.drop(columns=[name for name in _NUMBERS if name not in _NEVER_EMPTY]).isna().to_numpy().any():
-        raise UserError(
-            f"{path}: damaged (a row without its direction, vector, site, lambda, metric or n); {_BEGIN_ANEW}"
-        )
+    if list(table.columns) != list(columns):
+        raise UserError(f"{path}: expected the columns {', '.join(columns)}; {_BEGIN_ANEW}")
+    never_empty = [name for name in columns if name not in _MAY_BE_EMPTY]
+    if table[never_empty].isna().to_numpy().any():
+        raise UserError(f"{path}: damaged (a row without its {', '.join(never_empty)}); {_BEGIN_ANEW}")
     return table
 
 
@@ -137,13 +192,13 @@ def read_settings(folder: Path) -> dict[str, Any]:
 def _read_state(path: Path) -> dict[str, Any]:
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
-        is_whole = isinstance(state["settings"], dict) and type(state["bytes"]) is int
+        is_whole = isinstance(state["settings"], dict) and all(type(state["bytes"][name]) is int for name in _FILES)
         if not (is_whole and all(len(unit) == len(Unit._fields) for unit in state["finished"])):
             raise ValueError("another content")
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:100]
         raise UserError(
-            f"{path}: expected the settings that sweep.csv was made with ({reason}); {_BEGIN_ANEW}"
+            f"{path}: expected the settings that the sweep was made with ({reason}); {_BEGIN_ANEW}"
         ) from error
     return state  # type: ignore[no-any-return]
 

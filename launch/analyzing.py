@@ -160,7 +160,12 @@ def _analyze_checkpoints(config: DictConfig, wanted: Wanted) -> Path | None:
     opened = cache(partial(pairs.ask, base, aligned, instantiate(config.data)))
     stamp = datetime.now().astimezone().strftime("%Y-%m-%d_%H-%M-%S")
     folder = Path(config.out) if config.out else Path(config.runs_root) / "checkpoints" / stamp / "report"
-    plans = _plan(wanted, lambda **how: opened(**how)[0], folder / "tables")
+    plans = _plan(
+        wanted,
+        lambda **how: opened(**how)[0],
+        folder / "tables",
+        goes_on_with=None if config.out else f"out={folder}",
+    )
     now = [name for name in wanted.names if name in READ_NOW]
     first = wanted.reading if now else next(iter(wanted.questions.values()))
     checkpoints, reports, cuts = opened(dtype=first.dtype, device=first.device)
@@ -186,7 +191,9 @@ def _analyze_checkpoints(config: DictConfig, wanted: Wanted) -> Path | None:
     return _report(subject, _in_order(wanted.names, read), asked, partial(samples_of_models, checkpoints))
 
 
-def _plan(wanted: Wanted, opened: Callable[..., Checkpoints], tables: Path) -> list[Plan]:
+def _plan(
+    wanted: Wanted, opened: Callable[..., Checkpoints], tables: Path, *, goes_on_with: str | None = None
+) -> list[Plan]:
     """What is asked, models opened and judges reached; models of one dtype and device are opened once."""
     return [
         Plan(
@@ -194,6 +201,7 @@ def _plan(wanted: Wanted, opened: Callable[..., Checkpoints], tables: Path) -> l
             question,
             opened(dtype=question.dtype, device=question.device),
             tables=tables,
+            goes_on_with=goes_on_with,
             takes_old=not (wanted.names[name] or is_set(name)),
             dry_run=wanted.dry_run,
         )

@@ -15,6 +15,7 @@ from analysis.report import Section
 from analysis.samples import Samples, samples_of
 from analysis.steering_section import steering_section_of
 from analysis.steering_sweep import SteeringSweep
+from analysis.sweep_costs import sweep_costs
 from analysis.sweep_table import OtherSettings
 from launch.screen import console
 from launch.steering import sweep_into
@@ -51,6 +52,7 @@ class Plan:
         question: as its node built it.
         checkpoints: opened.
         tables: where a table grows while it is made.
+        goes_on_with: what to add to the command so that it goes on with these tables after a stop; None: nothing.
         takes_old: a table that is there with other settings is shown instead of refused.
         dry_run: nothing will be run: judges and the like aren't reached for.
 
@@ -65,11 +67,12 @@ class Plan:
         checkpoints: Checkpoints,
         *,
         tables: Path,
+        goes_on_with: str | None,
         takes_old: bool,
         dry_run: bool,
     ) -> None:
         self.name, self.question, self.checkpoints = name, question, checkpoints
-        self.tables, self.takes_old = tables, takes_old
+        self.tables, self.goes_on_with, self.takes_old = tables, goes_on_with, takes_old
         if isinstance(question, Behaviour):
             if not dry_run:
                 question.start(checkpoints)
@@ -79,7 +82,7 @@ class Plan:
     def costs(self) -> list[Cost]:
         """Passes and tokens of each part."""
         if isinstance(self.question, SteeringSweep):
-            return self.question.start(self.checkpoints).costs()
+            return sweep_costs(self.question.start(self.checkpoints))
         question: Behaviour | _WithSection = self.question  # type: ignore[assignment]
         return question.costs(self.checkpoints)
 
@@ -88,18 +91,21 @@ class Plan:
         if isinstance(self.question, Behaviour):
             return _behaviour(self.question, self.checkpoints)
         if isinstance(self.question, SteeringSweep):
-            return Asked(self._sweep(self.question))
+            return self._sweep(self.question)
         question: _WithSection = self.question  # type: ignore[assignment]
         return Asked(question.section(self.checkpoints))
 
-    def _sweep(self, question: SteeringSweep) -> Section | None:
+    def _sweep(self, question: SteeringSweep) -> Asked:
         try:
-            return sweep_into(self.tables, question, self.checkpoints)
+            swept = sweep_into(self.tables, question, self.checkpoints, goes_on_with=self.goes_on_with)
         except OtherSettings as error:
             if not self.takes_old:
                 raise
             console().print(f"{error}; here it is shown as it is", soft_wrap=True, markup=False)
-            return steering_section_of(self.tables)
+            return Asked(steering_section_of(self.tables))
+        if swept is None:
+            return Asked(None)
+        return Asked(swept.section, None, [f"{name} ({n} of the vectors)" for name, n in swept.missing.items()])
 
 
 def _behaviour(question: Behaviour, checkpoints: Checkpoints) -> Asked:

@@ -1,58 +1,76 @@
-"""A sweep from the command line: what it will take, a progress bar with the time left, a table that survives a stop."""
+"""A sweep from the command line: a progress bar with the time left, a table that survives a stop."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.markup import escape
 from rich.progress import track
-from rich.table import Table
 
 from analysis.checkpoints import Checkpoints
 from analysis.report import Section
-from analysis.steering_section import steering_section_of
+from analysis.steering_section import VECTORS_FILE, steering_section_of
 from analysis.steering_sweep import SteeringSweep, Sweep
-from analysis.sweep_table import SweepTable
+from analysis.steering_vectors import describe
+from analysis.sweep_table import Rows, SweepTable
 from launch.screen import console
 from tiltmeter.errors import UserError
+from tiltmeter.files import write_text
+from tiltmeter.steering_vector import save_vectors
 
 
-def sweep_into(tables: Path, asked: SteeringSweep, checkpoints: Checkpoints) -> Section | None:
-    """Sweep what is not in the table yet and draw it; None for a dry run, which only says what would be run.
+@dataclass(frozen=True)
+class Swept:
+    """A sweep that was run to its end.
+
+    Args:
+        missing: scorers without figures, each with the number of units that it left open.
+    """
+
+    section: Section
+    missing: dict[str, int]
+
+
+def sweep_into(
+    tables: Path, asked: SteeringSweep, checkpoints: Checkpoints, *, goes_on_with: str | None = None
+) -> Swept | None:
+    """Sweep what is not in the table yet and draw it; None where that is not enough for a figure.
 
     Args:
         tables: folder of ``sweep.csv``.
+        goes_on_with: what to add to the command so that it goes on with this table after a stop; None: nothing.
 
     Raises:
         UserError: options that don't fit the models, or a table of other settings.
     """
     sweep = asked.start(checkpoints)
-    if asked.added_zero:
-        console().print(
-            "steering.lambdas: 0 was missing and is added: the model as it is, which all else is compared with."
-        )
-    if asked.dry_run:
-        console().print(cost_table(sweep))
-        return None
+    for note in [*asked.notes, *sweep.made.notes]:
+        console().print(escape(note))
     try:
         table = SweepTable(tables, sweep.settings, restart=asked.restart)
-        todo = [unit for unit in sweep.units if unit not in table.finished]
-        if table.finished:
-            console().print(
-                f"{escape(str(table.path))}: going on, {len(table.finished)} of {len(sweep.units)} parts are there"
-            )
-        for unit in track(todo, description="Steering", console=console(), disable=not todo):
-            table.append(unit, sweep.rows(unit))
+        save_vectors(tables.parent / "vectors" / VECTORS_FILE, {f"{s}/{n}": v for (n, s), v in sweep.vectors.items()})
+        write_text(tables / "steering_vectors.csv", describe(sweep.made).to_csv(index=False, lineterminator="\n"))
+        open_units = _fill(table, sweep, goes_on_with)
     except OSError as error:
         raise UserError(f"{tables}: cannot be written ({error.strerror or error}); check the folder") from error
-    return steering_section_of(tables)
+    section = steering_section_of(tables)
+    missing = [name for rows in open_units for name in rows.missing]
+    return Swept(section, {name: missing.count(name) for name in missing}) if section else None
 
 
-def cost_table(sweep: Sweep) -> Table:
-    """What a sweep would take."""
-    table = Table(title="Would run", title_justify="left", title_style="bold")
-    for column, justify in (("", "left"), ("passes", "right"), ("tokens", "right")):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
-    for cost in sweep.costs():
-        table.add_row(cost.name, f"{cost.forwards:,.1f}", f"{cost.tokens:,}")
-    kinds = f"{len(sweep.vectors)} vectors, added and subtracted, {len(sweep.asked.lambdas)} λ"
-    table.caption = f"{len(sweep.units)} parts: {kinds}"
-    return table
+def _fill(table: SweepTable, sweep: Sweep, goes_on_with: str | None) -> list[Rows]:
+    """Take what is missing; returns what could not be finished, which stands at the end of the table."""
+    todo = [unit for unit in sweep.units if unit not in table.finished]
+    if table.finished:
+        there = f"going on, {len(table.finished)} of {len(sweep.units)} parts are there"
+        console().print(f"{escape(str(table.path))}: {there}")
+    elif goes_on_with:
+        console().print(f"{escape(str(table.path))}: after a stop, go on with {escape(goes_on_with)}")
+    unfinished = []
+    for unit in track(todo, description="Steering", console=console(), disable=not todo):
+        taken = sweep.rows(unit)
+        if taken.missing:
+            unfinished.append(taken)
+        else:
+            table.append(unit, taken)
+    table.append_unfinished(unfinished)
+    return unfinished

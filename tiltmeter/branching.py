@@ -1,13 +1,15 @@
 """What a model says under many steering vectors at once: prompts are read once, each vector steers a branch of its own.
 
-Only new tokens are steered: the hidden state at every generated token gets its branch's vector added, prompts are read as they
-are. So the first new token, which the prompt's last token predicts, is the same in all branches. Completions are those of one
-run per vector, with the same random numbers.
+With ``tokens="new"`` only new tokens are steered: the hidden state at every generated token gets its branch's vector added,
+prompts are read as they are. So the first new token, which the prompt's last token predicts, is the same in all branches. With
+``tokens="predicting"`` the prompt's last token is steered, too: every hidden state that a new token is predicted from.
+Completions are those of one run per vector, with the same random numbers.
 """
 
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -34,6 +36,8 @@ from tiltmeter.sampling import GumbelSampling, refuse_nan
 from tiltmeter.steering import Intervention
 from tiltmeter.steering_vector import check_site_and_width
 
+BranchTokens = Literal["new", "predicting"]
+
 
 @torch.no_grad()
 def generate_branches(
@@ -45,15 +49,17 @@ def generate_branches(
     site: str,
     shifts: Float[Tensor, "branch d_model"],
     keys: Sequence[str] | None = None,
+    tokens: BranchTokens = "new",
     tokens_per_batch: int = 16384,
 ) -> list[list[list[Completion]]]:
-    """Completions of token-id prompts while ``shifts[j]`` is added at a site to every new token's hidden state.
+    """Completions of token-id prompts while ``shifts[j]`` is added at a site to the hidden states of some tokens.
 
     Args:
         model: as for :func:`tiltmeter.generation.generate`; its attention is another one meanwhile.
         site: where (:mod:`tiltmeter.layers`).
         shifts: what is added in each branch, λ v; zeros for the model as it is.
         keys: names of the prompts, which choose their random streams; None: their number.
+        tokens: which; see the module's head.
         tokens_per_batch: rows × (prompt + branches × completion) that are held together, at most.
 
     Returns:
@@ -71,7 +77,7 @@ def generate_branches(
     found: dict[int, list[Completion]] = {}
     with ready_to_generate(model), fast_linear(model):
         for batch in cut_into_batches(jobs, held, tokens_per_batch, None):
-            said = _BatchOfBranches(model, batch, decoding, ends, site, shifts).complete()
+            said = _BatchOfBranches(model, batch, decoding, ends, site, shifts, tokens).complete()
             for job, branches in zip(batch, said.tolist(), strict=True):
                 found[job.place] = [read_completion(ids, ends, tokenizer, decoding.stop) for ids in branches]
     n = decoding.n_samples
@@ -95,8 +101,11 @@ class _BatchOfBranches:
         ends: Sequence[int],
         site: str,
         shifts: Float[Tensor, "branch d_model"],
+        tokens: BranchTokens,
     ) -> None:
         self.model, self.jobs, self.decoding, self.site = model, jobs, decoding, site
+        self.n_branched = 1 if tokens == "predicting" else 0
+        """Tokens at the end of a prompt that every branch reads by itself."""
         self.head = unembedding(model)
         self.shifts = shifts.to(model.device, torch.promote_types(model.dtype, torch.float32))
         self.ends = torch.tensor(ends, device=model.device)
@@ -109,12 +118,12 @@ class _BatchOfBranches:
         """The tokens that every branch says; behind an end token, end tokens."""
         n_new = self.decoding.max_new_tokens
         said = self.ends[0].repeat(len(self.rows), len(self.branches), n_new)
-        first, cache = self._read_prompts()
-        tokens = first.expand(-1, len(self.branches))
+        last, cache = self._read_prompts()
+        tokens = last.expand(-1, len(self.branches))
         with use_branch_attention(self.model), ExitStack() as stack:
             stack.callback(hook_site(self.model, self.site, self._shifted).remove)
             for step in range(n_new):
-                if step:
+                if step or self.n_branched:
                     hidden = run_branches(self.model, tokens, cache)
                     tokens = self._choose(hidden)
                 said[self.rows[:, None], self.branches, step] = tokens.where(~self.ended, self.ends[0])
@@ -125,19 +134,25 @@ class _BatchOfBranches:
         return said
 
     def _read_prompts(self) -> tuple[Int[Tensor, "row 1"], BranchCache]:
-        """The first new token of each prompt, and the cache. Padding is on the right, where nothing that matters sees it."""
-        lengths = [len(job.ids) for job in self.jobs]
-        padded = [job.ids + job.ids[-1:] * (max(lengths) - len(job.ids)) for job in self.jobs]
+        """The first new token of each prompt, or the last one of it where branches read that themselves, and the cache.
+
+        Padding is on the right, where nothing that matters sees it.
+        """
+        lengths = [len(job.ids) - self.n_branched for job in self.jobs]
+        width = max(1, *lengths)  # a prompt of one token that branches read themselves leaves padding alone
+        padded = [(job.ids[:n] + job.ids[-1:] * width)[:width] for job, n in zip(self.jobs, lengths, strict=True)]
         ids = torch.tensor(padded, device=self.model.device)
-        prompt = (
-            DynamicCache()
-        )  # without the model's configuration, so that layers with a sliding window keep all tokens
+        # without the model's configuration, so that layers with a sliding window keep all tokens
+        prompt = DynamicCache()
         out = backbone(self.model)(
             input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=prompt, use_cache=True
         )
-        last = torch.tensor(lengths, device=self.model.device)
-        cache = BranchCache(prompt, last, len(self.branches), self.decoding.max_new_tokens - 1)
-        return self._choose(out.last_hidden_state[self.rows, last - 1][:, None]), cache
+        read = torch.tensor(lengths, device=self.model.device)
+        n_steps = self.decoding.max_new_tokens - 1 + self.n_branched
+        cache = BranchCache(prompt, read, len(self.branches), n_steps)
+        if self.n_branched:
+            return torch.tensor([job.ids[-1:] for job in self.jobs], device=self.model.device), cache
+        return self._choose(out.last_hidden_state[self.rows, read - 1][:, None]), cache
 
     def _choose(self, hidden: Float[Tensor, "row branch d_model"]) -> Int[Tensor, "row branch"]:
         """The next tokens, with the logits of a few rows at a time."""

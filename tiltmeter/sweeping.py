@@ -166,6 +166,8 @@ def _hidden_at_targets(
     hidden = unsteered.new_empty(len(shifts), *unsteered.shape)
     moved = shifts.any(1)
     hidden[~moved] = unsteered
+    if not moved.any():  # blocks take no batch of none
+        return hidden
     n_at_once = max(1, tokens_per_batch // reached.numel())
     if batch.packing is not None:
         n_at_once = 1  # kernels take one packed row

@@ -87,6 +87,28 @@ def test_samples_are_those_of_one_run_a_strength(site: str) -> None:
     assert any(not completion.is_cut for branch in found for samples in branch for completion in samples)
 
 
+@pytest.mark.parametrize(("family", "decoding"), [("llama", SAMPLED), ("gpt2", GREEDY), ("mistral", GREEDY)])
+def test_the_last_token_of_a_prompt_can_be_steered_too(family: str, decoding: Decoding) -> None:
+    """Prompts one by one, with a mask that begins there; one prompt is a single token, one alone in its batch."""
+    model = make(family, torch.float64, **SLIDING.get(family, {}))
+    prompts = [[7], *make_prompts()[:3]]
+    keys = [str(i) for i in range(len(prompts))]
+    for tokens_per_batch in (1, 16384) if family == "llama" else (16384,):
+        options: dict[str, Any] = {
+            "prompts": prompts,
+            "keys": keys,
+            "tokens": "predicting",
+            "tokens_per_batch": tokens_per_batch,
+        }
+        found = together(model, decoding, **options)
+        for branch, strength in zip(found, STRENGTHS, strict=True):
+            for prompt, key, said in zip(prompts, keys, branch, strict=True):
+                reached = torch.arange(len(prompt) + decoding.max_new_tokens)[None] >= len(prompt) - 1
+                with steer(model, Intervention("layer_00", DIRECTION[None], strength, tokens=reached)):
+                    assert said == generate(model, spelling(), [prompt], decoding, keys=[key])[0]
+    assert ids_of(found) != ids_of(together(model, decoding, prompts=prompts, keys=keys)), "the first token is the same"
+
+
 @pytest.mark.parametrize("tokens_per_batch", [1, 200, 500])
 def test_batches_change_nothing(tokens_per_batch: int) -> None:
     model = make("qwen2", torch.float64)

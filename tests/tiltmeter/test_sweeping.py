@@ -116,6 +116,7 @@ def test_zeros_leave_every_bit(site: str) -> None:
     model, batch = make("gpt2", torch.float32), make_batch()
     plain = together(model, batch, site=FINAL_POST_NORM, shifts=torch.zeros(1, WIDTH))
     assert torch.equal(together(model, batch, site=site, shifts=make_shifts(torch.float32))[2], plain[0])
+    assert torch.equal(together(model, batch, site=site, shifts=torch.zeros(1, WIDTH)), plain)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "cohere"])

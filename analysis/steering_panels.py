@@ -1,0 +1,264 @@
+"""Panels of the steering figure, and what they look up in ``sweep.csv``: curves over λ with random controls in grey, effects."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+
+from analysis.figures import COLOURS, mark_level
+from analysis.observations import site_name
+from analysis.site_axes import as_text
+from analysis.steering_directions import RANDOM, V_BAR, V_STAR
+from analysis.steering_effects import ABOVE, COLLAPSED, DEGENERATE, EQUAL_NORM, SAME, is_past_ceiling
+from analysis.steering_sweep import CHOOSING, nearest_to_one
+from analysis.steering_vectors import random_kind
+from tiltmeter.bootstrap import Interval
+from tiltmeter.layers import FINAL_POST_NORM, FINAL_PRE_NORM
+
+_SITES_DRAWN = 3
+LOWEST = -1.0
+"""Recovery is drawn down to here: what leads further away is off the figure, not off the table."""
+_SITE_COLOURS = ("policy_dark", "policy", "dpo_swapped")
+_LINES = {V_STAR: "-", V_BAR: "--"}
+GOALS = {"interpolation": "aligned model", "inversion": "base"}
+_DOING = {"interpolation": "Adding", "inversion": "Subtracting"}
+_HOW = {"interpolation": "added", "inversion": "subtracted"}
+_WORDS = {"interpolation": "added to the base", "inversion": "subtracted from the aligned model"}
+_NAMES = {
+    V_BAR: "v̄",
+    "singular_raw": "u{} of the update",
+    "singular_centred": "u{} of the update, centred",
+    "pca_raw": "PC{} of the base, raw",
+    "pca_centred": "PC{} of the base, centred",
+    "difference_of_means": "chosen − rejected",
+    "probe": "preference probe",
+    "shuffled_layer": "v* of another layer",
+}
+_SHORT = {FINAL_PRE_NORM: "last layer", FINAL_POST_NORM: "logit bias"}
+"""Sites in a legend; after the final norm, steering is nothing but a logit bias."""
+_AT_RESPONSES = ("difference_of_means", "probe")
+"""Kinds that are always read there, so that their names need not say it."""
+_LONGEST = 26
+"""Characters of a name."""
+
+
+def draw_recovery(axes: Axes, table: pd.DataFrame, *, direction: str) -> str:
+    """R over λ for every vector, with intervals and the span of the random controls."""
+    _draw_lines(axes, table, direction, "recovery")
+    low, _ = axes.get_ylim()
+    axes.set_ylim(max(low, LOWEST), 1.05)
+    mark_level(axes, 1.0)
+    axes.set_ylabel("recovery R")
+    axes.legend(
+        loc="upper center",
+        bbox_to_anchor=(0.5, 0.96),
+        frameon=False,
+        fontsize=6,
+        ncols=2,
+        columnspacing=0.8,
+        handlelength=1.4,
+    )
+    best, strength = best_site(table, direction), compared_at(table)
+    reached = value_at(table, direction, V_STAR, best, "recovery", strength)
+    controls = controls_at(table, direction, best, "recovery", strength)
+    best_control = as_text(max(controls, default=math.nan), "percent")
+    doing, goal = f"{_DOING[direction]} v* at {site_name(best)}", f"the {GOALS[direction]} at λ = {strength:g}"
+    reached_text, others = (
+        as_text(reached, "percent"),
+        f"the best of {len(controls)} random vectors there {best_control}",
+    )
+    if reached < 0:
+        return f"{doing} leads away from {goal}: R is {reached_text}, {others}"
+    return f"{doing} recovers {reached_text} of the way to {goal}; {others}"
+
+
+def draw_preference(axes: Axes, table: pd.DataFrame, *, direction: str) -> str:
+    """Change of the preference margin over λ, pair by pair, and where the goal's lies."""
+    _draw_lines(axes, table, direction, "preference_odds_change")
+    best, strength = best_site(table, direction), compared_at(table)
+    at_zero = {d: value_at(table, d, V_STAR, best, "preference_odds", 0.0) for d in GOALS}
+    goal = at_zero["inversion" if direction == "interpolation" else "interpolation"]
+    mark_level(axes, goal - at_zero[direction])
+    axes.set_ylabel("change of the margin, nats")
+    reached = value_at(table, direction, V_STAR, best, "preference_odds", strength)
+    return (
+        f"Preference margin: {as_text(at_zero[direction], '+.1f')} nats unsteered, {as_text(reached, '+.1f')} with v* at "
+        f"{site_name(best)} {_WORDS[direction]} at λ = {strength:g}, {as_text(goal, '+.1f')} in the {GOALS[direction]}"
+    )
+
+
+def draw_degeneration(axes: Axes, table: pd.DataFrame) -> str:
+    """Share of degenerate completions over λ, interpolation."""
+    direction = "interpolation"
+    _draw_lines(axes, table, direction, "degeneration", band=False)
+    axes.set_ylim(-0.03, 1.03)
+    sites = drawn_sites(table)
+    usual = value_at(table, direction, V_STAR, sites[0], "degeneration", 0.0)
+    mark_level(axes, usual + DEGENERATE)
+    axes.set_ylabel("degenerate completions")
+    ceilings = {site: ceiling(table, direction, V_STAR, site) for site in sites}
+    found = {site: x for site, x in ceilings.items() if x is not None}
+    more = (
+        "10\u00a0% of the completions" if usual == 0 else f"10 points above the unsteered {as_text(usual, 'percent')}"
+    )
+    if not found:
+        return f"Adding v* breaks no more than {more} up to λ = {table['lambda'].max():g}"
+    first = min(found, key=found.__getitem__)
+    return f"Adding v* breaks more than {more} from λ = {found[first]:g} on, at {site_name(first)}"
+
+
+def draw_effects(axes: Axes, effects: pd.DataFrame, *, direction: str, sites: Sequence[str], site: str) -> str:
+    """What each vector recovers beyond random ones, site by site; hollow where the interval includes 0.
+
+    Args:
+        effects: :func:`analysis.steering_effects.steering_effects`.
+        sites: drawn.
+        site: that the message is about.
+    """
+    rows = effects[(effects["direction"] == direction) & (effects["metric"] == "recovery")]
+    rows = rows[(rows["equal"] == EQUAL_NORM) & (rows["control"] == RANDOM)]
+    shown = rows[rows["site"].isin(sites)]
+    names = list(dict.fromkeys(shown["vector"]))
+    ends = [0.0, *shown["ci_low"].dropna(), *shown["ci_high"].dropna()]
+    axes.set_xlim(max(LOWEST, min(ends)) - 0.05, max(ends) + 0.05)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_yticks(range(len(names)), [vector_name(name) for name in names], fontsize=6)
+    axes.grid(visible=False, axis="y")
+    axes.grid(axis="x")
+    axes.axvline(0, color=COLOURS["mark"], linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+    for row in shown.itertuples():
+        at = list(sites).index(row.site)
+        y = names.index(row.vector) + 0.22 * (at - (len(sites) - 1) / 2)
+        _draw_effect(axes, row, y, COLOURS[_SITE_COLOURS[at]])
+    axes.set_xlabel("R less that of random vectors of equal length")
+    own = rows[(rows["vector"] == V_STAR) & (rows["site"] == site)].iloc[0]
+    n_above = int((rows["verdict"] == ABOVE).sum())
+    said = f"{n_above} of {len(rows)} vectors and sites recover more than random ones when {_HOW[direction]}"
+    if not math.isfinite(own["difference"]):
+        return f"{said}; v* at {site_name(site)}: {own['verdict']}"
+    interval = f"{as_text(own['ci_low'], '+.2f')} to {as_text(own['ci_high'], '+.2f')}"
+    return f"{said}; v* at {site_name(site)}: {as_text(own['difference'], '+.2f')} ({interval}), {own['verdict']}"
+
+
+def _draw_effect(axes: Axes, row: Any, y: float, colour: str) -> None:
+    """A mark with its interval; a cross on the line where text collapsed, an arrow where it is off the figure."""
+    low, _ = axes.get_xlim()
+    mark: dict[str, Any] = {"marker": "o", "markersize": 3, "color": colour, "linestyle": ""}
+    if row.verdict == COLLAPSED:
+        axes.plot([0], [y], **(mark | {"marker": "x"}))
+    elif row.difference < low:
+        axes.plot([low], [y], **(mark | {"marker": "<", "clip_on": False}))
+    else:
+        axes.plot([row.ci_low, row.ci_high], [y, y], linewidth=1.0, color=colour)
+        axes.plot([row.difference], [y], markerfacecolor="white" if row.verdict == SAME else colour, **mark)
+
+
+def ceiling(table: pd.DataFrame, direction: str, vector: str, site: str) -> float | None:
+    """The smallest λ above 0 of the grid at which text has collapsed; None: there is none."""
+    rows = rows_of(table, direction, vector, site, "degeneration")
+    usual = rows[rows["lambda"] == 0]["value"].min()
+    intervals = rows[["lambda", "value", "ci_low", "ci_high"]].to_numpy(dtype=float).tolist()
+    return min((x for x, *share in intervals if x > 0 and is_past_ceiling(Interval(*share), usual)), default=None)
+
+
+def vector_name(name: str) -> str:
+    """A vector on the page: what it is, and where its states were read when that is not the usual place.
+
+    >>> vector_name("singular_raw_2"), vector_name("v*@response_mean"), vector_name("v*_of_sft_chosen")
+    ('u2 of the update', 'v* at response mean', 'v* of sft_chosen')
+    """
+    plain, at, position = name.partition("@")
+    kind, _, number = plain.rpartition("_")
+    if ":" in name:
+        text = name
+    elif kind in _NAMES and number.isdecimal():
+        text = _NAMES[kind].format(number)
+    else:
+        text = _NAMES.get(plain, plain.replace("_of_", " of "))
+    if at and ":" not in name and plain not in _AT_RESPONSES:
+        text += f" at {position.replace('_', ' ')}"
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
+
+
+def _draw_lines(axes: Axes, table: pd.DataFrame, direction: str, metric: str, *, band: bool = True) -> None:
+    """Every vector of the sites drawn with its interval; behind them from least to largest random control."""
+    sites = drawn_sites(table)
+    if band:
+        controls = _random_rows(table, direction, metric)
+        controls = controls[controls["site"].isin(sites)].groupby("lambda")["value"]
+        axes.fill_between(
+            controls.min().index,
+            controls.min(),
+            controls.max(),
+            color=COLOURS["null"],
+            alpha=0.45,
+            linewidth=0,
+            label="random",
+        )
+    for site, colour in zip(sites, _SITE_COLOURS, strict=False):
+        for vector, style in _LINES.items():
+            rows = rows_of(table, direction, vector, site, metric)
+            if rows.empty:
+                continue
+            look: dict[str, Any] = {"color": COLOURS[colour]}
+            axes.fill_between(rows["lambda"], rows["ci_low"], rows["ci_high"], alpha=0.2, linewidth=0, **look)
+            axes.plot(
+                rows["lambda"],
+                rows["value"],
+                style,
+                marker="o",
+                markersize=2,
+                label=f"{vector_name(vector)} {_SHORT.get(site, site_name(site))}",
+                **look,
+            )
+    axes.set_xlim(table["lambda"].min(), table["lambda"].max())
+
+
+def rows_of(table: pd.DataFrame, direction: str, vector: str, site: str | None, metric: str) -> pd.DataFrame:
+    """Rows of a vector, in the order of λ."""
+    found = table[(table["direction"] == direction) & (table["vector"] == vector) & (table["metric"] == metric)]
+    return (found if site is None else found[found["site"] == site]).sort_values("lambda")
+
+
+def value_at(table: pd.DataFrame, direction: str, vector: str, site: str, metric: str, strength: float) -> float:
+    """One value of the table; NaN where it has none."""
+    rows = rows_of(table, direction, vector, site, metric)
+    rows = rows[rows["lambda"] == strength]
+    return math.nan if rows.empty else float(rows["value"].iloc[0])
+
+
+def _random_rows(table: pd.DataFrame, direction: str, metric: str) -> pd.DataFrame:
+    is_random = table["vector"].map(random_kind) == RANDOM
+    return table[(table["direction"] == direction) & is_random & (table["metric"] == metric)]
+
+
+def controls_at(table: pd.DataFrame, direction: str, site: str, metric: str, strength: float) -> Sequence[float]:
+    """The random vectors of a site at one λ."""
+    rows = _random_rows(table, direction, metric)
+    rows = rows[(rows["site"] == site) & (rows["lambda"] == strength)]
+    found: list[float] = rows["value"].tolist()
+    return found
+
+
+def compared_at(table: pd.DataFrame) -> float:
+    """The λ that vectors are compared at."""
+    return nearest_to_one(table["lambda"].unique().tolist())
+
+
+def best_site(table: pd.DataFrame, direction: str) -> str:
+    """The site where v* recovers most at λ = 1 of the pairs that it was estimated on, which no other number is of."""
+    return _ranked(table, direction)[0]
+
+
+def drawn_sites(table: pd.DataFrame) -> list[str]:
+    """The best sites, in the order of the table."""
+    best = set(_ranked(table, "interpolation")[:_SITES_DRAWN])
+    return [site for site in dict.fromkeys(table["site"]) if site in best]
+
+
+def _ranked(table: pd.DataFrame, direction: str) -> list[str]:
+    rows = rows_of(table, direction, V_STAR, None, CHOOSING)
+    ranked: list[str] = rows.sort_values("value", ascending=False, kind="stable")["site"].tolist()
+    return ranked

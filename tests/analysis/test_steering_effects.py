@@ -1,0 +1,176 @@
+"""Effects against random vectors by a plain loop over resamples; verdicts on planted effects; equal KL; collapsed text."""
+
+import math
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from analysis.figures import new_figure
+from analysis.steering_effects import (
+    ABOVE,
+    BELOW,
+    COLLAPSED,
+    EQUAL_KL,
+    EQUAL_NORM,
+    SAME,
+    UNKNOWN,
+    interpolate,
+    steering_effects,
+)
+from analysis.steering_panels import draw_effects
+from analysis.sweep_table import COLUMNS, PAIR_COLUMNS
+
+LAMBDAS = (-1.0, 0.0, 1.0, 2.0)
+N = 40
+
+
+def planted(*, better: float = 0.0, moves: float = 1.0, n_random: int = 4, seed: int = 0) -> pd.DataFrame:
+    """A vector whose KL to the goal is lower by a share of the start's than random ones', and its margin higher, in nats."""
+    rng = np.random.default_rng(seed)
+    difficulty = rng.uniform(5, 50, N)  # of a pair, shared by all vectors
+    rows = []
+    for name in ["v*", *(f"random_{i + 1}" for i in range(n_random))]:
+        own, pace = (better, moves) if name == "v*" else (0.0, 1.0)
+        noise = rng.normal(0, 0.02, N)
+        for strength in LAMBDAS:
+            kl = difficulty * (1 - strength * (0.1 + own + noise))
+            odds = difficulty + strength * (1 + 10 * own + noise)
+            away = (pace * strength) ** 2 * np.ones(N)
+            rows += [
+                ("interpolation", name, "layer_00", strength, f"p{i}", f"g{i // 2}", 10, kl[i], away[i], odds[i])
+                for i in range(N)
+            ]
+    return pd.DataFrame(rows, columns=list(PAIR_COLUMNS))
+
+
+def text(share: float, *, unsteered: float = 0.0) -> pd.DataFrame:
+    rows = [
+        ("interpolation", "v*", "layer_00", strength, "degeneration", value, value - 0.25, value + 0.25, 8)
+        for strength, value in ((0.0, unsteered), (1.0, share))
+    ]
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def one(effects: pd.DataFrame, metric: str = "recovery", equal: str = EQUAL_NORM) -> pd.Series:
+    (row,) = effects[(effects["metric"] == metric) & (effects["equal"] == equal)].to_dict("records")
+    return pd.Series(row)
+
+
+@pytest.mark.parametrize(("better", "verdict"), [(0.1, ABOVE), (-0.1, BELOW)])
+def test_a_planted_effect_is_found(better: float, verdict: str) -> None:
+    effects = steering_effects(planted(better=better), text(0.0), strength=1.0)
+    found = one(effects)
+    assert found["verdict"] == verdict
+    assert found["difference"] == pytest.approx(better, abs=0.02)
+    assert (found["n_controls"], found["n"]) == (4, N)
+    assert found["control_low"] <= found["control_mean"] <= found["control_high"]
+    margin = one(effects, "preference_odds")
+    assert margin["difference"] == pytest.approx(10 * better, abs=0.02)
+
+
+def test_where_there_is_no_effect_most_are_not_distinguishable() -> None:
+    """95 % intervals over 20 prompts: about one verdict in twenty, or a little more, is wrong."""
+    verdicts = [one(steering_effects(planted(seed=seed), text(0.0), strength=1.0))["verdict"] for seed in range(12)]
+    assert verdicts.count(SAME) >= 9
+
+
+def test_the_interval_is_that_of_a_loop_over_resamples() -> None:
+    """Whole prompts are drawn, the same for the vector and its controls; R is a ratio of sums."""
+    pairs = planted(better=0.01)
+    found = one(steering_effects(pairs, text(0.0), strength=1.0))
+    by = {key: part["kl"].to_numpy() for key, part in pairs.groupby(["vector", "lambda"])}
+    prompts = pairs.drop_duplicates("pair_id")["prompt"].to_numpy()
+    members = [np.flatnonzero(prompts == prompt) for prompt in np.unique(prompts)]
+    rng = np.random.default_rng(5)
+
+    def difference(drawn: list[int]) -> float:
+        start = by["v*", 0.0][drawn].sum()
+        reached = [1 - by[f"random_{i + 1}", 1.0][drawn].sum() / start for i in range(4)]
+        return float(1 - by["v*", 1.0][drawn].sum() / start - np.mean(reached))
+
+    draws = [
+        difference([int(pair) for i in rng.integers(len(members), size=len(members)) for pair in members[i]])
+        for _ in range(600)
+    ]
+    assert found["difference"] == pytest.approx(difference(list(range(N))))
+    low, high = np.quantile(draws, [0.025, 0.975])
+    width = high - low
+    assert found["ci_low"] == pytest.approx(low, abs=0.15 * width)
+    assert found["ci_high"] == pytest.approx(high, abs=0.15 * width)
+
+
+def test_at_equal_kl_a_vector_that_moves_less_is_compared_with_shorter_random_ones() -> None:
+    """v moves the model half as far, (λ/2)²: random ones get there at KL ¼, a quarter of the way to λ = 1 by straight lines."""
+    effects = steering_effects(planted(moves=0.5), text(0.0), strength=1.0)
+    found, at_norm = one(effects, "preference_odds", EQUAL_KL), one(effects, "preference_odds")
+    assert found["control_mean"] == pytest.approx(0.25 * at_norm["control_mean"])
+    assert found["value"] == at_norm["value"]
+    assert found["verdict"] == ABOVE
+    assert found["difference"] > 10 * abs(at_norm["difference"])
+
+
+def test_what_random_vectors_never_reach_is_compared_where_they_get_to() -> None:
+    """v moves the model 81 times as far as they do at λ = 1, they get to 4 at λ = 2: there v is 4 / 81 of the way to λ = 1."""
+    effects = steering_effects(planted(moves=9.0), text(0.0), strength=1.0)
+    found, at_norm = one(effects, "preference_odds", EQUAL_KL), one(effects, "preference_odds")
+    assert found["value"] == pytest.approx(4 / 81 * at_norm["value"])
+    assert found["control_mean"] == pytest.approx(2 * at_norm["control_mean"], rel=1e-6)
+    assert found["kl_from_start"] == pytest.approx(4 / 10)
+    assert at_norm["kl_from_start"] == pytest.approx(81 / 10)
+    assert found["verdict"] == BELOW
+
+
+def test_what_is_not_known_has_no_verdict() -> None:
+    pairs = planted()
+    pairs.loc[(pairs["vector"] == "v*") & (pairs["lambda"] == 1), "kl"] = math.nan
+    found = one(steering_effects(pairs, text(0.0), strength=1.0))
+    assert found["verdict"] == UNKNOWN
+    assert math.isnan(found["difference"])
+
+
+@pytest.mark.parametrize(
+    ("share", "unsteered", "verdict"),
+    [(0.125, 0.0, COLLAPSED), (0.1, 0.0, ABOVE), (0.7, 0.5, ABOVE), (0.8, 0.5, COLLAPSED)],
+)
+def test_broken_text_is_marked_and_not_compared(share: float, unsteered: float, verdict: str) -> None:
+    found = one(steering_effects(planted(better=0.2), text(share, unsteered=unsteered), strength=1.0))
+    assert found["verdict"] == verdict
+    assert math.isnan(found["ci_low"]) == (verdict == COLLAPSED)
+    assert (found["degeneration"], found["degeneration_unsteered"]) == (share, unsteered)
+
+
+def test_vectors_without_text_are_compared() -> None:
+    found = one(steering_effects(planted(better=0.2), text(0.0).iloc[:0], strength=1.0))
+    assert found["verdict"] == ABOVE
+    assert math.isnan(found["degeneration"])
+
+
+@pytest.mark.parametrize(
+    ("better", "share", "mark", "said"),
+    [
+        (0.1, 0.0, "o", r"^1 of 1 vectors .* when added; v\* at layer 0: \+0\.1\d \(.*\), above random$"),
+        (-4.0, 0.0, "<", r"^0 of 1 .*; v\* at layer 0: −3\.9\d \(.*\), below random$"),
+        (0.1, 0.5, "x", r"^0 of 1 .*; v\* at layer 0: collapsed$"),
+    ],
+)
+def test_the_panel_shows_what_is_off_it_and_what_collapsed(better: float, share: float, mark: str, said: str) -> None:
+    effects = steering_effects(planted(better=better), text(share), strength=1.0)
+    _, (axes,) = new_figure(1)
+    sentence = draw_effects(axes, effects, direction="interpolation", sites=["layer_00"], site="layer_00")
+    assert re.search(said, sentence)
+    assert mark in {line.get_marker() for line in axes.lines}
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["v*"]
+
+
+@settings(max_examples=50)
+@given(st.lists(st.floats(0.01, 5.0), min_size=1, max_size=6), st.floats(0.0, 12.0))
+def test_interpolation_is_numpys_where_curves_grow(steps: list[float], at: float) -> None:
+    x = np.concatenate([[0.0], np.cumsum(steps)])
+    y = np.sin(x)
+    found = float(interpolate(torch.tensor(x)[None], torch.tensor(y)[None], torch.tensor([at], dtype=torch.float64)))
+    assert math.isnan(found) if at > x[-1] else found == pytest.approx(float(np.interp(at, x, y)), abs=1e-12)
