@@ -3,7 +3,6 @@
 from typing import get_args
 
 from analysis.costs import Cost
-from analysis.probe_pairs import ProbePair
 from analysis.steering_sweep import Sweep
 from tiltmeter.layers import site_depth
 from tiltmeter.recovery import Direction
@@ -18,7 +17,7 @@ def sweep_costs(sweep: Sweep) -> list[Cost]:
     for part, (pairs, n_moving) in moved.items():
         depths = [min(site_depth(u.site, n_layers), n_layers - 1) for u in sweep.units if u.part == part]
         passes = len(get_args(Direction)) + sum(sweep_cost(n_layers, depth, n_moving) for depth in depths)
-        costs.append(Cost(part.replace("_", "-"), passes, round(passes * sum(map(_tokens_of, pairs)))))
+        costs.append(Cost(part.replace("_", "-"), passes, round(passes * sum(pair.n_row_tokens for pair in pairs))))
     if n := sum(unit.part == "generated" for unit in sweep.units):
         prompts = sweep.halves.test[: asked.n_generated]
         prompt_tokens = sum(len(pair.ids.prompt_ids) for pair in prompts)
@@ -26,8 +25,3 @@ def sweep_costs(sweep: Sweep) -> list[Cost]:
         steps = float(n * asked.decoding.max_new_tokens)
         costs.append(Cost("generated, at most", steps, n * (prompt_tokens + new_tokens)))
     return costs
-
-
-def _tokens_of(pair: ProbePair) -> int:
-    """Tokens of the two rows of a pair, the prompt in both."""
-    return 2 * len(pair.ids.prompt_ids) + len(pair.ids.chosen_ids) + len(pair.ids.rejected_ids)

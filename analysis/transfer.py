@@ -87,7 +87,7 @@ class Transfer:
         test = split_by_prompt(checkpoints.pairs, seed=self.seed).test[: self.n_prompts]
         n_vectors = len(sites) + self.n_random
         passes = 1 + sum(sweep_cost(n_layers, min(site_depth(s, n_layers), n_layers - 1), n_vectors) for s in sites)
-        n_tokens = sum(2 * len(p.ids.prompt_ids) + len(p.ids.chosen_ids) + len(p.ids.rejected_ids) for p in test)
+        n_tokens = sum(pair.n_row_tokens for pair in test)
         return [Cost("teacher-forced", passes, round(passes * n_tokens))]
 
     def _sites(self, checkpoints: Checkpoints) -> tuple[str, ...]:

@@ -84,7 +84,7 @@ def _analyze_run(wanted: Wanted, run: Run) -> Path | None:
         check_upload(run)
     opened = cache(partial(checkpoints_of_run, run))
     try:
-        plans = _plan(wanted, opened, run.report / "tables", goes_on_with=None)
+        plans = _plan(wanted, opened, run.report / "tables")
     except UserError as error:
         if all(wanted.names.values()):
             raise
@@ -160,8 +160,12 @@ def _analyze_checkpoints(config: DictConfig, wanted: Wanted) -> Path | None:
     opened = cache(partial(pairs.ask, base, aligned, instantiate(config.data)))
     stamp = datetime.now().astimezone().strftime("%Y-%m-%d_%H-%M-%S")
     folder = Path(config.out) if config.out else Path(config.runs_root) / "checkpoints" / stamp / "report"
-    goes_on_with = None if config.out else f"out={folder}"
-    plans = _plan(wanted, lambda **how: opened(**how)[0], folder / "tables", goes_on_with=goes_on_with)
+    plans = _plan(
+        wanted,
+        lambda **how: opened(**how)[0],
+        folder / "tables",
+        goes_on_with=None if config.out else f"out={folder}",
+    )
     now = [name for name in wanted.names if name in READ_NOW]
     first = wanted.reading if now else next(iter(wanted.questions.values()))
     checkpoints, reports, cuts = opened(dtype=first.dtype, device=first.device)
@@ -187,7 +191,9 @@ def _analyze_checkpoints(config: DictConfig, wanted: Wanted) -> Path | None:
     return _report(subject, _in_order(wanted.names, read), asked, partial(samples_of_models, checkpoints))
 
 
-def _plan(wanted: Wanted, opened: Callable[..., Checkpoints], tables: Path, *, goes_on_with: str | None) -> list[Plan]:
+def _plan(
+    wanted: Wanted, opened: Callable[..., Checkpoints], tables: Path, *, goes_on_with: str | None = None
+) -> list[Plan]:
     """What is asked, models opened and judges reached; models of one dtype and device are opened once."""
     return [
         Plan(

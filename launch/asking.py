@@ -52,7 +52,7 @@ class Plan:
         question: as its node built it.
         checkpoints: opened.
         tables: where a table grows while it is made.
-        goes_on_with: what to add to the command so that it goes on with that table after a stop; None: nothing.
+        goes_on_with: what to add to the command so that it goes on with these tables after a stop; None: nothing.
         takes_old: a table that is there with other settings is shown instead of refused.
         dry_run: nothing will be run: judges and the like aren't reached for.
 
@@ -105,7 +105,7 @@ class Plan:
             return Asked(steering_section_of(self.tables))
         if swept is None:
             return Asked(None)
-        return Asked(swept.section, lost=[f"{name} ({n} of the vectors)" for name, n in swept.missing.items()])
+        return Asked(swept.section, None, [f"{name} ({n} of the vectors)" for name, n in swept.missing.items()])
 
 
 def _behaviour(question: Behaviour, checkpoints: Checkpoints) -> Asked:

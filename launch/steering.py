@@ -33,7 +33,7 @@ class Swept:
 def sweep_into(
     tables: Path, asked: SteeringSweep, checkpoints: Checkpoints, *, goes_on_with: str | None = None
 ) -> Swept | None:
-    """Sweep what is not in the table yet and draw it; None where there is nothing to draw.
+    """Sweep what is not in the table yet and draw it; None where that is not enough for a figure.
 
     Args:
         tables: folder of ``sweep.csv``.

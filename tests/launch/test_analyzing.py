@@ -180,7 +180,7 @@ def test_a_dry_run_says_what_each_analysis_would_take(
     assert {path for path in tmp_path.rglob("*") if path.is_file()} == before
     said = " ".join(capsys.readouterr().out.split())
     assert "hidden states │ hidden states │ 2.0 │" in said
-    assert "steering_sweep │ teacher-forced │ " in said
+    assert "steering_sweep │ choosing │ " in said
     assert ask(tmp_path, f"run={run}", "analysis=training", "dry_run=true") is None
     assert "Would run nothing" in capsys.readouterr().out
 
