@@ -287,9 +287,13 @@ class LogProbModule(PairMetrics):
         too few. And a run that was resumed at the end of an epoch never counts the next one as started, so a run resumed from
         its checkpoints would count their batches anew and validate late.
         """
-        for counts in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
+        loop = checkpoint["loops"]["fit_loop"]
+        batches = loop["epoch_loop.batch_progress"]
+        for counts in loop["epoch_progress"].values():
             counts["processed"] = counts["completed"]
-            counts["ready"] = counts["started"] = counts["completed"] + 1  # checkpoints are saved inside epochs
+            n_batches = counts["completed"] * self.data.steps_per_epoch
+            is_between = batches["is_last_batch"] and batches["total"]["completed"] == n_batches
+            counts["ready"] = counts["started"] = counts["completed"] + (0 if is_between else 1)
         if checkpoint.get("data_digests") != self._data_digests():
             raise UserError(
                 "ckpt_path: the checkpoint was trained on other data or another tokenisation; resume with the same data options"

@@ -42,4 +42,4 @@ def test_rows_that_are_not_finite_are_left_out_and_counted(tmp_path: Path) -> No
     assert rows is not None
     assert (rows.n_rows, rows.n_left_out) == (23, 1)
     assert "pair/3" not in rows.pair_ids
-    assert [line.split()[0] for line in rows.notes()] == ["1", "Rows"]
+    assert [line.split()[0] for line in rows.notes()] == ["1", "States"]

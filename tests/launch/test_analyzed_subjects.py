@@ -52,7 +52,7 @@ def with_a_manifest_of_nothing(run: Path) -> None:
     [
         (without_aligned, "all", r"^run: .* has no aligned/ model, so its training did not finish; resume it with"),
         (with_half_a_line, "all", r"metrics\.csv: damaged: line \d+ "),
-        (with_a_sweep_of_nothing, "steering_sweep", r"sweep\.json: expected the settings that sweep\.csv was made with"),
+        (with_a_sweep_of_nothing, "steering_sweep", r"sweep\.json: expected the settings that the sweep was made with"),
         (with_half_a_list_of_prompts, "geometry", r"probe_prompts\.json: expected a list of objects"),
         (with_weights_cut_short, "geometry", r"can’t be read again: .*aligned: cannot load this model"),
         (with_a_manifest_of_nothing, "clouds", r"snapshots: .*manifest\.json: damaged"),
