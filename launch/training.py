@@ -71,11 +71,7 @@ def _train(config: DictConfig, created: list[Path], held: ExitStack) -> Path:
         parts.model, line = find_or_train_base(config, parts.model, parts.tokenizer, parts.data)
         screen.print(line, soft_wrap=True)
     seed_everything(config.seed, verbose=False)
-    parts.module.attach_model(
-        lambda: parts.model.build(parts.tokenizer), lambda: parts.model.build_empty(parts.tokenizer)
-    )
-    if isinstance(parts.module, DPOModule):
-        parts.module.reference_cache_dir = root / "cache" / "reference"
+    _attach(parts, root)
 
     loggers: list[Logger] = []
     if is_first:
@@ -104,6 +100,14 @@ def _train(config: DictConfig, created: list[Path], held: ExitStack) -> Path:
         screen.print(table)
     screen.print(f"Run: {run_dir}\nNext: python analyze.py run={run_dir}", soft_wrap=True)
     return run_dir
+
+
+def _attach(parts: Parts, root: Path) -> None:
+    """Tell the module how its model is made, and where reference log-probs are kept."""
+    model, tokenizer = parts.model, parts.tokenizer
+    parts.module.attach_model(lambda: model.build(tokenizer), lambda: model.build_empty(tokenizer))
+    if isinstance(parts.module, DPOModule):
+        parts.module.reference_cache_dir = root / "cache" / "reference"
 
 
 def _checkpoint_to_resume(config: DictConfig, root: Path, held: ExitStack, screen: Console) -> Path | None:

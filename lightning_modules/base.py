@@ -8,23 +8,12 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedModel
 
 from datamodules.preference import Objective
 from datamodules.splits import Split
-from lightning_modules.pair_metrics import PairMetrics
-from lightning_modules.policy import (
-    EmptyBuilder,
-    Policy,
-    PolicyBuilder,
-    checkpoint_activations,
-    compile_blocks,
-    freeze_embeddings,
-    shard,
-)
+from lightning_modules.model_building import ModelBuilding
 from lightning_modules.schedule import (
     Schedule,
     check_number,
@@ -35,16 +24,12 @@ from lightning_modules.schedule import (
 from lightning_modules.step_guard import StepGuard
 from lightning_modules.throughput import Throughput
 from tiltmeter.batch import StepBatch
-from tiltmeter.cpu_linear import onednn_is_faster, use_fast_linear
 from tiltmeter.errors import UserError
-from tiltmeter.lora import check_adapters, check_lora, insert_adapters, reads_weights
-from tiltmeter.sharded_weights import EmptyModel
-from tiltmeter.verification import settle_packing
 
 _DIGESTED: tuple[Split, ...] = ("train", "val")
 
 
-class LogProbModule(PairMetrics):
+class LogProbModule(ModelBuilding):
     """Base of everything trained on sequence log-probs with whole optimizer steps as batches.
 
     Optimization is manual: a batch is an optimizer step, cut into micro-batches by length, and gradients are the exact
@@ -84,13 +69,18 @@ class LogProbModule(PairMetrics):
         max_skipped_steps: int = 3,
         spike_sigmas: float | None = 6.0,
     ) -> None:
-        super().__init__()
+        super().__init__(
+            freeze_embeddings=freeze_embeddings,
+            chunk_tokens=chunk_tokens,
+            lora=lora,
+            activation_checkpointing=activation_checkpointing,
+            compile_blocks=compile_blocks,
+        )
         check_number("learning_rate", learning_rate, 0, math.inf, above=True)
         check_number("weight_decay", weight_decay, 0, math.inf)
         check_number(
             "gradient_clip_norm", 1 if gradient_clip_norm is None else gradient_clip_norm, 0, math.inf, above=True
         )
-        check_number("chunk_tokens", 1 if chunk_tokens is None else chunk_tokens, 1, math.inf)
         check_number("max_skipped_steps", max_skipped_steps, 0, math.inf)
         check_number("spike_sigmas", 1 if spike_sigmas is None else spike_sigmas, 0, math.inf, above=True)
         for beta in betas:
@@ -105,105 +95,12 @@ class LogProbModule(PairMetrics):
         self.warmup_share = warmup_share
         self.schedule: Schedule = schedule
         self.gradient_clip_norm = gradient_clip_norm
-        self.freeze_embeddings = freeze_embeddings
-        self.chunk_tokens = chunk_tokens
-        if lora is not None:
-            check_lora(lora, freeze_embeddings=freeze_embeddings)
-        self.lora = lora
-        self.activation_checkpointing = activation_checkpointing
-        self.compile_blocks = compile_blocks
-        self.policy: Policy | None = None
         self.guard = StepGuard(max_skipped_steps=max_skipped_steps, spike_sigmas=spike_sigmas)
         self.throughput = Throughput()
-        self._build_model: PolicyBuilder | None = None
-        self._build_empty: EmptyBuilder = lambda: None
 
     @abstractmethod
     def divisor(self, step: StepBatch) -> int:
         """What the step's summed objective is divided by."""
-
-    def attach_model(self, build: PolicyBuilder, build_empty: EmptyBuilder = lambda: None) -> None:
-        """Say how the model is built; it is built in :meth:`configure_model`, once the process group exists.
-
-        Args:
-            build: makes it whole.
-            build_empty: makes it without weights, to be sharded before each process reads its share of them; None from it:
-                not possible, and every process makes it whole first.
-        """
-        self._build_model = build
-        self._build_empty = build_empty
-
-    @property
-    def trained_policy(self) -> Policy:
-        """The model, once built."""
-        assert self.policy is not None, "configure_model() comes first"
-        return self.policy
-
-    def configure_model(self) -> None:
-        """Build, freeze, shard and check the model; does nothing the second time."""
-        if self.policy is not None:
-            return
-        empty = self._empty_model() if self.device_mesh is not None else None
-        model = self.build_model() if empty is None else empty.model
-        if self.lora is not None:
-            with torch.device("cpu"):  # the same random adapters everywhere
-                insert_adapters(model, self.lora)
-        if self.freeze_embeddings:
-            freeze_embeddings(model)
-        if self.activation_checkpointing:
-            checkpoint_activations(model)
-        policy = Policy(model, chunk_tokens=self.chunk_tokens)
-        if self.device_mesh is not None:
-            mixed = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
-            shard(policy, self.device_mesh["data_parallel"], block_dtype=mixed)
-        if empty is not None:
-            empty.read_weights(self.trainer.strategy.root_device)
-        if self.device_mesh is not None:
-            self.trainer.precision_plugin.convert_module(policy)  # bf16-true: FSDP2 settles dtypes at the first forward
-        self._check_model(policy)
-        if self.compile_blocks:
-            compile_blocks(model)
-        elif onednn_is_faster():
-            use_fast_linear(model)
-        self.policy = policy
-        self.policy.train()  # no dropout anywhere; train mode only lets activation checkpointing work
-
-    def _empty_model(self) -> EmptyModel | None:
-        """None where the model has to be made whole: adapters that begin from its weights, or it can't be made empty."""
-        if self.lora is not None and reads_weights(self.lora):
-            return None
-        return self._build_empty()
-
-    def _check_model(self, policy: Policy) -> None:
-        """Settle packing and verify what is computed, on the model where it is: whole, or sharded and on all processes alike."""
-        data = self.data
-        is_sharded = self.device_mesh is not None
-
-        def check(model: PreTrainedModel) -> None:
-            data.packs = settle_packing(model, data.active_layout, data.packed, max_length=data.max_length)
-            if self.lora is not None:
-                check_adapters(model)
-
-        with (
-            torch.device(policy.model.device),
-            self.trainer.precision_plugin.forward_context() if is_sharded else nullcontext(),
-        ):
-            policy.run(check)
-        if isinstance(policy, FSDPModule):
-            policy.reshard()  # FSDP2 leaves the root whole after a forward; the optimizer takes the shards
-        self.on_model_built(policy.model)
-
-    def build_model(self) -> PreTrainedModel:
-        """A new model as it is before training, whole and without adapters.
-
-        On the CPU whatever device Lightning made the default: the same random base everywhere; it moves the model afterwards.
-        """
-        assert self._build_model is not None, "attach_model() comes first"
-        with torch.device("cpu"):
-            return self._build_model()
-
-    def on_model_built(self, model: PreTrainedModel) -> None:
-        """Called with the model as it is before training, on every process; it may be sharded and have adapters."""
 
     def configure_optimizers(self) -> Any:
         """AdamW with warm-up and a schedule over all optimizer steps."""
