@@ -1,8 +1,7 @@
-"""Faults that a forked run can be given: each is installed before the run starts and strikes once."""
+"""Faults that a forked run can be given (``before`` of :func:`tests.cli.run_train`): installed first, each strikes once."""
 
 import os
 import signal
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +62,3 @@ def full_disk(step: int) -> None:
             raise OSError(28, "No space left on device", str(path))
 
     torch.save = failing  # type: ignore[assignment]
-
-
-FAULTS: Mapping[str, Callable[[Any], object]] = {
-    function.__name__: function for function in (kill_inside_step, kill_before_step, kill_while_saving, full_disk)
-}
