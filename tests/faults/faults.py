@@ -62,3 +62,25 @@ def full_disk(step: int) -> None:
             raise OSError(28, "No space left on device", str(path))
 
     torch.save = failing  # type: ignore[assignment]
+
+
+def broken_wandb(step: int) -> None:
+    """W&B has no server, refuses every row from ``step`` steps on and can't finish."""
+    import wandb
+
+    init, log = wandb.init, wandb.Run.log
+
+    def without_server(*args: Any, mode: str, **options: Any) -> wandb.Run:
+        if mode == "online":
+            raise wandb.errors.CommError("no network")
+        return init(*args, mode=mode, **options)
+
+    def refusing(self: wandb.Run, data: dict[str, Any], *args: Any, **options: Any) -> None:
+        if data["trainer/global_step"] >= step:
+            raise TypeError("broken table")
+        log(self, data, *args, **options)
+
+    def not_finishing(self: wandb.Run, *args: Any, **options: Any) -> None:
+        raise ConnectionError("no network")
+
+    wandb.init, wandb.Run.log, wandb.Run.finish = without_server, refusing, not_finishing  # type: ignore[assignment]
