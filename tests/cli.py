@@ -4,11 +4,16 @@ import csv
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from subprocess import CompletedProcess
 
-from tests.processes import ROOT, Running, run_script
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig
+
+from launch.configuration import CONF, prepare_overrides
+from tests.processes import ROOT, Running, ranks, run_script, wait_for_all
 
 TINY = (
     "model.architecture.hidden_size=32",
@@ -24,10 +29,47 @@ TINY = (
 
 
 def run_train(
-    *arguments: str, timeout: float = 240, environment: Mapping[str, str] | None = None
+    *arguments: str,
+    timeout: float = 240,
+    environment: Mapping[str, str] | None = None,
+    before: Callable[[], object] | None = None,
 ) -> CompletedProcess[str]:
-    """``python train.py …`` with output captured."""
-    return run_script("train.py", *arguments, environment=environment, timeout=timeout)
+    """``python train.py …`` with output captured; see :class:`tests.processes.Running`."""
+    return run_script("train.py", *arguments, before=before, environment=environment, timeout=timeout)
+
+
+def run_train_on_two(
+    *arguments: str,
+    timeout: float = 240,
+    environment: Mapping[str, str] | None = None,
+    before_second: Callable[[], object] | None = None,
+) -> list[CompletedProcess[str]]:
+    """``python train.py …`` as torchrun starts it twice, forked: no second start of Python, which takes longer than the run.
+
+    Args:
+        arguments: of both.
+        timeout: seconds, after which none may be left.
+        environment: of both, beside torchrun's.
+        before_second: called in the second process first.
+    """
+    started = [
+        Running("train.py", *arguments, environment=known, before=before)
+        for known, before in zip(ranks(environment), (None, before_second), strict=True)
+    ]
+    return wait_for_all(started, timeout)
+
+
+def run_train_together(*arguments: str) -> CompletedProcess[str]:
+    """The first of :func:`run_train_on_two`, where both end alike."""
+    return _first_of(run_train_on_two(*arguments))
+
+
+def _first_of(ended: Sequence[CompletedProcess[str]]) -> CompletedProcess[str]:
+    """The process that speaks for both, which have to end alike."""
+    first, second = ended
+    assert second.returncode == first.returncode, second.stderr
+    assert second.stdout == "", "only the first process speaks"
+    return first
 
 
 def run_train_by_torchrun(*arguments: str, timeout: float = 240) -> CompletedProcess[str]:
@@ -59,10 +101,15 @@ def run_train_by_srun(*arguments: str, timeout: float = 240) -> CompletedProcess
         Running("train.py", *arguments, environment=job | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank})
         for rank in "01"
     ]
-    first, second = (task.wait(timeout) for task in tasks)
-    assert second.returncode == first.returncode, second.stderr
-    assert second.stdout == "", "only the first process speaks"
-    return first
+    return _first_of(wait_for_all(tasks, timeout))
+
+
+def composed(*arguments: str) -> DictConfig:
+    """The configuration of ``python train.py …``, composed in this process."""
+    overrides = prepare_overrides(arguments, config_name="train")
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("train", overrides=overrides)
 
 
 def only_run(root: Path, experiment: str = "tiny_synthetic") -> Path:

@@ -10,20 +10,27 @@ import os
 import runpy
 import shutil
 import signal
+import socket
 import sys
 import tempfile
+import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from subprocess import CompletedProcess, TimeoutExpired
+from typing import Any
 
+import torch
 from lightning.fabric.utilities.rank_zero import _get_rank, rank_zero_only
 
 ROOT = Path(__file__).resolve().parent.parent
+N_RANKS = 2
 PRELOADED = (
     "launch.training",
     "launch.analyzing",
     "transformers.models.llama.modeling_llama",
+    "peft",
     "wandb",
     "torch._dynamo",
 )
@@ -34,12 +41,11 @@ _PER_PROCESS = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
 """What a launcher says to one process, which another run in this one may have left behind."""
 
 
-class Running:
-    """A started script.
+class Forked:
+    """A function called in a process of its own.
 
     Args:
-        script: below the root of the project.
-        arguments: of its command line.
+        work: can be pickled; its end is that of a script, also where it raises.
         folder: it works in; None: the root.
         environment: beside the one of this process, without those of value None; one thread and a terminal of 160 columns
             are set already.
@@ -47,19 +53,19 @@ class Running:
 
     def __init__(
         self,
-        script: str,
-        *arguments: str,
+        work: Callable[[], object],
+        *,
         folder: Path | None = None,
         environment: Mapping[str, str | None] | None = None,
     ) -> None:
-        self.arguments = (str(ROOT / script), *arguments)
+        self.work = work
         self._said = Path(tempfile.mkdtemp())
         self.stdout, self.stderr = self._said / "stdout", self._said / "stderr"
         kept = {name: value for name, value in os.environ.items() if name not in _PER_PROCESS}
         asked = kept | {"OMP_NUM_THREADS": "1", "COLUMNS": "160"} | dict(environment or {})
         known = {name: value for name, value in asked.items() if value is not None}
-        work = (self.arguments, str(folder or ROOT), known, str(self.stdout), str(self.stderr))
-        self._process = _forks.Process(target=_run_script, args=work, daemon=False)
+        place = (str(folder or ROOT), known, str(self.stdout), str(self.stderr))
+        self._process = _forks.Process(target=_run, args=(work, *place), daemon=False)
         self._process.start()
         assert self._process.pid is not None
         self.pid: int = self._process.pid
@@ -78,32 +84,101 @@ class Running:
         Raises:
             TimeoutExpired: it had to be killed after so many seconds.
         """
-        self._process.join(timeout)
+        self._process.join(max(timeout, 0))
         in_time = not self._process.is_alive()
         self._process.kill()
         self._process.join()
         said = [path.read_text(encoding="utf-8", errors="replace") for path in (self.stdout, self.stderr)]
         shutil.rmtree(self._said)
         if not in_time:
-            raise TimeoutExpired(self.arguments, timeout, *said)
+            raise TimeoutExpired(str(self.work), timeout, *said)
         code = self._process.exitcode
         assert code is not None
-        return CompletedProcess(self.arguments, code, *said)
+        return CompletedProcess(self.work, code, *said)
+
+
+class Running(Forked):
+    """A started script.
+
+    Args:
+        script: below the root of the project.
+        arguments: of its command line.
+        before: called in its process first, a fault to be installed for one; can be pickled.
+        folder: as of :class:`Forked`.
+        environment: likewise.
+    """
+
+    def __init__(
+        self,
+        script: str,
+        *arguments: str,
+        before: Callable[[], object] | None = None,
+        folder: Path | None = None,
+        environment: Mapping[str, str | None] | None = None,
+    ) -> None:
+        work = partial(_run_script, str(ROOT / script), *arguments, before=before)
+        super().__init__(work, folder=folder, environment=environment)
 
 
 def run_script(
     script: str,
     *arguments: str,
+    before: Callable[[], object] | None = None,
     folder: Path | None = None,
     environment: Mapping[str, str | None] | None = None,
     timeout: float = 240,
 ) -> CompletedProcess[str]:
     """``python SCRIPT …`` to its end, with output captured; see :class:`Running`."""
-    return Running(script, *arguments, folder=folder, environment=environment).wait(timeout)
+    return Running(script, *arguments, before=before, folder=folder, environment=environment).wait(timeout)
 
 
-def _run_script(arguments: tuple[str, ...], folder: str, known: dict[str, str], stdout: str, stderr: str) -> None:
-    """In the forked process: become ``python SCRIPT …``."""
+def run_on_ranks(
+    function: Callable[..., object],
+    *arguments: Any,
+    environment: Mapping[str, str] | None = None,
+    timeout: float = 240,
+) -> list[CompletedProcess[str]]:
+    """Call ``function(rank, *arguments)`` in two processes, to the end of both; see :class:`Forked` and :func:`wait_for_all`."""
+    started = [
+        Forked(partial(function, rank, *arguments), environment=known) for rank, known in enumerate(ranks(environment))
+    ]
+    return wait_for_all(started, timeout)
+
+
+def ranks(environment: Mapping[str, str] | None = None) -> list[dict[str, str]]:
+    """What torchrun says to each of two processes on one machine, beside the environment given; their port was free."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": "0"}
+    job |= {"WORLD_SIZE": str(N_RANKS), "LOCAL_WORLD_SIZE": str(N_RANKS), **(environment or {})}
+    return [job | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(N_RANKS)]
+
+
+def wait_for_all(started: Sequence[Forked], timeout: float) -> list[CompletedProcess[str]]:
+    """Output and exit code of each.
+
+    Raises:
+        TimeoutExpired: not all had ended after so many seconds; none is left running.
+    """
+    end, ended, late = time.monotonic() + timeout, [], None
+    for process in started:
+        try:
+            ended.append(process.wait(end - time.monotonic()))
+        except TimeoutExpired as error:
+            late = late or error
+    if late is not None:
+        raise late
+    return ended
+
+
+def codes(ended: Sequence[CompletedProcess[str]]) -> list[int]:
+    """Exit codes."""
+    return [one.returncode for one in ended]
+
+
+def _run(work: Callable[[], object], folder: str, known: dict[str, str], stdout: str, stderr: str) -> None:
+    """In the forked process: become one that was started for this alone."""
     for number, path in ((0, os.devnull), (1, stdout), (2, stderr)):
         file = os.open(path, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, number)
@@ -111,8 +186,7 @@ def _run_script(arguments: tuple[str, ...], folder: str, known: dict[str, str], 
     os.environ.clear()
     os.environ.update(known)
     os.chdir(folder)
-    sys.argv = list(arguments)
-    sys.path.insert(0, str(Path(arguments[0]).parent))
+    torch.set_num_threads(int(known["OMP_NUM_THREADS"]))  # which was read when torch was imported
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     atexit._clear()  # folders that libraries made on import are not this process's to remove
@@ -121,6 +195,15 @@ def _run_script(arguments: tuple[str, ...], folder: str, known: dict[str, str], 
     weakref.finalize._registered_with_atexit = False
     rank_zero_only.rank = _get_rank() or 0  # as it would be when Lightning is imported
     try:
-        runpy.run_path(arguments[0], run_name="__main__")
+        work()
     finally:
         atexit._run_exitfuncs()
+
+
+def _run_script(path: str, *arguments: str, before: Callable[[], object] | None) -> None:
+    """In the forked process: ``python SCRIPT …``."""
+    sys.argv = [path, *arguments]
+    sys.path.insert(0, str(Path(path).parent))
+    if before is not None:
+        before()
+    runpy.run_path(path, run_name="__main__")

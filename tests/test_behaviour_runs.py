@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from tests.callbacks.test_judge_in_training import CANARY, no_canary, says
-from tests.cli import TINY, logged, only_run, run_train
+from tests.cli import TINY, logged, only_run, run_train, run_train_together
 from tests.tiltmeter.scoring.stub_endpoint import StubEndpoint, slow
 from tests.wandb_file import history_rows
 from tiltmeter.scoring.behaviour_table import FIGURES, SAMPLES, read_table
@@ -31,7 +31,8 @@ TWO_PROCESSES = ("trainer.accelerator=cpu", "trainer.devices=2", "trainer.precis
 def train(root: Path, *options: str) -> Path:
     folder = root / "tiny_synthetic"
     before = set(folder.iterdir()) if folder.exists() else set()
-    done = run_train(*options, f"runs_root={root}")
+    launch = run_train_together if "trainer.devices=2" in options else run_train
+    done = launch(*options, f"runs_root={root}")
     assert done.returncode == 0, done.stderr
     (run,) = set(folder.iterdir()) - before
     return run

@@ -9,7 +9,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.cli import TINY, logged, metrics_of, only_run, run_train, run_train_by_srun, run_train_by_torchrun
+from tests.cli import (
+    TINY,
+    logged,
+    metrics_of,
+    only_run,
+    run_train,
+    run_train_by_srun,
+    run_train_by_torchrun,
+    run_train_together,
+)
 
 pytestmark = pytest.mark.slow
 # 13 pairs a step: uneven shares on two processes, and fillers where one has fewer micro-batches.
@@ -40,6 +49,7 @@ LAUNCHERS: dict[str, Callable[..., subprocess.CompletedProcess[str]]] = {
     "python": run_train,
     "torchrun": run_train_by_torchrun,
     "srun": run_train_by_srun,
+    "forked": run_train_together,
 }
 
 
@@ -72,10 +82,10 @@ def test_a_sharded_run_resumes_with_more_steps_where_the_uninterrupted_one_would
     )
     common = (*TINY, *steady, "trainer=fsdp", *TWO_PROCESSES, f"runs_root={tmp_path}", "trainer.val_check_interval=2")
     for arguments in ((*common, "trainer.max_steps=4"), (*common, "trainer.max_steps=2")):
-        done = run_train(*arguments)
+        done = run_train_together(*arguments)
         assert done.returncode == 0, done.stderr
     whole, part = sorted((tmp_path / "tiny_synthetic").iterdir())
-    resumed = run_train(*common, "trainer.max_steps=4", "ckpt_path=last")
+    resumed = run_train_together(*common, "trainer.max_steps=4", "ckpt_path=last")
     assert resumed.returncode == 0, resumed.stderr
     assert logged(part, "train/loss") == pytest.approx(logged(whole, "train/loss"), rel=1e-6)
 
@@ -88,16 +98,17 @@ def _is_single(run: Path) -> bool:
     return "strategy" not in (run / "config.yaml").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
+@pytest.mark.parametrize(("trainer", "launcher"), [("ddp", "forked"), ("fsdp", "python")])
 def test_a_base_is_trained_by_two_processes_too_and_wrong_input_is_said_once(
-    trainer: str, tmp_path: Path, single: Path
+    trainer: str, launcher: str, tmp_path: Path, single: Path
 ) -> None:
-    done = run_train(*TINY, *STEPS, f"trainer={trainer}", *TWO_PROCESSES, f"runs_root={tmp_path}")
+    launch = LAUNCHERS[launcher]
+    done = launch(*TINY, *STEPS, f"trainer={trainer}", *TWO_PROCESSES, f"runs_root={tmp_path}")
     assert done.returncode == 0, done.stderr
     assert "Base: trained by SFT" in done.stdout
     base, theirs = (load_file(root / "base" / "model.safetensors") for root in (only_run(tmp_path), first_run(single)))
     for name in theirs:
         torch.testing.assert_close(base[name], theirs[name], rtol=0, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
-    resumed = run_train(*TINY, *STEPS, f"trainer={trainer}", *TWO_PROCESSES, f"runs_root={tmp_path}", "seed=-1x")
-    assert resumed.returncode == 2
-    assert len(resumed.stderr.strip().splitlines()) == 1
+    refused = launch(*TINY, *STEPS, f"trainer={trainer}", *TWO_PROCESSES, f"runs_root={tmp_path}", "seed=-1x")
+    assert refused.returncode == 2
+    assert len(refused.stderr.strip().splitlines()) == 1

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.cli import TINY, metrics_of, run_train
+from tests.cli import TINY, metrics_of, run_train, run_train_together
 from tiltmeter.capture import ReadPoint
 from tiltmeter.snapshots import BASE, SnapshotReader
 
@@ -39,7 +39,8 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(root: Path, *options: str) -> Path:
     folder = root / "tiny_synthetic"
     before = set(folder.iterdir()) if folder.exists() else set()
-    done = run_train(*RUN, *options, f"runs_root={root}")
+    launch = run_train_together if "trainer.devices=2" in options else run_train
+    done = launch(*RUN, *options, f"runs_root={root}")
     assert done.returncode == 0, done.stderr
     (run,) = set(folder.iterdir()) - before
     return run

@@ -1,8 +1,7 @@
-"""Faults that a forked run can be given: each is installed before the run starts and strikes once."""
+"""Faults that a forked run can be given (``before`` of :func:`tests.cli.run_train`): installed first, each strikes once."""
 
 import os
 import signal
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +64,23 @@ def full_disk(step: int) -> None:
     torch.save = failing  # type: ignore[assignment]
 
 
-FAULTS: Mapping[str, Callable[[Any], object]] = {
-    function.__name__: function for function in (kill_inside_step, kill_before_step, kill_while_saving, full_disk)
-}
+def broken_wandb(step: int) -> None:
+    """W&B has no server, refuses every row from ``step`` steps on and can't finish."""
+    import wandb
+
+    init, log = wandb.init, wandb.Run.log
+
+    def without_server(*args: Any, mode: str, **options: Any) -> wandb.Run:
+        if mode == "online":
+            raise wandb.errors.CommError("no network")
+        return init(*args, mode=mode, **options)
+
+    def refusing(self: wandb.Run, data: dict[str, Any], *args: Any, **options: Any) -> None:
+        if data["trainer/global_step"] >= step:
+            raise TypeError("broken table")
+        log(self, data, *args, **options)
+
+    def not_finishing(self: wandb.Run, *args: Any, **options: Any) -> None:
+        raise ConnectionError("no network")
+
+    wandb.init, wandb.Run.log, wandb.Run.finish = without_server, refusing, not_finishing  # type: ignore[assignment]

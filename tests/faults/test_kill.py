@@ -3,14 +3,16 @@
 import hashlib
 import random
 import shutil
-from collections.abc import Iterator
+import signal
+from functools import partial
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
 
-from tests.cli import TINY, logged, metrics_of
-from tests.faults.forked import KILLED, Ended, Forkery
+from tests.cli import TINY, logged, metrics_of, only_run, run_train, run_train_on_two
+from tests.faults.faults import kill_before_step, kill_inside_step, kill_while_saving
 
 pytestmark = pytest.mark.slow
 RUN = (
@@ -31,26 +33,26 @@ TWO_RANKS = (
     "trainer.max_epochs=1",
 )
 N_STEPS = 24
+KILLED = -signal.SIGKILL
 OF_THE_CLOCK = ("throughput/tokens_per_second", "throughput/pairs_per_second")
 
 
 @pytest.fixture(scope="module")
-def forkery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forkery]:
-    with Forkery(tmp_path_factory.mktemp("forked")) as server:
-        yield server
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("killed")
 
 
 @pytest.fixture(scope="module")
-def golden(forkery: Forkery) -> Path:
+def golden(place: Path) -> Path:
     """A run that nothing happens to."""
-    finished(forkery.run(*RUN, root(forkery, "golden")))
-    return run_below(forkery, "golden")
+    finished(run_train(*RUN, root(place, "golden")))
+    return only_run(place / "golden")
 
 
-def root(forkery: Forkery, name: str) -> str:
+def root(place: Path, name: str) -> str:
     """Runs of their own folder, and the base of all."""
-    folder = forkery.folder / name
-    shared = forkery.folder / "cache"
+    folder = place / name
+    shared = place / "cache"
     shared.mkdir(exist_ok=True)
     folder.mkdir(exist_ok=True)
     if not (folder / "cache").exists():
@@ -58,14 +60,9 @@ def root(forkery: Forkery, name: str) -> str:
     return f"runs_root={folder}"
 
 
-def run_below(forkery: Forkery, name: str) -> Path:
-    (run,) = (forkery.folder / name / "tiny_synthetic").iterdir()
-    return run
-
-
-def finished(*ended: Ended) -> None:
+def finished(*ended: CompletedProcess[str]) -> None:
     for one in ended:
-        assert one.code == 0, one.stderr
+        assert one.returncode == 0, one.stderr
 
 
 def recorded(run: Path) -> list[dict[str, Any]]:
@@ -78,18 +75,19 @@ def sha256_of_weights(run: Path) -> str:
 
 
 def test_f1_f6_killed_at_random_steps_and_inside_a_save_a_run_ends_as_if_nothing_had_happened(
-    forkery: Forkery, golden: Path
+    place: Path, golden: Path
 ) -> None:
     steps = sorted(random.Random(3).sample(range(1, N_STEPS), 5))
     assert N_STEPS // 2 in steps, "one of them where an epoch ends: what is resumed there is killed and resumed again"
-    faults = [{"kill_inside_step" if step % 4 else "kill_before_step": step} for step in steps]
-    faults.append({"kill_while_saving": steps[-1] // 2 * 2 + 2})
-    where = root(forkery, "killed")
+    faults = [partial(kill_inside_step if step % 4 else kill_before_step, step) for step in steps]
+    faults.append(partial(kill_while_saving, steps[-1] // 2 * 2 + 2))
+    where = root(place, "killed")
     for i, fault in enumerate(faults):
-        assert forkery.run(*RUN, where, *(["ckpt_path=last"] if i else []), fault=fault).code == KILLED, fault
-    last = forkery.run(*RUN, where, "ckpt_path=last")
+        killed = run_train(*RUN, where, *(["ckpt_path=last"] if i else []), before=fault)
+        assert killed.returncode == KILLED, (fault, killed.stderr)
+    last = run_train(*RUN, where, "ckpt_path=last")
     finished(last)
-    run = run_below(forkery, "killed")
+    run = only_run(place / "killed")
     assert ".partial-" in last.stdout.split("Removed: ")[1].splitlines()[0]
     assert "Lock taken over: process" in last.stdout
     assert recorded(run) == recorded(golden)
@@ -99,30 +97,30 @@ def test_f1_f6_killed_at_random_steps_and_inside_a_save_a_run_ends_as_if_nothing
     )
 
 
-def test_f2_f24_one_of_two_ranks_killed_ends_both_and_they_go_on_alike_or_alone(forkery: Forkery) -> None:
+def test_f2_f24_one_of_two_ranks_killed_ends_both_and_they_go_on_alike_or_alone(place: Path) -> None:
     arguments = (*RUN, *TWO_RANKS)
-    finished(*forkery.two_ranks(*arguments, root(forkery, "two")))
-    whole = run_below(forkery, "two")
+    finished(*run_train_on_two(*arguments, root(place, "two")))
+    whole = only_run(place / "two")
 
-    first, second = forkery.two_ranks(*arguments, root(forkery, "one_dies"), fault_of_second={"kill_inside_step": 7})
-    assert second.code == KILLED
-    assert first.code > 0, "the peer notices at once, not after the half hour that gloo waits for a message"
-    part = run_below(forkery, "one_dies")
-    alone = forkery.folder / "alone" / "tiny_synthetic" / part.name
-    root(forkery, "alone")
+    first, second = run_train_on_two(*arguments, root(place, "one_dies"), before_second=partial(kill_inside_step, 7))
+    assert second.returncode == KILLED
+    assert first.returncode > 0, "the peer notices at once, not after the half hour that gloo waits for a message"
+    part = only_run(place / "one_dies")
+    alone = place / "alone" / "tiny_synthetic" / part.name
+    root(place, "alone")
     shutil.copytree(part, alone, symlinks=True)
 
-    finished(*forkery.two_ranks(*arguments, root(forkery, "one_dies"), "ckpt_path=last"))
+    finished(*run_train_on_two(*arguments, root(place, "one_dies"), "ckpt_path=last"))
     assert recorded(part) == recorded(whole)
     assert sha256_of_weights(part) == sha256_of_weights(whole)
 
     changed = (
         "trainer.max_epochs=1",
         "datamodule.tokens_per_micro_batch=700",
-        root(forkery, "alone"),
+        root(place, "alone"),
         "ckpt_path=last",
     )
-    resumed = forkery.run(*RUN, *changed)
+    resumed = run_train(*RUN, *changed)
     finished(resumed)
     assert "Processes: 1 now, 2 when the checkpoint was saved" in resumed.stdout
     assert "Changed: datamodule.tokens_per_micro_batch was 400, now 700 (the same steps" in resumed.stdout

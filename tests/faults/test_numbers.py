@@ -12,7 +12,7 @@ from lightning_modules.ddp_strategy import InPlaceDDPStrategy
 from lightning_modules.dpo import DPOModule
 from lightning_modules.fsdp_strategy import FSDP2Strategy
 from tests.faults.faulty import Kept, poison
-from tests.faults.ranks import N_RANKS, run_ranks, said
+from tests.processes import N_RANKS, codes, run_on_ranks
 from tests.tiny_models import fit, make_data
 from tiltmeter.errors import NumericalStop
 
@@ -45,10 +45,18 @@ def wrong_on_rank_1(rank: int, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    assert run_ranks(wrong_on_rank_1, folder, folder=folder) == [0, 0], said(folder)
-    return folder, [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(N_RANKS)]
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def ranks(folder: Path) -> tuple[list[str], list[dict[str, Any]]]:
+    """What each process said and found."""
+    ended = run_on_ranks(wrong_on_rank_1, folder)
+    assert codes(ended) == [0, 0], ended
+    return [one.stdout + one.stderr for one in ended], [
+        torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(N_RANKS)
+    ]
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
@@ -76,11 +84,10 @@ def test_a_spike_on_one_process_is_skipped_by_both_once_there_are_64_steps_to_co
     assert_close(ranks[1][0]["spike"]["weights"], ranks[1][1]["spike"]["weights"], rtol=0, atol=0)
 
 
-def test_the_first_process_names_the_other_one_s_pairs_and_both_stop_at_the_same_step(ranks: Any) -> None:
-    folder, _ = ranks
+def test_the_first_process_names_the_other_one_s_pairs_and_both_stop_at_the_same_step(ranks: Any, folder: Path) -> None:
+    spoken, _ = ranks
     stops = [(folder / f"{rank}.stop").read_text(encoding="utf-8") for rank in range(N_RANKS)]
     assert stops[0] == stops[1]
     assert stops[0].startswith("step 1: loss or gradient not finite (memory/")
-    spoken = said(folder)
     assert "step 2: loss or gradient not finite (memory/" in spoken[0]
     assert "skipped" not in spoken[1]

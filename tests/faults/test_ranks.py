@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli import TINY, run_train
-from tests.faults.ranks import run_ranks, said, train_on_rank
+from tests.cli import TINY, composed, run_train
+from tests.processes import codes, run_on_ranks
 
 pytestmark = pytest.mark.slow
 JOB = (*TINY, "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true")
@@ -36,15 +36,16 @@ def start_differently(rank: int, folder: Path) -> None:
         options = ["module.beta=0.2"] if other == "options" else []
         options += ["datamodule.pairs_per_step=1"] if what == "too few pairs" else []
         with pytest.raises(SystemExit) as ended:
-            train_on_rank(rank, *JOB, f"runs_root={folder / what}", *options)
+            launch.training.train(composed(*JOB, f"runs_root={folder / what}", *options))
         codes.append(ended.value.code)
         launch.training._checkpoint_to_resume = find
     assert codes == [2] * len(DIFFERENT)
 
 
 def test_processes_that_disagree_all_stop_before_training_and_the_first_one_says_why(tmp_path: Path) -> None:
-    assert run_ranks(start_differently, tmp_path, folder=tmp_path, limit=300) == [0, 0], said(tmp_path)
-    spoken = [[line for line in text.splitlines() if line.startswith("tiltmeter:")] for text in said(tmp_path)]
+    ended = run_on_ranks(start_differently, tmp_path)
+    assert codes(ended) == [0, 0], ended
+    spoken = [[line for line in one.stderr.splitlines() if line.startswith("tiltmeter:")] for one in ended]
     assert spoken[1] == []
     for line, words in zip(
         spoken[0],

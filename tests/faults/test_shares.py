@@ -18,8 +18,8 @@ from callbacks.random_state import RandomState
 from callbacks.training_alarms import TrainingAlarms
 from tests.callbacks.memory_logger import MemoryLogger
 from tests.callbacks.watched import dpo
-from tests.faults.ranks import composed, run_ranks, said
-from tests.processes import ROOT
+from tests.cli import composed
+from tests.processes import ROOT, codes, run_on_ranks
 from tests.tiny_models import fit, lightning_warnings, make_data
 from tiltmeter.errors import UserError
 
@@ -69,7 +69,8 @@ def train_as_one_of_two(rank: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
-    assert run_ranks(train_as_one_of_two, folder, folder=folder) == [0, 0], said(folder)
+    ended = run_on_ranks(train_as_one_of_two, folder)
+    assert codes(ended) == [0, 0], ended
     return folder
 
 
