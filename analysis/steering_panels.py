@@ -24,7 +24,7 @@ _SITE_LOOKS = (("policy_dark", "o"), ("policy", "s"), ("policy_light", "^"))
 """Colour and mark, so that sites can be told apart without colour."""
 _ASIDE = 0.012
 """Share of the span of λ by which curves stand beside each other, so that none hides another's interval."""
-_LEGEND_ABOVE = 1.95
+_LEGEND_ABOVE = 2.4
 """Upper end of the axis of R, whose values end at 1: the legend stands between."""
 _LINES = {V_STAR: "-", V_BAR: "--"}
 GOALS = {"interpolation": "aligned model", "inversion": "base"}
@@ -42,7 +42,7 @@ _NAMES = {
     "shuffled_layer": "v* of another layer",
 }
 _SHORT = {FINAL_PRE_NORM: "last layer", FINAL_POST_NORM: "logit bias"}
-"""Sites in a legend; after the final norm, steering is nothing but a logit bias."""
+"""Sites in a legend or table; after the final norm, steering is nothing but a logit bias."""
 _AT_RESPONSES = ("difference_of_means", "probe")
 """Kinds that are always read there, so that their names need not say it."""
 _LONGEST = 26
@@ -188,6 +188,15 @@ def vector_name(name: str) -> str:
     return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
 
 
+def short_site(site: str) -> str:
+    """A site where there is little room.
+
+    >>> short_site("layer_03"), short_site("final_post_norm")
+    ('layer 3', 'logit bias')
+    """
+    return _SHORT.get(site, site_name(site))
+
+
 def _draw_lines(axes: Axes, table: pd.DataFrame, direction: str, metric: str, *, band: bool = True) -> None:
     """Every vector of the sites drawn with its interval; behind them from least to largest random control."""
     sites = drawn_sites(table)
@@ -221,7 +230,7 @@ def _draw_lines(axes: Axes, table: pd.DataFrame, direction: str, metric: str, *,
             marker=shape,
             markersize=2.5,
             color=COLOURS[colour],
-            label=f"{vector_name(vector)} {_SHORT.get(site, site_name(site))}",
+            label=f"{vector_name(vector)} {short_site(site)}",
         )
     room = (high - low) * _ASIDE * (len(curves) + 1) / 2
     axes.set_xlim(low - room, high + room)

@@ -28,6 +28,7 @@ from analysis.steering_panels import (
     draw_recovery,
     drawn_sites,
     rows_of,
+    short_site,
     value_at,
     vector_name,
 )
@@ -125,7 +126,7 @@ def shown_table(table: pd.DataFrame, effects: pd.DataFrame) -> pd.DataFrame:
         lines.append(
             {
                 "vector": f"{vector_name(vector)}, {HOW[direction]}",
-                "site": site_name(site),
+                "site": short_site(site),
                 "R": as_text(at_norm["value"], ".2f"),
                 "R − random": _difference(at_norm, "+.2f"),
                 "verdict": at_norm["verdict"],
