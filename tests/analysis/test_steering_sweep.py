@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from analysis.checkpoints import Checkpoints
+from analysis.figures import COLOURS
 from analysis.steering_directions import V_BAR, V_STAR, split_by_prompt
 from analysis.steering_panels import best_site, ceiling
 from analysis.steering_section import steering_section
@@ -329,11 +330,29 @@ def test_what_could_not_be_scored_is_seen_and_taken_again(asked_about: Checkpoin
     assert "degeneration" not in set(read_sweep(again.path)["metric"]), "and is taken anew"
 
 
+class Unreachable(DegenerationScorer):
+    """A judge that nobody answers for."""
+
+    def start(self) -> None:
+        raise UserError("judge: nobody there")
+
+
+def test_planning_starts_no_scorer_and_starting_does_where_text_is_generated(asked_about: Checkpoints) -> None:
+    options = {"scorers": {"judge": Unreachable()}, "vectors": [], "n_random": 1, "sites": "final_post_norm"}
+    asked = SteeringSweep(**options)
+    assert asked.plan(asked_about).units
+    with pytest.raises(UserError, match="nobody there"):
+        asked.start(asked_about)
+    SteeringSweep(**options, n_generated=0).start(asked_about)
+
+
 def test_the_section_is_drawn_from_the_tables_alone(swept: SweepTable) -> None:
     folder = swept.folder
     section = steering_section(read_sweep(swept.path), read_pairs(folder / PAIRS), read_settings(folder))
     assert section is not None
     assert_legible(section)
+    drawn = {line.get_color() for axes in section.figure.axes for line in axes.lines}
+    assert not drawn & {COLOURS[arm] for arm in ("sft_chosen", "dpo_shuffled", "dpo_swapped")}, "a control's colour"
     assert len(section.sentences) == 7
     assert "at λ = 1; the best of 2 random vectors" in section.sentences[0]
     assert re.match(

@@ -131,6 +131,8 @@ def test_two_checkpoints_are_swept(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_options_without_effect_are_refused(tmp_path: Path, run: Path) -> None:
     with pytest.raises(UserError, match=r"steering\.seed: has no effect here; it is for analysis=steering_sweep"):
         ask(tmp_path, "run=last", "analysis=training", "steering.seed=1")
+    with pytest.raises(UserError, match=r"steering\.dry_run"):
+        ask(tmp_path, "run=last", "analysis=steering_sweep", "+steering.dry_run=true")
     with pytest.raises(UserError, match=r"behaviour\.beta: has no effect here; it is for analysis=behaviour"):
         ask(tmp_path, "run=last", "analysis=steering_sweep", "behaviour.beta=1")
 
