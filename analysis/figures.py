@@ -19,6 +19,7 @@ COLOURS: Mapping[str, str] = {
     "base": "#4d4d4d",
     "policy": "#0072b2",
     "policy_dark": "#00304d",
+    "policy_light": "#8b93d6",
     "chosen": "#009e73",
     "rejected": "#d55e00",
     "sft_chosen": "#e69f00",

@@ -53,10 +53,10 @@ class Section:
 
     name: str
     question: str
-    claim: str = ""
+    claim: str
     sentences: Sequence[str]
-    interval: str = ""
-    limits: Sequence[str] = ()
+    interval: str
+    limits: Sequence[str]
     figure: Figure
     table: pd.DataFrame
     reading: Sequence[str]

@@ -159,12 +159,15 @@ def as_text(value: float, form: str) -> str:
 
     >>> as_text(0.913, "percent"), as_text(0.9965, "percent"), as_text(-0.5, "+.2f"), as_text(-0.001, ".2f")
     ('91\xa0%', '99.7\xa0%', '−0.50', '0.00')
+    >>> as_text(-0.001, "percent")
+    '0\xa0%'
     """
     if abs(value) >= _LARGEST:
         return f"{value:.1e}".replace("-", "−")
     if form == "percent":
         digits = 1 if 0.995 <= value < 1 else 0  # a share short of everything is not 100 %
-        return f"{min(100 * value, 99.9) if digits else 100 * value:.{digits}f}\u00a0%".replace("-", "−")
+        text = f"{min(100 * value, 99.9) if digits else 100 * value:.{digits}f}\u00a0%"
+        return (text[1:] if text.startswith("-0\u00a0") else text).replace("-", "−")
     text = format(value, form)
     if not text.strip("+-0."):
         text = text.replace("-", "" if not form.startswith("+") else "±").replace("+", "±")

@@ -137,7 +137,7 @@ def split_by_prompt(pairs: Sequence[ProbePair], *, seed: int) -> Halves:
     prompts = sorted({pair.group for pair in pairs})
     if len(prompts) < 4:
         raise UserError(
-            f"steering: expected held-out pairs of at least 4 prompts, half to estimate vectors and half to test them, got "
+            f"pairs: expected held-out pairs of at least 4 prompts, half to estimate vectors and half to test them, got "
             f"{len(prompts)}; train with a larger datamodule.probe_pairs, or ask about more pairs with pairs.n_pairs"
         )
     order = np.random.default_rng(seed).permutation(len(prompts))
@@ -154,8 +154,8 @@ def v_star(states: States, site: str, position: Position | None = None) -> Tenso
     found = steering_vector(*states.rows(site, position))
     if not float(found.norm()) > 0:
         raise UserError(
-            f"steering: base and aligned model have the same hidden states at {site}, so there is no v* to steer with; "
-            "give two checkpoints that differ, or other steering.sites"
+            f"aligned: expected a model whose hidden states at {site} are not the base's, got the same ones, so there is no v*; "
+            "give two checkpoints that differ, or other sites"
         )
     return found
 

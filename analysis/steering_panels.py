@@ -20,11 +20,16 @@ from tiltmeter.layers import FINAL_POST_NORM, FINAL_PRE_NORM
 _SITES_DRAWN = 3
 LOWEST = -1.0
 """Recovery is drawn down to here: what leads further away is off the figure, not off the table."""
-_SITE_COLOURS = ("policy_dark", "policy", "dpo_swapped")
+_SITE_LOOKS = (("policy_dark", "o"), ("policy", "s"), ("policy_light", "^"))
+"""Colour and mark, so that sites can be told apart without colour."""
+_ASIDE = 0.012
+"""Share of the span of λ by which curves stand beside each other, so that none hides another's interval."""
+_LEGEND_ABOVE = 2.4
+"""Upper end of the axis of R, whose values end at 1: the legend stands between."""
 _LINES = {V_STAR: "-", V_BAR: "--"}
 GOALS = {"interpolation": "aligned model", "inversion": "base"}
 _DOING = {"interpolation": "Adding", "inversion": "Subtracting"}
-_HOW = {"interpolation": "added", "inversion": "subtracted"}
+HOW = {"interpolation": "added", "inversion": "subtracted"}
 _WORDS = {"interpolation": "added to the base", "inversion": "subtracted from the aligned model"}
 _NAMES = {
     V_BAR: "v̄",
@@ -37,7 +42,7 @@ _NAMES = {
     "shuffled_layer": "v* of another layer",
 }
 _SHORT = {FINAL_PRE_NORM: "last layer", FINAL_POST_NORM: "logit bias"}
-"""Sites in a legend; after the final norm, steering is nothing but a logit bias."""
+"""Sites in a legend or table; after the final norm, steering is nothing but a logit bias."""
 _AT_RESPONSES = ("difference_of_means", "probe")
 """Kinds that are always read there, so that their names need not say it."""
 _LONGEST = 26
@@ -48,12 +53,12 @@ def draw_recovery(axes: Axes, table: pd.DataFrame, *, direction: str) -> str:
     """R over λ for every vector, with intervals and the span of the random controls."""
     _draw_lines(axes, table, direction, "recovery")
     low, _ = axes.get_ylim()
-    axes.set_ylim(max(low, LOWEST), 1.05)
+    axes.set_ylim(max(low, LOWEST), _LEGEND_ABOVE)
+    axes.set_yticks([tick for tick in (-1.0, -0.5, 0.0, 0.5, 1.0) if tick >= max(low, LOWEST)])
     mark_level(axes, 1.0)
     axes.set_ylabel("recovery R")
     axes.legend(
         loc="upper center",
-        bbox_to_anchor=(0.5, 0.96),
         frameon=False,
         fontsize=6,
         ncols=2,
@@ -131,21 +136,22 @@ def draw_effects(axes: Axes, effects: pd.DataFrame, *, direction: str, sites: Se
     for row in shown.itertuples():
         at = list(sites).index(row.site)
         y = names.index(row.vector) + 0.22 * (at - (len(sites) - 1) / 2)
-        _draw_effect(axes, row, y, COLOURS[_SITE_COLOURS[at]])
+        colour, mark = _SITE_LOOKS[at]
+        _draw_effect(axes, row, y, COLOURS[colour], mark)
     axes.set_xlabel("R less that of random vectors")
     own = rows[(rows["vector"] == V_STAR) & (rows["site"] == site)].iloc[0]
     n_above = int((rows["verdict"] == ABOVE).sum())
-    said = f"{n_above} of {len(rows)} vectors and sites recover more than random ones when {_HOW[direction]}"
+    said = f"{n_above} of {len(rows)} vectors and sites recover more than random ones when {HOW[direction]}"
     if not math.isfinite(own["difference"]):
         return f"{said}; v* at {site_name(site)}: {own['verdict']}"
     interval = f"{as_text(own['ci_low'], '+.2f')} to {as_text(own['ci_high'], '+.2f')}"
     return f"{said}; v* at {site_name(site)}: {as_text(own['difference'], '+.2f')} ({interval}), {own['verdict']}"
 
 
-def _draw_effect(axes: Axes, row: Any, y: float, colour: str) -> None:
+def _draw_effect(axes: Axes, row: Any, y: float, colour: str, shape: str) -> None:
     """A mark with its interval; a cross on the line where text collapsed, an arrow where it is off the figure."""
     low, _ = axes.get_xlim()
-    mark: dict[str, Any] = {"marker": "o", "markersize": 3, "color": colour, "linestyle": ""}
+    mark: dict[str, Any] = {"marker": shape, "markersize": 3, "color": colour, "linestyle": ""}
     if row.verdict == COLLAPSED:
         axes.plot([0], [y], **(mark | {"marker": "x"}))
     elif row.difference < low:
@@ -182,6 +188,15 @@ def vector_name(name: str) -> str:
     return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
 
 
+def short_site(site: str) -> str:
+    """A site where there is little room.
+
+    >>> short_site("layer_03"), short_site("final_post_norm")
+    ('layer 3', 'logit bias')
+    """
+    return _SHORT.get(site, site_name(site))
+
+
 def _draw_lines(axes: Axes, table: pd.DataFrame, direction: str, metric: str, *, band: bool = True) -> None:
     """Every vector of the sites drawn with its interval; behind them from least to largest random control."""
     sites = drawn_sites(table)
@@ -197,23 +212,29 @@ def _draw_lines(axes: Axes, table: pd.DataFrame, direction: str, metric: str, *,
             linewidth=0,
             label="random",
         )
-    for site, colour in zip(sites, _SITE_COLOURS, strict=False):
-        for vector, style in _LINES.items():
-            rows = rows_of(table, direction, vector, site, metric)
-            if rows.empty:
-                continue
-            look: dict[str, Any] = {"color": COLOURS[colour]}
-            axes.fill_between(rows["lambda"], rows["ci_low"], rows["ci_high"], alpha=0.2, linewidth=0, **look)
-            axes.plot(
-                rows["lambda"],
-                rows["value"],
-                style,
-                marker="o",
-                markersize=2,
-                label=f"{vector_name(vector)} {_SHORT.get(site, site_name(site))}",
-                **look,
-            )
-    axes.set_xlim(table["lambda"].min(), table["lambda"].max())
+    low, high = table["lambda"].min(), table["lambda"].max()
+    curves = [
+        (vector, site, look, rows)
+        for site, look in zip(sites, _SITE_LOOKS, strict=False)
+        for vector in _LINES
+        if not (rows := rows_of(table, direction, vector, site, metric)).empty
+    ]
+    for i, (vector, site, (colour, shape), rows) in enumerate(curves):
+        aside = (high - low) * _ASIDE * (i - (len(curves) - 1) / 2)
+        axes.vlines(rows["lambda"] + aside, rows["ci_low"], rows["ci_high"], colors=COLOURS[colour], linewidth=0.6)
+        axes.plot(
+            rows["lambda"] + aside,
+            rows["value"],
+            _LINES[vector],
+            linewidth=1.0,
+            marker=shape,
+            markersize=2.5,
+            color=COLOURS[colour],
+            label=f"{vector_name(vector)} {short_site(site)}",
+        )
+    room = (high - low) * _ASIDE * (len(curves) + 1) / 2
+    axes.set_xlim(low - room, high + room)
+    axes.set_xlabel("λ (1: the vector at the length of v*)")
 
 
 def rows_of(table: pd.DataFrame, direction: str, vector: str, site: str | None, metric: str) -> pd.DataFrame:

@@ -16,6 +16,7 @@ from analysis.steering_directions import RANDOM, V_STAR
 from analysis.steering_effects import ABOVE, BELOW, COLLAPSED, EQUAL_KL, EQUAL_NORM, SAME, steering_effects
 from analysis.steering_panels import (
     GOALS,
+    HOW,
     LOWEST,
     best_site,
     ceiling,
@@ -27,6 +28,7 @@ from analysis.steering_panels import (
     draw_recovery,
     drawn_sites,
     rows_of,
+    short_site,
     value_at,
     vector_name,
 )
@@ -84,18 +86,22 @@ def steering_section(table: pd.DataFrame, pairs: pd.DataFrame, settings: Mapping
     with house_style():
         figure, axes = new_figure(len(panels), panel_height_cm=5.6)
         sentences = [draw(panel, table) for draw, panel in zip(panels, axes, strict=True)]
-        axes[-1].set_xlabel("λ (1: the vector at the length of v*)")
         set_titles(figure, axes, sentences)
     return Section(
         name=NAME,
         question="Does moving hidden states along one vector turn the base into the aligned model, and back?",
+        claim="D-STEER, Fig. 2: moving the base’s hidden states along one vector makes its answers the aligned model’s, up to a "
+        "strength from which text falls apart; subtracting v* from the aligned model gives back the base.",
         sentences=sentences,
+        interval=_interval(table, effects, settings),
+        limits=_limits(settings),
         figure=figure,
         table=drawn_numbers(table),
         reading=_reading(table, effects, settings),
         headlines=[_headline(table, effects, direction) for direction in GOALS],
         shown=shown_table(table, effects),
-        caption=f"R at λ = {compared_at(table):g}, beside random vectors at the same site; all comparisons are in {EFFECTS}.csv",
+        caption=f"At λ = {compared_at(table):g}, where v* is best on other pairs, or at the vector’s one site; all sites and "
+        f"comparisons are in {EFFECTS}.csv",
         more_tables={EFFECTS: effects},
     )
 
@@ -106,9 +112,11 @@ def drawn_numbers(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def shown_table(table: pd.DataFrame, effects: pd.DataFrame) -> pd.DataFrame:
-    """The table for the page, as text: a line for each direction, vector and site."""
+    """The table for the page, as text: a line for each direction and vector, where v* is best or at the vector's one site."""
     lines = []
     own = effects[effects["control"] == RANDOM]
+    n_sites = own.groupby(["direction", "vector"])["site"].transform("nunique")
+    own = own[(own["site"] == own["direction"].map({d: best_site(table, d) for d in GOALS})) | (n_sites == 1)]
     for keys, rows in own.groupby(["direction", "vector", "site"], sort=False):
         direction, vector, site = map(str, keys)
         at_norm = rows[(rows["metric"] == "recovery") & (rows["equal"] == EQUAL_NORM)].iloc[0]
@@ -117,9 +125,8 @@ def shown_table(table: pd.DataFrame, effects: pd.DataFrame) -> pd.DataFrame:
         past = ceiling(table, direction, vector, site)
         lines.append(
             {
-                "direction": direction,
-                "vector": vector_name(vector),
-                "site": site_name(site),
+                "vector": f"{vector_name(vector)}, {HOW[direction]}",
+                "site": short_site(site),
                 "R": as_text(at_norm["value"], ".2f"),
                 "R − random": _difference(at_norm, "+.2f"),
                 "verdict": at_norm["verdict"],
@@ -135,6 +142,36 @@ def _difference(row: pd.Series, form: str) -> str:
         return "–"
     low, high = (as_text(row[end], form) for end in ("ci_low", "ci_high"))
     return f"{as_text(row['difference'], form)} ({low} … {high})"
+
+
+def _interval(table: pd.DataFrame, effects: pd.DataFrame, settings: Mapping[str, Any]) -> str:
+    """That of the headline figures, and what all intervals of the section are."""
+    parts = []
+    for direction in GOALS:
+        row = _of_v_star(effects, direction, best_site(table, direction)).iloc[0]
+        parts.append(f"{HOW[direction]} at {site_name(row['site'])}: {_difference(row, '+.2f')}")
+    return (
+        f"R of v* less that of random vectors, {'; '.join(parts)}. Bars are 95\u00a0% intervals over the prompts of "
+        f"{settings['n_test']} pairs; each is of one comparison, none is corrected for their number."
+    )
+
+
+def _limits(settings: Mapping[str, Any]) -> list[str]:
+    lines = [
+        "That the model still works where the margin grows: a vector can raise it while text falls apart. Look at R and at "
+        "degeneration at the same λ.",
+        "That the answers are better: R and the margin are taken on given answers, and degeneration is all that is asked of "
+        "the text, unless a judge was.",
+    ]
+    others = [vector_name(name) for name in settings["vectors"] if name.startswith(f"{V_STAR}_of_")]
+    if others:
+        lines.append(f"More than one training of each: {', '.join(others)} and this v* are of one run each.")
+    else:
+        lines.append(
+            "That preferences matter: v* of a run trained on chosen responses alone (SFT) or on shuffled labels may do as much; "
+            "steering.controls=[RUN] adds it to the vectors."
+        )
+    return lines
 
 
 def _reading(table: pd.DataFrame, effects: pd.DataFrame, settings: Mapping[str, Any]) -> list[str]:
@@ -157,8 +194,7 @@ def _reading(table: pd.DataFrame, effects: pd.DataFrame, settings: Mapping[str, 
         "recovery_first_token. Where it is far above R, one vector does not fit all tokens.",
         "Preference margin: log π(chosen) − log π(rejected), summed over tokens; with chosen and rejected as the polarity pair "
         "it is PrefOdds (column metric: preference_odds). Drawn: its change from λ = 0, paired (preference_odds_change).",
-        f"Bands and bars: 95 % intervals over prompts, each of one comparison, not corrected for their number. Grey: from "
-        f"the least to the largest of {settings['n_random']} random vectors a site.",
+        f"Grey: from the least to the largest of {settings['n_random']} random vectors a site.",
         _verdicts(effects),
         *_vectors_and_files(settings),
     ]

@@ -55,7 +55,6 @@ class SteeringSweep:
         n_generated: test prompts that are completed at each λ; 0: none, then scorers have nothing to do.
         seed: of the split into halves and of the controls.
         restart: begin the table anew instead of going on with it.
-        dry_run: only say what would be run.
         dtype, device: of the models; device null: a GPU where there is one.
 
     Raises:
@@ -88,7 +87,6 @@ class SteeringSweep:
         n_generated: int = 8,
         seed: int = 0,
         restart: bool = False,
-        dry_run: bool = False,
         dtype: str = "float32",
         device: str | None = None,
     ) -> None:
@@ -122,7 +120,7 @@ class SteeringSweep:
             )
         self.lambdas = sorted({0.0, *map(float, lambdas)})
         self.n_prompts, self.n_generated, self.seed = n_prompts, n_generated, seed
-        self.restart, self.dry_run, self.dtype, self.device = restart, dry_run, dtype, device
+        self.restart, self.dtype, self.device = restart, dtype, device
         self.wanted = Wanted(
             self._kinds(vectors),
             files=[Path(name) for name in vectors if _is_file(name)],
@@ -135,21 +133,24 @@ class SteeringSweep:
             dtype=dtype,
         )
 
-    def start(self, checkpoints: Checkpoints) -> "Sweep":
-        """Load or reach what scorers need, estimate the vectors, and plan; nothing is swept yet.
+    def start(self, checkpoints: Checkpoints) -> None:
+        """Load or reach what scorers need, before anything is swept. Raises UserError."""
+        if self.n_generated:
+            for scorer in self.scorers.values():
+                if isinstance(scorer, PlantedOracle):
+                    scorer.use_world(checkpoints.world)
+                scorer.start()
+
+    def plan(self, checkpoints: Checkpoints) -> "Sweep":
+        """Estimate the vectors and plan; nothing is swept yet, and no scorer is started (:meth:`start`).
 
         Raises:
-            UserError: an unknown site, too few prompts, vectors that can't be made, or a scorer that can't start.
+            UserError: an unknown site, too few prompts, or vectors that can't be made.
         """
         n_layers = checkpoints.base.model.config.num_hidden_layers
         sites = default_sites(n_layers) if self.sites is None else resolve_sites(self.sites, n_layers)
         halves = split_by_prompt(checkpoints.pairs, seed=self.seed)
         vectors = estimate_vectors(checkpoints, halves.estimation, sites, self.wanted)
-        if self.n_generated and not self.dry_run:
-            for scorer in self.scorers.values():
-                if isinstance(scorer, PlantedOracle):
-                    scorer.use_world(checkpoints.world)
-                scorer.start()
         return Sweep(self, checkpoints, halves._replace(test=halves.test[: self.n_prompts]), vectors)
 
     def _kinds(self, vectors: Sequence[str]) -> list[Kind]:

@@ -1,43 +1,26 @@
 """What a model predicts on given answers while one vector is added: recovery, preference and perplexity, without a judge."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+from analysis.laid_pairs import lay_pairs
 from analysis.models import LoadedModel
 from analysis.probe_pairs import ProbePair
 from analysis.sweep_table import PairRow, Row, Rows, Unit
-from tiltmeter.batch import PreferenceBatch, collate_pairs
+from tiltmeter.batch import PreferenceBatch
 from tiltmeter.bootstrap import Interval, cluster_intervals
-from tiltmeter.cpu_linear import linear
-from tiltmeter.layers import unembedding
-from tiltmeter.log_probs import scale_and_cap, target_hidden_states
 from tiltmeter.recovery import Direction, RecoveryMoments, kl_divergences
 from tiltmeter.scoring.preference_odds import odds_scores, perplexity_figure
 from tiltmeter.sweeping import steered_logits
 
-_TOKENS_PER_BATCH = 2048
-"""Of rows × tokens before they are multiplied by the number of λ."""
-
 Tokens = Literal["predicting", "all", "new", "prompt"]
 """Which tokens' hidden states are moved. ``predicting``: those that a token of the response is predicted from, which are the
 prompt's last and those after it; ``new``: those after the prompt."""
-
-
-class _Laid(NamedTuple):
-    """Pairs laid out, with what the goal says of them."""
-
-    batch: PreferenceBatch
-    goal: Float[Tensor, "target d_model"]
-    """The goal's states in front of its unembedding."""
-    places: Int[Tensor, " target"]
-    """Which pair each target is of."""
-    moved: str | Bool[Tensor, "row token"]
-    """Which tokens are steered."""
 
 
 class _Sums(NamedTuple):
@@ -75,7 +58,7 @@ class TeacherForcedSweep:
         self.start, self.goal = start.model, goal.model
         self.pair_ids, self.groups = [pair.pair_id for pair in pairs], [pair.group for pair in pairs]
         self.direction, self.strengths, self.tokens = direction, list(strengths), tokens
-        self._laid = [self._lay(pairs, rows) for rows in _batches(pairs)]
+        self._laid = lay_pairs(pairs, self.goal, device=self.start.device)
         self.n_tokens = [len(pair.ids.chosen_ids) for pair in pairs]
 
     def rows(self, unit: Unit, values: Float[Tensor, " d_model"]) -> Rows:
@@ -137,18 +120,15 @@ class TeacherForcedSweep:
         unsteered = self.strengths.index(0.0)
         sums = torch.zeros(len(self.strengths), 2 * n, dtype=torch.float64)
         moved = torch.zeros(len(self.strengths), n, dtype=torch.float64)
-        head = unembedding(self.goal)
-        for batch, goal, places, reached in self._laid:
-            starts = _starts(batch)
-            for logits, targets in steered_logits(self.start, batch, site=site, shifts=shifts, tokens=reached):
-                ids = batch.target_ids[targets].expand(len(shifts), -1)
-                log_probs = logits.gather(-1, ids[..., None])[..., 0] - logits.logsumexp(-1)
-                is_rejected = batch.target_sequences[targets] >= batch.n_pairs
-                of = places[targets]
-                sums.index_add_(1, (2 * of + is_rejected).cpu(), log_probs.cpu().double())
-                chosen = targets[~is_rejected]
-                aim = scale_and_cap(linear(goal[chosen], head.weight, head.bias), head)
-                steered, of = logits[:, ~is_rejected], of[~is_rejected]
+        for laid in self._laid:
+            starts = _starts(laid.batch)
+            tokens = laid.predicting if self.tokens == "predicting" else self.tokens
+            for part in steered_logits(self.start, laid.batch, site=site, shifts=shifts, tokens=tokens):
+                is_chosen, of = laid.is_chosen[part.targets], laid.pairs[part.targets]
+                sums.index_add_(1, (2 * of + ~is_chosen).cpu(), part.log_probs(laid.batch).cpu().double())
+                chosen = part.targets[is_chosen]
+                aim = laid.goal_logits(self.goal, chosen)
+                steered, of = part.logits[:, is_chosen], of[is_chosen]
                 sides = (aim, steered[unsteered])
                 policy, base = sides if self.direction == "interpolation" else sides[::-1]
                 whole.update(policy, base, steered, of)
@@ -158,33 +138,8 @@ class TeacherForcedSweep:
                 moved.index_add_(1, of.cpu(), shift.cpu().double())
         return _Sums(whole, sums.unflatten(1, (-1, 2)), moved, first)
 
-    @torch.no_grad()
-    def _lay(self, pairs: Sequence[ProbePair], rows: list[int]) -> _Laid:
-        ids = [pairs[row].ids for row in rows]
-        batch = collate_pairs(ids, pair_index=rows, layout="concatenated").to(self.start.device)
-        places = batch.pair_index.repeat(2)[batch.target_sequences]
-        moved = _predicting(batch) if self.tokens == "predicting" else self.tokens
-        return _Laid(batch, target_hidden_states(self.goal, batch), places, moved)
-
-
-def _predicting(batch: PreferenceBatch) -> Bool[Tensor, "row token"]:
-    """The tokens that a token of a response is predicted from."""
-    mask = torch.zeros_like(batch.segments, dtype=torch.bool)
-    mask.view(-1)[batch.target_rows] = True
-    return mask
-
 
 def _starts(batch: PreferenceBatch) -> Bool[Tensor, " target"]:
     """Which targets are the first of their response."""
     of = batch.target_sequences
     return torch.cat([torch.ones_like(of[:1], dtype=torch.bool), of[1:] != of[:-1]])
-
-
-def _batches(pairs: Sequence[ProbePair]) -> Iterator[list[int]]:
-    """Pairs of similar length, as many as fit, at least one."""
-    lengths = [len(p.ids.prompt_ids) + max(len(p.ids.chosen_ids), len(p.ids.rejected_ids)) for p in pairs]
-    order = sorted(range(len(pairs)), key=lengths.__getitem__)
-    while order:
-        n = max(1, _TOKENS_PER_BATCH // (2 * lengths[order[-1]]))
-        order, rows = order[:-n], order[-n:]
-        yield rows

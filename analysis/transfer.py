@@ -12,21 +12,18 @@ from torch import Tensor
 
 from analysis.checkpoints import Checkpoints
 from analysis.costs import Cost
-from analysis.probe_pairs import ProbePair
 from analysis.report import Section
-from analysis.steering_directions import split_by_prompt
+from analysis.steering_directions import States, split_by_prompt, v_star
 from analysis.transfer_pairs import Sums, TestPairs
 from analysis.transfer_section import OWN_LESS_OTHERS, OWN_LESS_RANDOM, RANDOM, transfer_section
 from tiltmeter.bootstrap import Interval, cluster_intervals
-from tiltmeter.capture import ReadPoint
 from tiltmeter.consistency import cosine
 from tiltmeter.controls import norm_matched, random_vectors
-from tiltmeter.directions import steering_vector
 from tiltmeter.errors import UserError
 from tiltmeter.layers import resolve_sites, site_depth
 from tiltmeter.models import DTYPES
 from tiltmeter.positions import Position
-from tiltmeter.probe import ONE_PER_SIDE, Probe, matching_rows
+from tiltmeter.probe import ONE_PER_SIDE
 from tiltmeter.sweeping import sweep_cost
 
 
@@ -75,7 +72,8 @@ class Transfer:
         """
         sites = self._sites(checkpoints)
         estimation, test = split_by_prompt(checkpoints.pairs, seed=self.seed)
-        vectors = estimate(checkpoints, estimation, sites, self.position)
+        states = States(checkpoints, estimation, sites, position=self.position)
+        vectors = {site: v_star(states, site) for site in sites}
         pairs = TestPairs(checkpoints, test[: self.n_prompts])
         table = pd.DataFrame([row for site in sites for row in self._rows(pairs, vectors, site)])
         settings = {"n_estimation": len(estimation), "n_test": len(pairs.groups), "n_random": self.n_random}
@@ -114,26 +112,6 @@ class Transfer:
             }
             figures = _named("recovery", recovery[i]) | _named("margin_change", change[i])
             yield {"source": name, "site": site, **figures, **known, "n": len(pairs.groups)}
-
-
-def estimate(
-    checkpoints: Checkpoints, pairs: Sequence[ProbePair], sites: Sequence[str], position: Position
-) -> dict[str, Tensor]:
-    """v* = mean of h_π − h_0 at a position, by site.
-
-    Raises:
-        UserError: the two models do not differ at a site.
-    """
-    probe = Probe.of_pairs([pair.ids for pair in pairs], sites=sites, positions=[position])
-    base, aligned = (probe.read(opened.model) for opened in (checkpoints.base, checkpoints.aligned))
-    found = {site: steering_vector(*matching_rows(base, aligned, ReadPoint(site, position))) for site in sites}
-    for site, v in found.items():
-        if not float(v.norm()) > 0:
-            raise UserError(
-                f"transfer: base and aligned model have the same hidden states at {site}, so there is no v* to move; give two "
-                "checkpoints that differ"
-            )
-    return found
 
 
 def compared(

@@ -34,7 +34,7 @@ from tiltmeter.cpu_linear import fast_linear
 from tiltmeter.generation import Decoding
 from tiltmeter.layers import FINAL_POST_NORM, FINAL_PRE_NORM, layer_site
 from tiltmeter.log_probs import model_inputs, run_backbone
-from tiltmeter.sweeping import sweep_cost, sweep_log_probs
+from tiltmeter.sweeping import steered_logits, sweep_cost
 
 PACKAGE = "steering-vectors==0.12.2"
 SMALL = workload.Shape(
@@ -191,7 +191,12 @@ def generate_theirs(work: Work, steered: Steered) -> list[list[list[int]]]:
 
 
 def score_ours(work: Work, site: str) -> Tensor:
-    return torch.cat([sweep_log_probs(work.model, b, site=site, shifts=work.shifts) for b in work.batches], dim=1)
+    found = [
+        part.log_probs(batch)
+        for batch in work.batches
+        for part in steered_logits(work.model, batch, site=site, shifts=work.shifts)
+    ]
+    return torch.cat(found, dim=1)
 
 
 @torch.no_grad()

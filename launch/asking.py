@@ -73,16 +73,16 @@ class Plan:
     ) -> None:
         self.name, self.question, self.checkpoints = name, question, checkpoints
         self.tables, self.goes_on_with, self.takes_old = tables, goes_on_with, takes_old
-        if isinstance(question, Behaviour):
+        if isinstance(question, Behaviour | SteeringSweep):
             if not dry_run:
                 question.start(checkpoints)
-        elif not isinstance(question, SteeringSweep):
+        else:
             self.costs()  # refuses sites and pairs that don't fit before any other analysis has begun
 
     def costs(self) -> list[Cost]:
         """Passes and tokens of each part."""
         if isinstance(self.question, SteeringSweep):
-            return sweep_costs(self.question.start(self.checkpoints))
+            return sweep_costs(self.question.plan(self.checkpoints))
         question: Behaviour | _WithSection = self.question  # type: ignore[assignment]
         return question.costs(self.checkpoints)
 

@@ -37,12 +37,13 @@ def sweep_into(
 
     Args:
         tables: folder of ``sweep.csv``.
+        asked: its scorers started.
         goes_on_with: what to add to the command so that it goes on with this table after a stop; None: nothing.
 
     Raises:
         UserError: options that don't fit the models, or a table of other settings.
     """
-    sweep = asked.start(checkpoints)
+    sweep = asked.plan(checkpoints)
     for note in [*asked.notes, *sweep.made.notes]:
         console().print(escape(note))
     try:

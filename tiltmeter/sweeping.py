@@ -40,6 +40,11 @@ class SteeredLogits(NamedTuple):
     targets: Int[Tensor, " target"]
     """Which of the batch's targets these are."""
 
+    def log_probs(self, batch: PreferenceBatch) -> Float[Tensor, "shift target"]:
+        """log π(token | what is before it) of these targets, in nats."""
+        ids = batch.target_ids[self.targets].expand(len(self.logits), -1)
+        return self.logits.gather(-1, ids[..., None])[..., 0] - self.logits.logsumexp(-1)
+
 
 class _Call(NamedTuple):
     """What a block was called with besides its hidden states."""
@@ -69,29 +74,6 @@ def sweep_cost(n_layers: int, layer: int, n_shifts: int) -> float:
     (16.0, 1.0)
     """
     return 1 + n_shifts * (n_layers - 1 - layer) / n_layers
-
-
-@torch.no_grad()
-def sweep_log_probs(
-    model: PreTrainedModel,
-    batch: PreferenceBatch,
-    *,
-    site: str,
-    shifts: Float[Tensor, "shift d_model"],
-    tokens: str | Bool[Tensor, "row token"] = "all",
-    tokens_per_batch: int = 4096,
-) -> Float[Tensor, "shift target"]:
-    """log π(token | what is before it) in nats of every target of a batch, under every shift.
-
-    Args, Raises: as :func:`steered_logits`.
-    """
-    found = shifts.new_empty(len(shifts), len(batch.target_ids), dtype=torch.float64)
-    for logits, targets in steered_logits(
-        model, batch, site=site, shifts=shifts, tokens=tokens, tokens_per_batch=tokens_per_batch
-    ):
-        ids = batch.target_ids[targets].expand(len(shifts), -1)
-        found[:, targets] = (logits.gather(-1, ids[..., None])[..., 0] - logits.logsumexp(-1)).to(found.dtype)
-    return found
 
 
 @torch.no_grad()

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from analysis.checkpoints import Checkpoints
+from analysis.figures import COLOURS
 from analysis.steering_directions import V_BAR, V_STAR, split_by_prompt
 from analysis.steering_panels import best_site, ceiling
 from analysis.steering_section import steering_section
 from analysis.steering_sweep import CHOOSING, SteeringSweep, Sweep, default_sites
 from analysis.sweep_table import PAIRS, SETTINGS, TABLE, Rows, SweepTable, Unit, read_pairs, read_settings, read_sweep
 from tests.analysis.asked import checkpoints
+from tests.analysis.legible import assert_legible
 from tiltmeter.batch import collate_pairs
 from tiltmeter.errors import UserError
 from tiltmeter.generation import Decoding, generate
@@ -49,7 +51,7 @@ def make(about: Checkpoints, **changes: Any) -> Sweep:
         "n_random": 2,
         "n_generated": 2,
     }
-    return SteeringSweep(**(options | changes)).start(about)
+    return SteeringSweep(**(options | changes)).plan(about)
 
 
 def make_small(about: Checkpoints, **changes: Any) -> Sweep:
@@ -134,7 +136,7 @@ def test_a_unit_is_what_steered_passes_give(asked_about: Checkpoints, direction:
 @pytest.mark.parametrize("tokens", ["all", "new", "prompt"])
 def test_only_the_tokens_that_are_asked_for_are_steered(asked_about: Checkpoints, tokens: str) -> None:
     asked = SteeringSweep(scorers={}, vectors=[], lambdas=LAMBDAS, n_random=1, tokens=tokens)  # type: ignore[arg-type]
-    sweep = asked.start(asked_about)
+    sweep = asked.plan(asked_about)
     unit = Unit("interpolation", V_STAR, "layer_00", "teacher_forced")
     rows = as_table(sweep.rows(unit))
     recovery, margin, *_ = plain_figures(asked_about, sweep, unit, 1.0, tokens)
@@ -222,7 +224,7 @@ def test_what_is_scored_is_what_steered_models_say(asked_about: Checkpoints, dir
         n_generated=3,
         tokens=tokens,  # type: ignore[arg-type]
     )
-    sweep = asked.start(asked_about)
+    sweep = asked.plan(asked_about)
     rows = sweep.rows(Unit(direction, V_STAR, "layer_00", "generated")).rows  # type: ignore[arg-type]
     said = said_through_steer(asked_about, sweep, direction, tokens)
     unsteered = said[asked.lambdas.index(0.0)]
@@ -328,17 +330,37 @@ def test_what_could_not_be_scored_is_seen_and_taken_again(asked_about: Checkpoin
     assert "degeneration" not in set(read_sweep(again.path)["metric"]), "and is taken anew"
 
 
+class Unreachable(DegenerationScorer):
+    """A judge that nobody answers for."""
+
+    def start(self) -> None:
+        raise UserError("judge: nobody there")
+
+
+def test_planning_starts_no_scorer_and_starting_does_where_text_is_generated(asked_about: Checkpoints) -> None:
+    options = {"scorers": {"judge": Unreachable()}, "vectors": [], "n_random": 1, "sites": "final_post_norm"}
+    asked = SteeringSweep(**options)
+    assert asked.plan(asked_about).units
+    with pytest.raises(UserError, match="nobody there"):
+        asked.start(asked_about)
+    SteeringSweep(**options, n_generated=0).start(asked_about)
+
+
 def test_the_section_is_drawn_from_the_tables_alone(swept: SweepTable) -> None:
     folder = swept.folder
     section = steering_section(read_sweep(swept.path), read_pairs(folder / PAIRS), read_settings(folder))
     assert section is not None
+    assert_legible(section)
+    drawn = {line.get_color() for axes in section.figure.axes for line in axes.lines}
+    assert not drawn & {COLOURS[arm] for arm in ("sft_chosen", "dpo_shuffled", "dpo_swapped")}, "a control's colour"
     assert len(section.sentences) == 7
     assert "at λ = 1; the best of 2 random vectors" in section.sentences[0]
     assert re.match(
         r"\d of 4 vectors and sites recover more than random ones when added; v\* at ", section.sentences[1]
     )
     assert section.shown is not None
-    assert len(section.shown) == 2 * 4  # v* at three sites, v̄ at one, both directions
+    assert len(section.shown) == 2 * 2  # v* where it is best, v̄ at its one site, both directions
+    assert "steering.controls=[RUN]" in section.limits[-1], "no other training's v* was swept"
     assert set(section.more_tables) == {"steering_effects"}
     assert any("a logit bias, W_U v" in line for line in section.reading)
 
@@ -397,7 +419,7 @@ def test_a_bad_option_is_named(options: dict[str, object], key: str) -> None:
 
 
 def test_models_that_do_not_differ_have_no_vector() -> None:
-    with pytest.raises(UserError, match="same hidden states"):
+    with pytest.raises(UserError, match=r"^aligned: expected a model whose hidden states at layer_00 are not"):
         make(checkpoints(8, base=0, aligned=0))
 
 

@@ -8,8 +8,8 @@ import torch
 
 from analysis.checkpoints import Checkpoints
 from analysis.report import Section
-from analysis.steering_directions import split_by_prompt
-from analysis.transfer import Transfer, estimate
+from analysis.steering_directions import States, split_by_prompt, v_star
+from analysis.transfer import Transfer
 from analysis.transfer_section import OWN_LESS_OTHERS, OWN_LESS_RANDOM, RANDOM, transfer_section
 from tests.analysis.asked import checkpoints
 from tests.analysis.legible import assert_legible
@@ -42,8 +42,9 @@ def plain_cell(about: Checkpoints, source: str, site: str) -> tuple[float, float
     """R and the change of margin from whole passes through ``steer``, a pair at a time."""
     base, aligned = about.base.model, about.aligned.model
     estimation, test = split_by_prompt(about.pairs, seed=0)
-    vectors = estimate(about, estimation, SITES, "prompt_last")
-    v = (vectors[source] / vectors[source].norm() * vectors[site].norm()).float()
+    states = States(about, estimation, SITES, position="prompt_last")
+    direction = v_star(states, source)
+    v = (direction / direction.norm() * v_star(states, site).norm()).float()
     kl, change = torch.zeros(2, dtype=torch.float64), 0.0
     for pair in test:
         batch = collate_pairs([pair.ids], pair_index=[0], layout="concatenated")
@@ -138,7 +139,7 @@ def test_vectors_and_numbers_come_from_other_prompts(asked_about: Checkpoints) -
 
 
 def test_models_that_do_not_differ_and_options_out_of_range_are_one_line(asked_about: Checkpoints) -> None:
-    with pytest.raises(UserError, match="transfer: base and aligned model have the same hidden states at layer_00"):
+    with pytest.raises(UserError, match="aligned: expected a model whose hidden states at layer_00 are not the base"):
         Transfer().section(checkpoints(8, aligned=0))
     with pytest.raises(UserError, match=r"transfer\.sites: expected at least two sites or all, got layer_00"):
         Transfer(sites="layer_00").section(asked_about)

@@ -24,6 +24,8 @@ from tests.tiny_models import MemorySource, lightning_warnings, make_tokenizer
 from tiltmeter.capture import ReadPoint
 from tiltmeter.errors import UserError
 from tiltmeter.scoring.behaviour_table import FIGURES, read_table
+from tiltmeter.scoring.preference_probe import probe_figures
+from tiltmeter.scoring.scorer import Figure
 from tiltmeter.scoring.truthfulqa import TruthfulQA
 from tiltmeter.snapshots import SnapshotReader
 
@@ -164,7 +166,18 @@ def test_no_questions_are_no_work_and_no_file_is_one_line(tmp_path: Path) -> Non
         watch(tmp_path, [TruthfulQAMetrics(questions=TruthfulQA("gone.json"))])
 
 
-def test_rows_of_steps_that_are_taken_again_are_dropped(questions: Path, tmp_path: Path) -> None:
+def test_rows_of_steps_that_are_taken_again_are_dropped(
+    questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fitted: list[list[Figure]] = []
+
+    def fit_once(*states: Any, **options: Any) -> list[Figure]:
+        """Which rows there are is the question, not what stands in them."""
+        fitted.extend([] if fitted else [probe_figures(*states, **options)])
+        return fitted[0]
+
+    monkeypatch.setattr("callbacks.preference_probe.probe_figures", fit_once)
+
     def go(every: int | None, checkpoint: str | None = None) -> Watched:
         watchers = [
             TruthfulQAMetrics(questions=TruthfulQA(str(questions)), every_n_steps=every),

@@ -6,7 +6,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from matplotlib.figure import Figure
 
+from analysis.steering_section import NAME as STEERING
 from tests.analysis import asked
 from tests.launch.analyze_command import ask
 from tests.processes import run_script
@@ -25,8 +27,13 @@ SWEEP = (
 )
 
 
+def already_saved(_: Figure, folder: Path, name: str) -> list[Path]:
+    """The files of the first time: saving takes longer than the rest."""
+    return [folder / f"{name}.png", folder / f"{name}.pdf"]
+
+
 def test_a_run_is_swept_and_its_report_shows_the_sweep(
-    tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     page = ask(tmp_path, "run=last", *SWEEP)
     assert page == run / "report" / "index.html"
@@ -44,12 +51,14 @@ def test_a_run_is_swept_and_its_report_shows_the_sweep(
     assert set(vectors) == {f"final_post_norm/{name}" for name in ("v*", "v_bar", "random_1")}
     assert vectors["final_post_norm/v*"].provenance["aligned"] == str(run / "aligned")
     assert pd.read_csv(table.with_name("steering_vectors.csv"))["cosine_with_v_star"][0] == pytest.approx(1)
+    monkeypatch.setattr("analysis.report.save_figure", already_saved)
     ask(tmp_path, "run=last", *SWEEP)
     assert table.read_bytes() == before
     assert "going on, 14 of 14 parts" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(UserError, match=r"sweep\.csv: was begun with seed=0, now it is 1"):
         ask(tmp_path, "run=last", *SWEEP, "steering.seed=1")
     assert table.read_bytes() == before
+    monkeypatch.setattr("launch.analyzing.chosen_analyses", lambda *_, **__: {STEERING: False})  # as of analysis=all
     whole = ask(tmp_path, "run=last")
     assert whole is not None
     assert "into the aligned model, and back?" in whole.read_text(encoding="utf-8")
@@ -122,6 +131,8 @@ def test_two_checkpoints_are_swept(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_options_without_effect_are_refused(tmp_path: Path, run: Path) -> None:
     with pytest.raises(UserError, match=r"steering\.seed: has no effect here; it is for analysis=steering_sweep"):
         ask(tmp_path, "run=last", "analysis=training", "steering.seed=1")
+    with pytest.raises(UserError, match=r"steering\.dry_run"):
+        ask(tmp_path, "run=last", "analysis=steering_sweep", "+steering.dry_run=true")
     with pytest.raises(UserError, match=r"behaviour\.beta: has no effect here; it is for analysis=behaviour"):
         ask(tmp_path, "run=last", "analysis=steering_sweep", "behaviour.beta=1")
 

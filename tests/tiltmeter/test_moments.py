@@ -67,7 +67,7 @@ def assert_same(a: RowGeometry, b: RowGeometry, tolerance: float, leave_out_last
     assert flat(a)[:end] == pytest.approx(flat(b)[:end], rel=tolerance, abs=tolerance, nan_ok=True)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(st.integers(2, 30), st.integers(2, 12), st.integers(1, 4), folds, st.integers(0, 99))
 def test_streaming_is_batch_is_a_merge_of_four_ranks(n: int, d: int, pieces: int, kept: int, seed: int) -> None:
     rows = noise(n, d, seed) + 3 * noise(1, d, seed + 1)

@@ -16,7 +16,7 @@ from tiltmeter.layers import FINAL_POST_NORM, FINAL_PRE_NORM, all_sites, decoder
 from tiltmeter.log_probs import model_inputs
 from tiltmeter.packing import use_packed_attention
 from tiltmeter.steering import Intervention, steer
-from tiltmeter.sweeping import steered_logits, sweep_cost, sweep_log_probs
+from tiltmeter.sweeping import steered_logits, sweep_cost
 
 DEPTH = 3
 SITES = (*all_sites(DEPTH), f"layer_{DEPTH - 1:02d}")
@@ -69,6 +69,10 @@ def together(model: PreTrainedModel, batch: PreferenceBatch, **options: Any) -> 
     parts = list(steered_logits(model, batch, **options))
     assert torch.cat([part.targets for part in parts]).tolist() == list(range(len(batch.target_ids)))
     return torch.cat([part.logits for part in parts], dim=1)
+
+
+def log_probs(model: PreTrainedModel, batch: PreferenceBatch, **options: Any) -> Tensor:
+    return torch.cat([part.log_probs(batch) for part in steered_logits(model, batch, **options)], dim=1)
 
 
 @pytest.mark.parametrize("site", SITES)
@@ -136,11 +140,11 @@ def test_log_probs_are_those_of_the_logits(site: str, monkeypatch: pytest.Monkey
     model, batch, shifts = make("llama"), make_batch(), make_shifts()
     logits = one_by_one(model, batch, site)
     expected = logits.log_softmax(-1).gather(-1, batch.target_ids.expand(len(shifts), -1)[..., None])[..., 0]
-    assert_close(sweep_log_probs(model, batch, site=site, shifts=shifts), expected, rtol=1e-12, atol=1e-12)
+    assert_close(log_probs(model, batch, site=site, shifts=shifts), expected, rtol=1e-12, atol=1e-12)
     monkeypatch.setattr("tiltmeter.sweeping.default_chunk_tokens", lambda _: 11)
     parts = [len(part.targets) for part in steered_logits(model, batch, site=site, shifts=shifts)]
     assert set(parts[:-1]) == {2}, "11 rows of logits at a time for 5 shifts"
-    assert_close(sweep_log_probs(model, batch, site=site, shifts=shifts), expected, rtol=1e-12, atol=1e-12)
+    assert_close(log_probs(model, batch, site=site, shifts=shifts), expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +157,7 @@ def test_only_blocks_above_the_site_run_again(site: str, expected: float) -> Non
         block.register_forward_pre_hook(lambda _m, inputs: rows.append(len(inputs[0])))
         for block in decoder_blocks(model)
     ]
-    sweep_log_probs(model, batch, site=site, shifts=shifts)
+    log_probs(model, batch, site=site, shifts=shifts)
     for handle in handles:
         handle.remove()
     passes = sum(rows) / (DEPTH * len(batch.input_ids))
@@ -165,7 +169,7 @@ def test_hooks_are_gone_after_an_error() -> None:
     model, batch = make("llama"), make_batch()
     final_norm(model).register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="stop"):
-        sweep_log_probs(model, batch, site="layer_00", shifts=make_shifts())
+        log_probs(model, batch, site="layer_00", shifts=make_shifts())
     assert not any(block._forward_hooks or block._forward_pre_hooks for block in decoder_blocks(model))
 
 
@@ -176,16 +180,16 @@ def fail(*_: Any) -> None:
 def test_vectors_of_another_model_are_one_line() -> None:
     model, batch = make("llama"), make_batch()
     with pytest.raises(UserError, match="layer_07: this model has 3 blocks"):
-        sweep_log_probs(model, batch, site="layer_07", shifts=make_shifts())
+        log_probs(model, batch, site="layer_07", shifts=make_shifts())
     with pytest.raises(UserError, match=f"width {WIDTH}.*got.* 7"):
-        sweep_log_probs(model, batch, site="layer_00", shifts=torch.zeros(2, 7))
+        log_probs(model, batch, site="layer_00", shifts=torch.zeros(2, 7))
     with pytest.raises(UserError, match="finite"):
-        sweep_log_probs(model, batch, site="layer_00", shifts=torch.full((2, WIDTH), torch.inf))
+        log_probs(model, batch, site="layer_00", shifts=torch.full((2, WIDTH), torch.inf))
 
 
 def test_tokens_that_do_not_exist_are_refused() -> None:
     model, batch = make("llama"), make_batch()
     with pytest.raises(UserError, match="expected all, new, prompt or a mask, got 'nwe'"):
-        sweep_log_probs(model, batch, site="layer_00", shifts=make_shifts(), tokens="nwe")
+        log_probs(model, batch, site="layer_00", shifts=make_shifts(), tokens="nwe")
     with pytest.raises(ValueError, match=r"a mask of \[1, 2\]"):
-        sweep_log_probs(model, batch, site="layer_00", shifts=make_shifts(), tokens=torch.ones(1, 2, dtype=torch.bool))
+        log_probs(model, batch, site="layer_00", shifts=make_shifts(), tokens=torch.ones(1, 2, dtype=torch.bool))
