@@ -84,9 +84,10 @@ def open_wandb(
     chosen = choose_mode(mode)
     if chosen == "disabled":
         return None, "W&B: disabled; metrics.csv has everything"
+    reason = "not logged in, or WANDB_MODE says so"
     for attempt in dict.fromkeys((chosen, "offline")):
         try:
-            return _open(run_dir, config, name, group, attempt, project, entity, tags)
+            return _open(run_dir, config, name, group, attempt, project, entity, tags, why_offline=reason)
         except Exception as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return None, f"W&B: not available ({reason}); metrics.csv has everything"
@@ -101,6 +102,8 @@ def _open(
     project: str,
     entity: str | None,
     tags: tuple[str, ...],
+    *,
+    why_offline: str,
 ) -> tuple[RunLogger, str]:
     import wandb  # slow to import, and absent is no failure
 
@@ -130,7 +133,7 @@ def _open(
             run.define_metric(name, step_metric=STEP_AXIS, step_sync=True, summary=summary)
     if mode == "offline":
         folder = Path(run.dir).parent
-        line = f"W&B: kept offline (not logged in, or WANDB_MODE says so); upload it with: wandb sync {folder}"
+        line = f"W&B: kept offline ({why_offline}); upload it with: wandb sync {folder}"
     else:
         line = f"W&B: {run.url}"
     return RunLogger(experiment=run, save_dir=str(run_dir)), line

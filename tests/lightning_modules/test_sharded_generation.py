@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import distributed, multiprocessing
+from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 
 from lightning_modules.policy import Policy, shard
+from tests.processes import codes, run_on_ranks
 from tests.tiltmeter.test_generation import make_prompts, spelling
 from tests.tiny_models import make_model
 from tiltmeter.generation import Decoding
@@ -26,8 +27,7 @@ def said_by(policy: Policy, end: int, **share: int) -> Completions:
 
 
 def one_of_two(rank: int, ends: list[int], folder: Path) -> None:
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    torch.set_num_threads(1)
+    distributed.init_process_group("gloo")
     policy = Policy(make_model("llama", torch.float64))
     shard(policy, init_device_mesh("cpu", (2,)))
     said = [said_by(policy, end, rank=rank, world_size=2) for end in ends]
@@ -41,7 +41,8 @@ def test_a_sharded_model_says_what_a_whole_one_does_when_one_process_ends_early(
     policy = Policy(make_model("llama", torch.float64))
     whole = said_by(policy, 5)
     ends = [int(whole[f"p{i}"][0].text.split()[0]) for i in (0, 1)]  # what each process's first prompt begins with
-    multiprocessing.spawn(one_of_two, (ends, tmp_path), nprocs=2)
+    done = run_on_ranks(one_of_two, ends, tmp_path)
+    assert codes(done) == [0, 0], done
     shares = [json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1)]
     for i, end in enumerate(ends):
         expected = {key: [c.text, c.n_tokens] for key, (c,) in said_by(policy, end).items()}

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import pytest
 import torch
 from peft import LoraConfig
-from torch import Tensor, distributed, multiprocessing
+from torch import Tensor, distributed
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.scaling import Plan, Shape, sent
 from lightning_modules.policy import Policy, freeze_embeddings, shard
+from tests.processes import codes, run_on_ranks
 from tests.tiny_models import make_model, make_tokenizer, random_pairs
 from tiltmeter.batch import PreferenceBatch, collate_pairs
 from tiltmeter.lora import add_lora, check_adapters, insert_adapters, plain_state
@@ -108,8 +109,7 @@ def after_a_broken_forward(model: PreTrainedModel) -> Tensor:
 
 
 def one_of_two(rank: int, large: Path, small: Path, folder: Path) -> None:
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    torch.set_num_threads(1)
+    distributed.init_process_group("gloo")
     policy, peak = most_held(lambda: sharded(large))
     n_bytes = sum(4 * parameter.numel() for parameter in policy.parameters())
     packs, peak_of_check = most_held(
@@ -152,7 +152,8 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PreTrainedMode
     """The folder of what two processes said, and both models whole."""
     root = tmp_path_factory.mktemp("sharded")
     large, small = stored(root / "large", **LARGE), stored(root / "small")
-    multiprocessing.spawn(one_of_two, (root / "large", root / "small", root), nprocs=2)
+    done = run_on_ranks(one_of_two, root / "large", root / "small", root)
+    assert codes(done) == [0, 0], done
     return root, large, small
 
 

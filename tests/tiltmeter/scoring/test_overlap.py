@@ -11,8 +11,8 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
-from torch import multiprocessing
 
+from tests.processes import codes, run_on_ranks
 from tests.text_samples import figure, sample, samples_of
 from tiltmeter.errors import UserError
 from tiltmeter.scoring.overlap import CorpusBLEU, CorpusROUGE, OverlapScorer, bleu_counts, bleu_of_counts, rouge_f1
@@ -99,8 +99,7 @@ def test_metrics_of_nothing_are_nothing() -> None:
 
 def _on_a_rank(rank: int, folder: str) -> None:
     """The first process has one sample, the other all others."""
-    store = torch.distributed.FileStore(f"{folder}/store", 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo")
     mine = GOLDEN[:1] if rank == 0 else GOLDEN[1:]
     bleu, rouge = CorpusBLEU(), CorpusROUGE()
     for prediction, reference in mine:
@@ -112,7 +111,8 @@ def _on_a_rank(rank: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_two_processes_with_uneven_shares_give_the_figures_of_one(tmp_path: Path) -> None:
-    multiprocessing.start_processes(_on_a_rank, (str(tmp_path),), nprocs=2, start_method="spawn")
+    done = run_on_ranks(_on_a_rank, str(tmp_path))
+    assert codes(done) == [0, 0], done
     rouge = CorpusROUGE()
     rouge.update(*map(list, zip(*GOLDEN, strict=True)))
     alone = {"bleu": our_bleu(GOLDEN)} | {name: float(value) for name, value in rouge.compute().items()}
