@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.jsonl import EXPECTED, hub_file, hub_location, list_files, read_rows, stem
+from datamodules.malformed import Malformed, MalformedRows, check_policy
 from datamodules.records import LoadReport, Message, PreferencePair, Role
 from tiltmeter.errors import UserError
 
@@ -43,9 +44,11 @@ class AnthropicHH:
         split: ``train`` or ``test``. On the hub and in a copy of it the name of the file, by default ``train``. For
             plain files: the files whose name contains it, by default all of them.
         revision: Branch, tag or commit on the hub; only without ``path``.
+        malformed: What to do with rows that aren't what is expected: ``strict`` refuses the first, ``skip`` leaves up to
+            1 % of a file out and says so.
 
     Raises:
-        UserError: An unknown subset or split, ``revision`` together with ``path``.
+        UserError: An unknown subset, split or policy, ``revision`` together with ``path``.
     """
 
     name = "hh"
@@ -56,7 +59,9 @@ class AnthropicHH:
         subsets: Sequence[str] | None = None,
         split: str | None = None,
         revision: str | None = None,
+        malformed: Malformed = "strict",
     ) -> None:
+        check_policy(malformed)
         if isinstance(subsets, str) or (subsets is not None and not list(subsets)):
             raise UserError(f"data.subsets: expected a list of names such as [harmless-base], got {subsets!r}")
         if split is not None and split not in SPLITS:
@@ -67,6 +72,7 @@ class AnthropicHH:
         self.subsets = None if subsets is None else tuple(dict.fromkeys(subsets))
         self.split = split
         self.revision = revision
+        self.malformed: Malformed = malformed
         if path is None:
             self._hub_names()
 
@@ -80,7 +86,7 @@ class AnthropicHH:
         pairs: list[PreferencePair] = []
         reports: list[LoadReport] = []
         for file in files:
-            kept, report = _load_file(file)
+            kept, report = _load_file(file, self.malformed)
             pairs += kept
             reports.append(report)
         if not pairs:
@@ -172,14 +178,19 @@ def parse_row(chosen: str, rejected: str) -> tuple[tuple[Message, ...], str, str
     return messages, prompt_text, chosen_text, rejected_text
 
 
-def _load_file(file: _File) -> tuple[list[PreferencePair], LoadReport]:
+def _load_file(file: _File, policy: Malformed) -> tuple[list[PreferencePair], LoadReport]:
     source = f"hh/{file.subset}"
     report = LoadReport(source=source, location=file.location)
     pairs: list[PreferencePair] = []
+    malformed = MalformedRows(policy)
     n_inline = 0
-    for line_number, row in read_rows(file.path):
+    for line_number, row in read_rows(file.path, malformed):
+        try:
+            _check_row(row, f"{file.path}:{line_number}")
+        except UserError as error:
+            malformed(error)
+            continue
         report.n_rows += 1
-        _check_row(row, f"{file.path}:{line_number}")
         parsed = parse_row(row["chosen"], row["rejected"])
         if isinstance(parsed, str):
             report.dropped[parsed] += 1
@@ -201,6 +212,7 @@ def _load_file(file: _File) -> tuple[list[PreferencePair], LoadReport]:
             )
         )
     report.n_kept = len(pairs)
+    malformed.settle(report, report.n_rows)
     if n_inline:
         report.notes["kept as they are"] = f"{n_inline} rows with a 'Human:' or 'Assistant:' inside a turn"
     return pairs, report

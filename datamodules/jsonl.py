@@ -1,12 +1,12 @@
 """Rows of local `.jsonl` / `.jsonl.gz` files, read strictly, and single files of the Hugging Face hub.
 
-Everything that can be wrong with a file ends in one UserError, ``file:line:column: what``; nothing is skipped.
+Everything that can be wrong with a file ends in one UserError, ``file:line:column: what``; nothing is skipped unasked.
 """
 
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +60,19 @@ def list_files(path: str | Path, key: str = "data.path") -> list[Path]:
     return files
 
 
-def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _refuse(error: UserError) -> None:
+    raise error
+
+
+def read_rows(
+    path: str | Path, on_malformed: Callable[[UserError], None] = _refuse
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields (line number from 1, object) for every line of one file; gzip exactly when the name ends in ``.gz``.
 
     A byte-order mark, CRLF line ends and empty lines are accepted; empty lines count in the numbering.
+
+    Args:
+        on_malformed: called with the error of a line that is no JSON object; where it returns, the line is left out.
 
     Raises:
         UserError: ``file:line:column: what`` for bad JSON, a row that is no object, invalid UTF-8 or half a surrogate
@@ -73,7 +82,12 @@ def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     for line_number, raw in enumerate(_raw_lines(Path(path)), start=1):
         if raw.strip():
             n_rows += 1
-            yield line_number, _parse(raw, f"{path}:{line_number}")
+            try:
+                row = _parse(raw, f"{path}:{line_number}")
+            except UserError as error:
+                on_malformed(error)
+                continue
+            yield line_number, row
     if n_rows == 0:
         raise UserError(f"{path}: empty file (expected one JSON object per line)")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from datamodules.jsonl import hub_file, hub_location, list_files, read_rows
+from datamodules.malformed import Malformed, MalformedRows, check_policy
 from datamodules.records import LoadReport, Message, PreferencePair, Role, transcript
 from tiltmeter.errors import UserError
 
@@ -47,9 +48,11 @@ class OASST1:
             that passed the filters) or ``best_worst`` (their best against their worst).
         languages: Languages to keep, as in the export (``en``, ``pt-BR``).
         revision: Branch, tag or commit on the hub; only without ``path``.
+        malformed: What to do with trees that aren't what is expected: ``strict`` refuses the first, ``skip`` leaves up to
+            1 % of a file out and says so.
 
     Raises:
-        UserError: An unknown ``pairs``, no languages, ``revision`` together with ``path``.
+        UserError: An unknown ``pairs`` or policy, no languages, ``revision`` together with ``path``.
     """
 
     name = "oasst1"
@@ -60,7 +63,9 @@ class OASST1:
         pairs: PairChoice = "all",
         languages: Sequence[str] = ("en",),
         revision: str | None = None,
+        malformed: Malformed = "strict",
     ) -> None:
+        check_policy(malformed)
         if pairs not in get_args(PairChoice):
             raise UserError(f"data.pairs: expected all, adjacent or best_worst, got {pairs!r}")
         if isinstance(languages, str) or not list(languages):
@@ -71,6 +76,7 @@ class OASST1:
         self.pairs = pairs
         self.languages = tuple(languages)
         self.revision = revision
+        self.malformed: Malformed = malformed
 
     def load(self) -> tuple[list[PreferencePair], list[LoadReport]]:
         """All pairs in file order, one report per file; a report counts pairs of ranked replies, not trees.
@@ -106,15 +112,22 @@ class OASST1:
         report = LoadReport(source=self.name, location=location)
         pairs: list[PreferencePair] = []
         trees: Counter[str] = Counter()
-        for line_number, tree in read_rows(path):
+        malformed = MalformedRows(self.malformed)
+        for line_number, tree in read_rows(path, malformed):
             where = f"{path}:{line_number}"
-            _check_tree(tree, where)
-            state = "repeated" if tree["message_tree_id"] in seen else str(tree["tree_state"])
+            try:
+                _check_tree(tree, where)
+                state = "repeated" if tree["message_tree_id"] in seen else str(tree["tree_state"])
+                threads = list(_threads(tree, state, groups, where))  # the whole tree is checked before any use
+            except UserError as error:
+                malformed(error)
+                continue
             seen.add(tree["message_tree_id"])
             trees[state] += 1
-            for thread in list(_threads(tree, state, groups, where)):  # the whole tree is checked before any use
+            for thread in threads:
                 pairs += self._pairs_of(thread, report)
         report.n_kept = len(pairs)
+        malformed.settle(report, trees.total())
         report.notes["trees"] = ", ".join(f"{n} {state}" for state, n in trees.most_common())
         return pairs, report
 
