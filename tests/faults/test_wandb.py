@@ -3,10 +3,12 @@
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import wandb
 
-from launch.wandb_logger import Mode, open_wandb
+from launch.wandb_logger import Mode, close_wandb, open_wandb
 from tests.cli import TINY, logged, only_run, run_train
 from tests.faults.faults import broken_wandb
 
@@ -20,6 +22,28 @@ def test_without_the_package_there_is_a_line_and_no_logger(
     assert logger is None
     assert line.startswith("W&B: not available (")
     assert line.endswith("; metrics.csv has everything")
+
+
+@pytest.mark.parametrize("problem", ["API key is invalid", "Run initialization has timed out after 30.0 sec"])
+def test_a_refused_key_or_a_start_that_hangs_is_kept_offline_and_said(
+    problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, float, float]] = []
+    start = wandb.init
+
+    def refusing(**options: Any) -> Any:
+        settings = options["settings"]
+        asked.append((options["mode"], settings.init_timeout, settings.finish_timeout))
+        if options["mode"] == "online":
+            raise wandb.errors.CommError(problem)
+        return start(**options)
+
+    monkeypatch.setattr(wandb, "init", refusing)
+    logger, line = open_wandb(run_dir=tmp_path, config={}, name="n", group="g", mode="online")
+    assert logger is not None
+    close_wandb(logger)
+    assert asked == [("online", 30, 300), ("offline", 30, 300)], "neither may take for ever"
+    assert line.startswith(f"W&B: kept offline ({problem}); upload it with: wandb sync ")
 
 
 @pytest.mark.slow

@@ -184,6 +184,20 @@ def test_a_hub_id_without_network_is_one_clear_line_and_quick() -> None:
         CausalLM(name_or_path="nobody/nothing-of-this-name").build(make_tokenizer())
 
 
+def test_a_gated_model_is_one_line_that_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gated(*_: object, **__: object) -> None:
+        raise OSError(
+            "You are trying to access a gated repo.\nMake sure to have access to it at https://huggingface.co/x/y."
+        )
+
+    monkeypatch.setattr("tiltmeter.models.AutoConfig.from_pretrained", gated)
+    with pytest.raises(
+        UserError, match=r"cannot load x/y from .* \(You are trying to access a gated repo\.\); .*hf auth login"
+    ) as told:
+        CausalLM(name_or_path="x/y").load_config()
+    assert "\n" not in str(told.value)
+
+
 def test_a_folder_that_does_not_exist_is_named() -> None:
     assert "no such folder: ./not/here" in refused(CausalLM(name_or_path="./not/here"))
 
