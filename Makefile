@@ -30,12 +30,12 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) install -q -c constraints.txt -e .
+	$(PIP) install -q --no-compile -c constraints.txt -e .
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) install -q -c constraints.txt -e '.[dev]'
-	$(PIP) install -q -c constraints.txt --no-deps --upgrade --target $(VENV)/peers steering-vectors # asks for transformers < 5
+	$(PIP) install -q --no-compile -c constraints.txt -e '.[dev]'
+	$(PIP) install -q --no-compile -c constraints.txt --no-deps --upgrade --target $(VENV)/peers steering-vectors # asks for transformers < 5
 	@touch $@ $(VENV)/.installed
 
 clean: ## remove what can be made again (runs are kept)
