@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from analysis.checkpoints import Checkpoints, prompts_of_file
+from analysis.checkpoints import Checkpoints, prompts_of_file, start_scorers
 from analysis.costs import Cost
 from analysis.models import LoadedModel
 from analysis.preferences import kl_of_samples, preference_figures, probe_accuracies
@@ -77,14 +77,11 @@ class Behaviour:
 
     def start(self, checkpoints: Checkpoints) -> None:
         """Load or reach what scorers need, before anything is generated. Raises UserError."""
-        for scorer in self.scorers.values():
-            if isinstance(scorer, PlantedOracle):
-                if self.prompts is not None:
-                    raise UserError(
-                        "behaviour.prompts: the planted oracle judges prompts of its own world alone; choose another judge"
-                    )
-                scorer.use_world(checkpoints.world)
-            scorer.start()
+        if self.prompts is not None and any(isinstance(scorer, PlantedOracle) for scorer in self.scorers.values()):
+            raise UserError(
+                "behaviour.prompts: the planted oracle judges prompts of its own world alone; choose another judge"
+            )
+        start_scorers(self.scorers.values(), checkpoints)
         if self.truthfulqa is not None:
             self.truthfulqa.start()
 

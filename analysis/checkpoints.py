@@ -1,6 +1,6 @@
 """Two checkpoints to be asked the same: those of a run, or any pair; and the held-out pairs to ask them about."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from analysis.adapters import check_adapter, find_adapter, merge_adapter
 from analysis.models import LoadedModel, load_config, load_model, load_tokenizer
 from analysis.probe_pairs import PROMPTS_FILE, ProbePair, check_ids, read_probe_pairs
 from analysis.runs import Run
+from datamodules.oracle import PlantedOracle
 from datamodules.prompts import PromptFile
 from datamodules.records import LoadReport, PreferencePair, PreferenceSource
 from datamodules.splits import with_clean_label
@@ -20,6 +21,7 @@ from tiltmeter.errors import UserError
 from tiltmeter.models import DTYPES
 from tiltmeter.preference_losses import make_preference_loss
 from tiltmeter.scoring.behaviour import Prompt
+from tiltmeter.scoring.scorer import Scorer
 
 Device = str | None
 USUAL_BETA = 0.1
@@ -45,6 +47,14 @@ class Checkpoints:
     pairs: Sequence[ProbePair]
     world: SyntheticWorld | None = None
     beta: float = USUAL_BETA
+
+
+def start_scorers(scorers: Iterable[Scorer], checkpoints: Checkpoints) -> None:
+    """Load or reach what scorers need; the planted oracle judges by the world that the pairs are from. Raises UserError."""
+    for scorer in scorers:
+        if isinstance(scorer, PlantedOracle):
+            scorer.use_world(checkpoints.world)
+        scorer.start()
 
 
 def checkpoints_of_run(run: Run, *, dtype: str = "float32", device: Device = None) -> Checkpoints:

@@ -11,14 +11,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
-from analysis.checkpoints import Checkpoints
+from analysis.checkpoints import Checkpoints, start_scorers
 from analysis.generation_sweep import GenerationSweep
 from analysis.probe_pairs import ProbePair
 from analysis.steering_directions import RANDOM, READ_POSITIONS, V_STAR, Halves, Kind, split_by_prompt
 from analysis.steering_vectors import RANDOM_KINDS, Vectors, Wanted, estimate_vectors, random_kind
 from analysis.sweep_table import Part, Rows, Unit
 from analysis.teacher_forced_sweep import TeacherForcedSweep, Tokens
-from datamodules.oracle import PlantedOracle
 from tiltmeter.errors import UserError
 from tiltmeter.generation import Decoding
 from tiltmeter.layers import FINAL_POST_NORM, FINAL_PRE_NORM, layer_site, resolve_sites
@@ -136,10 +135,7 @@ class SteeringSweep:
     def start(self, checkpoints: Checkpoints) -> None:
         """Load or reach what scorers need, before anything is swept. Raises UserError."""
         if self.n_generated:
-            for scorer in self.scorers.values():
-                if isinstance(scorer, PlantedOracle):
-                    scorer.use_world(checkpoints.world)
-                scorer.start()
+            start_scorers(self.scorers.values(), checkpoints)
 
     def plan(self, checkpoints: Checkpoints) -> "Sweep":
         """Estimate the vectors and plan; nothing is swept yet, and no scorer is started (:meth:`start`).
