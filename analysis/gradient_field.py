@@ -19,7 +19,7 @@ from analysis.costs import Cost
 from analysis.gradient_field_section import GRID, PAIRS, SEQUENCE, Picture, gradient_field_section
 from analysis.gradient_places import LEAST_PLACES, Kind, StateGradients, parting_places
 from analysis.report import Section
-from tiltmeter.bootstrap import Interval, cluster_interval, cluster_mean_interval
+from tiltmeter.stats.bootstrap import Interval, cluster_interval, cluster_mean_interval
 from tiltmeter.cpu_linear import fast_linear
 from tiltmeter.errors import UserError
 from tiltmeter.geometry import unit_rows

@@ -24,7 +24,7 @@ from analysis.site_axes import SITES_LABEL, extremes, finish_sites, last_value, 
 from analysis.stored_rows import StoredRows
 from analysis.stored_spectra import spectra_of
 from tiltmeter.geometry import row_geometry
-from tiltmeter.nulls import marchenko_pastur_edge, noise_variance, parallel_analysis, signal_rank
+from tiltmeter.stats.nulls import marchenko_pastur_edge, noise_variance, parallel_analysis, signal_rank
 
 N_DRAWN = 20
 """Components of the scree plot."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from analysis.steering_vectors import RANDOM_KINDS, random_kind
 from analysis.sweep_table import Row
-from tiltmeter.bootstrap import Interval, cluster_intervals
+from tiltmeter.stats.bootstrap import Interval, cluster_intervals
 
 DEGENERATE = 0.1
 """Degenerate completions beyond the unsteered model's share, above which a strength is past a vector's ceiling."""

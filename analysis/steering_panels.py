@@ -14,7 +14,7 @@ from analysis.steering_directions import RANDOM, V_BAR, V_STAR
 from analysis.steering_effects import ABOVE, COLLAPSED, DEGENERATE, EQUAL_NORM, SAME, is_past_ceiling
 from analysis.steering_sweep import CHOOSING, nearest_to_one
 from analysis.steering_vectors import random_kind
-from tiltmeter.bootstrap import Interval
+from tiltmeter.stats.bootstrap import Interval
 from tiltmeter.layers import FINAL_POST_NORM, FINAL_PRE_NORM
 
 _SITES_DRAWN = 3

@@ -11,7 +11,7 @@ from analysis.observations import site_name
 from analysis.site_axes import as_text, last_value, plot_sites
 from analysis.stored_rows import StoredRows
 from tiltmeter.geometry import VARIANTS, RowGeometry, Variant, row_geometry
-from tiltmeter.nulls import marchenko_pastur_edge, noise_variance, signal_rank
+from tiltmeter.stats.nulls import marchenko_pastur_edge, noise_variance, signal_rank
 
 N_LISTED = 5
 """σ₁ … σ₅ are told one by one, as in the paper's Fig. 4b."""

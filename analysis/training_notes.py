@@ -7,7 +7,7 @@ import pandas as pd
 
 from analysis.runs import Run
 from datamodules.synthetic import SyntheticWorld
-from tiltmeter.bootstrap import cluster_mean_interval
+from tiltmeter.stats.bootstrap import cluster_mean_interval
 
 _STARTS_AT_LN_2 = ("sigmoid", "robust")
 """Losses that are ln 2 nats for a policy equal to its reference."""

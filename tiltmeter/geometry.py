@@ -30,7 +30,7 @@ class RowGeometry(NamedTuple):
     """Mean of cos(x_i, mean of the other rows), null 0. NaN once rows are no longer kept: take a second pass
     (:func:`tiltmeter.consistency.leave_one_out_cosines`)."""
     singular_values: Float[Tensor, " k"]
-    """σ₁ ≥ … of the matrix, k = min(N, d), float64; of the centred rows they are what :mod:`tiltmeter.nulls` judges."""
+    """σ₁ ≥ … of the matrix, k = min(N, d), float64; of the centred rows they are what :mod:`tiltmeter.stats.nulls` judges."""
 
 
 def largest_mean_dims(mean: Float[Tensor, " d_model"], n_dims: int | None = None) -> Int[Tensor, " outlier"]:

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tiltmeter.bootstrap import Interval, cluster_mean_interval
+from tiltmeter.stats.bootstrap import Interval, cluster_mean_interval
 from tiltmeter.layers import Unembedding
 
 

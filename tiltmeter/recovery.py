@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tiltmeter.bootstrap import Interval, cluster_intervals
+from tiltmeter.stats.bootstrap import Interval, cluster_intervals
 
 Direction = Literal["interpolation", "inversion"]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.text import SacreBLEUScore
 
-from tiltmeter.bootstrap import Interval, cluster_interval
+from tiltmeter.stats.bootstrap import Interval, cluster_interval
 from tiltmeter.errors import UserError
 from tiltmeter.scoring.scorer import MAX_MISSING_SHARE, Figure, Sample, Scores, mean_figure
 

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tiltmeter.bootstrap import cluster_interval
+from tiltmeter.stats.bootstrap import cluster_interval
 from tiltmeter.scoring.scorer import MAX_MISSING_SHARE, Figure, Scores, Side, grouped_mean_figure
 
 SCORER = "teacher-forced log-probs"

@@ -17,7 +17,7 @@ from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyp
 from sklearn.model_selection import GroupKFold  # type: ignore[import-untyped]
 from torch import Tensor
 
-from tiltmeter.bootstrap import Interval, cluster_mean_interval
+from tiltmeter.stats.bootstrap import Interval, cluster_mean_interval
 from tiltmeter.scoring.scorer import MAX_MISSING_SHARE, Figure, Side
 
 N_FOLDS = 5

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
-from tiltmeter.bootstrap import cluster_mean_interval
+from tiltmeter.stats.bootstrap import cluster_mean_interval
 from tiltmeter.generation import Completion
 
 Side = Literal["policy", "base", "both"]

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from tiltmeter.bootstrap import Interval, cluster_mean_interval
+from tiltmeter.stats.bootstrap import Interval, cluster_mean_interval
 from tiltmeter.scoring.scorer import MAX_MISSING_SHARE, Figure, Sample, Scores, mean_figure
 
 TOXIC = 0.5

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tiltmeter.bootstrap import Interval, cluster_interval, cluster_mean_interval
+from tiltmeter.stats.bootstrap import Interval, cluster_interval, cluster_mean_interval
 from tiltmeter.scoring.scorer import MAX_MISSING_SHARE, Figure
 
 LENGTH_EFFECT_VARIANCE = 10.0

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from tiltmeter.consistency import in_sample_cosines, leave_one_out_cosines, split_half
-from tiltmeter.nulls import (
+from tiltmeter.stats.nulls import (
     bbp_eigenvalue,
     bbp_overlap,
     in_sample_cosine_null,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tiltmeter.bootstrap import (
+from tiltmeter.stats.bootstrap import (
     Interval,
     cluster_interval,
     cluster_intervals,
@@ -74,7 +74,7 @@ def test_resamples_are_cut_into_chunks_and_always_the_same(monkeypatch: pytest.M
         return weights @ x / weights.sum(1)
 
     first = cluster_interval(mean, names(10), n_resamples=1000, seed=4)
-    monkeypatch.setattr("tiltmeter.bootstrap._WEIGHTS_AT_A_TIME", 3000)
+    monkeypatch.setattr("tiltmeter.stats.bootstrap._WEIGHTS_AT_A_TIME", 3000)
     assert cluster_interval(mean, names(10), n_resamples=1000, seed=4) == first
     assert sizes == [1, 1000, 1, 300, 300, 300, 100]
     assert cluster_interval(mean, names(10), n_resamples=1000, seed=5) != first

@@ -1,0 +1,1 @@
+"""Inference: intervals, null distributions, and whether one vector is unusual among random ones."""
