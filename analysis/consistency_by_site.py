@@ -23,8 +23,7 @@ from analysis.site_axes import (
     shade_sites,
 )
 from analysis.stored_rows import StoredRows
-from tiltmeter.stats.bootstrap import cluster_mean_interval
-from tiltmeter.consistency import in_sample_cosines, leave_one_out_cosines, split_half
+from tiltmeter.consistency import mean_cosine_intervals, split_half
 from tiltmeter.geometry import in_own_span, row_geometry
 from tiltmeter.stats.nulls import sign_flip_null, split_half_null
 
@@ -83,12 +82,13 @@ def _figures(update: Tensor, clusters: list[str]) -> dict[str, float]:
         "shift_share": share,
         "between_halves_expected": expected_between_halves(share, len(update)),
     }
-    for name, values, null in (
-        ("in_sample", in_sample_cosines(update), flipped.mean_cosine_in_sample),
-        ("leave_one_out", leave_one_out_cosines(update), flipped.mean_cosine_leave_one_out),
-        ("split_half", halves.cosines.nanmean(0), flipped_halves.mean_cosine),
+    intervals = mean_cosine_intervals(update, clusters, n_splits=N_SPLITS)
+    for name, null in (
+        ("in_sample", flipped.mean_cosine_in_sample),
+        ("leave_one_out", flipped.mean_cosine_leave_one_out),
+        ("split_half", flipped_halves.mean_cosine),
     ):
-        interval = cluster_mean_interval(values.tolist(), clusters)
+        interval = intervals[name]
         figures |= {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
         figures |= _band(name, null)
     between = halves.cosine_of_means
@@ -155,7 +155,7 @@ def _interval(table: pd.DataFrame) -> str:
     last = table.dropna(subset="split_half").iloc[-1]
     value, low, high = (as_text(last[f"split_half{end}"], ".3f") for end in ("", "_low", "_high"))
     where = site_name(last["site"])
-    return f"Mean split-half cosine at {where}: {value}, 95 % CI {low} … {high} by resampling prompts, v* held fixed."
+    return f"Mean split-half cosine at {where}: {value}, 95 % CI {low} … {high} over prompts, v* taken anew."
 
 
 def _reading(rows: StoredRows, table: pd.DataFrame) -> list[str]:
@@ -163,8 +163,8 @@ def _reading(rows: StoredRows, table: pd.DataFrame) -> list[str]:
         f"δᵢ: change of pair i’s hidden state at {rows.position}, base to {rows.snapshot}; v*: mean change. {rows.n_rows} rows.",
         f"Split-half: v* from one random half, δᵢ from the other, {N_SPLITS} splits; mean and least of them. Leave-one-out: v* of "
         "the other rows. In-sample, v* contains δᵢ, which alone gives about 1/√N.",
-        f"Grey: central 95 % over {N_FLIPS} times in which each row’s sign was flipped at random. Blue band: 95 % interval by "
-        "resampling prompts. Diamond: the final norm’s output.",
+        f"Grey: central 95 % over {N_FLIPS} times in which each row’s sign was flipped at random. Blue band: 95 % interval over "
+        "prompts, v* taken anew. Diamond: the final norm’s output.",
         "Two halves of many rows agree on v* even where single rows hardly follow it: their cosine grows with N. Dashed grey: what "
         "it is for a constant shift of share f plus noise; close to it, it is the same fact as f, and the mean cosines too.",
         "The null of the halves’ cosine is in the table only: flipped signs keep the line on which rows lie, so two halves of "

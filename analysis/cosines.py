@@ -14,8 +14,8 @@ from analysis.observations import site_name
 from analysis.report import Section
 from analysis.site_axes import as_text
 from analysis.stored_rows import StoredRows
-from tiltmeter.stats.bootstrap import Interval, cluster_mean_interval
-from tiltmeter.consistency import in_sample_cosines, leave_one_out_cosines, split_half
+from tiltmeter.consistency import in_sample_cosines, leave_one_out_cosines, mean_cosine_intervals, split_half
+from tiltmeter.stats.jackknife import Interval
 from tiltmeter.stats.nulls import sign_flip_null, split_half_null
 
 EDGES = np.linspace(-1.0, 1.0, 81)
@@ -46,7 +46,7 @@ class CosineSet(NamedTuple):
     null_shares: dict[str, np.ndarray]
     """Of the same rows with signs flipped at random, pooled over flips."""
     means: dict[str, Interval]
-    """With 95 % intervals by resampling prompts, v* held fixed."""
+    """With 95 % intervals over prompts, v* taken anew."""
     bands: dict[str, tuple[float, float]]
     """Central 95 % of the mean under sign flips."""
 
@@ -85,7 +85,7 @@ def cosine_set(rows: StoredRows, site: str) -> CosineSet:
         {side: n / max(n.sum(), 1) for side, n in counts.items()},
         counts,
         {side: n / max(n.sum(), 1) for side, n in nulls.items()},
-        {side: cluster_mean_interval(values.nanmean(0).tolist(), prompts) for side, values in found.items()},
+        mean_cosine_intervals(update, prompts, n_splits=N_SPLITS),
         {side: bands[f"mean_cosine_{side}"] for side in flipped} | {"split_half": (low, high)},
     )
 
@@ -169,7 +169,7 @@ def _counts(cosines: Tensor) -> np.ndarray:
 def _interval(found: CosineSet) -> str:
     value, low, high = (as_text(x, ".3f") for x in found.means["split_half"])
     return (
-        f"Mean split-half cosine {value}, 95 % CI {low} … {high} by resampling prompts, v* held fixed. Its null, central 95 %: "
+        f"Mean split-half cosine {value}, 95 % CI {low} … {high} over prompts, v* taken anew. Its null, central 95 %: "
         + " … ".join(as_text(x, ".2f") for x in found.bands["split_half"])
         + "."
     )

@@ -1,12 +1,16 @@
 """Is the update of rank one, layer by layer? The first singular values of ΔH, and what is left of them under the controls."""
 
+import math
+
 import pandas as pd
 from matplotlib.axes import Axes
 
 from analysis.figures import COLOURS, EndLabel, mark_level
+from analysis.observations import site_name
 from analysis.report import Section
 from analysis.site_axes import (
     Curve,
+    as_text,
     draw_over_sites,
     extremes,
     finish_sites,
@@ -26,6 +30,9 @@ from analysis.stored_spectra import (
     plot_update,
     spectra_of,
 )
+from tiltmeter.geometry import in_own_span
+from tiltmeter.spectra import leading_energies_of_gram
+from tiltmeter.stats.jackknife import SHARE, Interval, jackknife_intervals
 
 CLAIM = 0.1
 """The paper says that σ₂/σ₁ is below."""
@@ -49,7 +56,7 @@ def singular_value_section(rows: StoredRows, spectra: pd.DataFrame) -> Section |
         question="Is the update of rank one?",
         claim="D-STEER, Fig. 4b: in every layer σ₂/σ₁ is below .1 and the first direction is the steering vector, u₁ ≈ v*.",
         sentences=sentences,
-        interval="None: a resample repeats rows, which changes a spectrum. Section signal_rank has what noise alone would give.",
+        interval=_interval(rows),
         limits=[
             "Independent evidence: with f the share of one constant shift, σ₁² holds at least f of ΔH, and f > ½ makes "
             "|cos(u₁, v*)| at least √f (grey). A small σ₂/σ₁ and u₁ ≈ v* repeat f; centred, the ratio is news.",
@@ -60,6 +67,22 @@ def singular_value_section(rows: StoredRows, spectra: pd.DataFrame) -> Section |
         reading=_reading(rows, spectra),
         headlines=[],
         more_tables={"spectra": long},
+    )
+
+
+def _interval(rows: StoredRows) -> str:
+    """ρ₁ and σ₂/σ₁ at the last site that changed."""
+    site = next(site for site in reversed(rows.sites) if rows.update(site).any())
+    update = in_own_span(rows.update(site))
+    energy, ratio = jackknife_intervals(leading_energies_of_gram(update @ update.T), rows.clusters, scale=SHARE)
+    first, second = (
+        f"{as_text(x.value, '.2f')}, 95 % CI {as_text(x.low, '.2f')} … {as_text(x.high, '.2f')}"
+        for x in (energy, Interval(*map(math.sqrt, ratio)))
+    )
+    return (
+        f"At {site_name(site)}: ρ₁ {first}; σ₂/σ₁ {second}; prompts left out one at a time. They are of {rows.n_rows} rows: with "
+        "fewer both are larger, and of noise alone the interval of ρ₁ does not reach down to one over the dimensions. Section "
+        "signal_rank has what noise would give."
     )
 
 

@@ -13,9 +13,9 @@ from analysis.models import LoadedModel
 from analysis.probe_pairs import ProbePair
 from analysis.sweep_table import PairRow, Row, Rows, Unit
 from tiltmeter.batch import PreferenceBatch
-from tiltmeter.stats.bootstrap import Interval, cluster_intervals
 from tiltmeter.recovery import Direction, RecoveryMoments, kl_divergences
 from tiltmeter.scoring.preference_odds import odds_scores, perplexity_figure
+from tiltmeter.stats.jackknife import Interval, jackknife_intervals
 from tiltmeter.sweeping import steered_logits
 
 Tokens = Literal["predicting", "all", "new", "prompt"]
@@ -87,13 +87,13 @@ class TeacherForcedSweep:
     def _per_token(self, sums: _Sums) -> list[Interval]:
         """KL(unsteered ‖ steered) in nats a token."""
         kl, n_tokens = sums.kl_from_start.T, sums.recovery.row_sums().n_tokens
-        return cluster_intervals(lambda drawn: drawn @ kl / (drawn @ n_tokens)[:, None], self.groups)
+        return jackknife_intervals(lambda drawn: drawn @ kl / (drawn @ n_tokens)[:, None], self.groups)
 
     def _changes(self, sums: _Sums) -> list[Interval]:
         """PrefOdds less that of λ = 0, in nats: paired, so that what pairs differ by cancels."""
         odds = (sums.log_probs[..., 0] - sums.log_probs[..., 1]).T
         change = odds - odds[:, self.strengths.index(0.0), None]
-        return cluster_intervals(lambda drawn: drawn @ change / drawn.sum(1, keepdim=True), self.groups)
+        return jackknife_intervals(lambda drawn: drawn @ change / drawn.sum(1, keepdim=True), self.groups)
 
     def _pair_rows(self, unit: Unit, sums: _Sums) -> list[PairRow]:
         by_pair = sums.recovery.row_sums()

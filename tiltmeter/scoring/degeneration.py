@@ -58,7 +58,9 @@ class DegenerationScorer:
             for name in _FIGURES:
                 values = [row[name] for row in rows]
                 scores.columns[f"{name}/{of}"] = values
-                scores.figures.append(mean_figure(name, of, values, samples, scorer=self.name))
+                scores.figures.append(
+                    mean_figure(name, of, values, samples, scorer=self.name, is_share=name != "length")
+                )
         return scores
 
     def _figures(self, completion: Completion) -> dict[str, float]:

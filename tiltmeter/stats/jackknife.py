@@ -44,6 +44,8 @@ COSINE = Scale(lambda x: torch.atanh(x.clamp(-1 + _EPS, 1 - _EPS)), torch.tanh)
 """Fisher's z, for −1 … 1."""
 SHARE = Scale(lambda x: COSINE.to(x.clamp(min=0).sqrt()), lambda y: COSINE.back(y.clamp(min=0)).square())
 """Fisher's z of the root, for shares of energy 0 … 1 (f, ρ₁): they are squared cosines."""
+LOG_ODDS = Scale(lambda x: COSINE.to(2 * x - 1), lambda y: (1 + COSINE.back(y)) / 2)
+"""Half the log-odds, for probabilities 0 … 1."""
 SQUARE = Scale(torch.square, lambda y: y.clamp(min=0).sqrt())
 """Of lengths, 0 … ∞: their squares are sums of products of rows."""
 
