@@ -150,7 +150,7 @@ def draw_measure(axes: Axes, table: pd.DataFrame, *, measure: str) -> str:
     labels.append(EndLabel(float((low + high).iloc[-1]) / 2, "its null", _GREY))
     axes.set_ylim(min(-0.05, axes.get_ylim()[0]), 1.03)
     axes.set_ylabel("mean cosine of δᵢ")
-    finish_sites(axes, sites, labels, room=0.33)
+    finish_sites(axes, sites, labels, room=0.38)
     n_above, n_known = int((table[measure] > high).sum()), int(table[measure].notna().sum())
     said = f"{word}, the mean cosine is {extremes(sites, table[measure], '.3f')}, above its null at {n_above} of {n_known} sites"
     there = table[f"mean_cosine_{measure}_random"]

@@ -39,6 +39,8 @@ NULLS = {
 }
 """Upper ends of null bands: column of the table → name in metrics.csv, before the site."""
 _F, _RHO, _COS = "shift_share", "top1_energy", "mean_cosine_leave_one_out"
+BESIDE = (_F, _RHO, f"{_RHO}_centred", "sigma_ratio", "mean_cosine_in_sample", _COS)
+"""What stands beside the same under random weights, of the base's own states and at a content token."""
 SHOWN = {
     _F: ("f", "{:.3f}"),
     f"{_F}_random": ("f random", "{:.3f}"),
@@ -112,33 +114,28 @@ def geometry_table(table: pd.DataFrame, random: RandomUpdates | None = None) -> 
     """
     last = latest(updates(table))
     position = str(last["position"].iloc[0]) if len(last) else ""
-    found = with_random(_columns(last, UPDATE | NULLS, ""), random, position, UPDATE)
-    found = found.join(_columns(last, named("base"), "_base")[[f"{c}_base" for c in UPDATE]])
+    found = with_random(_columns(last, UPDATE | NULLS), random, position, BESIDE)
     there = latest(updates(table, CONTENT)) if position != CONTENT else last.iloc[:0]
-    if (
-        len(there)
-        and there["steps_taken"].iloc[0] != last["steps_taken"].iloc[0]
-        and not last["steps_taken"].isna().any()
-    ):
-        there = there.iloc[:0]  # of an earlier look
-    content = with_random(_columns(there, UPDATE, ""), random, CONTENT, UPDATE)
-    content = content.join(_columns(there, named("base"), "_base")[[f"{c}_base" for c in UPDATE]])
-    content = content.drop(columns=["steps_taken", "position"]).set_index("site").add_prefix("content:")
-    content.columns = [_content_name(column.removeprefix("content:")) for column in content.columns]
+    is_of_last = last["steps_taken"].isna().all() or set(there["steps_taken"]) == set(last["steps_taken"])
+    there = there if is_of_last else there.iloc[:0]
+    content = with_random(_columns(there, {name: UPDATE[name] for name in BESIDE}), random, CONTENT, BESIDE)
+    base = {f"{name}_base": named("base")[name] for name in BESIDE}
+    found, content = (part.join(_columns(rows, base)[[*base]]) for part, rows in ((found, last), (content, there)))
+    content = content.drop(columns=["steps_taken", "position"]).set_index("site").rename(columns=_content_name)
     return found.join(content, on="site")
 
 
 def _content_name(column: str) -> str:
     """``shift_share_random`` → ``shift_share_content_random``."""
-    figure = max((name for name in UPDATE if column.startswith(name)), key=len)
+    figure = max((name for name in BESIDE if column.startswith(name)), key=len)
     return f"{figure}_content{column.removeprefix(figure)}"
 
 
-def _columns(rows: pd.DataFrame, names: dict[str, str], suffix: str) -> pd.DataFrame:
+def _columns(rows: pd.DataFrame, names: dict[str, str]) -> pd.DataFrame:
     """The readings under the names of the table."""
     where = ["steps_taken", "position", "site"]
     found = rows.reindex(columns=[*where, *names.values()]).reset_index(drop=True)
-    return found.set_axis([*where, *(f"{name}{suffix}" for name in names)], axis=1)
+    return found.set_axis([*where, *names], axis=1)
 
 
 def shown_table(last: pd.DataFrame) -> pd.DataFrame:
@@ -214,17 +211,19 @@ def draw_cosines(axes: Axes, last: pd.DataFrame) -> str:
     alone = f"Leave-one-out, the mean cosine with v* is {extremes(sites, last[_COS], '.3f')}"
     known = (last[_COS].notna() & last[f"{_COS}_null_high"].notna()).sum()
     n_above = int((last[_COS] > last[f"{_COS}_null_high"]).sum())
-    said = _said(last, _COS, "The mean cosine with v*", ".2f", alone)
-    return f"{said}; above flipped signs at {n_above} of {known} sites" if known else said
+    alone += f", above its null at {n_above} of {known} sites" if known else ""
+    return _said(last, _COS, "The mean cosine with v*", ".2f", alone)
 
 
 def _said(last: pd.DataFrame, column: str, what: str, form: str, alone: str) -> str:
-    """The difference to random weights, the figure behind it and that at a content token; without draws, the figure."""
-    content = last[f"{column}_content"]
+    """The difference to random weights, the figures behind it and those at a content token; without draws, the figure."""
+    content, base = last[f"{column}_content"], last[f"{column}_base"]
     if not is_known(last, column):
         there = f"; at a content token {span(content, form)}" if content.notna().any() else ""
         return f"{alone}{there}; {MISSING}"
-    said = f"{said_of_difference(last, column, what)} ({span(last[column], form)}"
+    said = f"{said_of_difference(last, column, what)} (itself {span(last[column], form)}"
+    if base.notna().any():
+        said += f", the base’s own states {span(base, form)}"
     if content.notna().any():
         said += f"; at a content token {span(content, form)}, random {span(last[f'{column}_content_random'], form)}"
     return f"{said})"

@@ -4,20 +4,26 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import pandas as pd
+import torch
 from matplotlib.axes import Axes
+from torch import Tensor
 
 from analysis.figures import COLOURS, EndLabel
 from analysis.observations import named
 from analysis.site_axes import extremes, last_value, plot_sites, shade_sites
-from tiltmeter.stats.draws import prediction_interval
+from tiltmeter.stats.among_random import ABOVE, UNKNOWN, among_random
 from tiltmeter.weights.random_update import RandomUpdates
 
 NAMES: Mapping[str, str] = named("random_update") | {"mean_cosine_split_half": "mean_cosine/split_half/random_update"}
 """Column of tables → name of the figure in the draws."""
 NOTE = (
     "Random weights (control C8): Gaussian changes of the base’s weights with the Frobenius norm of training’s own change of each "
-    "matrix; no training. Grey band: range of the draws. “Above” them is what lies over the 95 % prediction interval of one more "
-    "draw."
+    "matrix; no training. Grey band: range of the draws. “Above” them is what lies over all draws and "
+    "over the 95 % prediction interval of one more."
+)
+_ADDED = (
+    *("_random", "_random_low", "_random_high", "_random_expected_low", "_random_expected_high", "_random_verdict"),
+    "_rotated",
 )
 MISSING = "random weight changes of equal norm were not read beside it"
 
@@ -28,22 +34,24 @@ def with_random(
     """The table, a row a site, with the same figures under random weights; NaN where none were read.
 
     For each column there is also ``…_random`` (mean over the Gaussian draws), ``…_random_low`` and ``…_random_high`` (their range),
-    ``…_random_expected_low`` and ``…_high`` (95 % prediction interval of one more draw), and ``…_rotated``, the mean over draws
-    that keep the update's singular values.
+    ``…_random_expected_low`` and ``…_high`` (95 % prediction interval of one more draw), ``…_random_verdict``
+    (:func:`tiltmeter.stats.among_random.among_random`), and ``…_rotated``, the mean over draws that keep the update's singular
+    values.
     """
-    added: dict[str, list[float]] = {}
+    added: dict[str, list[object]] = {}
     for column in columns:
-        ends = ("", "_low", "_high", "_expected_low", "_expected_high")
-        for name in (*(f"{column}_random{end}" for end in ends), f"{column}_rotated"):
-            added[name] = []
-        for site in table["site"]:
+        own = table[column].tolist() if column in table else [math.nan] * len(table)
+        for name in _ADDED:
+            added[f"{column}{name}"] = []
+        for site, value in zip(table["site"], own, strict=True):
             gaussian, rotated = (_values(found, form, position, site, column) for form in ("gaussian", "rotated"))
-            mean, low, high = prediction_interval(gaussian)
-            of_draws = (mean, min(gaussian, default=math.nan), max(gaussian, default=math.nan), low, high)
-            for end, value in zip(ends, of_draws, strict=True):
-                added[f"{column}_random{end}"].append(value)
-            added[f"{column}_rotated"].append(sum(rotated) / len(rotated) if rotated else math.nan)
-    return pd.concat([table.reset_index(drop=True), pd.DataFrame(added, dtype=float)], axis=1)
+            beside = among_random(_exact([value]), _exact([gaussian]))
+            mean, low, high = beside.random_mean, beside.random_low, beside.random_high
+            expected = beside.prediction[1:]
+            kept = sum(rotated) / len(rotated) if rotated else math.nan
+            for name, x in zip(_ADDED, (mean, low, high, *expected, beside.verdict, kept), strict=True):
+                added[f"{column}{name}"].append(x)
+    return pd.concat([table.reset_index(drop=True), pd.DataFrame(added)], axis=1)
 
 
 def draws_table(found: RandomUpdates) -> pd.DataFrame:
@@ -80,14 +88,17 @@ def is_known(table: pd.DataFrame, column: str) -> bool:
 
 
 def verdict(table: pd.DataFrame, column: str) -> str:
-    """Whether random weights give as much: in words, by how many sites lie above one more draw's prediction interval.
+    """Whether random weights give as much, in words: by the number of sites at which the figure is above them.
 
-    >>> at = {"site": ["layer_00"], "f": [0.9], "f_random": [0.5], "f_random_expected_high": [0.6]}
-    >>> verdict(pd.DataFrame(at), "f"), verdict(pd.DataFrame(at | {"f": [0.55]}), "f")
+    >>> at = {"site": ["layer_00"], "f": [0.9], "f_random": [0.5], "f_random_verdict": ["above random"]}
+    >>> verdict(pd.DataFrame(at), "f"), verdict(pd.DataFrame(at | {"f_random_verdict": ["below random"]}), "f")
     ('above them', 'reproduced by random weights')
     """
-    known = difference(table, column).notna()
-    n_above, n = int((table[column] > table[f"{column}_random_expected_high"]).sum()), int(known.sum())
+    judged = table.loc[difference(table, column).notna(), f"{column}_random_verdict"]
+    judged = judged[judged != UNKNOWN]
+    n_above, n = int((judged == ABOVE).sum()), len(judged)
+    if not n:
+        return "too few draws to judge"
     if not n_above:
         return "reproduced by random weights"
     return (
@@ -103,7 +114,11 @@ def said_of_difference(table: pd.DataFrame, column: str, what: str) -> str:
     """The figure less that of random weights, and what follows from it."""
     sites: Sequence[str] = table["site"].tolist()
     less = extremes(sites, difference(table, column), "+.2f")
-    return f"{what} less {what} under random weights of equal norm: {less}, {verdict(table, column)}"
+    return f"{what} less that of random weights of equal norm is {less}: {verdict(table, column)}"
+
+
+def _exact(values: Sequence[object]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def _values(found: RandomUpdates | None, form: str, position: str, site: str, column: str) -> list[float]:
