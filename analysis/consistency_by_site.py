@@ -23,9 +23,9 @@ from analysis.site_axes import (
     shade_sites,
 )
 from analysis.stored_rows import StoredRows
-from tiltmeter.stats.bootstrap import cluster_mean_interval
 from tiltmeter.consistency import in_sample_cosines, leave_one_out_cosines, split_half
 from tiltmeter.geometry import in_own_span, row_geometry
+from tiltmeter.stats.bootstrap import cluster_mean_interval
 from tiltmeter.stats.nulls import sign_flip_null, split_half_null
 
 N_SPLITS = 100

@@ -14,8 +14,8 @@ from analysis.observations import site_name
 from analysis.report import Section
 from analysis.site_axes import as_text
 from analysis.stored_rows import StoredRows
-from tiltmeter.stats.bootstrap import Interval, cluster_mean_interval
 from tiltmeter.consistency import in_sample_cosines, leave_one_out_cosines, split_half
+from tiltmeter.stats.bootstrap import Interval, cluster_mean_interval
 from tiltmeter.stats.nulls import sign_flip_null, split_half_null
 
 EDGES = np.linspace(-1.0, 1.0, 81)

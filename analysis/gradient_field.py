@@ -19,13 +19,13 @@ from analysis.costs import Cost
 from analysis.gradient_field_section import GRID, PAIRS, SEQUENCE, Picture, gradient_field_section
 from analysis.gradient_places import LEAST_PLACES, Kind, StateGradients, parting_places
 from analysis.report import Section
-from tiltmeter.stats.bootstrap import Interval, cluster_interval, cluster_mean_interval
 from tiltmeter.cpu_linear import fast_linear
 from tiltmeter.errors import UserError
 from tiltmeter.geometry import unit_rows
 from tiltmeter.gradient_field import Context, FieldGrid, field_summary
 from tiltmeter.layers import FINAL_POST_NORM, FINAL_PRE_NORM, resolve_sites
 from tiltmeter.models import DTYPES
+from tiltmeter.stats.bootstrap import Interval, cluster_interval, cluster_mean_interval
 
 
 class GradientField:

@@ -14,8 +14,8 @@ from analysis.steering_directions import RANDOM, V_BAR, V_STAR
 from analysis.steering_effects import ABOVE, COLLAPSED, DEGENERATE, EQUAL_NORM, SAME, is_past_ceiling
 from analysis.steering_sweep import CHOOSING, nearest_to_one
 from analysis.steering_vectors import random_kind
-from tiltmeter.stats.bootstrap import Interval
 from tiltmeter.layers import FINAL_POST_NORM, FINAL_PRE_NORM
+from tiltmeter.stats.bootstrap import Interval
 
 _SITES_DRAWN = 3
 LOWEST = -1.0

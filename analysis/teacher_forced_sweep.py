@@ -13,9 +13,9 @@ from analysis.models import LoadedModel
 from analysis.probe_pairs import ProbePair
 from analysis.sweep_table import PairRow, Row, Rows, Unit
 from tiltmeter.batch import PreferenceBatch
-from tiltmeter.stats.bootstrap import Interval, cluster_intervals
 from tiltmeter.recovery import Direction, RecoveryMoments, kl_divergences
 from tiltmeter.scoring.preference_odds import odds_scores, perplexity_figure
+from tiltmeter.stats.bootstrap import Interval, cluster_intervals
 from tiltmeter.sweeping import steered_logits
 
 Tokens = Literal["predicting", "all", "new", "prompt"]

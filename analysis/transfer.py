@@ -16,7 +16,6 @@ from analysis.report import Section
 from analysis.steering_directions import States, split_by_prompt, v_star
 from analysis.transfer_pairs import Sums, TestPairs
 from analysis.transfer_section import OWN_LESS_OTHERS, OWN_LESS_RANDOM, RANDOM, transfer_section
-from tiltmeter.stats.bootstrap import Interval, cluster_intervals
 from tiltmeter.consistency import cosine
 from tiltmeter.controls import norm_matched, random_vectors
 from tiltmeter.errors import UserError
@@ -24,6 +23,7 @@ from tiltmeter.layers import resolve_sites, site_depth
 from tiltmeter.models import DTYPES
 from tiltmeter.positions import Position
 from tiltmeter.probe import ONE_PER_SIDE
+from tiltmeter.stats.bootstrap import Interval, cluster_intervals
 from tiltmeter.sweeping import sweep_cost
 
 

@@ -17,9 +17,9 @@ from analysis.behaviour_words import LeadRow, lead_rows
 from analysis.observations import GeometryRow, geometry_rows
 from analysis.probe_pairs import PROMPTS_FILE, ProbePair
 from launch.parts import Parts
-from tiltmeter.stats.bootstrap import cluster_mean_interval
 from tiltmeter.files import write_json, write_text
 from tiltmeter.scoring.behaviour_table import FIGURES, read_table
+from tiltmeter.stats.bootstrap import cluster_mean_interval
 
 _PACKAGES = ("torch", "lightning", "transformers", "tokenizers", "hydra-core", "wandb", "safetensors")
 

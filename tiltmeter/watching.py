@@ -16,7 +16,6 @@ from tiltmeter.consistency import cosine, in_sample_cosines, leave_one_out_cosin
 from tiltmeter.directions import steering_vector
 from tiltmeter.geometry import Variant, row_geometry
 from tiltmeter.layers import FINAL_POST_NORM, Unembedding
-from tiltmeter.stats.nulls import sign_flip_null
 from tiltmeter.positions import Position
 from tiltmeter.probe import PreferenceDirections, matching_rows
 from tiltmeter.projections import (
@@ -26,6 +25,7 @@ from tiltmeter.projections import (
     share_preferred,
     summarize_projections,
 )
+from tiltmeter.stats.nulls import sign_flip_null
 
 States = Mapping[ReadPoint, HiddenStates]
 Metrics = dict[str, float]
