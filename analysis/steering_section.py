@@ -248,7 +248,7 @@ def _verdicts(effects: pd.DataFrame) -> str:
         "A vector that is not distinguishable from random ones of its length has no claim of its own. It is called above them "
         "where at most one in forty of them does as much, by rank and by where one more would lie, and where that holds for "
         f"other prompts. R, in {EFFECTS}.csv: {'; '.join(parts)}. There too: the margin at equal norm, and where all have moved "
-        "the model equally far, KL(unsteered ‖ steered); subtracting is meant to lower it, so there below random is what is aimed at."
+        "the model equally far, KL(unsteered ‖ steered); subtracting is meant to lower it, so there below random is the aim."
     )
 
 

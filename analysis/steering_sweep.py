@@ -97,7 +97,7 @@ class SteeringSweep:
     ) -> None:
         least: dict[str, tuple[int | None, int]] = {
             "n_directions": (n_directions, 1),
-            "n_random": (n_random, 2),
+            "n_random": (n_random, 1),
             "n_prompts": (n_prompts, 1),
             "n_generated": (n_generated, 0),
             "seed": (seed, 0),

@@ -55,7 +55,7 @@ class Transfer:
         dtype: str = "float32",
         device: str | None = None,
     ) -> None:
-        least = {"n_random": (n_random, 2), "n_prompts": (n_prompts, 1), "seed": (seed, 0)}
+        least = {"n_random": (n_random, 1), "n_prompts": (n_prompts, 1), "seed": (seed, 0)}
         for name, (value, lowest) in least.items():
             if value is not None and value < lowest:
                 raise UserError(f"transfer.{name}: expected at least {lowest}, got {value}")
@@ -137,11 +137,12 @@ def compared(
     def change(drawn: Tensor) -> Tensor:
         return drawn @ sums.margin_change.T / drawn.sum(1, keepdim=True)
 
-    drawn = [prompt_resamples(figures, groups) for figures in (recovery, change)]
+    r, m = (prompt_resamples(figures, groups) for figures in (recovery, change))
     for i, name in enumerate(names):
-        yield name, *(percentile_interval(x[:, i]) for x in drawn)
-    yield OWN_LESS_OTHERS, *(percentile_interval(x[:, at] - x[:, others].mean(1)) for x in drawn)
-    yield OWN_LESS_RANDOM, *(among_random(x[:, at], x[:, random]) for x in drawn)
+        yield name, percentile_interval(r[:, i]), percentile_interval(m[:, i])
+    beyond = [percentile_interval(x[:, at] - x[:, others].mean(1)) for x in (r, m)]
+    yield OWN_LESS_OTHERS, beyond[0], beyond[1]
+    yield OWN_LESS_RANDOM, among_random(r[:, at], r[:, random]), among_random(m[:, at], m[:, random])
 
 
 def _named(name: str, figure: Interval | AmongRandom) -> dict[str, float | str]:

@@ -38,7 +38,7 @@ def norm_matched(
     >>> norm_matched(torch.tensor([[0.0, 2.0]]), torch.tensor([3.0, 4.0]), provenance="SFT's v*")
     Control(vectors=tensor([[0., 5.]], dtype=torch.float64), provenance="SFT's v*, at norm 5")
     """
-    exact, norm = vectors.to(torch.float64), like.to(torch.float64).norm()
+    exact, norm = vectors.detach().to(torch.float64), like.detach().to(torch.float64).norm()
     norms = exact.norm(dim=1)
     for name, found in (("like", norm[None]), ("vectors", norms)):
         if not (found.isfinite() & (found > 0)).all():
