@@ -200,7 +200,7 @@ def _mean_unembedding(_: Kind, states: States, site: str, __: int) -> Made:
     how = "mean of unembedding rows, chosen less rejected"
     if site != FINAL_POST_NORM:
         return Made(torch.empty(0, 0), how)
-    return Made(PreferenceDirections(states.head, states.ids).sequence.mean(0)[None], how)
+    return Made(PreferenceDirections(states.head, states.ids).sequence.mean(0).detach()[None], how)
 
 
 def _singular(kind: Kind, states: States, site: str, n_directions: int) -> Made:

@@ -181,8 +181,8 @@ def steered_sums(
         )
         sums = [_sums_of_logits(part, goal_logits(part.targets), batch) for part in found]
         parts.append(SteeredSums(*(torch.cat(columns, dim=-1) for columns in zip(*sums, strict=True))))
-    per_shift = (torch.cat(columns) for columns in list(zip(*parts, strict=True))[:3])
-    yield SteeredSums(*per_shift, parts[0].targets)
+    log_probs, from_goal, from_start = (torch.cat(columns) for columns in list(zip(*parts, strict=True))[:3])
+    yield SteeredSums(log_probs, from_goal, from_start, parts[0].targets)
 
 
 def _sums_of_logits(part: SteeredLogits, goal: Float[Tensor, "target vocab"], batch: PreferenceBatch) -> SteeredSums:
