@@ -155,6 +155,7 @@ class TeacherForcedSweep:
             )
         ]
 
+    @torch.no_grad()
     def _run_draws(
         self, site: str, values: Float[Tensor, "draw d_model"], strengths: Sequence[float]
     ) -> Float[Tensor, "draw strength pair 4"]:
