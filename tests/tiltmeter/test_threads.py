@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import ROOT
+from tests.processes import HANGS, ROOT
 from tiltmeter.threads import settle_threads, usable_cores
 
 WAITING = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
@@ -38,7 +38,7 @@ def environment(**own: str) -> dict[str, str]:
 
 def run(*arguments: str, **own: str) -> subprocess.CompletedProcess[str]:
     command, known = [sys.executable, "-c", *arguments], environment(**own)
-    return subprocess.run(command, cwd=ROOT, env=known, capture_output=True, text=True, check=True, timeout=600)
+    return subprocess.run(command, cwd=ROOT, env=known, capture_output=True, text=True, check=True, timeout=HANGS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
