@@ -14,6 +14,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import tiltmeter.threads  # noqa: F401  before torch, which reads its threads' settings as it is imported
+
+# isort: split
 from analysis.loggable import loggable_media, loggable_metrics
 from analysis.wandb_login import is_logged_in
 from tiltmeter.errors import UserError

@@ -139,12 +139,12 @@ def test_options_without_effect_are_refused(tmp_path: Path, run: Path) -> None:
 
 @pytest.mark.slow
 def test_from_the_command_line(run: Path) -> None:
-    done = run_script("analyze.py", f"run={run}", *SWEEP, timeout=120)
+    done = run_script("analyze.py", f"run={run}", *SWEEP)
     assert done.returncode == 0, done.stderr
     assert "Steering" in done.stdout
     assert f"Report: {run / 'report' / 'index.html'}" in done.stdout
     (run / "report" / "tables" / "sweep.csv").write_text("nonsense\n")
-    broken = run_script("analyze.py", f"run={run}", *SWEEP, timeout=120)
+    broken = run_script("analyze.py", f"run={run}", *SWEEP)
     assert broken.returncode == 2
     assert broken.stderr.startswith(f"tiltmeter: {run / 'report' / 'tables' / 'sweep.csv'}: ")
     assert broken.stderr.count("\n") == 1
