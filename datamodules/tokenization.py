@@ -230,7 +230,7 @@ class PairTokenizer:
         if eos not in ids:
             return [*ids, eos]
         end = ids.index(eos) + 1
-        return None if self.tokenizer.decode(ids[end:], skip_special_tokens=True).strip() else ids[:end]
+        return None if str(self.tokenizer.decode(ids[end:], skip_special_tokens=True)).strip() else ids[:end]
 
     def _render(self, messages: Iterable[Message], *, add_generation_prompt: bool) -> str:
         turns = [{"role": m.role, "content": m.content} for m in messages]
