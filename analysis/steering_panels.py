@@ -132,7 +132,7 @@ def draw_effects(axes: Axes, effects: pd.DataFrame, *, direction: str, sites: Se
         y = names.index(row.vector) + 0.22 * (at - (len(sites) - 1) / 2)
         colour, mark = _SITE_LOOKS[at]
         _draw_effect(axes, row, y, COLOURS[colour], mark)
-    axes.set_xlabel("R less that of random vectors, and where one more of them may lie")
+    axes.set_xlabel("R less that of random vectors")
     own = rows[(rows["vector"] == V_STAR) & (rows["site"] == site)].iloc[0]
     n_above = int((rows["verdict"] == ABOVE).sum())
     said = f"{n_above} of {len(rows)} vectors and sites recover more than random ones when {HOW[direction]}"

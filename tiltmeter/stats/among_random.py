@@ -59,6 +59,7 @@ def among_random(
         Draws without a value are left out; with fewer than two, or no value of the vector itself, there is no verdict. With fewer
         than 2/(1 − level) − 1 draws (39 at 95 %) no rank is that rare, and a vector has to be beyond all of them.
 
+    >>> import torch
     >>> draws = torch.tensor([[0.0, 1.0, 2.0, 3.0, 4.0]], dtype=torch.float64)
     >>> [among_random(torch.tensor([x], dtype=torch.float64), draws).verdict for x in (4.5, 9.0)]
     ['not distinguishable', 'above random']

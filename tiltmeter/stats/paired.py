@@ -17,8 +17,8 @@ def more_often(ones: Sequence[float], others: Sequence[float]) -> float:
     Raises:
         ValueError: lengths that differ.
 
-    >>> more_often([1, 1, 1, 1, 1, 0], [0, 0, 0, 0, 0, 0])
-    0.03125
+    >>> more_often([1.0, 1.0, 1.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0, 0.0])
+    0.0625
     """
     if len(ones) != len(others):
         raise ValueError(f"more_often: expected outcomes in pairs, got {len(ones)} and {len(others)}")
