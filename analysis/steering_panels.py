@@ -8,6 +8,7 @@ import pandas as pd
 import torch
 from matplotlib.axes import Axes
 
+from analysis.behaviour_words import rules_fired
 from analysis.figures import COLOURS, mark_level
 from analysis.observations import site_name
 from analysis.site_axes import as_text
@@ -105,7 +106,8 @@ def draw_degeneration(axes: Axes, table: pd.DataFrame) -> str:
     if not found:
         return f"Adding v* breaks no more than {more} up to λ = {table['lambda'].max():g}"
     first = min(found, key=found.__getitem__)
-    return f"Adding v* breaks more than {more} from λ = {found[first]:g} on, at {site_name(first)}"
+    fired = rules_fired(lambda name: value_at(table, direction, V_STAR, first, name, found[first]))
+    return f"Adding v* breaks more than {more} from λ = {found[first]:g} on, at {site_name(first)} (by rule: {fired})"
 
 
 def draw_effects(axes: Axes, effects: pd.DataFrame, *, direction: str, sites: Sequence[str], site: str) -> str:
