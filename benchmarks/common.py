@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tiltmeter.errors import UserError
+from tiltmeter.plain_text import allow_any_encoding
 from tiltmeter.threads import usable_cores
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -152,6 +153,7 @@ def _linux_memory_mb(field: str) -> float | None:
 @contextmanager
 def clear_errors() -> Iterator[None]:
     """Wrong input ends the program with one line and exit code 2."""
+    allow_any_encoding()
     try:
         yield
     except UserError as error:

@@ -15,6 +15,7 @@ from launch.configuration import prepare_overrides
 from launch.run_folder import is_first_process
 from launch.screen import quiet_libraries
 from tiltmeter.errors import IncompleteEvaluation, NumericalStop, Preempted, UserError
+from tiltmeter.plain_text import allow_any_encoding
 
 Known = UserError | IncompleteEvaluation | NumericalStop | Preempted
 EXIT_CODES: Mapping[type[Known], int] = {UserError: 2, IncompleteEvaluation: 3, NumericalStop: 4, Preempted: 143}
@@ -22,6 +23,7 @@ EXIT_CODES: Mapping[type[Known], int] = {UserError: 2, IncompleteEvaluation: 3, 
 
 def run_command(main: Callable[[], Any], *, config_name: str) -> None:
     """Check ``sys.argv``, then call a function decorated with ``hydra.main``; exit codes as in DESIGN §8."""
+    allow_any_encoding()
     quiet_libraries()
     try:
         sys.argv[1:] = prepare_overrides(sys.argv[1:], config_name=config_name)
