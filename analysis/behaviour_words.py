@@ -136,7 +136,7 @@ def measures_of(table: pd.DataFrame) -> list[Measure]:
 
 
 def rules_fired(value: Callable[[str], float]) -> str:
-    """By which rules completions are degenerate, those that fired.
+    r"""By which rules completions are degenerate, those that fired.
 
     Args:
         value: share of completions by the name of its figure; NaN: not known.

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import pandas as pd
 
 from tiltmeter.errors import UserError
-from tiltmeter.files import write_json
+from tiltmeter.files import write_json, write_text, writing
 
 TABLE, PAIRS, SETTINGS = "sweep.csv", "sweep_pairs.csv", "sweep.json"
 Part = Literal["choosing", "teacher_forced", "generated"]
@@ -113,9 +113,8 @@ class SweepTable:
         if not restart and self.path.exists():
             self._resume()
         else:
-            folder.mkdir(parents=True, exist_ok=True)
             for name, columns in _FILES.items():
-                (folder / name).write_text(_as_csv([columns]), encoding="utf-8", newline="")
+                write_text(folder / name, _as_csv([columns]))
             self._note()
 
     def append(self, unit: Unit, taken: Rows) -> None:
@@ -131,7 +130,8 @@ class SweepTable:
 
     def _write(self, taken: Rows) -> None:
         for name, rows in ((TABLE, taken.rows), (PAIRS, taken.pairs)):
-            with (self.folder / name).open("a", encoding="utf-8", newline="") as file:
+            path = self.folder / name
+            with writing(path), path.open("a", encoding="utf-8", newline="") as file:
                 file.write(_as_csv(rows))
 
     def _resume(self) -> None:

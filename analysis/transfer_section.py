@@ -115,6 +115,8 @@ def draw_matrix(
 def said_of_recovery(cells: np.ndarray) -> str:
     """R at v*'s own site, elsewhere, and of random vectors."""
     own, others, random = _parts(cells)
+    if np.isnan(cells).all():
+        return "How far v* goes has no number: base and aligned model predict the same, up to rounding"
     return (
         f"Added at its own site (framed) v* recovers {_span(own, 'percent')} of the way to the aligned model, at other sites "
         f"{_span(others, 'percent')}; one in forty random vectors more than {_span(random, 'percent')}"
@@ -150,14 +152,17 @@ def _headline(table: pd.DataFrame, cells: np.ndarray, sites: Sequence[str]) -> H
     known = table.set_index(["source", "site"])["recovery_low"]
     n = sum(known[OWN_LESS_OTHERS, site] > 0 for site in sites)
     return Headline(
-        f"{n} of {len(sites)}",
+        "none" if np.isnan(cells).all() else f"{n} of {len(sites)}",
         "sites where their own v* recovers more than other sites’",
         f"95 % interval of the difference above 0; R of own v*: {_span(_parts(cells)[0], 'percent')}. {NAME}.csv.",
     )
 
 
 def _interval(table: pd.DataFrame, cells: np.ndarray, sites: Sequence[str], n: int) -> str:
-    best = sites[int(np.nanargmax(_parts(cells)[0]))]
+    own_cells = _parts(cells)[0]
+    if np.isnan(own_cells).all():
+        return f"None: over the {n} pairs, KL(aligned ‖ base), which R divides by, is no more than rounding."
+    best = sites[int(np.nanargmax(own_cells))]
     known = table.set_index(["source", "site"])
     own, random = (_with_interval(known.loc[(source, best)]) for source in (best, OWN_LESS_RANDOM))
     return (
@@ -193,8 +198,11 @@ def _parts(cells: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _span(values: np.ndarray, form: str) -> str:
-    """From least to largest, as text."""
-    low, high = (as_text(float(x), form) for x in (np.nanmin(values), np.nanmax(values)))
+    """From least to largest, as text; without numbers there is no span."""
+    known = values[~np.isnan(values)]
+    if not known.size:
+        return "no number"
+    low, high = (as_text(float(x), form) for x in (known.min(), known.max()))
     return low if low == high else f"{low} to {high}"
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from callbacks.progress import TrainingProgress
 from datamodules.preference import PreferenceDataModule
 from launch.agreement import agreement
 from launch.metrics_csv import MetricsCSV
-from launch.run_folder import export_model
+from launch.run_folder import export_model, on_first_process
 from lightning_modules.sft import SFTModule
 from tiltmeter.files import write_atomically, write_json
 from tiltmeter.models import CausalLM
@@ -70,7 +71,9 @@ def _train_base(
     seed_everything(seed, verbose=False)
     module = SFTModule(**{name: value for name, value in settings.items() if name not in _LIMITS})
     module.attach_model(lambda: model.build(tokenizer))
-    log = folder.with_name(f".{folder.name}.metrics.csv")
+    log = folder.with_name(
+        f".{folder.name}.{uuid.uuid4().hex[:12]}.metrics.csv"
+    )  # another run may be making this base now
     log.parent.mkdir(parents=True, exist_ok=True)
     trainer: Trainer = instantiate(
         _trainer_options(config),
@@ -88,12 +91,14 @@ def _train_base(
     run_seed, data.seed = data.seed, seed
     trainer.fit(module, datamodule=data)
     data.seed = run_seed
-    export_model(module, tokenizer, folder, trainer)
-    if trainer.is_global_zero:
+    export_model(module, tokenizer, folder, trainer, keep_existing=True)
+
+    def say_where_from() -> None:
         write_json(folder / "made_from.json", {"base": OmegaConf.to_container(config.base, resolve=True)})
         if log.exists():
             write_atomically(folder / "metrics.csv", lambda path: log.replace(path))
-    trainer.strategy.barrier()
+
+    on_first_process(say_where_from, trainer)
 
 
 def _trainer_options(config: DictConfig) -> dict[str, Any]:

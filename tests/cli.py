@@ -31,7 +31,7 @@ TINY = (
 def run_train(
     *arguments: str,
     timeout: float = HANGS,
-    environment: Mapping[str, str] | None = None,
+    environment: Mapping[str, str | None] | None = None,
     before: Callable[[], object] | None = None,
 ) -> CompletedProcess[str]:
     """``python train.py …`` with output captured; see :class:`tests.processes.Running`."""
