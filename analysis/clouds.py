@@ -14,10 +14,10 @@ from analysis.observations import site_name
 from analysis.report import Section
 from analysis.site_axes import as_text
 from analysis.stored_rows import StoredRows
-from tiltmeter.stats.bootstrap import Interval, cluster_interval
 from tiltmeter.directions import principal_directions
 from tiltmeter.energy_distance import energy_kernel, random_halves
 from tiltmeter.geometry import in_own_span
+from tiltmeter.stats.bootstrap import Interval, cluster_interval
 
 N_SPLITS = 4
 """Random halves of the prompts: v* from one, the clouds of the other."""

@@ -14,11 +14,15 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import tiltmeter.threads  # noqa: F401  before torch, which reads its threads' settings as it is imported
+
+# isort: split
 from analysis.loggable import loggable_media, loggable_metrics
 from analysis.wandb_login import is_logged_in
 from tiltmeter.errors import UserError
 from tiltmeter.files import write_text
 from tiltmeter.layers import FINAL_POST_NORM
+from tiltmeter.plain_text import allow_any_encoding
 
 STEP_AXIS = "trainer/global_step"
 NAME = "tiltmeter"
@@ -192,6 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="check it and write it as JSON to FILE or standard output",
     )
     options = parser.parse_args(arguments)
+    allow_any_encoding()
     try:
         if options.dry_run is None and not options.entity:
             raise UserError("--entity: expected your W&B user or team; --dry-run needs none")

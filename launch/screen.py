@@ -67,6 +67,8 @@ def data_table(data: PreferenceDataModule, labels: str) -> Table:
             remarks.append(f"{split.report.prompts_cut} prompts cut from the left to fit {data.max_length} tokens")
         if split.report.responses_cut:
             remarks.append(f"{split.report.responses_cut} responses cut")
+        if split.report.special_words:
+            remarks.append(f"{split.report.special_words} with words of special tokens, taken as plain text")
         if name == "train" and labels != "given":
             remarks.append(f"labels {labels} (control)")
         table.add_row(name, str(len(split.pairs)), "; ".join(remarks) or "–")

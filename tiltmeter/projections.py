@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tiltmeter.stats.bootstrap import Interval, cluster_mean_interval
 from tiltmeter.layers import Unembedding
+from tiltmeter.stats.bootstrap import Interval, cluster_mean_interval
 
 
 class ProjectionChange(NamedTuple):

@@ -157,7 +157,7 @@ def save_vectors(path: Path, vectors: Mapping[str, SteeringVector]) -> None:
     """Write vectors by name into one safetensors file, with all that is known about each; whole or not at all.
 
     Raises:
-        OSError: the disk is full or not writable.
+        FailedWrite: the disk is full or not writable.
     """
     known = {
         name: {"site": v.site, "made": v.made, "position": v.position, "provenance": dict(v.provenance)}
@@ -165,14 +165,7 @@ def save_vectors(path: Path, vectors: Mapping[str, SteeringVector]) -> None:
     }
     tensors = {name: v.values.detach().to("cpu", copy=True).contiguous() for name, v in vectors.items()}
     metadata = {_METADATA_KEY: json.dumps(known, sort_keys=True, ensure_ascii=False)}
-
-    def write(temporary: Path) -> None:
-        try:
-            save_file(tensors, temporary, metadata=metadata)
-        except SafetensorError as error:  # how the library reports a failed write
-            raise OSError(f"{path}: {error}") from error
-
-    write_atomically(path, write)
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 
 def load_vectors(path: Path) -> dict[str, SteeringVector]:

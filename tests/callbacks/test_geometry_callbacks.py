@@ -235,7 +235,9 @@ def test_a_full_disk_raises_an_alarm_and_training_goes_on(tmp_path: Path, monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("tiltmeter.snapshots.save_file", full)
-    with pytest.warns(UserWarning, match=r"snapshots: could not be written \(No space left on device\)"):
+    with pytest.warns(
+        UserWarning, match=r"snapshots: could not be written \(No space left on device; .* MiB are free there\)"
+    ):
         logger, module, _ = watch(tmp_path, [HiddenStateSnapshot()])
     assert logger.of("alarm/snapshot") == [1.0, 1.0]
     assert module.trainer.global_step == 3

@@ -16,9 +16,9 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.text import SacreBLEUScore
 
-from tiltmeter.stats.bootstrap import Interval, cluster_interval
 from tiltmeter.errors import UserError
 from tiltmeter.scoring.scorer import MAX_MISSING_SHARE, Figure, Sample, Scores, mean_figure
+from tiltmeter.stats.bootstrap import Interval, cluster_interval
 
 BLEU_SIGNATURE = f"bleu|nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|torchmetrics:{torchmetrics.__version__}"
 """As sacrebleu writes it; the last part names the code that counts."""

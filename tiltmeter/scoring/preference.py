@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from tiltmeter.stats.bootstrap import cluster_interval
 from tiltmeter.errors import UserError
 from tiltmeter.scoring.scorer import MAX_MISSING_SHARE, Figure, Scores, grouped_mean_figure
+from tiltmeter.stats.bootstrap import cluster_interval
 
 SCORER = "implicit reward"
 

@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tiltmeter.stats.bootstrap import cluster_interval
 from tiltmeter.scoring.scorer import MAX_MISSING_SHARE, Figure, Scores, Side, grouped_mean_figure
+from tiltmeter.stats.bootstrap import cluster_interval
 
 SCORER = "teacher-forced log-probs"
 

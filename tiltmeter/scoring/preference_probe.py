@@ -17,8 +17,8 @@ from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyp
 from sklearn.model_selection import GroupKFold  # type: ignore[import-untyped]
 from torch import Tensor
 
-from tiltmeter.stats.bootstrap import Interval, cluster_mean_interval
 from tiltmeter.scoring.scorer import MAX_MISSING_SHARE, Figure, Side
+from tiltmeter.stats.bootstrap import Interval, cluster_mean_interval
 
 N_FOLDS = 5
 N_FLIPS = 50

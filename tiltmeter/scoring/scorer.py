@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
-from tiltmeter.stats.bootstrap import cluster_mean_interval
 from tiltmeter.generation import Completion
+from tiltmeter.stats.bootstrap import cluster_mean_interval
 
 Side = Literal["policy", "base", "both"]
 SCORED_STEP = "behaviour/of_steps_taken"

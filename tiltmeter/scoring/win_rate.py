@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tiltmeter.stats.bootstrap import Interval, cluster_interval, cluster_mean_interval
 from tiltmeter.scoring.scorer import MAX_MISSING_SHARE, Figure
+from tiltmeter.stats.bootstrap import Interval, cluster_interval, cluster_mean_interval
 
 LENGTH_EFFECT_VARIANCE = 10.0
 """Of the normal prior of the length effect, in squared log-odds. Wide, it only keeps the effect finite where longer always wins."""
