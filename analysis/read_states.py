@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -144,7 +145,8 @@ class StateReading:
         metrics = observation_metrics(base, policy, directions, head=head, clusters=groups)
         random = None
         if any(not torch.equal(base[point].rows, policy[point].rows) for point in base):
-            random = self._random_updates(checkpoints, [pair.ids for pair in kept], n_steps)
+            with suppress(UserError):  # weights that are not finite: pairs whose states are may still be looked at
+                random = self._random_updates(checkpoints, [pair.ids for pair in kept], n_steps)
         rows: dict[str, StoredRows] = {
             position: _rows_at(position, base, policy, kept, self.dtype, len(pairs) - len(kept))
             for position in _POSITIONS

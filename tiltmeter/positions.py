@@ -140,7 +140,7 @@ def content_tokens(prompts: Sequence[Sequence[int]], *, seed: int = 0) -> list[i
         seed: of the draw.
 
     >>> content_tokens([[1, 7, 5, 9], [1, 8, 9], [1, 9]])
-    [2, 1, None]
+    [1, 1, None]
     """
     held = Counter(token for prompt in set(map(tuple, prompts)) for token in set(prompt))
     n_needed = math.ceil(SHARED_BY * len(set(map(tuple, prompts))))
