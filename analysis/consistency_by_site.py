@@ -10,6 +10,7 @@ from torch import Tensor
 
 from analysis.figures import COLOURS, EndLabel
 from analysis.observations import site_name
+from analysis.random_updates import MISSING, NOTE, draw_random, with_random
 from analysis.report import Section
 from analysis.site_axes import (
     Curve,
@@ -21,11 +22,13 @@ from analysis.site_axes import (
     plot_curves,
     prepare_sites,
     shade_sites,
+    span,
 )
 from analysis.stored_rows import StoredRows
 from tiltmeter.consistency import mean_cosine_intervals, split_half
 from tiltmeter.geometry import in_own_span, row_geometry
 from tiltmeter.stats.nulls import sign_flip_null, split_half_null
+from tiltmeter.weights.random_update import RandomUpdates
 
 N_SPLITS = 100
 N_FLIPS = 500
@@ -37,9 +40,9 @@ MEASURES = (*OF_PAIRS, "between_halves")
 _BLUE, _NAVY, _GREY = COLOURS["policy"], COLOURS["policy_dark"], COLOURS["mark"]
 
 
-def consistency_section(rows: StoredRows) -> Section | None:
+def consistency_section(rows: StoredRows, random: RandomUpdates | None = None) -> Section | None:
     """The section ``consistency``; None where nothing changed."""
-    table = consistency_table(rows)
+    table = with_random(consistency_table(rows), random, rows.position, [f"mean_cosine_{name}" for name in OF_PAIRS])
     if table["split_half"].isna().all():
         return None
     panels: list[Panel] = [draw_halves, *(partial(draw_measure, measure=measure) for measure in reversed(OF_PAIRS))]
@@ -56,7 +59,7 @@ def consistency_section(rows: StoredRows) -> Section | None:
         ],
         figure=figure,
         table=table,
-        reading=_reading(rows, table),
+        reading=[*_reading(rows, table), f"Here {MISSING}." if random is None else NOTE],
         headlines=[],
     )
 
@@ -142,13 +145,16 @@ def draw_measure(axes: Axes, table: pd.DataFrame, *, measure: str) -> str:
     shade_sites(axes, sites, low, high)
     shade_sites(axes, sites, table[f"{measure}_low"], table[f"{measure}_high"], colour=_NAVY)
     word = OF_PAIRS[measure]
-    labels = plot_curves(axes, table, [Curve(measure, word.lower(), "-", _NAVY)])
+    labels = draw_random(axes, table, f"mean_cosine_{measure}", name="random weights")
+    labels += plot_curves(axes, table, [Curve(measure, word.lower(), "-", _NAVY)])
     labels.append(EndLabel(float((low + high).iloc[-1]) / 2, "its null", _GREY))
     axes.set_ylim(min(-0.05, axes.get_ylim()[0]), 1.03)
     axes.set_ylabel("mean cosine of δᵢ")
-    finish_sites(axes, sites, labels, room=0.33)
+    finish_sites(axes, sites, labels, room=0.38)
     n_above, n_known = int((table[measure] > high).sum()), int(table[measure].notna().sum())
-    return f"{word}, the mean cosine is {extremes(sites, table[measure], '.3f')}, above its null at {n_above} of {n_known} sites"
+    said = f"{word}, the mean cosine is {extremes(sites, table[measure], '.3f')}, above its null at {n_above} of {n_known} sites"
+    there = table[f"mean_cosine_{measure}_random"]
+    return said if there.isna().all() else f"{said}; under random weights of equal norm {span(there, '.3f')}"
 
 
 def _interval(table: pd.DataFrame) -> str:

@@ -14,7 +14,8 @@ import torch
 from lightning.pytorch import Trainer
 
 from analysis.behaviour_words import LeadRow, lead_rows
-from analysis.observations import GeometryRow, geometry_rows
+from analysis.hidden_states import Watched
+from analysis.layer_curves import geometry_table
 from analysis.probe_pairs import PROMPTS_FILE, ProbePair
 from launch.parts import Parts
 from tiltmeter.files import write_json, write_text
@@ -84,9 +85,10 @@ def result_rows(parts: Parts, trainer: Trainer, seconds: float) -> list[tuple[st
     return rows
 
 
-def geometry_of(run_dir: Path) -> list[GeometryRow]:
-    """The update at every site as last observed; none for a run without a probe."""
-    return geometry_rows(pd.read_csv(run_dir / "metrics.csv"))
+def geometry_of(run_dir: Path) -> pd.DataFrame:
+    """The update at every site as last observed, with its controls; empty for a run without a probe."""
+    seen = Watched.of_folder(run_dir)
+    return geometry_table(seen.table, seen.random)
 
 
 def behaviour_of(run_dir: Path) -> list[LeadRow]:

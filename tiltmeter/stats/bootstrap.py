@@ -7,29 +7,35 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tiltmeter.stats.jackknife import Interval as Interval
+from tiltmeter.stats.jackknife import Interval
 
 _WEIGHTS_AT_A_TIME = 4_000_000
 
 
-def cluster_intervals(
+def percentile_interval(figure: Float[Tensor, " resample"], *, level: float = 0.95) -> Interval:
+    """A figure's value with its percentile interval, from :func:`prompt_resamples`; infinite where there are no resamples."""
+    value = float(figure[0])
+    if len(figure) < 2:
+        return Interval(value, float("-inf"), float("inf"))
+    low, high = figure[1:].nanquantile(figure.new_tensor([(1 - level) / 2, (1 + level) / 2])).tolist()
+    return Interval(value, low, high)
+
+
+def prompt_resamples(
     statistic: Callable[[Float[Tensor, "resample row"]], Float[Tensor, "resample figure"]],
     clusters: Sequence[str],
     *,
-    level: float = 0.95,
     n_resamples: int = 2000,
     seed: int = 0,
-) -> list[Interval]:
-    """Figures of N rows with percentile bootstrap intervals over whole clusters (prompts).
-
-    For sums and ratios of sums of many prompts alone: too narrow below about 50, and beside the truth for products of rows.
+) -> Float[Tensor, "resample figure"]:
+    """Figures of all rows, and behind them those of each resample of whole clusters (prompts), in float64.
 
     Args:
         statistic: from how often each row was drawn (float64, on the CPU), for several resamples at once, to a column a figure.
         clusters: N names; rows of equal name are drawn together.
 
     Returns:
-        In the order of the columns; infinite when there is a single cluster. Resamples in which a figure is NaN are left out.
+        ``1 + n_resamples`` rows, the first one of all rows as they are; that one alone where there is a single cluster.
 
     Raises:
         ValueError: no rows.
@@ -37,16 +43,11 @@ def cluster_intervals(
     if not len(clusters):
         raise ValueError("expected at least one row, got none")
     names, index = np.unique(np.asarray(clusters), return_inverse=True)
-    values = statistic(torch.ones(1, len(clusters), dtype=torch.float64))[0].tolist()
-    if len(names) < 2:
-        return [Interval(value, float("-inf"), float("inf")) for value in values]
+    found = [statistic(torch.ones(1, len(clusters), dtype=torch.float64))]
     rng = np.random.default_rng(seed)
     at_a_time = max(1, _WEIGHTS_AT_A_TIME // len(clusters))
-    found = []
-    for start in range(0, n_resamples, at_a_time):
+    for start in range(0, n_resamples if len(names) > 1 else 0, at_a_time):
         count = min(at_a_time, n_resamples - start)
         drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=count)
         found.append(statistic(torch.from_numpy(drawn[:, index].astype(np.float64))))
-    ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-    low, high = torch.cat(found).to(torch.float64).nanquantile(ends, dim=0).tolist()
-    return [Interval(*bounds) for bounds in zip(values, low, high, strict=True)]
+    return torch.cat(found).to(torch.float64)
