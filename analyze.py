@@ -20,7 +20,7 @@ def main(config: DictConfig) -> None:
     with one_line_errors(debug=config.debug):
         page = analyze(config)
         if page is not None:
-            console().print(f"Report: {page}", soft_wrap=True, markup=False)
+            console().print(f"Report: {page}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from tiltmeter.commands import setting
 from tiltmeter.errors import UserError
 
 CONFIG_BYTES = 1_000_000
@@ -134,7 +135,7 @@ def open_run(folder: Path) -> Run:
     if not _is_finished(folder):
         raise UserError(
             f"run: {folder} has no aligned/ model, so its training did not finish; resume it with "
-            f"ckpt_path={folder / 'checkpoints' / 'last.ckpt'} and its experiment"
+            f"{setting('ckpt_path', folder / 'checkpoints' / 'last.ckpt')} and its experiment"
         )
     held_out = folder / "held_out.csv"
     return Run(

@@ -1,6 +1,5 @@
 """What a report is about: a run, or two checkpoints; its title, the facts of its first screen, and where it goes."""
 
-import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from analysis.models import LoadedModel
 from analysis.runs import Run
 from datamodules.records import LoadReport
 from datamodules.tokenization import TokenizationReport
+from tiltmeter.commands import command as command_line
 
 _CONTROLS = {
     "shuffled": "a control: training labels reversed with probability ½, so held-out accuracy should stay near ½",
@@ -62,7 +62,7 @@ def subject_of_run(
     origin = f"{'; '.join(where)}. Held-out: pairs whose prompts were not trained on."
 
     def plain(name: str) -> str:
-        return shlex.join(["python", "analyze.py", f"run={run.folder}", f"analysis={name}"])
+        return command_line("analyze.py", run=run.folder, analysis=name)
 
     facts = _facts(run)
     if left_out:

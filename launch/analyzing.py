@@ -1,6 +1,5 @@
 """From a composed configuration to a report, of a run or of any two checkpoints."""
 
-import shlex
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -34,6 +33,7 @@ from launch.run_folder import claim_folder
 from launch.run_lock import check_writable
 from launch.screen import console
 from launch.wandb_report import check_upload, upload_report
+from tiltmeter.commands import command, setting
 from tiltmeter.errors import IncompleteEvaluation, UserError
 
 
@@ -132,7 +132,7 @@ def _analyze_run(wanted: Wanted, run: Run) -> Path | None:
         asked=[*(name for name in again if name in read), *wanted.questions],
         is_read=any(name not in again for name in read),
         left_out=[name for name in wanted.names if name not in (*read, *wanted.questions, *attempts.failed)],
-        command=partial(_command, f"run={run.folder}"),
+        command=partial(_command, run=run.folder),
     )
     models = plans[0].checkpoints if plans else checkpoints
     samples = partial(compare_samples, run) if models is None else partial(samples_of_models, models)
@@ -147,7 +147,7 @@ def _with_random(seen: Watched, run: Run, reading: StateReading, opened: Callabl
         with console().status("Reading hidden states under random weight changes …"):
             reading.random_updates(checkpoints, n_steps=seen.steps_taken).write(seen.snapshots)
     except (UserError, OSError) as error:
-        console().print(f"No random weight changes beside the update: {error}", soft_wrap=True, markup=False)
+        console().print(f"No random weight changes beside the update: {error}", soft_wrap=True)
     return Watched.of_run(run)
 
 
@@ -210,7 +210,7 @@ def _analyze_into(folder: Path, config: DictConfig, wanted: Wanted) -> Path | No
         wanted,
         lambda **how: opened(**how)[0],
         folder / "tables",
-        goes_on_with=None if config.out else f"out={folder}",
+        goes_on_with=None if config.out else setting("out", folder),
     )
     now = [name for name in wanted.names if name in READ_NOW]
     first = wanted.reading if now else next(iter(wanted.questions.values()))
@@ -233,7 +233,7 @@ def _analyze_into(folder: Path, config: DictConfig, wanted: Wanted) -> Path | No
         reports=reports,
         cuts=cuts,
         left_out=() if all(wanted.names.values()) else NEED_A_RUN,
-        command=partial(_command, f"base={base}", f"aligned={aligned}"),
+        command=partial(_command, base=base, aligned=aligned),
         report=folder,
     )
     return _report(subject, _in_order(wanted.names, read), asked, partial(samples_of_models, checkpoints), attempts)
@@ -261,10 +261,9 @@ def _in_order(names: Iterable[str], found: Mapping[str, Section]) -> list[Sectio
     return [found[name] for name in names if name in found]
 
 
-def _command(*arguments: str) -> str:
-    """What makes one section again; the last argument is its name."""
-    *about, name = arguments
-    return shlex.join(["python", "analyze.py", *about, *options_of(name), f"analysis={name}"])
+def _command(name: str, **about: str | Path) -> str:
+    """What makes the section of that name again."""
+    return command("analyze.py", *options_of(name), f"analysis={name}", **about)
 
 
 def _say_costs(
@@ -318,7 +317,6 @@ def _report(
         console().print(
             upload(page, [section for section in sections if section.name not in attempts.failed]),
             soft_wrap=True,
-            markup=False,
         )
     missing = [f"{'; '.join(attempts.lines())} ({_SHOW})"] if attempts.failed else []
     if lost := [name for one in asked for name in one.lost]:

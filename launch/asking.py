@@ -101,7 +101,7 @@ class Plan:
         except OtherSettings as error:
             if not self.takes_old:
                 raise
-            console().print(f"{error}; here it is shown as it is", soft_wrap=True, markup=False)
+            console().print(f"{error}; here it is shown as it is", soft_wrap=True)
             return Asked(steering_section_of(self.tables))
         if swept is None:
             return Asked(None)

@@ -6,6 +6,7 @@ line if it is in the YAML or if the node's ``_target_`` takes it, and nothing el
 
 import difflib
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from launch.option_types import describe_mismatch, option_hints
+from tiltmeter.commands import setting
 from tiltmeter.errors import UserError
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -65,6 +67,8 @@ def prepare_overrides(arguments: Sequence[str], *, config_name: str) -> list[str
             parsed.insert(0, _parse("model=pretrained"))
             tree = _compose_choices([o for o in parsed if _is_group(o)], config_name)
     rewritten = [_rewrite(o, tree) for o in parsed]
+    if not {"--multirun", "-m", "hydra.mode=MULTIRUN"} & {*arguments}:
+        _refuse_sweeps(parsed)
     return flags + rewritten
 
 
@@ -124,7 +128,7 @@ def _split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     for i, argument in enumerate(arguments):
         if argument.startswith("-") or (i and arguments[i - 1] in _FLAGS_WITH_VALUE):
             flags.append(argument)
-        elif "=" in argument or argument.startswith("~"):
+        elif "=" in argument[1:] or argument.startswith("~"):
             overrides.append(argument)
         else:
             raise UserError(f"{argument}: expected key=value, for example experiment=tiny_hh")
@@ -132,10 +136,27 @@ def _split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _parse(text: str) -> Override:
+    """One override; a value outside Hydra's grammar is explained with its quoted form."""
     try:
         return OverridesParser.create().parse_override(text)
     except HydraException as error:
-        raise UserError(f"{text}: cannot be read as key=value ({str(error).splitlines()[0]})") from error
+        key, _, value = text.partition("=")
+        if value == "1" or not key:
+            raise UserError(f"{text}: cannot be read as key=value; expected for example seed=1") from error
+        _parse(f"{key}=1")  # where it is the key that can't be read
+        raise UserError(
+            f"{text}: Hydra can’t read this value as it stands; to set {key} to this very text, quote it: {setting(key, value)}"
+        ) from error
+
+
+def _refuse_sweeps(parsed: Sequence[Override]) -> None:
+    for override in parsed:
+        if override.is_sweep_override():
+            key, _, value = str(override.input_line).partition("=")
+            raise UserError(
+                f"{key}={value}: several values are a sweep, which needs --multirun; a text with commas is quoted, "
+                f"{setting(key, value)}, and a list is in brackets, {shlex.quote(f'{key}=[{value}]')}"
+            )
 
 
 def _names_a_pretrained_model(parsed: list[Override], tree: DictConfig) -> bool:

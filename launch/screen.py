@@ -184,5 +184,5 @@ def _cut(text: str) -> str:
 
 
 def console(*, enabled: bool = True) -> Console:
-    """Standard output; nothing on processes other than the first."""
-    return Console(quiet=not enabled, soft_wrap=False, highlight=False)
+    """Standard output, in which brackets are no markup; nothing on processes other than the first."""
+    return Console(quiet=not enabled, soft_wrap=False, highlight=False, markup=False)

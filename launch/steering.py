@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.markup import escape
 from rich.progress import track
 
 from analysis.checkpoints import Checkpoints
@@ -45,7 +44,7 @@ def sweep_into(
     """
     sweep = asked.plan(checkpoints)
     for note in [*asked.notes, *sweep.made.notes]:
-        console().print(escape(note))
+        console().print(note)
     table = SweepTable(tables, sweep.settings, restart=asked.restart)
     named = {f"{v.site}/{name}" + (f"_{draw}" if draw else ""): v for name, draw, v in sweep.made.named()}
     save_vectors(tables.parent / "vectors" / VECTORS_FILE, named)
@@ -61,9 +60,9 @@ def _fill(table: SweepTable, sweep: Sweep, goes_on_with: str | None) -> list[Row
     todo = [unit for unit in sweep.units if unit not in table.finished]
     if table.finished:
         there = f"going on, {len(table.finished)} of {len(sweep.units)} parts are there"
-        console().print(f"{escape(str(table.path))}: {there}")
+        console().print(f"{table.path}: {there}", soft_wrap=True)
     elif goes_on_with:
-        console().print(f"{escape(str(table.path))}: after a stop, go on with {escape(goes_on_with)}")
+        console().print(f"{table.path}: after a stop, go on with {goes_on_with}", soft_wrap=True)
     unfinished = []
     for unit in track(todo, description="Steering", console=console(), disable=not todo):
         taken = sweep.rows(unit)

@@ -35,6 +35,7 @@ from launch.wandb_media import WandbMedia
 from lightning_modules.checkpoint_io import CommittedCheckpointIO
 from lightning_modules.dpo import DPOModule
 from tiltmeter.checkpoint_files import newest_valid, verify
+from tiltmeter.commands import command, setting
 from tiltmeter.errors import FailedWrite, NumericalStop, UserError
 from tiltmeter.scoring.judge_scorer import JudgeScorer
 
@@ -101,7 +102,7 @@ def _train(config: DictConfig, created: list[Path], held: ExitStack) -> Path:
                 logger.finish()
     for table in closing_tables(run_dir, parts, trainer, seconds) if trainer.is_global_zero else ():
         screen.print(table)
-    screen.print(f"Run: {run_dir}\nNext: python analyze.py run={run_dir}", soft_wrap=True)
+    screen.print(f"Run: {run_dir}\nNext: {command('analyze.py', run=run_dir)}", soft_wrap=True)
     return run_dir
 
 
@@ -164,7 +165,8 @@ def what_is_kept(run_dir: Path) -> Iterator[None]:
         saved, _ = newest_valid(run_dir / "checkpoints", contents=False)
         kept = ["aligned/"] if (run_dir / "aligned").is_dir() else []
         if saved is not None:
-            kept.append(f"the checkpoint after step {verify(saved, contents=False).step}; go on with ckpt_path={saved}")
+            step = verify(saved, contents=False).step
+            kept.append(f"the checkpoint after step {step}; go on with {setting('ckpt_path', saved)}")
         line = f"{error}. Kept in {run_dir}: {' and '.join(kept) or 'no checkpoint, none had been saved'}"
         if isinstance(error, NumericalStop):
             raise NumericalStop(line) from error

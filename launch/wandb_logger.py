@@ -1,6 +1,7 @@
 """Weights & Biases: online when logged in, else offline; never a prompt for a key, never a failure because of it."""
 
 import os
+import shlex
 import ssl
 import urllib.error
 import urllib.request
@@ -169,7 +170,7 @@ def _open(
             run.define_metric(name, step_metric=STEP_AXIS, step_sync=True, summary=summary)
     if mode == "offline":
         folder = Path(run.dir).parent
-        line = f"W&B: kept offline ({why_offline}); upload it with: wandb sync {folder}"
+        line = f"W&B: kept offline ({why_offline}); upload it with: wandb sync {shlex.quote(str(folder))}"
     else:
         line = f"W&B: {run.url}"
     return RunLogger(experiment=run, save_dir=str(run_dir)), line

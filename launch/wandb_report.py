@@ -2,6 +2,7 @@
 
 import io
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,8 @@ def _upload(run: Run, page: Path, sections: Sequence[Section]) -> str:
     url = opened.url
     opened.finish()
     if mode == "offline":
-        return f"W&B: the report is kept offline; upload it behind training’s with: wandb sync {kept.parents[1]}/*run-*-{name}"
+        folder = shlex.quote(str(kept.parents[1]))
+        return f"W&B: the report is kept offline; upload it behind training’s with: wandb sync {folder}/*run-*-{name}"
     return f"W&B: the report is at {url}"
 
 

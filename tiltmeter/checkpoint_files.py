@@ -1,6 +1,6 @@
 """Checkpoints that are whole or not there, and that are read only while every byte is the one that was written.
 
-``last.ckpt`` is a link to ``last-step=000120.ckpt``, a file or a folder of shards; ``last-step=000120.ckpt.manifest.json``
+``last.ckpt`` is a link to ``last-step-000120.ckpt``, a file or a folder of shards; ``last-step-000120.ckpt.manifest.json``
 beside it holds the sha256 of every file. Data and manifest are on disk before one rename commits them; the link moves
 after that. Hashes tell damage from what was written, not who wrote it: what is read is still no more than tensors.
 """
@@ -273,9 +273,9 @@ def _files_of(data: Path) -> list[Path]:
 
 
 def _free_name(link: Path, step: int) -> Path:
-    """Where the data goes: ``last-step=000120.ckpt``, or ``…-2.ckpt`` when the same step was saved before."""
+    """Where the data goes: ``last-step-000120.ckpt``, or ``…-2.ckpt`` when the same step was saved before."""
     for n in count(1):
-        data = link.with_name(f"{link.stem}-step={step:06d}{f'-{n}' if n > 1 else ''}{link.suffix}")
+        data = link.with_name(f"{link.stem}-step-{step:06d}{f'-{n}' if n > 1 else ''}{link.suffix}")
         if not data.exists():
             return data
     raise AssertionError

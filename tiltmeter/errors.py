@@ -3,6 +3,8 @@
 from pathlib import Path
 from signal import Signals
 
+from tiltmeter.commands import setting
+
 
 class UserError(ValueError):
     """Wrong input or configuration: shown as one line without a traceback, exit code 2.
@@ -55,5 +57,5 @@ class Preempted(BaseException):
     def __init__(self, signal: Signals, *, after_step: int = 0, checkpoint: str | None = None) -> None:
         self.signal = signal
         self.checkpoint = checkpoint
-        kept = "nothing new to keep" if checkpoint is None else f"go on with ckpt_path={checkpoint}"
+        kept = "nothing new to keep" if checkpoint is None else f"go on with {setting('ckpt_path', checkpoint)}"
         super().__init__(f"stopped by {signal.name} after step {after_step}; {kept}")

@@ -1,4 +1,5 @@
 import os
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,6 +40,14 @@ def refuse(folder: Path, words: str) -> None:
     with pytest.raises(UserError, match=words) as caught:
         open_run(folder)
     assert "\n" not in str(caught.value)
+
+
+def test_what_to_type_is_quoted(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    unfinished = make_run(finished=False).rename(tmp_path / "it's =b")
+    with pytest.raises(UserError) as caught:
+        open_run(unfinished)
+    (word,) = shlex.split(str(caught.value).partition("resume it with ")[2].removesuffix(" and its experiment"))
+    assert word == f'ckpt_path="{unfinished}/checkpoints/last.ckpt"'
 
 
 def test_a_folder_that_is_no_finished_run_is_named(make_run: Callable[..., Path], tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def kill_while_saving(step: int) -> None:
     describe = checkpoint_files._describe
 
     def dying(data: Path, name: str) -> Any:
-        if f"step={step:06d}" in name:
+        if f"step-{step:06d}" in name:
             _die()
         return describe(data, name)
 

@@ -62,7 +62,7 @@ def test_f8_a_full_disk_is_said_and_counted_and_costs_that_checkpoint_only(
     alarms = [row["step"] for row in metrics_of(run) if row["alarm/checkpoint"]]
     assert set(alarms) == {"3"}
     assert len(logged(run, "train/loss")) == 6
-    steps = sorted(verify(path).step for path in (run / "checkpoints").glob("*-step=??????.ckpt"))
+    steps = sorted(verify(path).step for path in (run / "checkpoints").glob("*-step-??????.ckpt"))
     assert set(steps) == {2, 6}
     assert verify(run / "checkpoints" / "last.ckpt").step == 6
     assert not list((run / "checkpoints").glob(".*"))
@@ -94,14 +94,14 @@ def test_f33_a_hostile_checkpoint_with_a_perfect_manifest_is_refused(root: Path,
     ended = run_train(*RUN, f"runs_root={root}", f"ckpt_path={link}")
     assert ended.returncode == 2
     (line,) = ended.stderr.strip().splitlines()
-    assert "last-step=000005.ckpt holds hyper_parameters, which no run writes here" in line
+    assert "last-step-000005.ckpt holds hyper_parameters, which no run writes here" in line
     assert not canary.exists()
 
 
 def test_f7_f25_damage_is_refused_by_name_gone_around_by_last_and_changed_settings_can_be_allowed(
     root: Path, run: Path
 ) -> None:
-    newest = run / "checkpoints" / "last-step=000006.ckpt"
+    newest = run / "checkpoints" / "last-step-000006.ckpt"
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 1
     newest.write_bytes(content)

@@ -1,3 +1,5 @@
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -33,7 +35,8 @@ def prepare_in_context(overrides: tuple[str, ...]) -> list[str]:
         ("trainer=gpuu", ["did you mean gpu?"]),
         ("arm=dpo,dpo_shufled", ["arm=dpo_shufled", "did you mean dpo_shuffled?"]),
         ("nonsense", ["expected key=value"]),
-        ("a..b=1", ["cannot be read as key=value"]),
+        ("a..b=1", ["a..b=1: cannot be read as key=value"]),
+        ("=1", ["=1: expected key=value"]),
     ],
 )
 def test_a_misspelt_argument_is_one_line_with_the_nearest_match(argument: str, words: list[str]) -> None:
@@ -42,6 +45,24 @@ def test_a_misspelt_argument_is_one_line_with_the_nearest_match(argument: str, w
     message = str(caught.value)
     assert "\n" not in message
     assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("value", ["x/last-step=000011.ckpt", "new (1)/a", "it's", "größe", "#1", "a{b", "~/x"])
+def test_a_value_outside_hydra_s_grammar_is_refused_with_a_form_that_works(value: str) -> None:
+    with pytest.raises(UserError, match="quote it: ") as caught:
+        prepare_overrides([f"ckpt_path={value}"], config_name="train")
+    said = str(caught.value)
+    assert "\n" not in said
+    (word,) = shlex.split(said.partition("quote it: ")[2])
+    assert composed(word).ckpt_path == value
+
+
+def test_several_values_without_multirun_are_refused_with_forms_that_work() -> None:
+    with pytest.raises(UserError, match="needs --multirun; a text with commas is quoted, ") as caught:
+        prepare_overrides(["data.path=a,b", "data=hh"], config_name="train")
+    as_text, as_list = re.findall(r"'(data.path=.*?)'", str(caught.value))
+    assert composed("data=hh", as_text).data.path == "a,b"
+    assert composed("data=hh", as_list).data.path == ["a", "b"]
 
 
 def test_options_that_only_the_constructor_knows_may_be_set() -> None:

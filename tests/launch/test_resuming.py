@@ -26,7 +26,7 @@ def saved(run: Path, *steps: int, config: DictConfig | None = None) -> list[Path
     made_by = {} if config is None else {SETTINGS: settings_sha256(config)}
     for step in steps:
         commit(folder / "last.ckpt", write_file, step=step, made_by=made_by)
-    return [folder / f"last-step={step:06d}.ckpt" for step in steps]
+    return [folder / f"last-step-{step:06d}.ckpt" for step in steps]
 
 
 def test_last_is_the_newest_run_s_newest_valid_one_and_the_rest_is_said(tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_f25_other_settings_are_refused_with_all_that_differs_and_allowed_when_a
 def test_a_config_that_was_edited_afterwards_is_not_what_the_checkpoint_was_made_under(tmp_path: Path) -> None:
     (checkpoint,) = saved(tmp_path, 3, config=composed("++module.beta=0.5"))
     write_config(tmp_path, composed())
-    with pytest.raises(UserError, match=r"config.yaml is not what last-step=000003.ckpt was made under"):
+    with pytest.raises(UserError, match=r"config.yaml is not what last-step-000003.ckpt was made under"):
         check_same_run(checkpoint, composed())
 
 

@@ -75,7 +75,7 @@ def test_a_name_that_lightning_gives_up_goes(tmp_path: Path) -> None:
         io.save_checkpoint(STATE | {"global_step": step}, tmp_path / f"{step}.ckpt")
     assert len(data_of(tmp_path)) == 4
     io.remove_checkpoint(tmp_path / "0.ckpt")
-    assert [path.name for path in data_of(tmp_path)] == [f"{n}-step=00000{n}.ckpt" for n in (1, 2, 3)]
+    assert [path.name for path in data_of(tmp_path)] == [f"{n}-step-00000{n}.ckpt" for n in (1, 2, 3)]
 
 
 @pytest.mark.parametrize("where", ["a value", "a key that Lightning makes objects of"])

@@ -43,7 +43,7 @@ def test_a_link_points_to_the_newest_and_the_one_before_stays(tmp_path: Path, wr
 
 def test_the_same_step_saved_again_replaces_nothing_before_it_is_whole(tmp_path: Path) -> None:
     first, second = save(tmp_path, 3), save(tmp_path, 3)
-    assert [path.name for path in (first, second)] == ["last-step=000003.ckpt", "last-step=000003-2.ckpt"]
+    assert [path.name for path in (first, second)] == ["last-step-000003.ckpt", "last-step-000003-2.ckpt"]
     assert newest_valid(tmp_path)[0] == second
 
 
