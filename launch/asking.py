@@ -5,8 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from rich.table import Table
-
 from analysis.behaviour import Behaviour
 from analysis.behaviour_section import behaviour_section
 from analysis.checkpoints import Checkpoints
@@ -17,7 +15,7 @@ from analysis.steering_section import steering_section_of
 from analysis.steering_sweep import SteeringSweep
 from analysis.sweep_costs import sweep_costs
 from analysis.sweep_table import OtherSettings
-from launch.screen import console
+from launch.screen import FittingTable, console
 from launch.steering import sweep_into
 
 
@@ -115,9 +113,9 @@ def _behaviour(question: Behaviour, checkpoints: Checkpoints) -> Asked:
     return Asked(behaviour_section(answers), samples_of(checkpoints.pairs, answers.samples, answers.decoding), lost)
 
 
-def costs_table(costs: Mapping[str, Sequence[Cost]]) -> Table:
+def costs_table(costs: Mapping[str, Sequence[Cost]]) -> FittingTable:
     """What would be run, by analysis."""
-    table = Table(title="Would run", title_justify="left", title_style="bold")
+    table = FittingTable(title="Would run", title_justify="left", title_style="bold")
     for column, justify in (("analysis", "left"), ("", "left"), ("passes", "right"), ("tokens", "right")):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     for name, parts in costs.items():

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 from transformers.utils.logging import disable_progress_bar
@@ -30,6 +30,37 @@ _SILENCED = (
     "torch",
 )
 _SCORER_CHARACTERS = 76
+_NARROWEST_TEXT = 14
+"""Columns of a terminal below which a column of words is no longer read easily."""
+
+
+class FittingTable(Table):
+    """A table that never cuts a figure: words wrap, and where that isn't enough, every cell gets a line of its own."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """As rich calls it."""
+        for column in self.columns:
+            column.overflow = "fold"
+        if self._least_width(console) <= options.max_width:
+            yield from super().__rich_console__(console, options)
+            return
+        if self.title:
+            yield Text(str(self.title), style="bold")
+        names = [" ".join(str(column.header).split()) for column in self.columns]
+        for first, *others in zip(*(column.cells for column in self.columns), strict=True):
+            yield Text(f"{names[0]} {first}".strip() if first else "–")
+            for name, cell in zip(names[1:], others, strict=True):
+                yield Text(f"  {name}: {cell}" if name else f"  {cell}")
+        if self.caption:
+            yield Text(str(self.caption))
+
+    def _least_width(self, console: Console) -> int:
+        wide, least = console.options.update(width=10_000), self._extra_width
+        for column in self.columns:
+            shortest, longest = self._measure_column(console, wide, column)
+            is_figure = column.no_wrap or column.justify == "right"
+            least += longest if is_figure else min(shortest, _NARROWEST_TEXT)
+        return least
 
 
 def quiet_libraries() -> None:
@@ -51,7 +82,7 @@ def quiet_libraries() -> None:
 
 def data_table(data: PreferenceDataModule, labels: str) -> Table:
     """What each source gave and lost, and what tokenisation did to each split."""
-    table = Table(title="Data", title_justify="left", title_style="bold")
+    table = FittingTable(title="Data", title_justify="left", title_style="bold")
     for column, justify in (("source or split", "left"), ("pairs", "right"), ("dropped, cut or noted", "left")):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     for report in data.reports:
@@ -82,7 +113,7 @@ def _source_remarks(report: LoadReport) -> str:
 
 def result_table(rows: Sequence[tuple[str, str]]) -> Table:
     """The closing table: figure and value."""
-    table = Table(title="Result", title_justify="left", title_style="bold", show_header=False)
+    table = FittingTable(title="Result", title_justify="left", title_style="bold", show_header=False)
     table.add_column(style="cyan")
     table.add_column()
     for name, value in rows:
@@ -114,12 +145,13 @@ def geometry_tables(last: pd.DataFrame) -> Iterator[Table]:
 
 
 def _site_table(title: str, last: pd.DataFrame, columns: Sequence[tuple[str, Any]], caption: str) -> Table:
-    table = Table(
+    table = FittingTable(
         title=title,
         title_justify="left",
         title_style="bold",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
+        pad_edge=False,
         caption=Text(caption),
     )
     table.caption_justify = "left"
@@ -158,12 +190,13 @@ def _ranges(last: pd.DataFrame, column: str) -> list[str]:
 def behaviour_table(rows: Sequence[LeadRow]) -> Table:
     """What the model says, a line a figure; the scorers that its last column counts stand below."""
     steps = max(row.last.steps_taken for row in rows)
-    table = Table(
+    table = FittingTable(
         title=f"Behaviour: policy beside its base, after {steps:.0f} steps",
         title_justify="left",
         title_style="bold",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
+        pad_edge=False,
         caption_justify="left",
     )
     are_of_one_step = all(row.last.steps_taken == steps for row in rows)
