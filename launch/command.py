@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from signal import SIGINT
 from typing import Any
 
 from hydra.errors import HydraException, InstantiationException
@@ -12,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch.distributed import DistNetworkError
 
 from launch.configuration import prepare_overrides
+from launch.interrupts import INTERRUPTED, interrupts_end_commands
 from launch.run_folder import is_first_process
 from launch.screen import quiet_libraries
 from tiltmeter.errors import FailedWrite, IncompleteEvaluation, NumericalStop, Preempted, UserError
@@ -29,13 +31,14 @@ EXIT_CODES: Mapping[type[Known], int] = {
 
 def run_command(main: Callable[[], Any], *, config_name: str) -> None:
     """Check ``sys.argv``, then call a function decorated with ``hydra.main``; exit codes as in DESIGN §8."""
-    allow_any_encoding()
-    quiet_libraries()
-    try:
-        sys.argv[1:] = prepare_overrides(sys.argv[1:], config_name=config_name)
-    except UserError as error:
-        exit_with(error)
-    main()
+    with interrupts_end_commands():
+        allow_any_encoding()
+        quiet_libraries()
+        try:
+            sys.argv[1:] = prepare_overrides(sys.argv[1:], config_name=config_name)
+        except UserError as error:
+            exit_with(error)
+        main()
 
 
 @contextmanager
@@ -48,6 +51,9 @@ def one_line_errors(*, debug: bool, clean_up: Callable[[], object] = lambda: Non
     """
     try:
         yield
+    except KeyboardInterrupt:
+        clean_up()
+        raise
     except (Exception, Preempted) as error:
         clean_up()
         known = error if isinstance(error, Known) else as_user_error(error)
@@ -60,6 +66,8 @@ def exit_with(error: Known) -> None:
     """Print one line and leave with the exit code of its kind; only the first process prints."""
     if is_first_process():
         print(f"tiltmeter: {error}", file=sys.stderr, flush=True)  # noqa: T201
+    if isinstance(error, Preempted) and error.signal == SIGINT and error.checkpoint is None:
+        sys.exit(INTERRUPTED)
     sys.exit(next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind)))
 
 
