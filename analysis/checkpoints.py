@@ -26,7 +26,13 @@ from tiltmeter.scoring.scorer import Scorer
 Device = str | None
 USUAL_BETA = 0.1
 """Where it is not known with which β a model was trained; it only scales margins."""
-_SHAPE = ("hidden_size", "num_hidden_layers", "vocab_size")
+_SHAPE = (
+    "model_type", "hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads", "num_key_value_heads",
+    "intermediate_size",
+)  # fmt: skip
+"""What two checkpoints of one model have in common, as transformers names it, whatever names a family uses."""
+_NOT_COMPUTED = ("architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
+"""Settings that say nothing about what a model computes; nor do names and special tokens."""
 _LEAST_LENGTH = 8
 """As :class:`~datamodules.tokenization.PairTokenizer` takes it."""
 
@@ -117,6 +123,7 @@ class HeldOutPairs:
             kept, ids, cuts = encode(drawn)
         except UserError as error:  # the options have another name here
             raise UserError(str(error).replace("datamodule.", "pairs.")) from error
+        _check_same_ids(opened, kept)
         pairs = [ProbePair.of(record, tokens) for record, tokens in zip(kept, ids, strict=True)]
         return Checkpoints(*opened, pairs, source if isinstance(source, SyntheticWorld) else None), reports, cuts
 
@@ -175,6 +182,30 @@ def _check_shapes(base: tuple[str, str | None], aligned: tuple[str, str | None])
             raise UserError(
                 f"base={base[0]} aligned={aligned[0]}: {what} is {one} and {other}; give two checkpoints of one model"
             )
+
+
+def _check_same_ids(opened: Sequence[LoadedModel], records: Iterable[PreferencePair]) -> None:
+    """Refuse tokenizers of one vocabulary that cut texts differently. Raises UserError."""
+    one, other = (SegmentEncoder(model.tokenizer) for model in opened)
+    for record in records:
+        for text in (record.prompt_text, record.chosen_text, record.rejected_text):
+            if one.encode(text) != other.encode(text):
+                raise UserError(
+                    f"aligned: its tokenizer cuts {text[:40]!r} into other tokens than the base’s; give two of one model"
+                )
+
+
+def settings_that_differ(checkpoints: Checkpoints) -> list[str]:
+    """What the two configurations say differently of one computation: ``rope_theta 10000.0 and 500000.0``, a text a setting."""
+    one, other = (opened.model.config.get_text_config().to_dict() for opened in (checkpoints.base, checkpoints.aligned))
+    return [
+        f"{name} {one.get(name)} and {other.get(name)}"
+        for name in sorted(one.keys() | other.keys())
+        if one.get(name) != other.get(name)
+        and not name.startswith("_")
+        and not name.endswith("token_id")
+        and name not in _NOT_COMPUTED
+    ]
 
 
 def _beta_of(run: Run) -> float:

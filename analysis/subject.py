@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from analysis.checkpoints import Checkpoints
+from analysis.checkpoints import Checkpoints, settings_that_differ
 from analysis.models import LoadedModel
 from analysis.runs import Run
 from datamodules.records import LoadReport
@@ -101,6 +101,8 @@ def subject_of_checkpoints(
         ("Asked about", "; ".join([f"{len(checkpoints.pairs)} pairs, one a prompt", *lost])),
         ("Held out?", "not known: the aligned model may have been trained on these prompts"),
     ]
+    if differ := settings_that_differ(checkpoints):
+        facts.append(("Not weights alone", f"their configurations differ: {'; '.join(differ)}"))
     if left_out:
         facts.append(("Not shown", f"{', '.join(left_out)}: only a run that was trained here has a course over steps"))
     title = f"{Path(aligned).name} against {Path(base).name}"

@@ -15,6 +15,7 @@ from datamodules.tokenization import train_bpe_tokenizer
 from tests.analysis.asked import save_model
 from tests.analysis.conftest import CONFIG
 from tests.launch.analyze_command import ask, refused
+from tests.tiny_models import make_tokenizer
 
 DATA = ("data=synthetic", "data.n_prompts=30", "pairs.n_pairs=5")
 
@@ -84,12 +85,34 @@ def test_two_models_that_do_not_belong_together(tmp_path: Path) -> None:
     wide = save_model(tmp_path / "wide", seed=0, hidden_size=48)
     other = train_bpe_tokenizer(["other words entirely are said here today " * 20], vocab_size=280)
     foreign = save_model(tmp_path / "foreign", seed=1, tokenizer=other)
+    gpt2 = save_model(tmp_path / "gpt2", seed=0, family="gpt2")
+    heads = save_model(tmp_path / "heads", seed=0, num_key_value_heads=4)
     for aligned, words in (
         (wide, "hidden_size is 32 and 48; give two checkpoints of one model"),
+        (gpt2, "model_type is llama and gpt2; give two checkpoints of one model"),
+        (heads, "num_key_value_heads is 2 and 4; give two checkpoints of one model"),
         (foreign, "their tokenizers differ; give two checkpoints of one model"),
         (tmp_path / "nowhere", "cannot load this model"),
     ):
         assert words in refused(tmp_path, f"base={base}", f"aligned={aligned}", *DATA)
+
+
+def test_a_tokenizer_that_cuts_texts_otherwise_is_refused(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    raw = json.loads(tokenizer.backend_tokenizer.to_str())
+    raw["model"]["merges"] = raw["model"]["merges"][:-5]
+    base = save_model(tmp_path / "base", seed=0)
+    aligned = save_model(tmp_path / "aligned", seed=1)
+    (aligned / "tokenizer.json").write_text(json.dumps(raw), encoding="utf-8")
+    said = refused(tmp_path, f"base={base}", f"aligned={aligned}", *DATA)
+    assert re.search(r"aligned: its tokenizer cuts '.*' into other tokens than the base’s", said)
+
+
+def test_settings_that_differ_beside_the_weights_are_facts_of_the_page(tmp_path: Path) -> None:
+    base = save_model(tmp_path / "base", seed=0)
+    aligned = save_model(tmp_path / "aligned", seed=1, rms_norm_eps=1e-3)
+    text = ask(tmp_path, f"base={base}", f"aligned={aligned}", *DATA, "analysis=geometry").read_text("utf-8")
+    assert "their configurations differ: rms_norm_eps 1e-06 and 0.001" in text
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
