@@ -165,9 +165,9 @@ def _open(
         config = check_adapter(adapter, base=base)
         opened = [load_model(base, revision=base_revision, **options) for _ in range(2)]
         merged = merge_adapter(opened[1].model, config, adapter)
-        opened[1] = LoadedModel(
-            merged, load_tokenizer(adapter) if (adapter / "tokenizer_config.json").is_file() else opened[1].tokenizer
-        )
+        has_tokenizer = (adapter / "tokenizer_config.json").is_file()
+        tokenizer = load_tokenizer(adapter, is_model=False) if has_tokenizer else opened[1].tokenizer
+        opened[1] = LoadedModel(merged, tokenizer)
     if opened[0].tokenizer.get_vocab() != opened[1].tokenizer.get_vocab():
         raise UserError(f"base={base} aligned={aligned}: their tokenizers differ; give two checkpoints of one model")
     return opened[0], opened[1]

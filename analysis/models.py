@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from tiltmeter.errors import UserError
+from tiltmeter.model_files import Part, find_fault, reason_of
 
 
 @dataclass(frozen=True)
@@ -29,15 +30,15 @@ class LoadedModel:
 def load_config(where: str | Path, *, revision: str | None = None) -> PretrainedConfig:
     """A model's configuration alone, which says its shape before any weights are read. Raises UserError."""
     config: PretrainedConfig = _or_user_error(
-        where, lambda: AutoConfig.from_pretrained(where, **_safe(where, revision))
+        where, "config", lambda: AutoConfig.from_pretrained(where, **_safe(where, revision))
     )
     return config
 
 
-def load_tokenizer(where: str | Path, *, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """A model's tokenizer. Raises UserError."""
+def load_tokenizer(where: str | Path, *, revision: str | None = None, is_model: bool = True) -> PreTrainedTokenizerBase:
+    """A model's tokenizer, or one that lies by itself or beside an adapter. Raises UserError."""
     found: PreTrainedTokenizerBase = _or_user_error(
-        where, lambda: AutoTokenizer.from_pretrained(where, **_safe(where, revision))
+        where, "tokenizer", lambda: AutoTokenizer.from_pretrained(where, **_safe(where, revision)), is_model=is_model
     )
     return found
 
@@ -54,7 +55,9 @@ def load_model(
     tokenizer = load_tokenizer(where, revision=revision)
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "attn_implementation": "sdpa"}
     options["output_loading_info"] = True
-    model, found = _or_user_error(where, lambda: AutoModelForCausalLM.from_pretrained(where, **options, **safe))
+    model, found = _or_user_error(
+        where, "weights", lambda: AutoModelForCausalLM.from_pretrained(where, **options, **safe)
+    )
     if missing := sorted(found["missing_keys"]):  # the library would fill them with random numbers
         raise UserError(f"{where}: damaged: {len(missing)} weights are missing, {missing[0]} among them; restore it")
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
@@ -74,9 +77,18 @@ def _safe(where: str | Path, revision: str | None) -> dict[str, Any]:
     return {"trust_remote_code": False, **place}
 
 
-def _or_user_error(where: str | Path, load: Callable[[], Any]) -> Any:
+def _or_user_error(where: str | Path, part: Part, load: Callable[[], Any], *, is_model: bool = True) -> Any:
+    if Path(where).is_dir() and (fault := find_fault(str(where), part, is_model=is_model)):
+        raise UserError(f"{where}: cannot load this model: {fault}")
     try:
         return load()
     except Exception as error:  # whatever a damaged or foreign file makes the loaders raise
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        if fault := find_fault(str(where), part, is_model=is_model):
+            raise UserError(f"{where}: cannot load this model: {fault}") from error
+        reason = reason_of(error, str(where))
+        if not Path(where).exists():
+            raise UserError(
+                f"{where}: cannot load this model ({reason}); expected a folder, or a name of the Hugging Face hub (check the "
+                "network and, for a gated model, `hf auth login`)"
+            ) from error
         raise UserError(f"{where}: cannot load this model ({reason}); restore it or train again") from error

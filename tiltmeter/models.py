@@ -9,12 +9,12 @@ from typing import Any, TypeVar, cast
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch.nn import Embedding
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from tiltmeter.errors import UserError
+from tiltmeter.model_files import Part, find_fault, reason_of
 from tiltmeter.sharded_weights import WEIGHT_FILES, EmptyModel, make_empty
 
 T = TypeVar("T")
@@ -79,9 +79,11 @@ class CausalLM:
         where = self.tokenizer or str(self.name_or_path)
         revision = self.revision if where == self.name_or_path else None
         tokenizer = _load(
-            "model.tokenizer",
+            "model.name_or_path" if self.tokenizer is None else "model.tokenizer",
             where,
             lambda: AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=False),
+            part="tokenizer",
+            is_model=self.tokenizer is None,
         )
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -101,6 +103,7 @@ class CausalLM:
                 "model.name_or_path",
                 where,
                 lambda: AutoConfig.from_pretrained(where, revision=self.revision, trust_remote_code=False),
+                part="config",
             )
         return without_dropout(config)
 
@@ -116,7 +119,7 @@ class CausalLM:
             model = _from_architecture(lambda: self._from_config(config))
         else:
             where = str(self.name_or_path)
-            model = _load(
+            loaded: Any = _load(
                 "model.name_or_path",
                 where,
                 lambda: AutoModelForCausalLM.from_pretrained(
@@ -127,8 +130,16 @@ class CausalLM:
                     attn_implementation=self.attn_implementation,
                     use_safetensors=True,
                     trust_remote_code=False,
+                    output_loading_info=True,
                 ),
+                part="weights",
             )
+            model, found = loaded
+            if missing := sorted(found["missing_keys"]):  # the library fills them with random numbers
+                raise UserError(
+                    f"model.name_or_path: cannot load {where}: {len(missing)} weights are missing, {missing[0]} among them; "
+                    "restore it, or take config.json and weights from one model"
+                )
         _check_vocabulary(model, tokenizer)
         return model
 
@@ -154,7 +165,7 @@ class CausalLM:
             )
             return make_empty(Path(folder), lambda: self._from_config(config))
 
-        empty = _load("model.name_or_path", where, make)
+        empty = _load("model.name_or_path", where, make, part="weights")
         if empty is not None:
             _check_vocabulary(empty.model, tokenizer)
         return empty
@@ -181,19 +192,24 @@ def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
-def _load(key: str, where: str, load: Callable[[], T]) -> T:
+def _load(key: str, where: str, load: Callable[[], T], *, part: Part, is_model: bool = True) -> T:
     """Call a from_pretrained and turn what goes wrong into one line."""
     looks_local = where.startswith((".", "/", "~")) or Path(where).exists()
     if looks_local and not Path(where).is_dir():
         raise UserError(
             f"{key}: no such folder: {where} (expected a hub id or a folder with config.json and safetensors)"
         )
+    if looks_local and (fault := find_fault(where, part, is_model=is_model)):
+        raise UserError(f"{key}: cannot load {where}: {fault}")
     try:
         return load()
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if looks_local:
-            raise UserError(f"{key}: cannot load {where}: {reason}") from error
+    except Exception as error:  # whatever a damaged or foreign file makes the loaders raise
+        reason = find_fault(where, part, is_model=is_model)
+        if looks_local or reason:
+            raise UserError(
+                f"{key}: cannot load {where}: {reason or f'{reason_of(error, where)}; restore it'}"
+            ) from error
+        reason = reason_of(error, where)
         raise UserError(
             f"{key}: cannot load {where} from the Hugging Face hub ({reason}); check the name, the network and, for a gated "
             "model, your licence and login (`hf auth login`), or give a local folder"

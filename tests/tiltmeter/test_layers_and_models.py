@@ -176,7 +176,7 @@ def refused(spec: CausalLM) -> str:
 
 def test_a_hub_id_without_network_is_one_clear_line() -> None:
     message = refused(CausalLM(name_or_path="nobody/nothing-of-this-name"))
-    assert message.startswith("model.tokenizer: cannot load nobody/nothing-of-this-name from the Hugging Face hub")
+    assert message.startswith("model.name_or_path: cannot load nobody/nothing-of-this-name from the Hugging Face hub")
     with pytest.raises(UserError, match=r"model\.name_or_path: cannot load nobody/nothing-of-this-name from"):
         CausalLM(name_or_path="nobody/nothing-of-this-name").build(make_tokenizer())
 
