@@ -10,7 +10,7 @@ from analysis.figures import COLOURS, EndLabel
 from analysis.observations import site_name
 from analysis.site_axes import as_text, last_value, plot_sites
 from analysis.stored_rows import StoredRows
-from tiltmeter.geometry import VARIANTS, RowGeometry, Variant, row_geometry
+from tiltmeter.geometry import OUTLIER_MULTIPLE, VARIANTS, RowGeometry, Variant, outlier_dims, row_geometry
 from tiltmeter.stats.nulls import marchenko_pastur_edge, noise_variance, signal_rank
 
 N_LISTED = 5
@@ -25,8 +25,9 @@ LOOKS: Mapping[Variant, tuple[str, str, str]] = {
 }
 """Variant → line style, colour where it stands for ΔH, and name."""
 VARIANTS_NOTE = (
-    "Centred: less the mean row. Unit rows: each over its length, so that no few long rows decide. No outliers: without the 1 % of "
-    "dimensions of largest |mean|."
+    "Centred: less the mean row. Unit rows: each over its length, so that no few long rows decide. No outliers: without the "
+    f"dimensions in which the base’s |mean| is over {OUTLIER_MULTIPLE:.0f} × the median one (the same for ΔH, base and policy), "
+    "chosen on a third of the pairs and told of the others."
 )
 
 
@@ -38,10 +39,13 @@ def spectra_table(rows: StoredRows) -> pd.DataFrame:
     found = []
     for site in rows.sites:
         matrices = {"update": rows.update(site), "base": rows.base[site], "policy": rows.policy[site]}
+        without, told = outlier_dims(rows.base[site])
         for matrix, values in matrices.items():
             for variant in VARIANTS:
                 where = (rows.snapshot, rows.position, site, matrix, variant)
-                found.append(dict(zip(_WHERE, where, strict=True)) | _figures(row_geometry(values, variant)))
+                kept = values[told] if variant == "outlier_dims_removed" else values
+                figures = _figures(row_geometry(kept, variant, without=without))
+                found.append(dict(zip(_WHERE, where, strict=True)) | figures)
     return pd.DataFrame(found)
 
 

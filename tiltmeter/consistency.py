@@ -127,9 +127,14 @@ def shift_shares_of_gram(
 
 
 def mean_cosine_intervals(
-    updates: Float[Tensor, "row d_model"], clusters: Sequence[str], *, n_splits: int = 20, seed: int = 0
+    updates: Float[Tensor, "row d_model"],
+    clusters: Sequence[str],
+    *,
+    n_splits: int = 20,
+    seed: int = 0,
+    level: float = 0.95,
 ) -> dict[str, Interval]:
-    """Mean cosines with v*, ``in_sample``, ``leave_one_out`` and ``split_half``, over rows, with 95 % intervals over clusters.
+    """Mean cosines with v*, ``in_sample``, ``leave_one_out`` and ``split_half``, over rows, with intervals over clusters.
 
     v* is taken anew without each cluster: held fixed, what all rows share of its error would be missing from the interval. It
     needs Gram matrices alone.
@@ -138,6 +143,7 @@ def mean_cosine_intervals(
         updates: all with a direction.
         clusters: a name for each row; rows of one prompt share it.
         n_splits, seed: of the random halves, as :func:`split_half`.
+        level: of confidence.
 
     Raises:
         ValueError: fewer than two rows.
@@ -166,8 +172,8 @@ def mean_cosine_intervals(
             total += torch.where(half == 1, units[1], units[0])
         return (weights * total / squares.sqrt()).sum(1) / weights.sum(1) / len(halves)
 
-    in_sample, leave_one_out = jackknife_intervals(of_all, clusters, second_order=True, scale=COSINE)
-    split = jackknife_interval(of_halves, clusters, scale=COSINE)
+    in_sample, leave_one_out = jackknife_intervals(of_all, clusters, level=level, second_order=True, scale=COSINE)
+    split = jackknife_interval(of_halves, clusters, level=level, scale=COSINE)
     return {"in_sample": in_sample, "leave_one_out": leave_one_out, "split_half": split}
 
 
