@@ -3,9 +3,9 @@
     python benchmarks/coverage.py              # 1,000 sets a world, about ten minutes; writes docs/images/coverage.png
     python benchmarks/coverage.py --quick      # 100 sets of a few worlds, under a minute, no figure
 
-A world is a population with a known truth. Each set is drawn anew, its interval computed by the code that reports use, and the share
-of intervals that hold the truth is the real coverage. Beside it stands the percentile bootstrap over prompts that reports used
-before; and beside the judgement among random vectors the one that took the mean of five of them as known.
+A world is a population with a known truth. Each set is drawn anew, its interval computed by the code that reports use, and the
+share of intervals that hold the truth is the real coverage. Beside it stands the percentile bootstrap over prompts that reports
+used before; and beside the judgement among random vectors the one that took the mean of five of them as known.
 """
 
 import argparse
@@ -46,7 +46,7 @@ NOMINAL = (0.5, 0.8, 0.9, 0.95, 0.99)
 D_MODEL = 32
 FIGURE = common.ROOT / "docs" / "images" / "coverage.png"
 _N_RESAMPLES = 1000
-_N_FOR_TRUTH = 4000
+_N_FOR_TRUTH = 1000
 
 
 class Drawn(NamedTuple):
@@ -65,7 +65,7 @@ class World(NamedTuple):
     Args:
         name: what is estimated.
         draw: one set, from its number of prompts and a seed.
-        truth: by number of prompts; None: the mean of the figure over 4,000 more sets.
+        truth: by number of prompts; None: the mean of the figure over 1,000 more sets.
         sizes: numbers of prompts.
         most: coverage above which an interval is needlessly wide.
     """
@@ -313,6 +313,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="100 sets, one size of each world, no figure")
     parser.add_argument("--sets", type=common.positive, help="sets of each world (default 1,000; 100 with --quick)")
     asked = parser.parse_args()
+    torch.set_num_threads(1)
     n_sets = asked.sets or (100 if asked.quick else 1000)
     table, least = [], 1.0
     for world in WORLDS:

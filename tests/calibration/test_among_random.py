@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.coverage import vector_figures
 from tiltmeter.stats.among_random import ABOVE, BELOW, among_random
 from tiltmeter.stats.jackknife import without_each
 
@@ -32,9 +33,7 @@ SPREADS: dict[str, Spread] = {
 
 def world(rng: np.random.Generator, n_vectors: int, spread: Spread) -> Tensor:
     """Figures on all prompts and without each of them, a column a vector."""
-    by_prompt = 3 * rng.normal(size=(N_PROMPTS, 1)) + rng.normal(size=(N_PROMPTS, n_vectors)) + spread(rng, n_vectors)
-    figures = torch.from_numpy(by_prompt)
-    return KEPT @ figures / KEPT.sum(1, keepdim=True)
+    return vector_figures(rng, n_vectors, spread=spread(rng, n_vectors), n_prompts=N_PROMPTS)
 
 
 def rates(called: list[list[str]], verdict: str) -> tuple[float, float]:
