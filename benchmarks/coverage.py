@@ -115,7 +115,7 @@ def _shift_share(f: float) -> World:
         x = shifted_rows(n, f, seed)
         return _jackknifed(shift_shares_of_gram(x @ x.T), n, second_order=True, scale=SHARE)
 
-    return World(f"shift share f = {f:g}", draw, lambda n: f + (1 - f) / n, most=0.97 if f >= 0.5 else 1.0)
+    return World(f"shift share f = {f:g}", draw, lambda n: f + (1 - f) / n)
 
 
 def _first_energy(n: int, seed: int) -> Drawn:

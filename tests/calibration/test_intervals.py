@@ -9,9 +9,13 @@ pytestmark = pytest.mark.slow
 N_SETS = 300
 
 
-@pytest.mark.parametrize(("world", "n"), [pytest.param(w, n, id=f"{w.name}, {n}") for w in WORLDS for n in w.sizes])
+CASES = [(w, n) for w in WORLDS for n in w.sizes if n < 200 or w.truth is not None]
+"""All but the slowest, which the benchmark itself has."""
+
+
+@pytest.mark.parametrize(("world", "n"), [pytest.param(*case, id=f"{case[0].name}, {case[1]}") for case in CASES])
 def test_coverage(world: World, n: int) -> None:
-    """93 to 97 %; of shares, and of f where there is hardly a shift, at least 93: their intervals may be wide, never narrow."""
+    """93 to 97 %; of shares at least 93: they are counts, whose intervals may be wide, never narrow."""
     (found,) = real_coverage(world, n, n_sets=N_SETS)
     low, high = monte_carlo_band(0.93, world.most, n_sets=N_SETS)
     assert low <= found <= high, found

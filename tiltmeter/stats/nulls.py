@@ -1,4 +1,4 @@
-"""What noise alone would give: sign flips, edges of noise spectra, signal ranks, the BBP transition, parallel analysis (control C14)."""
+"""What noise alone would give: sign flips, edges of noise spectra, signal ranks, BBP transition, parallel analysis (C14)."""
 
 import math
 from functools import cache
@@ -180,8 +180,8 @@ def signal_rank_correlated(rows: Float[Tensor, "row d_model"]) -> int:
     under noise. Heavy tails are taken out first: each dimension over its mean deviation, each row to length one about the
     geometric median (spatial signs), which no rank survives or gains by.
 
-    At most 10, and a quarter of min(N − 1, d). What it can't see: directions in a spectrum that falls off evenly, like a power law.
-    Measured on noise of many kinds: 2 to 6 %; up to 11 % below 50 dimensions if they are correlated.
+    At most 10, and a quarter of min(N − 1, d). What it can't see: directions in a spectrum that falls off evenly, like a power law;
+    and a direction that is one dimension alone, which is taken for unequal spread. Error rates: docs/statistics.md.
     """
     n_values = min(len(rows) - 1, rows.shape[1])
     n_tested = max(0, min(len(_GAP_95), n_values // 4, n_values - 1 - _GAP_SPAN))
