@@ -116,7 +116,7 @@ def tracy_widom_edge(n_rows: int, d_model: int, *, noise_variance: float = 1.0) 
     .9793 is that quantile of the Tracy–Widom law for β = 1 (Bejan 2005, table 1).
 
     >>> round(tracy_widom_edge(2000, 1000), 4), round(marchenko_pastur_edge(2000, 1000), 4)
-    (2.9268, 2.9142)
+    (2.9273, 2.9142)
     """
     n, p = math.sqrt(n_rows - 0.5), math.sqrt(d_model - 0.5)
     return noise_variance * ((n + p) ** 2 + _TRACY_WIDOM_95 * (n + p) * (1 / n + 1 / p) ** (1 / 3)) / n_rows
