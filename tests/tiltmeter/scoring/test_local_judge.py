@@ -262,7 +262,7 @@ def test_what_the_model_can_not_do_is_said_at_the_start(folder: Path, options: d
 
 
 def test_a_model_that_is_not_there_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"judge: model\.tokenizer: no such folder"):
+    with pytest.raises(UserError, match=r"judge: model\.name_or_path: no such folder"):
         started(tmp_path / "nowhere")
 
 
