@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from analysis.checkpoints import Checkpoints, HeldOutPairs, checkpoints_of_run
 from analysis.hidden_states import SECTIONS, Watched, hidden_state_section
@@ -34,6 +34,7 @@ from launch.run_folder import claim_folder
 from launch.run_lock import check_writable
 from launch.screen import console
 from launch.wandb_report import check_upload, upload_report
+from tiltmeter.chat import as_date
 from tiltmeter.errors import IncompleteEvaluation, UserError
 
 
@@ -66,12 +67,17 @@ def analyze(config: DictConfig) -> Path | None:
     of_run = _asks_of_run(config)
     names = chosen_analyses(config.analysis, of_run=of_run)
     refuse_unused(names, of_run=of_run)
+    run = open_run(find_run(str(config.run), Path(config.runs_root))) if of_run else None
+    if run is not None and OmegaConf.is_interpolation(config, "chat_date"):
+        config.chat_date = run.setting("chat_date")
+    if config.chat_date is not None:
+        as_date(config.chat_date)
     questions = {name: instantiate(config[ASKED[name]]) for name in names if name in ASKED}
     wanted = Wanted(
         names, questions, instantiate(config.hidden_states), config.dry_run, config.upload, Attempts(debug=config.debug)
     )
-    if of_run:
-        return _analyze_run(wanted, open_run(find_run(str(config.run), Path(config.runs_root))))
+    if run is not None:
+        return _analyze_run(wanted, run)
     return _analyze_checkpoints(config, wanted)
 
 

@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import datetime
 from typing import Any
 
 from hydra.errors import HydraException, InstantiationException
@@ -16,6 +17,8 @@ from launch.run_folder import is_first_process
 from launch.screen import quiet_libraries
 from tiltmeter.errors import FailedWrite, IncompleteEvaluation, NumericalStop, Preempted, UserError
 
+TODAY = "TILTMETER_DATE"
+"""Environment variable that ``chat_date`` is read from."""
 Known = FailedWrite | UserError | IncompleteEvaluation | NumericalStop | Preempted
 EXIT_CODES: Mapping[type[Known], int] = {
     FailedWrite: 1,
@@ -29,6 +32,9 @@ EXIT_CODES: Mapping[type[Known], int] = {
 def run_command(main: Callable[[], Any], *, config_name: str) -> None:
     """Check ``sys.argv``, then call a function decorated with ``hydra.main``; exit codes as in DESIGN §8."""
     quiet_libraries()
+    os.environ.setdefault(
+        TODAY, datetime.now().astimezone().date().isoformat()
+    )  # one day for all processes and jobs of a command
     try:
         sys.argv[1:] = prepare_overrides(sys.argv[1:], config_name=config_name)
     except UserError as error:

@@ -25,7 +25,7 @@ from launch.command import one_line_errors
 from launch.metrics_csv import MetricsCSV
 from launch.parts import Parts, build_parts, check_options
 from launch.results import behaviour_of, geometry_of, provenance, result_rows, versions, write_results
-from launch.resuming import SETTINGS, check_same_run, clean_up, find_checkpoint, settings_sha256
+from launch.resuming import SETTINGS, check_same_run, clean_up, find_checkpoint, keep_chat_date, settings_sha256
 from launch.run_folder import claim_folder, export_model, is_first_process, keep_base, on_first_process, write_config
 from launch.run_lock import RunLock, check_writable
 from launch.screen import behaviour_table, console, data_table, geometry_table, quiet_libraries, result_table
@@ -34,6 +34,7 @@ from launch.wandb_logger import RunLogger, close_wandb, open_wandb
 from launch.wandb_media import WandbMedia
 from lightning_modules.checkpoint_io import CommittedCheckpointIO
 from lightning_modules.dpo import DPOModule
+from tiltmeter.chat import as_date
 from tiltmeter.checkpoint_files import newest_valid, verify
 from tiltmeter.errors import FailedWrite, NumericalStop, UserError
 from tiltmeter.scoring.judge_scorer import JudgeScorer
@@ -59,6 +60,8 @@ def _train(config: DictConfig, created: list[Path], held: ExitStack) -> Path:
     screen = console(enabled=is_first)
     root = Path(config.runs_root)
     checkpoint = _checkpoint_to_resume(config, root, held, screen)
+    if config.chat_date is not None:
+        as_date(config.chat_date)
     run_dir = (
         checkpoint.parent.parent if checkpoint else root / config.name
     )  # below it, once the first process has claimed it
@@ -70,6 +73,10 @@ def _train(config: DictConfig, created: list[Path], held: ExitStack) -> Path:
     for line in start_scorers(watching, parts.data.source):
         screen.print(line, soft_wrap=True)
     screen.print(data_table(parts.data, parts.data.labels))
+    if day := parts.data.printed_date:
+        screen.print(
+            f"Chat template: prints the date, which is {day} in all texts of this run (chat_date)", soft_wrap=True
+        )
     if config.base is not None:
         parts.model, line = find_or_train_base(config, parts.model, parts.tokenizer, parts.data)
         screen.print(line, soft_wrap=True)
@@ -135,6 +142,7 @@ def _checkpoint_to_resume(config: DictConfig, root: Path, held: ExitStack, scree
         return None
     if checkpoint is None:
         checkpoint, lines = find_checkpoint(config.ckpt_path, root, config.name)
+    keep_chat_date(checkpoint, config)
     lines += check_same_run(checkpoint, config)
     if is_first_process():
         for folder in (checkpoint.parent.parent, checkpoint.parent):
