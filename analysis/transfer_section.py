@@ -65,9 +65,9 @@ def transfer_section(table: pd.DataFrame, settings: Mapping[str, Any]) -> Sectio
 
 
 def matrix(table: pd.DataFrame, sites: Sequence[str], column: str) -> np.ndarray:
-    """[source, site] of a figure; the last row is the largest of the random vectors."""
+    """[source, site] of a figure; the last row is what 97.5 % of the random vectors stay below."""
     grid = table.pivot_table(index="source", columns="site", values=column, dropna=False)[list(sites)]
-    random = grid[grid.index.str.startswith(RANDOM)].max()
+    random = grid[grid.index.str.startswith(RANDOM)].quantile(0.975)
     return np.vstack([grid.loc[list(sites)].to_numpy(dtype=float), random.to_numpy(dtype=float)])
 
 
@@ -119,7 +119,7 @@ def said_of_recovery(cells: np.ndarray) -> str:
         return "How far v* goes has no number: base and aligned model predict the same, up to rounding"
     return (
         f"Added at its own site (framed) v* recovers {_span(own, 'percent')} of the way to the aligned model, at other sites "
-        f"{_span(others, 'percent')}; random vectors at best {as_text(_largest(random), 'percent')}"
+        f"{_span(others, 'percent')}; one in forty random vectors more than {_span(random, 'percent')}"
     )
 
 
@@ -128,7 +128,7 @@ def said_of_margin(cells: np.ndarray, aligned_change: float) -> str:
     own, others, random = _parts(cells)
     return (
         f"The preference margin changes by {_span(own, '+.1f')} nats at v*’s own site and {_span(others, '+.1f')} at others; "
-        f"random at most {as_text(_largest(random), '+.1f')}, the aligned model {as_text(aligned_change, '+.1f')}"
+        f"one in forty random vectors more than {_span(random, '+.1f')}, the aligned model {as_text(aligned_change, '+.1f')}"
     )
 
 
@@ -143,6 +143,7 @@ def shown_table(table: pd.DataFrame, sites: Sequence[str]) -> pd.DataFrame:
             | {"others’ v*, mean": as_text(float(others["recovery"].mean()), ".2f")}
             | {"own less others": _with_interval(known.loc[(OWN_LESS_OTHERS, site)])}
             | {"own less random": _with_interval(known.loc[(OWN_LESS_RANDOM, site)])}
+            | {"verdict": known.loc[(OWN_LESS_RANDOM, site), "recovery_verdict"]}
         )
     return pd.DataFrame(lines)
 
@@ -166,7 +167,8 @@ def _interval(table: pd.DataFrame, cells: np.ndarray, sites: Sequence[str], n: i
     own, random = (_with_interval(known.loc[(source, best)]) for source in (best, OWN_LESS_RANDOM))
     return (
         f"R of v* at {site_name(best)}, the best of {len(sites)} sites on these same pairs: {own}; less the mean of the random "
-        f"vectors there: {random}. 95\u00a0% intervals over the prompts of {n} pairs, differences paired."
+        f"vectors there: {random}. 95\u00a0% intervals over the prompts of {n} pairs, differences paired; beside random vectors "
+        "of where one more of them may lie."
     )
 
 
@@ -178,23 +180,21 @@ def _reading(settings: Mapping[str, Any]) -> list[str]:
         "random ones too, have the length of that site’s own v*, so that only directions are compared.",
         "R = 1 − KL(aligned ‖ steered) / KL(aligned ‖ base) over the chosen responses’ tokens: 0 is the base, 1 the aligned model, "
         "below 0 further away. Margin: log π(chosen) − log π(rejected).",
-        f"Top row: the largest of {settings['n_random']} random vectors at each site. Where they recover as much, what "
-        "recovers is not the direction of v*.",
+        f"Top row: what 97.5\u00a0% of a site’s {_drawn(settings['n_random'])} random vectors stay below. Where they recover as "
+        "much, what recovers is not the direction of v*.",
         f"{NAME}.csv has every cell with its 95 % interval over prompts, and paired differences: {OWN_LESS_OTHERS}, "
-        f"{OWN_LESS_RANDOM}.",
+        f"{OWN_LESS_RANDOM}, with the rank of v* among them (p_above, p_below) and a verdict.",
     ]
+
+
+def _drawn(counts: Mapping[str, int]) -> str:
+    return " to ".join(str(n) for n in sorted(set(counts.values())))
 
 
 def _parts(cells: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The diagonal, what lies off it, and the row of random vectors."""
     square = cells[:-1]
     return square.diagonal(), square[~np.eye(len(square), dtype=bool)], cells[-1]
-
-
-def _largest(values: np.ndarray) -> float:
-    """NaN where there is none."""
-    known = values[~np.isnan(values)]
-    return float(known.max()) if known.size else math.nan
 
 
 def _span(values: np.ndarray, form: str) -> str:

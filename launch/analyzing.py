@@ -12,7 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from analysis.checkpoints import Checkpoints, HeldOutPairs, checkpoints_of_run
-from analysis.hidden_states import SECTIONS, Watched, hidden_state_section
+from analysis.hidden_states import BESIDE_RANDOM, SECTIONS, Watched, hidden_state_section
 from analysis.read_states import READ_NOW, ReadNow, StateReading
 from analysis.report import Attempts, Section, write_report
 from analysis.runs import Run, find_run, open_run
@@ -106,8 +106,12 @@ def _analyze_run(wanted: Wanted, run: Run) -> Path | None:
         if all(wanted.names.values()):
             raise
         raise UserError(f"{error}; or ask for what needs no model, as in analysis=[training,geometry]") from error
+    seen = Watched.of_run(run)
+    lacks_random = bool(set(BESIDE_RANDOM) & set(wanted.names)) and seen.lacks_random
+    if lacks_random and not wanted.dry_run:
+        seen = _with_random(seen, run, wanted.reading, opened)
     with console().status("Drawing what the run kept …"):
-        read = _read_off(wanted.names, run, attempts)
+        read = _read_off(wanted.names, run, seen, attempts)
     again = [name for name in wanted.names if name in READ_NOW and name not in read and name not in attempts.failed]
     if not again:
         refuse_unused(wanted.questions, of_run=True)
@@ -118,7 +122,9 @@ def _analyze_run(wanted: Wanted, run: Run) -> Path | None:
             f"analysis={again[0]}: {run.folder} stored no hidden states for it, and they can’t be read again: {error}"
         ) from error
     if wanted.dry_run:
-        _say_costs(plans, wanted.reading, checkpoints)
+        _say_costs(
+            plans, wanted.reading, checkpoints, random_of=opened() if lacks_random and checkpoints is None else None
+        )
         return None
     if checkpoints is not None:
         with attempts.of(*again):
@@ -140,9 +146,20 @@ def _analyze_run(wanted: Wanted, run: Run) -> Path | None:
     return _report(subject, _in_order(wanted.names, read), asked, samples, attempts, upload)
 
 
-def _read_off(names: Mapping[str, bool], run: Run, attempts: Attempts) -> dict[str, Section]:
+def _with_random(seen: Watched, run: Run, reading: StateReading, opened: Callable[..., Checkpoints]) -> Watched:
+    """Read random weight changes and keep them beside the snapshots; where that can't be done, sections say what they lack."""
+    try:
+        checkpoints = opened(dtype=reading.dtype, device=reading.device)
+        with console().status("Reading hidden states under random weight changes …"):
+            reading.random_updates(checkpoints, n_steps=seen.steps_taken).write(seen.snapshots)
+    except (UserError, OSError) as error:
+        console().print(f"No random weight changes beside the update: {error}", soft_wrap=True, markup=False)
+    return Watched.of_run(run)
+
+
+def _read_off(names: Mapping[str, bool], run: Run, seen: Watched, attempts: Attempts) -> dict[str, Section]:
     """Sections of what the run's folder holds, by name; none for what it doesn't. Raises UserError: it is damaged."""
-    seen, found = Watched.of_run(run), {}
+    found: dict[str, Section] = {}
     for name, is_named in names.items():
         section = None
         with attempts.of(name):
@@ -256,9 +273,12 @@ def _command(*arguments: str) -> str:
     return shlex.join(["python", "analyze.py", *about, *options_of(name), f"analysis={name}"])
 
 
-def _say_costs(plans: Sequence[Plan], reading: StateReading, read: Checkpoints | None) -> None:
-    """Print what would be run; ``read``: the models whose hidden states would be."""
+def _say_costs(
+    plans: Sequence[Plan], reading: StateReading, read: Checkpoints | None, *, random_of: Checkpoints | None = None
+) -> None:
+    """Print what would be run; ``read``: the models whose hidden states would be, ``random_of``: under random weights alone."""
     costs = {} if read is None else {"hidden states": reading.costs(read)}
+    costs |= {} if random_of is None else {"hidden states": reading.random_costs(random_of)}
     costs |= {plan.name: plan.costs() for plan in plans}
     if costs:
         console().print(costs_table(costs))

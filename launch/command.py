@@ -16,6 +16,7 @@ from launch.configuration import prepare_overrides
 from launch.run_folder import is_first_process
 from launch.screen import quiet_libraries
 from tiltmeter.errors import FailedWrite, IncompleteEvaluation, NumericalStop, Preempted, UserError
+from tiltmeter.plain_text import allow_any_encoding
 
 TODAY = "TILTMETER_DATE"
 """Environment variable that ``chat_date`` is read from."""
@@ -31,6 +32,7 @@ EXIT_CODES: Mapping[type[Known], int] = {
 
 def run_command(main: Callable[[], Any], *, config_name: str) -> None:
     """Check ``sys.argv``, then call a function decorated with ``hydra.main``; exit codes as in DESIGN §8."""
+    allow_any_encoding()
     quiet_libraries()
     os.environ.setdefault(
         TODAY, datetime.now().astimezone().date().isoformat()

@@ -47,7 +47,8 @@ def sweep_into(
     for note in [*asked.notes, *sweep.made.notes]:
         console().print(escape(note))
     table = SweepTable(tables, sweep.settings, restart=asked.restart)
-    save_vectors(tables.parent / "vectors" / VECTORS_FILE, {f"{s}/{n}": v for (n, s), v in sweep.vectors.items()})
+    named = {f"{v.site}/{name}" + (f"_{draw}" if draw else ""): v for name, draw, v in sweep.made.named()}
+    save_vectors(tables.parent / "vectors" / VECTORS_FILE, named)
     write_text(tables / "steering_vectors.csv", describe(sweep.made).to_csv(index=False, lineterminator="\n"))
     open_units = _fill(table, sweep, goes_on_with)
     section = steering_section_of(tables)

@@ -28,7 +28,7 @@ from launch.results import behaviour_of, geometry_of, provenance, result_rows, v
 from launch.resuming import SETTINGS, check_same_run, clean_up, find_checkpoint, keep_chat_date, settings_sha256
 from launch.run_folder import claim_folder, export_model, is_first_process, keep_base, on_first_process, write_config
 from launch.run_lock import RunLock, check_writable
-from launch.screen import behaviour_table, console, data_table, geometry_table, quiet_libraries, result_table
+from launch.screen import behaviour_table, console, data_table, geometry_tables, quiet_libraries, result_table
 from launch.slurm import checkpoint_of_this_job, note_job, requeued_when_asked
 from launch.wandb_logger import RunLogger, close_wandb, open_wandb
 from launch.wandb_media import WandbMedia
@@ -160,8 +160,7 @@ def closing_tables(run_dir: Path, parts: Parts, trainer: Trainer, seconds: float
     yield result_table(result_rows(parts, trainer, seconds))
     if behaviour := behaviour_of(run_dir):
         yield behaviour_table(behaviour)
-    if geometry := geometry_of(run_dir):
-        yield geometry_table(geometry)
+    yield from geometry_tables(geometry_of(run_dir))
 
 
 @contextmanager
