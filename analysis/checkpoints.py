@@ -81,7 +81,8 @@ class HeldOutPairs:
 
     Args:
         n_pairs: so many at most.
-        max_length, text_format, chat_date: see :class:`~datamodules.tokenization.PairTokenizer`; never longer than the model has positions.
+        max_length, text_format, chat_date: see :class:`~datamodules.tokenization.PairTokenizer`; never longer than the model has
+            positions.
         seed: of the draw.
 
     Raises:

@@ -68,10 +68,9 @@ def analyze(config: DictConfig) -> Path | None:
     names = chosen_analyses(config.analysis, of_run=of_run)
     refuse_unused(names, of_run=of_run)
     run = open_run(find_run(str(config.run), Path(config.runs_root))) if of_run else None
+    as_date(config.chat_date)
     if run is not None and OmegaConf.is_interpolation(config, "chat_date"):
         config.chat_date = run.setting("chat_date")
-    if config.chat_date is not None:
-        as_date(config.chat_date)
     questions = {name: instantiate(config[ASKED[name]]) for name in names if name in ASKED}
     wanted = Wanted(
         names, questions, instantiate(config.hidden_states), config.dry_run, config.upload, Attempts(debug=config.debug)

@@ -18,6 +18,7 @@ from datamodules.tokenization import train_bpe_tokenizer
 from launch.configuration import check_config
 from launch.wandb_logger import Mode
 from lightning_modules.base import LogProbModule
+from tiltmeter.chat import as_date
 from tiltmeter.errors import UserError
 from tiltmeter.models import CausalLM
 
@@ -48,6 +49,7 @@ def check_options(config: DictConfig) -> None:
         raise UserError(f"name: expected letters, digits, _, - and . only, got {config.name}")
     if Path(config.runs_root).exists() and not Path(config.runs_root).is_dir():
         raise UserError(f"runs_root: {config.runs_root} is a file; expected a folder, existing or not")
+    as_date(config.chat_date)
     if config.logger.mode not in get_args(Mode):
         raise UserError(f"logger.mode: expected {' or '.join(get_args(Mode))}, got {config.logger.mode}")
     _check_trainer(config.trainer)

@@ -17,17 +17,8 @@ from tiltmeter.errors import UserError
 SETTINGS = "settings_sha256"
 """In manifests: hash of the settings that make a run what it is."""
 CHAT_DATE = "chat_date"
-_MAY_CHANGE = {
+_MAY_CHANGE = {"run_dir", "runs_root", "ckpt_path", "allow_config_change", "debug", "name", "trainer", "monitor"} | {
     CHAT_DATE,
-    "run_dir",
-    "runs_root",
-    "ckpt_path",
-    "allow_config_change",
-    "debug",
-    "name",
-    "trainer",
-    "monitor",
-} | {
     "callbacks",
     "judge",
     "toxicity",

@@ -34,7 +34,6 @@ from launch.wandb_logger import RunLogger, close_wandb, open_wandb
 from launch.wandb_media import WandbMedia
 from lightning_modules.checkpoint_io import CommittedCheckpointIO
 from lightning_modules.dpo import DPOModule
-from tiltmeter.chat import as_date
 from tiltmeter.checkpoint_files import newest_valid, verify
 from tiltmeter.errors import FailedWrite, NumericalStop, UserError
 from tiltmeter.scoring.judge_scorer import JudgeScorer
@@ -60,8 +59,6 @@ def _train(config: DictConfig, created: list[Path], held: ExitStack) -> Path:
     screen = console(enabled=is_first)
     root = Path(config.runs_root)
     checkpoint = _checkpoint_to_resume(config, root, held, screen)
-    if config.chat_date is not None:
-        as_date(config.chat_date)
     run_dir = (
         checkpoint.parent.parent if checkpoint else root / config.name
     )  # below it, once the first process has claimed it
@@ -73,10 +70,6 @@ def _train(config: DictConfig, created: list[Path], held: ExitStack) -> Path:
     for line in start_scorers(watching, parts.data.source):
         screen.print(line, soft_wrap=True)
     screen.print(data_table(parts.data, parts.data.labels))
-    if day := parts.data.printed_date:
-        screen.print(
-            f"Chat template: prints the date, which is {day} in all texts of this run (chat_date)", soft_wrap=True
-        )
     if config.base is not None:
         parts.model, line = find_or_train_base(config, parts.model, parts.tokenizer, parts.data)
         screen.print(line, soft_wrap=True)

@@ -59,7 +59,7 @@ def render_chat(
     )
 
 
-def as_date(text: str) -> Date:
+def as_date(text: str | None) -> Date:
     """A date from its ISO form.
 
     Raises:
@@ -69,6 +69,6 @@ def as_date(text: str) -> Date:
     31
     """
     try:
-        return Date.fromisoformat(text)
+        return Date.fromisoformat(str(text))
     except ValueError:
         raise UserError(f"chat_date: expected a day such as 2026-01-31, got {text}") from None

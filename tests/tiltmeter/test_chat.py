@@ -47,7 +47,7 @@ def test_the_template_prints_the_day_it_is_told_and_is_otherwise_the_same() -> N
 @pytest.mark.parametrize("form", ["%Y-%m-%d", "%A, %B %-d, %Y", "%d/%m/%y %H:%M:%S %p", "%F %j %U"])
 def test_a_date_in_any_form_is_what_the_clock_of_that_day_says(form: str) -> None:
     text = rendered(f"\n\n{{{{ strftime_now('{form}') }}}}|", "2024-07-05")
-    assert text == f"\n{datetime(2024, 7, 5).strftime(form)}|"
+    assert text == f"\n\n{datetime(2024, 7, 5).strftime(form)}|"
 
 
 def test_a_template_without_a_date_is_left_alone() -> None:
