@@ -175,8 +175,11 @@ class PreferenceDataModule(LightningDataModule):
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps of one epoch, as the trainer limits it (``trainer.limit_train_batches``)."""
+        return self.steps_within(1.0 if self.trainer is None else self.trainer.limit_train_batches)
+
+    def steps_within(self, limit: float) -> int:
+        """Optimizer steps of one epoch that has at most so many (an int), or this share of all (a float)."""
         n_steps = -(-len(self.splits["train"].pairs) // self.pairs_per_step)
-        limit = 1.0 if self.trainer is None else self.trainer.limit_train_batches
         return min(n_steps, limit) if isinstance(limit, int) else int(n_steps * limit)
 
     @property

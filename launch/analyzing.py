@@ -29,7 +29,7 @@ from launch.analyses import (
     refuse_unused,
 )
 from launch.asking import Asked, Plan, Question, costs_table
-from launch.configuration import check_config
+from launch.configuration import check_config, expand_home
 from launch.run_folder import claim_folder
 from launch.run_lock import check_writable
 from launch.screen import console
@@ -63,6 +63,7 @@ def analyze(config: DictConfig) -> Path | None:
         IncompleteEvaluation: the report is written, but an analysis failed, or figures have no number, because too many scores
             are missing.
     """
+    expand_home(config)
     check_config(config, config_name="analyze")
     of_run = _asks_of_run(config)
     names = chosen_analyses(config.analysis, of_run=of_run)

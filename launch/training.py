@@ -23,7 +23,7 @@ from launch.agreement import agreement
 from launch.base_model import find_or_train_base, progress_callbacks
 from launch.command import one_line_errors
 from launch.metrics_csv import MetricsCSV
-from launch.parts import Parts, build_parts, check_options
+from launch.parts import Parts, build_parts, check_length, check_options
 from launch.results import behaviour_of, geometry_of, provenance, result_rows, versions, write_results
 from launch.resuming import SETTINGS, check_same_run, clean_up, find_checkpoint, keep_chat_date, settings_sha256
 from launch.run_folder import claim_folder, export_model, is_first_process, keep_base, on_first_process, write_config
@@ -65,8 +65,9 @@ def _train(config: DictConfig, created: list[Path], held: ExitStack) -> Path:
     check_writable(run_dir, key="runs_root")
     config.run_dir = str(run_dir)
     watching = watching_callbacks(config)
-    make_trainer(config, watching, [])  # options that only a trainer can judge, before a base is trained
+    planned = make_trainer(config, watching, [])  # options that only a trainer can judge, before a base is trained
     parts = build_parts(config)
+    check_length(planned, parts.data)
     for line in start_scorers(watching, parts.data.source):
         screen.print(line, soft_wrap=True)
     screen.print(data_table(parts.data, parts.data.labels))

@@ -62,6 +62,11 @@ def test_what_does_not_fit_the_models_is_said_before_any_analysis_begins(
     assert "Asking" not in capsys.readouterr().out
 
 
+def test_a_tilde_in_a_path_is_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert f"{tmp_path}/gone" in refused(tmp_path, "run=~/gone")
+
+
 def test_the_report_goes_where_it_is_wanted(tmp_path: Path, two: tuple[str, str]) -> None:
     assert (
         ask(tmp_path, *two, *DATA, *SMALL, "analysis=behaviour", f"out={tmp_path / 'here'}")
