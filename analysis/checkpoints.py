@@ -87,7 +87,8 @@ class HeldOutPairs:
 
     Args:
         n_pairs: so many at most.
-        max_length, text_format: see :class:`~datamodules.tokenization.PairTokenizer`; never longer than the model has positions.
+        max_length, text_format, chat_date: see :class:`~datamodules.tokenization.PairTokenizer`; never longer than the model has
+            positions.
         seed: of the draw.
 
     Raises:
@@ -95,7 +96,13 @@ class HeldOutPairs:
     """
 
     def __init__(
-        self, *, n_pairs: int = 256, max_length: int = 1024, text_format: TextFormat = "transcript", seed: int = 0
+        self,
+        *,
+        n_pairs: int = 256,
+        max_length: int = 1024,
+        text_format: TextFormat = "transcript",
+        seed: int = 0,
+        chat_date: str | None = None,
     ) -> None:
         if n_pairs < 1 or seed < 0 or max_length < _LEAST_LENGTH:
             raise UserError(
@@ -103,6 +110,7 @@ class HeldOutPairs:
                 f"and {max_length}"
             )
         self.n_pairs, self.max_length, self.text_format, self.seed = n_pairs, max_length, text_format, seed
+        self.chat_date = chat_date
 
     def ask(
         self, base: str, aligned: str, source: PreferenceSource, *, dtype: str = "float32", device: Device = None
@@ -119,7 +127,9 @@ class HeldOutPairs:
         limit = getattr(opened[0].model.config, "max_position_embeddings", None) or self.max_length
         drawn = [with_clean_label(record) for record in _one_a_prompt(records, self.n_pairs, self.seed)]
         try:
-            encode = PairTokenizer(opened[0].tokenizer, min(self.max_length, limit), text_format=self.text_format)
+            encode = PairTokenizer(
+                opened[0].tokenizer, min(self.max_length, limit), text_format=self.text_format, chat_date=self.chat_date
+            )
             kept, ids, cuts = encode(drawn)
         except UserError as error:  # the options have another name here
             raise UserError(str(error).replace("datamodule.", "pairs.")) from error

@@ -16,6 +16,7 @@ from datamodules.splits import LabelControl, Split, control_labels, count_repeat
 from datamodules.step_dataset import StepDataset, leave_stopping_to_the_trainer
 from datamodules.tokenization import PairTokenizer, TextFormat, TokenizationReport, Truncation
 from tiltmeter.batch import Layout, StepBatch, TokenizedPair, packed_length, row_length
+from tiltmeter.chat import prints_date
 from tiltmeter.errors import UserError
 from tiltmeter.reference_cache import hash_pairs
 
@@ -46,7 +47,7 @@ class PreferenceDataModule(LightningDataModule):
     Args:
         source: where pairs come from (config group ``data``).
         max_length: longest prompt + response in tokens.
-        max_response_length, truncation, text_format: see :class:`~datamodules.tokenization.PairTokenizer`.
+        max_response_length, truncation, text_format, chat_date: see :class:`~datamodules.tokenization.PairTokenizer`.
         train_pairs: number of training pairs, None: all that remain.
         val_pairs: number of held-out pairs for validation.
         probe_pairs: number of held-out pairs for measuring hidden states; disjoint from both.
@@ -72,6 +73,7 @@ class PreferenceDataModule(LightningDataModule):
         max_response_length: int | None = None,
         truncation: Truncation = "keep_end",
         text_format: TextFormat = "transcript",
+        chat_date: str | None = None,
         train_pairs: int | None = None,
         val_pairs: int = 500,
         probe_pairs: int = 256,
@@ -108,6 +110,7 @@ class PreferenceDataModule(LightningDataModule):
         self.max_response_length = max_response_length
         self.truncation: Truncation = truncation
         self.text_format: TextFormat = text_format
+        self.chat_date = chat_date
         self.sizes = {"train": train_pairs, "val": val_pairs, "probe": probe_pairs}
         self.pairs_per_step = pairs_per_step
         self.tokens_per_micro_batch = tokens_per_micro_batch
@@ -143,9 +146,17 @@ class PreferenceDataModule(LightningDataModule):
 
     def tokenize(self, tokenizer: Tokenizer) -> None:
         """Turn all splits into token ids. Raises UserError."""
-        encode = PairTokenizer(tokenizer, self.max_length, self.max_response_length, self.truncation, self.text_format)
+        encode = PairTokenizer(
+            tokenizer, self.max_length, self.max_response_length, self.truncation, self.text_format, self.chat_date
+        )
         self.splits = {name: TokenizedSplit(*encode(records)) for name, records in self.records.items()}
         self.tokenizer = tokenizer
+
+    @property
+    def printed_date(self) -> str | None:
+        """The day that stands in every text because the chat template prints one; None: it doesn't."""
+        assert self.tokenizer is not None, "tokenize() comes first"
+        return self.chat_date if self.text_format == "chat_template" and prints_date(self.tokenizer) else None
 
     def training_texts(self) -> list[str]:
         """Both transcripts of every training pair, to train a tokenizer on."""
@@ -164,8 +175,11 @@ class PreferenceDataModule(LightningDataModule):
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps of one epoch, as the trainer limits it (``trainer.limit_train_batches``)."""
+        return self.steps_within(1.0 if self.trainer is None else self.trainer.limit_train_batches)
+
+    def steps_within(self, limit: float) -> int:
+        """Optimizer steps of one epoch that has at most so many (an int), or this share of all (a float)."""
         n_steps = -(-len(self.splits["train"].pairs) // self.pairs_per_step)
-        limit = 1.0 if self.trainer is None else self.trainer.limit_train_batches
         return min(n_steps, limit) if isinstance(limit, int) else int(n_steps * limit)
 
     @property

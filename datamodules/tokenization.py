@@ -6,13 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
-from typing import Any, Literal
+from typing import Literal
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from datamodules.records import Message, PreferencePair
 from tiltmeter.batch import TokenizedPair
+from tiltmeter.chat import as_date, render_chat
 from tiltmeter.errors import UserError
 
 Truncation = Literal["keep_end", "drop", "error"]
@@ -88,6 +89,7 @@ class PairTokenizer:
         text_format: ``transcript`` encodes the records' exact text; ``chat_template`` renders their messages with the
             tokenizer's own template. Only the template writes special tokens; what people wrote is text, also where it
             spells one (``</s>``, ``<|im_start|>``), and can end no turn and begin none.
+        chat_date: the day that a template which prints today's date prints, as 2026-01-31; None: today.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -95,6 +97,7 @@ class PairTokenizer:
     max_response_length: int | None = None
     truncation: Truncation = "keep_end"
     text_format: TextFormat = "transcript"
+    chat_date: str | None = None
 
     def __post_init__(self) -> None:
         """Check the options against each other and the tokenizer."""
@@ -110,6 +113,8 @@ class PairTokenizer:
                 "datamodule.text_format=chat_template: this model's tokenizer has no chat template (base models rarely do); "
                 "use datamodule.text_format=transcript"
             )
+        if self.chat_date is not None:
+            as_date(self.chat_date)
         if self.tokenizer.eos_token_id is None:
             raise UserError("model.tokenizer: expected a tokenizer with an EOS token, this one has none")
 
@@ -234,10 +239,7 @@ class PairTokenizer:
 
     def _render(self, messages: Iterable[Message], *, add_generation_prompt: bool) -> str:
         turns = [{"role": m.role, "content": m.content} for m in messages]
-        text: Any = self.tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-        return str(text)
+        return render_chat(self.tokenizer, turns, date=self.chat_date, add_generation_prompt=add_generation_prompt)
 
     def _response_text(self, pair_id: str, turns: Sequence[Message], prompt: str, response: Message) -> str:
         whole = self._render((*turns, response), add_generation_prompt=False)

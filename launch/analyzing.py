@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from analysis.checkpoints import Checkpoints, HeldOutPairs, checkpoints_of_run
 from analysis.hidden_states import BESIDE_RANDOM, SECTIONS, Watched, hidden_state_section
@@ -28,11 +28,12 @@ from launch.analyses import (
     refuse_unused,
 )
 from launch.asking import Asked, Plan, Question, costs_table
-from launch.configuration import check_config
+from launch.configuration import check_config, expand_home
 from launch.run_folder import claim_folder
 from launch.run_lock import check_writable
 from launch.screen import console
 from launch.wandb_report import check_upload, upload_report
+from tiltmeter.chat import as_date
 from tiltmeter.commands import command, setting
 from tiltmeter.errors import IncompleteEvaluation, UserError
 
@@ -62,16 +63,21 @@ def analyze(config: DictConfig) -> Path | None:
         IncompleteEvaluation: the report is written, but an analysis failed, or figures have no number, because too many scores
             are missing.
     """
+    expand_home(config)
     check_config(config, config_name="analyze")
     of_run = _asks_of_run(config)
     names = chosen_analyses(config.analysis, of_run=of_run)
     refuse_unused(names, of_run=of_run)
+    run = open_run(find_run(str(config.run), Path(config.runs_root))) if of_run else None
+    as_date(config.chat_date)
+    if run is not None and OmegaConf.is_interpolation(config, "chat_date"):
+        config.chat_date = run.setting("chat_date")
     questions = {name: instantiate(config[ASKED[name]]) for name in names if name in ASKED}
     wanted = Wanted(
         names, questions, instantiate(config.hidden_states), config.dry_run, config.upload, Attempts(debug=config.debug)
     )
-    if of_run:
-        return _analyze_run(wanted, open_run(find_run(str(config.run), Path(config.runs_root))))
+    if run is not None:
+        return _analyze_run(wanted, run)
     return _analyze_checkpoints(config, wanted)
 
 

@@ -26,7 +26,8 @@ _FORMAT = 1
 _LIMITS = ("max_epochs", "max_steps")
 _NOT_LEARNED_FROM = (
     "_target_", "accelerator", "devices", "num_nodes", "strategy", "precision", "log_every_n_steps", "enable_progress_bar",
-    "enable_checkpointing", "val_check_interval", "check_val_every_n_epoch", "limit_val_batches",
+    "enable_checkpointing", "val_check_interval", "check_val_every_n_epoch", "limit_val_batches", "max_time", "min_epochs",
+    "min_steps",
 )  # fmt: skip
 """Options of a trainer that don't change what a base learns, or are in its key by another name."""
 
@@ -105,7 +106,7 @@ def _trainer_options(config: DictConfig) -> dict[str, Any]:
     """The run's, with the base's own limits."""
     limits = {name: config.base[name] for name in _LIMITS if name in config.base}
     options: Any = OmegaConf.to_container(config.trainer, resolve=True)
-    return {**options, "max_steps": -1, "val_check_interval": 1.0, **limits}
+    return {**options, "max_steps": -1, "max_time": None, "val_check_interval": 1.0, **limits}
 
 
 def progress_callbacks(config: DictConfig, title: str) -> list[Callback]:

@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import datetime
 from signal import SIGINT
 from typing import Any
 
@@ -19,6 +20,8 @@ from launch.screen import quiet_libraries
 from tiltmeter.errors import FailedWrite, IncompleteEvaluation, NumericalStop, Preempted, UserError
 from tiltmeter.plain_text import allow_any_encoding
 
+TODAY = "TILTMETER_DATE"
+"""Environment variable that ``chat_date`` is read from."""
 Known = FailedWrite | UserError | IncompleteEvaluation | NumericalStop | Preempted
 EXIT_CODES: Mapping[type[Known], int] = {
     FailedWrite: 1,
@@ -34,6 +37,8 @@ def run_command(main: Callable[[], Any], *, config_name: str) -> None:
     with interrupts_end_commands():
         allow_any_encoding()
         quiet_libraries()
+        # one day for all processes and jobs of a command
+        os.environ.setdefault(TODAY, datetime.now().astimezone().date().isoformat())
         try:
             sys.argv[1:] = prepare_overrides(sys.argv[1:], config_name=config_name)
         except UserError as error:

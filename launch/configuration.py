@@ -5,6 +5,7 @@ line if it is in the YAML or if the node's ``_target_`` takes it, and nothing el
 """
 
 import difflib
+import os
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,6 +27,9 @@ from tiltmeter.errors import UserError
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 _SECRET = re.compile(r"\b(sk-[\w-]{16,}|hf_[A-Za-z0-9]{20,}|[0-9a-f]{40})\b")
+_HOME = re.compile(r"~[\w.-]*(/|$)")
+_BARE_HOME = re.compile(r"(?<=[=,\[])~[\w.-]*(?=[/,\]]|$)")
+"""Outside quotes, where Hydra's grammar has no such character."""
 _FLAGS_WITH_VALUE = (
     "--cfg",
     "-c",
@@ -60,7 +64,7 @@ def prepare_overrides(arguments: Sequence[str], *, config_name: str) -> list[str
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise UserError(f"{text}: these bytes are no text in this locale's encoding; set LANG=C.UTF-8")
     flags, overrides = _split_arguments(arguments)
-    parsed = [_parse(text) for text in overrides]
+    parsed = [_parse(_BARE_HOME.sub(lambda found: os.path.expanduser(found[0]), text)) for text in overrides]  # noqa: PTH111
     with initialize_config_dir(str(CONF), version_base="1.3"):
         tree = _compose_choices([o for o in parsed if _is_group(o)], config_name)
         if _names_a_pretrained_model(parsed, tree):
@@ -95,6 +99,16 @@ def check_config(config: DictConfig, *, config_name: str = "train") -> None:
             raise UserError(
                 f"{path}: this looks like a secret; configuration is saved and logged, give keys in the environment"
             )
+
+
+def expand_home(config: DictConfig) -> None:
+    """Replace ``~`` and ``~user`` at the start of every value by the folder that a shell takes it for, in place."""
+    for path, value in leaves(config):
+        if isinstance(value, str) and _HOME.match(value):
+            OmegaConf.update(config, path, os.path.expanduser(value))  # noqa: PTH111 (it leaves unknown users alone)
+
+
+OmegaConf.register_new_resolver("expanduser", os.path.expanduser, replace=True)
 
 
 def missing_keys(config: DictConfig) -> list[str]:

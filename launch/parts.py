@@ -4,24 +4,44 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Timer
+from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.preference import PreferenceDataModule
 from datamodules.tokenization import train_bpe_tokenizer
-from launch.configuration import check_config
+from launch.configuration import CONF, check_config, expand_home
 from launch.wandb_logger import Mode
 from lightning_modules.base import LogProbModule
+from lightning_modules.schedule import steps_of_fit
+from tiltmeter.chat import as_date
 from tiltmeter.errors import UserError
 from tiltmeter.models import CausalLM
 
 _PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "64-true", "32", "64")
+_UNUSED: tuple[tuple[str, Any, str], ...] = (
+    ("gradient_clip_val gradient_clip_algorithm", None, "gradients are limited by module.gradient_clip_norm"),
+    ("accumulate_grad_batches", 1, "steps are set by datamodule.pairs_per_step and datamodule.tokens_per_micro_batch"),
+    ("overfit_batches", 0, "datamodule.train_pairs=N trains on few pairs"),
+    ("fast_dev_run", False, "trainer.max_steps=2 trainer.limit_val_batches=1 callbacks=none is a short run"),
+    ("limit_test_batches limit_predict_batches", None, "a run is neither a test nor a prediction"),
+    ("reload_dataloaders_every_n_epochs", 0, "data are read once"),
+    ("sync_batchnorm barebones", False, "leave it out"),
+    ("model_registry", None, "leave it out"),
+)
+"""Options of a trainer that would change nothing, or break what a run promises; their defaults; and what to do instead."""
+_CHECKPOINTS = {
+    "checkpoint": ("monitor", "mode", "save_top_k", "every_n_epochs"),
+    "last_checkpoint": ("every_n_train_steps", "every_n_epochs", "save_on_train_epoch_end"),
+}
 _OURS = (
     "logger", "callbacks", "default_root_dir", "enable_model_summary", "num_sanity_val_steps", "use_distributed_sampler"
 )  # fmt: skip
@@ -41,6 +61,7 @@ class Parts:
 
 def check_options(config: DictConfig) -> None:
     """Everything that can be said of a configuration without touching data or models. Raises UserError."""
+    expand_home(config)
     check_config(config)
     if not isinstance(config.seed, int) or config.seed < 0:
         raise UserError(f"seed: expected a whole number from 0, got {config.seed}")
@@ -48,9 +69,11 @@ def check_options(config: DictConfig) -> None:
         raise UserError(f"name: expected letters, digits, _, - and . only, got {config.name}")
     if Path(config.runs_root).exists() and not Path(config.runs_root).is_dir():
         raise UserError(f"runs_root: {config.runs_root} is a file; expected a folder, existing or not")
+    as_date(config.chat_date)
     if config.logger.mode not in get_args(Mode):
         raise UserError(f"logger.mode: expected {' or '.join(get_args(Mode))}, got {config.logger.mode}")
     _check_trainer(config.trainer)
+    _check_checkpoints(config)
     _check_scorers(config)
     is_sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
     if is_sweep and config.trainer.get("devices", 1) not in (1, "1") and "LOCAL_RANK" not in os.environ:
@@ -71,12 +94,11 @@ def _check_scorers(config: DictConfig) -> None:
 
 
 def _check_trainer(trainer: DictConfig) -> None:
-    for key, default, instead in (
-        ("gradient_clip_val", None, "module.gradient_clip_norm"),
-        ("accumulate_grad_batches", 1, "datamodule.pairs_per_step and datamodule.tokens_per_micro_batch"),
-    ):
-        if trainer.get(key, default) != default:
-            raise UserError(f"trainer.{key}: not used here, an optimizer step is set by {instead}")
+    for keys, default, instead in _UNUSED:
+        for key in keys.split():
+            if trainer.get(key, default) != default:
+                raise UserError(f"trainer.{key}: not used here; {instead}")
+    _check_stops(trainer)
     for key in _OURS:
         if key in trainer:
             raise UserError(f"trainer.{key}: this program sets it itself; leave it out")
@@ -88,6 +110,37 @@ def _check_trainer(trainer: DictConfig) -> None:
         raise UserError(f"trainer.precision: expected one of {', '.join(_PRECISIONS[:4])}, got {precision}")
     if trainer.get("accelerator") in ("gpu", "cuda") and not torch.cuda.is_available():
         raise UserError(f"trainer.accelerator={trainer.accelerator}: no GPU was found here; use trainer=cpu")
+
+
+def _check_stops(trainer: DictConfig) -> None:
+    if isinstance(trainer.get("max_time"), int | float):
+        raise UserError(f"trainer.max_time: expected days:hours:minutes:seconds (00:01:30:00), got {trainer.max_time}")
+    if trainer.get("max_time") is None and any(trainer.get(key) is not None for key in ("min_epochs", "min_steps")):
+        raise UserError("trainer.min_epochs, trainer.min_steps: only trainer.max_time ends a run early; leave them out")
+    for key in ("val_check_interval", "check_val_every_n_epoch"):
+        value = trainer.get(key, 1)
+        if isinstance(value, int | float) and value <= 0:
+            raise UserError(
+                f"trainer.{key}: expected more than 0, got {value}; trainer.limit_val_batches=0 validates never"
+            )
+
+
+def _check_checkpoints(config: DictConfig) -> None:
+    """Refuse options of Lightning's checkpoints that would change nothing here, or make some that no run goes on from."""
+    shipped = yaml.safe_load((CONF / "train.yaml").read_text(encoding="utf-8"))
+    for name, takes in _CHECKPOINTS.items():
+        given = OmegaConf.to_container(config[name])
+        assert isinstance(given, dict)
+        for key in (str(key) for key, value in given.items() if value != shipped[name].get(key)):
+            if key not in takes:
+                raise UserError(f"{name}.{key}: not used here; {name} takes {', '.join(takes)}")
+            if not config.trainer.get("enable_checkpointing", True):
+                raise UserError(f"{name}.{key}: has no effect with trainer.enable_checkpointing=false")
+    if config.checkpoint.get("save_top_k", 1) not in (0, 1):
+        raise UserError(
+            f"checkpoint.save_top_k: expected 1, the best one, or 0, none, got {config.checkpoint.save_top_k}; the newest ones are "
+            "kept besides (last_checkpoint.every_n_train_steps=N: more often)"
+        )
 
 
 def build_parts(config: DictConfig) -> Parts:
@@ -111,11 +164,29 @@ def build_parts(config: DictConfig) -> Parts:
             f"datamodule.max_length={data.max_length}: this model takes at most {limit} tokens; set it to {limit} or less"
         )
     data.tokenize(tokenizer)
-    interval = config.trainer.get("val_check_interval")
-    if isinstance(interval, int) and interval > data.steps_per_epoch:
-        raise UserError(
-            f"trainer.val_check_interval={interval}: an epoch has only {data.steps_per_epoch} steps; set it to that or less, or "
-            "to a share of the epoch such as 0.5"
-        )
     revision = getattr(model_config, "_commit_hash", None) or model.revision
     return Parts(data, model, tokenizer, module, revision)
+
+
+def check_length(trainer: Trainer, data: PreferenceDataModule) -> None:
+    """Refuse a run that takes no step, has no end, or asks for validations that hold nothing or that no epoch is long enough for.
+
+    Raises:
+        UserError: it is such a run.
+    """
+    if any(isinstance(callback, Timer) and not callback.time_remaining() for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        raise UserError("trainer.max_time: expected more than no time, got 0 seconds")
+    n_steps = data.steps_within(trainer.limit_train_batches)
+    interval = getattr(trainer, "val_check_interval", None)  # none where it is a time
+    steps_of_fit(trainer, n_steps)
+    n_batches, share = -(-len(data.splits["val"].pairs) // data.pairs_per_step), trainer.limit_val_batches
+    if isinstance(share, float) and 0 < share * n_batches < 1:
+        raise UserError(
+            f"trainer.limit_val_batches={share}: none of {n_batches} batches; set a whole number, or 0 for no validation"
+        )
+    validates_in_epochs = trainer.limit_val_batches > 0 and trainer.check_val_every_n_epoch is not None
+    if isinstance(interval, int) and interval > n_steps and validates_in_epochs:
+        raise UserError(
+            f"trainer.val_check_interval={interval}: an epoch has only {n_steps} steps; set it to that or less, or "
+            "to a share of the epoch such as 0.5"
+        )

@@ -16,7 +16,9 @@ from tiltmeter.errors import UserError
 
 SETTINGS = "settings_sha256"
 """In manifests: hash of the settings that make a run what it is."""
+CHAT_DATE = "chat_date"
 _MAY_CHANGE = {"run_dir", "runs_root", "ckpt_path", "allow_config_change", "debug", "name", "trainer", "monitor"} | {
+    CHAT_DATE,
     "callbacks",
     "judge",
     "toxicity",
@@ -80,6 +82,23 @@ def clean_up(folder: Path) -> Iterator[str]:
         yield f"Removed: {path}, left by a save that was interrupted"
 
 
+def keep_chat_date(checkpoint: Path, config: DictConfig) -> None:
+    """Let a run that goes on another day print the day on which it was started, unless the command line says another one."""
+    if OmegaConf.is_interpolation(config, CHAT_DATE):
+        config[CHAT_DATE] = _settings_of(checkpoint).get(CHAT_DATE)
+
+
+def _settings_of(checkpoint: Path) -> dict[str, Any]:
+    """Of the run that a checkpoint belongs to. Raises UserError."""
+    saved = checkpoint.parent.parent / "config.yaml"
+    try:
+        return dict(yaml.safe_load(saved.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        raise UserError(
+            f"ckpt_path: cannot read {saved}, which says how the run was started ({type(error).__name__})"
+        ) from error
+
+
 def check_same_run(checkpoint: Path, config: DictConfig) -> list[str]:
     """Refuse to resume under settings that would make it another run, unless ``allow_config_change`` is set.
 
@@ -89,13 +108,7 @@ def check_same_run(checkpoint: Path, config: DictConfig) -> list[str]:
     Raises:
         UserError: settings differ, or nobody knows the old ones.
     """
-    saved = checkpoint.parent.parent / "config.yaml"
-    try:
-        before = yaml.safe_load(saved.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(
-            f"ckpt_path: cannot read {saved}, which says how the run was started ({type(error).__name__})"
-        ) from error
+    saved, before = checkpoint.parent.parent / "config.yaml", _settings_of(checkpoint)
     now = OmegaConf.to_container(config, resolve=True)
     changed = _differences(_lasting(before), _lasting(now))
     if not changed and verify(checkpoint, contents=False).made_by.get(SETTINGS) != settings_sha256(config):
@@ -130,9 +143,12 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def _lasting(settings: Any) -> dict[str, Any]:
+    flat = _flat(settings)
+    if flat.get("datamodule.text_format") != "chat_template" or flat.get(f"datamodule.{CHAT_DATE}") is None:
+        flat.pop(f"datamodule.{CHAT_DATE}", None)  # of no effect
     return {"trainer.precision": "32-true"} | {  # Lightning's default, where a trainer's file leaves it out
         key: value
-        for key, value in _flat(settings).items()
+        for key, value in flat.items()
         if (key.split(".")[0] not in _MAY_CHANGE or key in _STAYS_INSIDE) and key not in _MAY_CHANGE_INSIDE
     }
 

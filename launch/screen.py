@@ -91,6 +91,8 @@ def data_table(data: PreferenceDataModule, labels: str) -> Table:
         )
     if data.repeats:
         table.add_row("all sources together", "", "; ".join(f"{n} {what}, kept" for what, n in data.repeats.items()))
+    if day := data.printed_date:
+        table.add_row("chat template", "", f"prints the date, {day} in all texts and when the run goes on (chat_date)")
     table.add_section()
     for name, split in data.splits.items():
         remarks = [f"{n} {reason}" for reason, n in split.report.dropped.items()]

@@ -23,9 +23,9 @@ from launch.agreement import agreement
 from launch.base_model import find_or_train_base, progress_callbacks
 from launch.command import one_line_errors
 from launch.metrics_csv import MetricsCSV
-from launch.parts import Parts, build_parts, check_options
+from launch.parts import Parts, build_parts, check_length, check_options
 from launch.results import behaviour_of, geometry_of, provenance, result_rows, versions, write_results
-from launch.resuming import SETTINGS, check_same_run, clean_up, find_checkpoint, settings_sha256
+from launch.resuming import SETTINGS, check_same_run, clean_up, find_checkpoint, keep_chat_date, settings_sha256
 from launch.run_folder import claim_folder, export_model, is_first_process, keep_base, on_first_process, write_config
 from launch.run_lock import RunLock, check_writable
 from launch.screen import behaviour_table, console, data_table, geometry_tables, quiet_libraries, result_table
@@ -66,8 +66,9 @@ def _train(config: DictConfig, created: list[Path], held: ExitStack) -> Path:
     check_writable(run_dir, key="runs_root")
     config.run_dir = str(run_dir)
     watching = watching_callbacks(config)
-    make_trainer(config, watching, [])  # options that only a trainer can judge, before a base is trained
+    planned = make_trainer(config, watching, [])  # options that only a trainer can judge, before a base is trained
     parts = build_parts(config)
+    check_length(planned, parts.data)
     for line in start_scorers(watching, parts.data.source):
         screen.print(line, soft_wrap=True)
     screen.print(data_table(parts.data, parts.data.labels))
@@ -136,6 +137,7 @@ def _checkpoint_to_resume(config: DictConfig, root: Path, held: ExitStack, scree
         return None
     if checkpoint is None:
         checkpoint, lines = find_checkpoint(config.ckpt_path, root, config.name)
+    keep_chat_date(checkpoint, config)
     lines += check_same_run(checkpoint, config)
     if is_first_process():
         for folder in (checkpoint.parent.parent, checkpoint.parent):

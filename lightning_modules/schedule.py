@@ -38,10 +38,10 @@ def steps_of_fit(trainer: Trainer, steps_per_epoch: int) -> int:
     max_epochs = trainer.max_epochs
     by_epochs = math.inf if max_epochs is None or max_epochs == -1 else max_epochs * steps_per_epoch
     by_steps = math.inf if trainer.max_steps == -1 else trainer.max_steps
-    if steps_per_epoch < 1 or min(by_epochs, by_steps) == math.inf:
+    if steps_per_epoch < 1 or not 1 <= min(by_epochs, by_steps) < math.inf:
         raise UserError(
             f"trainer: max_epochs={max_epochs}, max_steps={trainer.max_steps} and limit_train_batches="
-            f"{trainer.limit_train_batches} of {steps_per_epoch} steps an epoch give no number of steps to train; set them"
+            f"{trainer.limit_train_batches} of {steps_per_epoch} steps an epoch: expected at least one step, and an end; set them"
         )
     return int(min(by_epochs, by_steps))
 

@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from datamodules.preference import PreferenceDataModule
 from datamodules.records import Message, PreferencePair, transcript
 from datamodules.tokenization import PairTokenizer, SegmentEncoder, train_bpe_tokenizer
+from launch.screen import data_table
 from tests.stories260k import read_tokenizer
 from tests.tiny_models import MemorySource
 from tiltmeter.batch import TokenizedPair
@@ -190,6 +192,24 @@ def test_a_template_whose_prompt_is_not_a_prefix_is_refused() -> None:
     template = "{% if add_generation_prompt %}<think>{% endif %}{% for m in messages %}{{ m['content'] }}{% endfor %}"
     with pytest.raises(UserError, match=r"not a prefix of its dialogue \(pair test/1\)"):
         one(with_template(template), pair(), text_format="chat_template")
+
+
+def test_the_date_of_a_chat_template_is_that_of_the_data_module_and_is_said() -> None:
+    def tokenized(day: str, template: str) -> PreferenceDataModule:
+        data = PreferenceDataModule(
+            MemorySource(4), val_pairs=1, probe_pairs=0, text_format="chat_template", chat_date=day
+        )
+        data.load()
+        data.tokenize(with_template(template))
+        return data
+
+    dated = "{{ strftime_now('%d %b %Y') }}\n" + CHATML
+    friday, saturday = tokenized("2024-07-05", dated), tokenized("2024-07-06", dated)
+    assert friday.digest("train") == tokenized("2024-07-05", dated).digest("train") != saturday.digest("train")
+    assert bpe().decode(friday.splits["val"].pairs[0].prompt_ids).startswith("<s>05 Jul 2024\n<|user|>")
+    assert "2024-07-05" in [*data_table(friday, "given").columns[2].cells][1]
+    plain = tokenized("2024-07-05", CHATML)
+    assert not any("2024" in str(cell) for cell in data_table(plain, "given").columns[2].cells)
 
 
 def test_chat_template_needs_a_template() -> None:

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -61,6 +62,11 @@ def test_what_does_not_fit_the_models_is_said_before_any_analysis_begins(
     assert "Asking" not in capsys.readouterr().out
 
 
+def test_a_tilde_in_a_path_is_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert f"{tmp_path}/gone" in refused(tmp_path, "run=~/gone")
+
+
 def test_the_report_goes_where_it_is_wanted(tmp_path: Path, two: tuple[str, str]) -> None:
     assert (
         ask(tmp_path, *two, *DATA, *SMALL, "analysis=behaviour", f"out={tmp_path / 'here'}")
@@ -87,6 +93,18 @@ def test_a_run_is_asked_again(tmp_path: Path, run: Path) -> None:
     assert f"run={run} {SMALL[0]}" in text
     assert "of this run’s base and aligned model, asked again after training" in text
     assert "The first 3 of the prompts above" in text
+
+
+@pytest.mark.parametrize(("arguments", "day"), [((), "2024-07-05"), (("chat_date=2023-01-01",), "2023-01-01")])
+def test_chat_templates_print_the_date_of_the_run_that_is_asked(
+    arguments: tuple[str, ...], day: str, tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (run / "config.yaml").open("a", encoding="utf-8") as file:
+        file.write("chat_date: '2024-07-05'\n")
+    seen: list[Any] = []
+    monkeypatch.setattr("launch.analyzing._analyze_run", lambda wanted, _: seen.append(wanted.questions["behaviour"]))
+    ask(tmp_path, "run=last", "analysis=behaviour", "truthfulqa=mc", *arguments)
+    assert seen[0].truthfulqa.chat_date == day
 
 
 def test_a_local_judge_in_this_process(tmp_path: Path, two: tuple[str, str]) -> None:

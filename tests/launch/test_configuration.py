@@ -6,7 +6,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from launch.configuration import CONF, check_config, prepare_overrides
+from launch.configuration import CONF, check_config, expand_home, prepare_overrides
+from launch.parts import check_options
 from tiltmeter.errors import UserError
 
 
@@ -125,3 +126,33 @@ def test_no_configuration_file_lies_outside_the_groups() -> None:
     groups = {"model", "data", "module", "adapter", "arm", "callbacks", "trainer", "logger", "experiment"}
     groups |= {"judge", "toxicity", "truthfulqa"}
     assert {path.parent.name for path in CONF.rglob("*.yaml") if path.parent != Path(CONF)} == groups
+
+
+def test_a_tilde_at_the_start_of_a_value_is_the_home_of_its_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    mixture = ("data=hh_oasst1", "data.sources.hh.path=~/hh.jsonl", "data.sources.oasst1.path=[~/a,'b~/c']")
+    config = composed(
+        "runs_root=~", "ckpt_path='~/x.ckpt'", "model=pretrained", "model.name_or_path='~nobody_/m'", *mixture
+    )
+    expand_home(config)
+    assert config.runs_root == str(tmp_path)
+    assert config.ckpt_path == f"{tmp_path}/x.ckpt"
+    assert config.data.sources.hh.path == f"{tmp_path}/hh.jsonl"
+    assert config.data.sources.oasst1.path == [f"{tmp_path}/a", "b~/c"]
+    assert config.model.name_or_path == "~nobody_/m"
+
+
+@pytest.mark.parametrize("config_name", ["train", "analyze"])
+def test_no_folder_is_made_that_is_named_tilde(
+    config_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    prepare_in_context(())
+    whole = compose(config_name, overrides=["runs_root='~/runs'"], return_hydra_config=True)
+    assert whole.hydra.sweep.dir == f"{tmp_path}/runs/cache/multirun"
+    if config_name == "train":
+        config = compose(config_name, overrides=["runs_root='~/runs'"])
+        check_options(config)
+        assert config.runs_root == f"{tmp_path}/runs"

@@ -1,6 +1,7 @@
 """F7, F25 and F33 before anything starts: which checkpoint is taken, under which settings, and what is only data."""
 
 import os
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from launch.configuration import CONF
-from launch.resuming import SETTINGS, check_same_run, find_checkpoint, settings_sha256
+from launch.resuming import SETTINGS, check_same_run, find_checkpoint, keep_chat_date, settings_sha256
 from launch.run_folder import write_config
+from launch.screen import console
+from launch.training import _checkpoint_to_resume
 from tests.tiltmeter.interrupted_saves import write_file
 from tiltmeter.checkpoint_files import commit
 from tiltmeter.errors import UserError
@@ -99,3 +102,41 @@ def test_f33_a_config_with_a_python_tag_is_data_and_refused(tmp_path: Path) -> N
     with pytest.raises(UserError, match="ConstructorError"):
         check_same_run(checkpoint, composed())
     assert not canary.exists()
+
+
+def on(day: str, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> DictConfig:
+    monkeypatch.setenv("TILTMETER_DATE", day)
+    return composed("++datamodule.text_format=chat_template", *overrides)
+
+
+@pytest.fixture
+def of_friday(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The checkpoint of a run with a chat template, started on 5 July."""
+    config = on("2024-07-05", monkeypatch)
+    run = tmp_path / config.name / "2024-07-05_23-59-00"
+    (checkpoint,) = saved(run, 3, config=config)
+    write_config(run, config)
+    return checkpoint
+
+
+def test_a_run_that_goes_on_another_day_keeps_the_date_of_its_chat_template(
+    tmp_path: Path, of_friday: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    later = on("2024-07-06", monkeypatch, "ckpt_path=last")
+    with ExitStack() as held:
+        assert _checkpoint_to_resume(later, tmp_path, held, console(enabled=False)) == of_friday
+    assert later.datamodule.chat_date == later.chat_date == "2024-07-05"
+
+
+def test_another_date_of_the_chat_template_makes_another_run_where_texts_have_one(
+    of_friday: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    later = on("2024-07-06", monkeypatch, "chat_date=2024-07-06")
+    keep_chat_date(of_friday, later)
+    with pytest.raises(UserError, match=r"another run: datamodule.chat_date was 2024-07-05, now 2024-07-06"):
+        check_same_run(of_friday, later)
+    plain = "++datamodule.text_format=transcript"
+    config = composed(plain)
+    (checkpoint,) = saved(of_friday.parent.parent.with_name("plain"), 3, config=config)
+    write_config(checkpoint.parent.parent, config)
+    assert check_same_run(checkpoint, composed(plain, "chat_date=2020-01-01")) == []

@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from tiltmeter.chat import render_chat
 from tiltmeter.errors import UserError
 from tiltmeter.layers import backbone, unembedding
 from tiltmeter.log_probs import token_log_probs
@@ -69,6 +70,7 @@ class LocalJudge:
         max_length: int | None = None,
         attn_implementation: str = "sdpa",
         chat_template: bool | None = None,
+        chat_date: str | None = None,
         seed: int = 0,
     ) -> None:
         if not model:
@@ -87,7 +89,7 @@ class LocalJudge:
             name_or_path=model, revision=revision, dtype=dtype, attn_implementation=attn_implementation
         )
         self._batch_size, self._max_length = batch_size, max_length
-        self._chat_template, self._seed = chat_template, seed
+        self._chat_template, self._chat_date, self._seed = chat_template, chat_date, seed
         self._loaded: _Loaded | None = None
         self._spelling_ids: dict[str, list[int]] = {}
         template = {None: "", True: " chat", False: " plain"}[chat_template]
@@ -181,9 +183,7 @@ class LocalJudge:
             text = messages[0].content
         else:
             turns = [message._asdict() for message in messages]
-            text = cast(
-                str, self._ready.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-            )
+            text = render_chat(self._ready.tokenizer, turns, date=self._chat_date, add_generation_prompt=True)
         return _Prompt(place, question, text, self._encode(text))
 
     def _encode(self, text: str) -> list[int]:
@@ -281,7 +281,7 @@ def _takes_system_turn(tokenizer: Tokenizer) -> bool:
     system, user = "one-of-two", "two-of-two"
     turns = [ChatMessage("system", system)._asdict(), ChatMessage("user", user)._asdict()]
     try:
-        text = cast(str, tokenizer.apply_chat_template(turns, tokenize=False))
+        text = render_chat(tokenizer, turns, date=None)
     except Exception:  # templates raise whatever their authors chose
         return False
     return system in text

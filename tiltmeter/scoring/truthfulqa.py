@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tiltmeter.chat import render_chat
 from tiltmeter.errors import UserError
 from tiltmeter.scoring.multiple_choice import TOKENS_PER_BATCH, Choice, Forward, choice_log_probs, encode_choices
 from tiltmeter.scoring.scorer import Scores, Side, grouped_mean_figure
@@ -77,6 +78,7 @@ class TruthfulQA:
         preset_file: the six questions and answers that the harness asks behind (text, or its ``truthfulqa_mc1.yaml``); None:
             those of an installed ``lm_eval``; without it the questions are asked zero-shot.
         chat_template: put the whole prompt into one user message of the tokenizer's chat template.
+        chat_date: the day that a template which prints today's date prints, as 2026-01-31; None: today.
         limit: only the first questions; None: all.
         tokens_per_batch: tokens of a forward pass, padding included.
 
@@ -90,6 +92,7 @@ class TruthfulQA:
         *,
         preset_file: str | None = None,
         chat_template: bool = False,
+        chat_date: str | None = None,
         limit: int | None = None,
         tokens_per_batch: int = TOKENS_PER_BATCH,
     ) -> None:
@@ -100,6 +103,7 @@ class TruthfulQA:
         self.path = path
         self.preset_file = preset_file
         self.chat_template = chat_template
+        self.chat_date = chat_date
         self.limit = limit
         self.tokens_per_batch = tokens_per_batch
         self.questions: list[TruthfulQuestion] = []
@@ -217,7 +221,7 @@ class TruthfulQA:
                 "truthfulqa.chat_template=true: this model's tokenizer has no chat template (base models rarely do); set false"
             )
         turn = [{"role": "user", "content": text}]
-        return str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)), ""
+        return render_chat(tokenizer, turn, date=self.chat_date, add_generation_prompt=True), ""
 
 
 class _Asked(NamedTuple):
