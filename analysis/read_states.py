@@ -23,6 +23,7 @@ from tiltmeter.layers import unembedding
 from tiltmeter.models import DTYPES
 from tiltmeter.positions import Position
 from tiltmeter.probe import PreferenceDirections, Probe, cut_pair
+from tiltmeter.verification import best_layout
 from tiltmeter.watching import observation_metrics
 
 OVER_STEPS = ("layers_by_step",)
@@ -77,7 +78,10 @@ class StateReading:
             UserError: fewer than four pairs with finite states.
         """
         pairs = list(checkpoints.pairs[: self.n_pairs])
-        probe = Probe.of_pairs([p.ids for p in pairs], pairs_per_batch=self.pairs_per_batch, positions=_POSITIONS)
+        layout = best_layout(checkpoints.base.model)
+        probe = Probe.of_pairs(
+            [p.ids for p in pairs], pairs_per_batch=self.pairs_per_batch, positions=_POSITIONS, layout=layout
+        )
         base, policy = (probe.read(opened.model) for opened in (checkpoints.base, checkpoints.aligned))
         finite = _finite_pairs(base, policy, len(pairs))
         if len(finite) < _LEAST_PAIRS:

@@ -33,6 +33,7 @@ from launch.configuration import check_config
 from launch.screen import console
 from launch.wandb_report import check_upload, upload_report
 from tiltmeter.errors import IncompleteEvaluation, UserError
+from tiltmeter.models import KERNELS
 
 
 class Wanted(NamedTuple):
@@ -45,6 +46,8 @@ class Wanted(NamedTuple):
     reading: StateReading
     dry_run: bool
     upload: bool
+    kernel: str | None
+    """Of attention; None: a run's own, else the family's."""
 
 
 def analyze(config: DictConfig) -> Path | None:
@@ -61,7 +64,11 @@ def analyze(config: DictConfig) -> Path | None:
     names = chosen_analyses(config.analysis, of_run=of_run)
     refuse_unused(names, of_run=of_run)
     questions = {name: instantiate(config[ASKED[name]]) for name in names if name in ASKED}
-    wanted = Wanted(names, questions, instantiate(config.hidden_states), config.dry_run, config.upload)
+    wanted = Wanted(
+        names, questions, instantiate(config.hidden_states), config.dry_run, config.upload, config.attn_implementation
+    )
+    if config.attn_implementation not in (None, *KERNELS):
+        raise UserError(f"attn_implementation: expected sdpa or eager, got {config.attn_implementation}")
     if of_run:
         return _analyze_run(wanted, open_run(find_run(str(config.run), Path(config.runs_root))))
     return _analyze_checkpoints(config, wanted)
@@ -82,7 +89,7 @@ def _asks_of_run(config: DictConfig) -> bool:
 def _analyze_run(wanted: Wanted, run: Run) -> Path | None:
     if wanted.upload:
         check_upload(run)
-    opened = cache(partial(checkpoints_of_run, run))
+    opened = cache(partial(checkpoints_of_run, run, attn_implementation=wanted.kernel))
     try:
         plans = _plan(wanted, opened, run.report / "tables")
     except UserError as error:
@@ -157,7 +164,7 @@ def _check_named(names: Mapping[str, bool], found: Mapping[str, Section]) -> Non
 def _analyze_checkpoints(config: DictConfig, wanted: Wanted) -> Path | None:
     pairs: HeldOutPairs = instantiate(config.pairs)
     base, aligned = str(config.base), str(config.aligned)
-    opened = cache(partial(pairs.ask, base, aligned, instantiate(config.data)))
+    opened = cache(partial(pairs.ask, base, aligned, instantiate(config.data), attn_implementation=wanted.kernel))
     stamp = datetime.now().astimezone().strftime("%Y-%m-%d_%H-%M-%S")
     folder = Path(config.out) if config.out else Path(config.runs_root) / "checkpoints" / stamp / "report"
     plans = _plan(

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_modules.base import LogProbModule
+from tiltmeter.errors import UserError
 from tiltmeter.files import write_atomically, write_json, write_text
 from tiltmeter.lora import ADAPTER, add_lora, merged_state
 from tiltmeter.models import CausalLM
@@ -39,27 +40,37 @@ def write_config(run_dir: Path, config: DictConfig) -> None:
     write_text(run_dir / "config.yaml", text)
 
 
-def export_model(module: LogProbModule, tokenizer: PreTrainedTokenizerBase, folder: Path, trainer: Trainer) -> None:
+def export_model(
+    module: LogProbModule, tokenizer: PreTrainedTokenizerBase, folder: Path, trainer: Trainer
+) -> str | None:
     """Write plain safetensors, configuration and tokenizer; every process must call this, the first one writes.
 
     A model with LoRA adapters is written twice: merged, as a plain model, and its adapters alone in ``adapter/`` beside it.
+    Where they can't be merged, ``adapter/`` is the result, and why is returned.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    model = module.trained_policy.model
+    model, reason = module.trained_policy.model, None
     state: dict[str, Any] = get_model_state_dict(model, options=options)
     if trainer.is_global_zero:
         if module.lora is not None:
             _export_adapters(model, state, folder.with_name("adapter"))
-            model = module.build_model()
-            add_lora(model, module.lora)
-            state = merged_state(model, state)
+            try:
+                model = module.build_model()
+                add_lora(model, module.lora)
+                state = merged_state(model, state)
+            except UserError as error:
+                reason = str(error)
 
         def write(temporary: Path) -> None:
             model.save_pretrained(temporary, state_dict=state, safe_serialization=True)
             tokenizer.save_pretrained(temporary)
 
-        write_atomically(folder, write)
+        if reason is None:
+            write_atomically(folder, write)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)  # of an earlier end of this run
     trainer.strategy.barrier()
+    return reason
 
 
 def _export_adapters(model: PreTrainedModel, state: dict[str, Tensor], folder: Path) -> None:

@@ -35,6 +35,7 @@ from launch.wandb_media import WandbMedia
 from lightning_modules.checkpoint_io import CommittedCheckpointIO
 from lightning_modules.dpo import DPOModule
 from tiltmeter.checkpoint_files import verify
+from tiltmeter.lora import why_not_merged
 from tiltmeter.scoring.judge_scorer import JudgeScorer
 
 
@@ -70,6 +71,8 @@ def _train(config: DictConfig, created: list[Path], held: ExitStack) -> Path:
     if config.base is not None:
         parts.model, line = find_or_train_base(config, parts.model, parts.tokenizer, parts.data)
         screen.print(line, soft_wrap=True)
+    if parts.module.lora is not None and (reason := _why_not_merged(parts)):
+        screen.print(f"LoRA: adapter/ will be the result, without aligned/: {reason}", soft_wrap=True, markup=False)
     seed_everything(config.seed, verbose=False)
     _attach(parts, root)
 
@@ -92,7 +95,8 @@ def _train(config: DictConfig, created: list[Path], held: ExitStack) -> Path:
     )
     seconds = time.perf_counter() - started
     run_dir = Path(trainer.strategy.broadcast(str(run_dir)))
-    _keep(run_dir, parts, trainer)
+    if reason := _keep(run_dir, parts, trainer):
+        screen.print(f"LoRA: adapter/ is the result, without aligned/: {reason}", soft_wrap=True, markup=False)
     for logger in loggers:
         if isinstance(logger, RunLogger):
             close_wandb(logger)
@@ -108,6 +112,11 @@ def _attach(parts: Parts, root: Path) -> None:
     parts.module.attach_model(lambda: model.build(tokenizer), lambda: model.build_empty(tokenizer))
     if isinstance(parts.module, DPOModule):
         parts.module.reference_cache_dir = root / "cache" / "reference"
+
+
+def _why_not_merged(parts: Parts) -> str | None:
+    assert parts.module.lora is not None
+    return why_not_merged(parts.model.build_on_meta(parts.tokenizer), parts.module.lora)
 
 
 def _checkpoint_to_resume(config: DictConfig, root: Path, held: ExitStack, screen: Console) -> Path | None:
@@ -138,12 +147,12 @@ def closing_tables(run_dir: Path, parts: Parts, trainer: Trainer, seconds: float
         yield geometry_table(geometry)
 
 
-def _keep(run_dir: Path, parts: Parts, trainer: Trainer) -> None:
-    """What makes the folder a finished run; every process calls this, the first one writes."""
+def _keep(run_dir: Path, parts: Parts, trainer: Trainer) -> str | None:
+    """What makes the folder a finished run; every process calls this, the first one writes. As :func:`export_model` returns."""
     if trainer.is_global_zero:
         keep_base(run_dir, parts.model, parts.tokenizer)
         write_results(run_dir, parts)
-    export_model(parts.module, parts.tokenizer, run_dir / "aligned", trainer)
+    return export_model(parts.module, parts.tokenizer, run_dir / "aligned", trainer)
 
 
 def _open_loggers(config: DictConfig, run_dir: Path, parts: Parts, checkpoint: Path | None) -> tuple[list[Logger], str]:

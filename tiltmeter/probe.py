@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tiltmeter.batch import PreferenceBatch, TokenizedPair, collate_pairs
+from tiltmeter.batch import Layout, PreferenceBatch, TokenizedPair, collate_pairs
 from tiltmeter.capture import HiddenStates, ReadPoint, capture, join_hidden_states
 from tiltmeter.directions import mean_unembedding, token_preference_vectors
 from tiltmeter.errors import UserError
@@ -63,12 +63,17 @@ class Probe:
         pairs_per_batch: int = 16,
         sites: str | Sequence[str] = "all",
         positions: Sequence[Position] = ("prompt_last", "diverge"),
+        layout: Layout = "shared_prefix",
     ) -> "Probe":
-        """A probe for any training loop: pairs sorted by length, cut to what is read, in padded rows."""
+        """A probe for any training loop: pairs sorted by length, cut to what is read, in padded rows.
+
+        Args:
+            layout: ``concatenated`` for models that can't share a prompt (:func:`tiltmeter.verification.best_layout`).
+        """
         cut = [cut_pair(pair, positions) for pair in pairs]
         order = sorted(range(len(cut)), key=lambda row: sum(map(len, cut[row])))
         groups = [order[at : at + pairs_per_batch] for at in range(0, len(order), pairs_per_batch)]
-        batches = [collate_pairs([cut[row] for row in rows], pair_index=rows) for rows in groups]
+        batches = [collate_pairs([cut[row] for row in rows], pair_index=rows, layout=layout) for rows in groups]
         return cls(batches, sites=sites, positions=positions)
 
     @torch.no_grad()
