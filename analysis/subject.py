@@ -92,6 +92,7 @@ def subject_of_checkpoints(
     """
     read = "; ".join(f"{r.source} ({r.location}), {r.n_kept} of {r.n_rows} pairs" for r in reports)
     lost = [f"{n} {what}" for what, n in cuts.dropped.items()]
+    lost += [f"{cuts.special_words} with words of special tokens, taken as plain text"] * bool(cuts.special_words)
     lost += [f"{n} {what} cut" for n, what in ((cuts.prompts_cut, "prompts"), (cuts.responses_cut, "responses")) if n]
     facts = [
         ("Base", base + _commit(checkpoints.base)),

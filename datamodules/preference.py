@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from datamodules.records import LoadReport, PreferencePair, PreferenceSource
-from datamodules.sampler import StepSampler
+from datamodules.sampler import StepPlan, StepSampler
 from datamodules.splits import LabelControl, Split, control_labels, count_repeats, split_by_group
 from datamodules.step_dataset import StepDataset, leave_stopping_to_the_trainer
 from datamodules.tokenization import PairTokenizer, TextFormat, TokenizationReport, Truncation
@@ -221,22 +221,13 @@ class PreferenceDataModule(LightningDataModule):
             layout: default: the one that is trained.
             change: what is done to each pair first; None: nothing.
         """
-        assert self.tokenizer is not None, "tokenize() comes first"
         layout = layout or self.active_layout
         pairs = self.pairs_of(split) if change is None else [change(pair) for pair in self.pairs_of(split)]
         trainer = self.trainer
-        length = packed_length if self.packs else row_length
-        sampler = self._sampler(split, [length(pair, layout) for pair in pairs], shuffle=shuffle, rows=rows)
+        sampler = self._sampler(split, self._lengths(pairs, layout), shuffle=shuffle, rows=rows)
         sampler.start_step = start_step
-        dataset = StepDataset(
-            pairs,
-            layout=layout,
-            pad_id=self.tokenizer.pad_token_id or 0,
-            predict_prompt=self.predict_prompt and layout == "chosen_only",
-            packed=self.packs,
-        )
         return DataLoader(
-            dataset,
+            self._dataset(pairs, layout),
             batch_size=None,
             sampler=sampler,  # yields plans, which the data set takes as its index
             generator=torch.Generator(),  # else every pass over the data would move the run's own random numbers
@@ -246,17 +237,51 @@ class PreferenceDataModule(LightningDataModule):
             pin_memory=trainer is not None and trainer.strategy.root_device.type == "cuda",
         )
 
+    def micro_batches(self, split: Split, rows: Sequence[int]) -> list[tuple[int, ...]]:
+        """Rows that :meth:`loader` puts into one micro-batch, over all processes."""
+        lengths = self._lengths(self.pairs_of(split), self.active_layout)
+        n_processes = 1 if self.trainer is None else self.trainer.world_size
+        samplers = [self._sampler(split, lengths, shuffle=False, rows=rows, rank=rank) for rank in range(n_processes)]
+        plans = [plan for sampler in samplers for plan in sampler]
+        return [batch for plan in plans for batch in plan.micro_batches[: len(plan.micro_batches) - plan.n_fillers]]
+
+    def step_of(self, split: Split, micro_batches: Sequence[Sequence[int]]) -> StepBatch:
+        """Given micro-batches of rows as one step of this process."""
+        plan = StepPlan(tuple(map(tuple, micro_batches)), 0, tuple(row for batch in micro_batches for row in batch))
+        return self._dataset(self.pairs_of(split), self.active_layout)[plan]
+
+    def _dataset(self, pairs: Sequence[TokenizedPair], layout: Layout) -> StepDataset:
+        assert self.tokenizer is not None, "tokenize() comes first"
+        return StepDataset(
+            pairs,
+            layout=layout,
+            pad_id=self.tokenizer.pad_token_id or 0,
+            predict_prompt=self.predict_prompt and layout == "chosen_only",
+            packed=self.packs,
+        )
+
+    def _lengths(self, pairs: Sequence[TokenizedPair], layout: Layout) -> list[int]:
+        length = packed_length if self.packs else row_length
+        return [length(pair, layout) for pair in pairs]
+
     def _sampler(
-        self, split: Split, lengths: Sequence[int], *, shuffle: bool, rows: Sequence[int] | None = None
+        self,
+        split: Split,
+        lengths: Sequence[int],
+        *,
+        shuffle: bool,
+        rows: Sequence[int] | None = None,
+        rank: int | None = None,
     ) -> StepSampler:
         trainer = self.trainer
+        own = 0 if trainer is None else trainer.global_rank
         return StepSampler(
             lengths,
             pairs_per_step=self.pairs_per_step,
             tokens_per_micro_batch=self.tokens_per_micro_batch,
             shuffle=shuffle,
             seed=self.seed,
-            rank=0 if trainer is None else trainer.global_rank,
+            rank=own if rank is None else rank,
             world_size=1 if trainer is None else trainer.world_size,
             rows=rows,
             packed=self.packs,

@@ -1,9 +1,11 @@
 """From text to token ids, segment by segment: the prompt's ids are always a prefix, one BOS, one EOS, counted truncation."""
 
+import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from typing import Any, Literal
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -16,6 +18,10 @@ from tiltmeter.errors import UserError
 Truncation = Literal["keep_end", "drop", "error"]
 TextFormat = Literal["transcript", "chat_template"]
 _ANCHOR = "\n"
+_MARKS = range(0xF0000, 0xFFFFD)
+"""Code points of private use, of which some stand for the words of special tokens while a template is rendered."""
+SPECIAL_INSIDE = "with the id of a special token inside a text"
+"""Why a pair is dropped whose tokenizer can't write its words as words."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,8 @@ class TokenizationReport:
     n_pairs: int = 0
     prompts_cut: int = 0
     responses_cut: int = 0
+    special_words: int = 0
+    """Pairs of a chat template whose texts hold words of special tokens, such as ``</s>``; they stay words."""
     dropped: Counter[str] = field(default_factory=Counter)
 
 
@@ -78,7 +86,8 @@ class PairTokenizer:
         truncation: what happens to a pair longer than ``max_length``: ``keep_end`` cuts the prompt from the left (BOS
             stays), then the responses from the right (they lose their EOS); ``drop`` drops the pair; ``error`` stops.
         text_format: ``transcript`` encodes the records' exact text; ``chat_template`` renders their messages with the
-            tokenizer's own template.
+            tokenizer's own template. Only the template writes special tokens; what people wrote is text, also where it
+            spells one (``</s>``, ``<|im_start|>``), and can end no turn and begin none.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -121,33 +130,107 @@ class PairTokenizer:
             UserError: no pair is left, or a pair is too long under ``truncation=error``.
         """
         report = TokenizationReport(n_pairs=len(pairs))
-        encoder = SegmentEncoder(self.tokenizer, special_tokens=self.text_format == "chat_template")
         records: list[PreferencePair] = []
         tokenized: list[TokenizedPair] = []
         for record in pairs:
-            ids = self._fit(record, self._encode(record, encoder), report)
+            encoded = self._of_template(record, report) if self._uses_template else self._of_transcript(record)
+            if encoded is None:
+                report.dropped[SPECIAL_INSIDE] += 1
+                continue
+            ids = self._fit(record, encoded, report)
             if ids is not None:
                 records.append(record)
                 tokenized.append(ids)
         if pairs and not tokenized:
             reasons = ", ".join(f"{n} {reason}" for reason, n in report.dropped.items())
             raise UserError(
-                f"data: no pair is left of {len(pairs)} after tokenisation ({reasons}); raise datamodule.max_length"
+                f"data: no pair is left of {len(pairs)} after tokenisation ({reasons}); raise datamodule.max_length, or take "
+                "another tokenizer or datamodule.text_format"
             )
         return records, tokenized, report
 
-    def _encode(self, record: PreferencePair, encoder: SegmentEncoder) -> TokenizedPair:
-        if self.text_format == "transcript":
-            prompt, chosen, rejected = record.prompt_text, record.chosen_text, record.rejected_text
-        else:
-            prompt = self._render(record.prompt, add_generation_prompt=True)
-            chosen, rejected = (self._response_text(record, prompt, r) for r in (record.chosen, record.rejected))
-        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        prompt_ids = encoder.encode(prompt)
-        if bos is not None and prompt_ids[:1] != [bos]:
-            prompt_ids = [bos, *prompt_ids]
-        responses = [_end_once(encoder.encode(text), eos) for text in (chosen, rejected)]
-        return TokenizedPair(prompt_ids, responses[0], responses[1])
+    @property
+    def _uses_template(self) -> bool:
+        return self.text_format == "chat_template"
+
+    @cached_property
+    def _encoder(self) -> SegmentEncoder:
+        return SegmentEncoder(self.tokenizer, special_tokens=self._uses_template)
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        """Ids that no text may have; the unknown token is one only where it also begins or ends texts."""
+        ends = {self.tokenizer.bos_token_id, self.tokenizer.eos_token_id}
+        return frozenset(self.tokenizer.all_special_ids) - ({self.tokenizer.unk_token_id} - ends)
+
+    @cached_property
+    def _special_words(self) -> list[str]:
+        """Texts that a tokenizer reads as tokens which only the template may write: special ones, and its role markers."""
+        turn = self._render([Message("user", "word")], add_generation_prompt=True)
+        added = self.tokenizer.added_tokens_decoder.values()
+        words = {token.content for token in added if token.special or token.content in turn}
+        return sorted(words | set(self.tokenizer.all_special_tokens), key=lambda word: (-len(word), word))
+
+    def _of_transcript(self, record: PreferencePair) -> TokenizedPair | None:
+        """Ids of the exact text; None: a special one is among them."""
+        texts = (record.prompt_text, record.chosen_text, record.rejected_text)
+        prompt, chosen, rejected = (self._encoder.encode(text) for text in texts)
+        if not self._special_ids.isdisjoint([*prompt, *chosen, *rejected]):
+            return None
+        eos = self.tokenizer.eos_token_id
+        return TokenizedPair(self._begin_once(prompt), [*chosen, eos], [*rejected, eos])
+
+    def _of_template(self, record: PreferencePair, report: TokenizationReport) -> TokenizedPair | None:
+        """Ids of the rendered messages, in which people's words are words; None: they can't be told from special tokens."""
+        turns = (*record.prompt, record.chosen, record.rejected)
+        words = dict.fromkeys(found for turn in turns for found in self._special_pattern.findall(turn.content))
+        report.special_words += bool(words)
+        marks = _unused_marks("".join(turn.content for turn in turns), len(words))
+        mark_of = dict(zip(words, marks, strict=True))
+
+        def marked(turn: Message) -> Message:
+            return Message(turn.role, self._special_pattern.sub(lambda found: mark_of[found[0]], turn.content))
+
+        turns = tuple(map(marked, turns))
+        prompt = self._render(turns[:-2], add_generation_prompt=True)
+        responses = [self._response_text(record.pair_id, turns[:-2], prompt, side) for side in turns[-2:]]
+        word_of = {mark: self._ids_of_word(word) for word, mark in mark_of.items()}
+        sides = [self._end_once(self._encode_marked(text, word_of)) for text in responses]
+        if any(ids is None for ids in (*word_of.values(), *sides)):
+            return None
+        return TokenizedPair(self._begin_once(self._encode_marked(prompt, word_of)), *sides)  # type: ignore[arg-type]
+
+    @cached_property
+    def _special_pattern(self) -> re.Pattern[str]:
+        return re.compile("|".join(map(re.escape, self._special_words)))
+
+    def _encode_marked(self, text: str, word_of: Mapping[str, list[int] | None]) -> list[int]:
+        """Ids of a rendered text, in which each mark stands for the ids of a word."""
+        pieces = re.split(f"([{''.join(word_of)}])", text) if word_of else [text]
+        return [i for piece in pieces if piece for i in word_of.get(piece) or self._encoder.encode(piece)]
+
+    def _ids_of_word(self, word: str) -> list[int] | None:
+        """Ids of the word of a special token as the letters that it is; None: the tokenizer has no others for it."""
+        plain = SegmentEncoder(self.tokenizer)
+        own = {self.tokenizer.convert_tokens_to_ids(special) for special in self._special_words}
+        for pieces in ([word], [word[:1], word[1:]]):  # added tokens that aren't special are found in any text
+            ids = [i for piece in pieces if piece for i in plain.encode(piece)]
+            if own.isdisjoint(ids):
+                return ids
+        return None
+
+    def _begin_once(self, ids: list[int]) -> list[int]:
+        """A prompt behind one BOS, which a template may have written."""
+        bos = self.tokenizer.bos_token_id
+        return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+
+    def _end_once(self, ids: list[int]) -> list[int] | None:
+        """A rendered response up to the EOS with which the template closed it, or with one; None: words stand behind an EOS."""
+        eos = self.tokenizer.eos_token_id
+        if eos not in ids:
+            return [*ids, eos]
+        end = ids.index(eos) + 1
+        return None if str(self.tokenizer.decode(ids[end:], skip_special_tokens=True)).strip() else ids[:end]
 
     def _render(self, messages: Iterable[Message], *, add_generation_prompt: bool) -> str:
         turns = [{"role": m.role, "content": m.content} for m in messages]
@@ -156,12 +239,12 @@ class PairTokenizer:
         )
         return str(text)
 
-    def _response_text(self, record: PreferencePair, prompt: str, response: Message) -> str:
-        whole = self._render((*record.prompt, response), add_generation_prompt=False)
+    def _response_text(self, pair_id: str, turns: Sequence[Message], prompt: str, response: Message) -> str:
+        whole = self._render((*turns, response), add_generation_prompt=False)
         if not whole.startswith(prompt):
             raise UserError(
                 f"datamodule.text_format=chat_template: the template's prompt is not a prefix of its dialogue (pair "
-                f"{record.pair_id}); use datamodule.text_format=transcript"
+                f"{pair_id}); use datamodule.text_format=transcript"
             )
         return whole[len(prompt) :]
 
@@ -193,12 +276,9 @@ class PairTokenizer:
         return TokenizedPair(prompt, chosen, rejected)
 
 
-def _end_once(ids: list[int], eos: int) -> list[int]:
-    """Everything up to the first EOS, and exactly one EOS.
-
-    A chat template closes the turn itself, sometimes with white space behind it.
-    """
-    return [*ids[: ids.index(eos)], eos] if eos in ids else [*ids, eos]
+def _unused_marks(text: str, n: int) -> list[str]:
+    """So many characters of private use that a text doesn't have."""
+    return list(islice((mark for mark in map(chr, _MARKS) if mark not in text), n))
 
 
 def _keep_end(ids: list[int], room: int, bos: int | None) -> list[int]:

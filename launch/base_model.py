@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,19 @@ from callbacks.progress import TrainingProgress
 from datamodules.preference import PreferenceDataModule
 from launch.agreement import agreement
 from launch.metrics_csv import MetricsCSV
-from launch.run_folder import export_model
+from launch.run_folder import export_model, on_first_process
 from lightning_modules.sft import SFTModule
 from tiltmeter.files import write_atomically, write_json
 from tiltmeter.models import CausalLM
 
 _FORMAT = 1
 """Part of the key; raise it when the same settings would give another base."""
+_LIMITS = ("max_epochs", "max_steps")
+_NOT_LEARNED_FROM = (
+    "_target_", "accelerator", "devices", "num_nodes", "strategy", "precision", "log_every_n_steps", "enable_progress_bar",
+    "enable_checkpointing", "val_check_interval", "check_val_every_n_epoch", "limit_val_batches",
+)  # fmt: skip
+"""Options of a trainer that don't change what a base learns, or are in its key by another name."""
 
 
 def base_folder(
@@ -36,6 +43,7 @@ def base_folder(
         "data": data.digest("train"),
         "steps": [data.pairs_per_step, data.tokens_per_micro_batch, str(data.packed), data.bucket_steps],
         "precision": [model.dtype, str(config.trainer.get("precision", "32-true"))],
+        "trainer": {key: value for key, value in _trainer_options(config).items() if key not in _NOT_LEARNED_FROM},
     }
     digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True, default=str).encode()).hexdigest()
     return Path(config.runs_root) / "cache" / "bases" / digest[:16]
@@ -60,14 +68,15 @@ def _train_base(
 ) -> None:
     settings: dict[str, Any] = dict(OmegaConf.to_container(config.base, resolve=True))  # type: ignore[arg-type]
     seed = settings.pop("seed")
-    limits = {name: settings.pop(name) for name in ("max_epochs", "max_steps") if name in settings}
     seed_everything(seed, verbose=False)
-    module = SFTModule(**settings)
+    module = SFTModule(**{name: value for name, value in settings.items() if name not in _LIMITS})
     module.attach_model(lambda: model.build(tokenizer))
-    log = folder.with_name(f".{folder.name}.metrics.csv")
+    log = folder.with_name(
+        f".{folder.name}.{uuid.uuid4().hex[:12]}.metrics.csv"
+    )  # another run may be making this base now
     log.parent.mkdir(parents=True, exist_ok=True)
     trainer: Trainer = instantiate(
-        {**config.trainer, "max_steps": -1, "val_check_interval": 1.0, **limits},
+        _trainer_options(config),
         logger=MetricsCSV(log),
         callbacks=[
             *progress_callbacks(config, "base (SFT)"),
@@ -82,12 +91,21 @@ def _train_base(
     run_seed, data.seed = data.seed, seed
     trainer.fit(module, datamodule=data)
     data.seed = run_seed
-    export_model(module, tokenizer, folder, trainer)
-    if trainer.is_global_zero:
+    export_model(module, tokenizer, folder, trainer, keep_existing=True)
+
+    def say_where_from() -> None:
         write_json(folder / "made_from.json", {"base": OmegaConf.to_container(config.base, resolve=True)})
         if log.exists():
             write_atomically(folder / "metrics.csv", lambda path: log.replace(path))
-    trainer.strategy.barrier()
+
+    on_first_process(say_where_from, trainer)
+
+
+def _trainer_options(config: DictConfig) -> dict[str, Any]:
+    """The run's, with the base's own limits."""
+    limits = {name: config.base[name] for name in _LIMITS if name in config.base}
+    options: Any = OmegaConf.to_container(config.trainer, resolve=True)
+    return {**options, "max_steps": -1, "val_check_interval": 1.0, **limits}
 
 
 def progress_callbacks(config: DictConfig, title: str) -> list[Callback]:

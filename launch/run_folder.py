@@ -2,9 +2,12 @@
 
 import os
 import shutil
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
@@ -14,24 +17,27 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_modules.base import LogProbModule
-from tiltmeter.errors import UserError
+from tiltmeter.errors import FailedWrite, UserError
 from tiltmeter.files import write_atomically, write_json, write_text
 from tiltmeter.lora import ADAPTER, add_lora, merged_state
 from tiltmeter.models import CausalLM
 
+T = TypeVar("T")
 
-def new_run_dir(root: Path, experiment: str) -> Path:
-    """A folder name that doesn't exist yet, root/experiment/date_time; nothing is created here.
 
-    Every process of a run calls this and may get another second; the first one's is used (it is broadcast after start).
+def claim_folder(parent: Path) -> Path:
+    """Make a folder that is named after the time, and nobody else's: ``2026-01-31_12-00-00``, or with ``_2``, ``_3`` … behind it.
+
+    Making it is what claims it: of several jobs that start in the same second, each gets its own.
     """
     stamp = datetime.now().astimezone().strftime("%Y-%m-%d_%H-%M-%S")
-    folder = root / experiment / stamp
-    n = 1
-    while folder.exists():
-        n += 1
-        folder = root / experiment / f"{stamp}_{n}"
-    return folder
+    parent.mkdir(parents=True, exist_ok=True)
+    for n in count(1):
+        folder = parent / (stamp if n == 1 else f"{stamp}_{n}")
+        with suppress(FileExistsError):
+            folder.mkdir()
+            return folder
+    raise AssertionError
 
 
 def write_config(run_dir: Path, config: DictConfig) -> None:
@@ -41,36 +47,67 @@ def write_config(run_dir: Path, config: DictConfig) -> None:
 
 
 def export_model(
-    module: LogProbModule, tokenizer: PreTrainedTokenizerBase, folder: Path, trainer: Trainer
+    module: LogProbModule,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    trainer: Trainer,
+    *,
+    keep_existing: bool = False,
 ) -> str | None:
     """Write plain safetensors, configuration and tokenizer; every process must call this, the first one writes.
 
     A model with LoRA adapters is written twice: merged, as a plain model, and its adapters alone in ``adapter/`` beside it.
     Where they can't be merged, ``adapter/`` is the result, and why is returned.
+
+    Args:
+        keep_existing: a folder that another run made meanwhile stays.
+
+    Raises:
+        FailedWrite: a full disk …, on all processes.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    model, reason = module.trained_policy.model, None
+    model = module.trained_policy.model
     state: dict[str, Any] = get_model_state_dict(model, options=options)
-    if trainer.is_global_zero:
+
+    def export() -> str | None:
+        whole, tensors = model, state
         if module.lora is not None:
             _export_adapters(model, state, folder.with_name("adapter"))
             try:
-                model = module.build_model()
-                add_lora(model, module.lora)
-                state = merged_state(model, state)
+                whole = module.build_model()
+                add_lora(whole, module.lora)
+                tensors = merged_state(whole, state)
             except UserError as error:
-                reason = str(error)
+                shutil.rmtree(folder, ignore_errors=True)  # of an earlier end of this run
+                return str(error)
 
         def write(temporary: Path) -> None:
-            model.save_pretrained(temporary, state_dict=state, safe_serialization=True)
+            whole.save_pretrained(temporary, state_dict=tensors, safe_serialization=True)
             tokenizer.save_pretrained(temporary)
 
-        if reason is None:
-            write_atomically(folder, write)
-        else:
-            shutil.rmtree(folder, ignore_errors=True)  # of an earlier end of this run
-    trainer.strategy.barrier()
-    return reason
+        write_atomically(folder, write, keep_existing=keep_existing)
+        return None
+
+    return on_first_process(export, trainer)
+
+
+def on_first_process(write: Callable[[], T], trainer: Trainer) -> T | None:
+    """Let the first process write while the others wait, and return what it returned, there alone; where it fails, all end alike.
+
+    Raises:
+        FailedWrite: it failed.
+    """
+    failure: FailedWrite | None = None
+    written = None
+    if trainer.is_global_zero:
+        try:
+            written = write()
+        except FailedWrite as error:
+            failure = error
+    failure = trainer.strategy.broadcast(failure)
+    if failure is not None:
+        raise failure
+    return written
 
 
 def _export_adapters(model: PreTrainedModel, state: dict[str, Tensor], folder: Path) -> None:

@@ -3,7 +3,7 @@
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from hydra.utils import instantiate
@@ -26,15 +26,16 @@ from launch.metrics_csv import MetricsCSV
 from launch.parts import Parts, build_parts, check_options
 from launch.results import behaviour_of, geometry_of, provenance, result_rows, versions, write_results
 from launch.resuming import SETTINGS, check_same_run, clean_up, find_checkpoint, settings_sha256
-from launch.run_folder import export_model, is_first_process, keep_base, new_run_dir, write_config
+from launch.run_folder import claim_folder, export_model, is_first_process, keep_base, on_first_process, write_config
 from launch.run_lock import RunLock, check_writable
-from launch.screen import behaviour_table, console, data_table, geometry_table, quiet_libraries, result_table
+from launch.screen import behaviour_table, console, data_table, geometry_tables, quiet_libraries, result_table
 from launch.slurm import checkpoint_of_this_job, note_job, requeued_when_asked
 from launch.wandb_logger import RunLogger, close_wandb, open_wandb
 from launch.wandb_media import WandbMedia
 from lightning_modules.checkpoint_io import CommittedCheckpointIO
 from lightning_modules.dpo import DPOModule
-from tiltmeter.checkpoint_files import verify
+from tiltmeter.checkpoint_files import newest_valid, verify
+from tiltmeter.errors import FailedWrite, NumericalStop, UserError
 from tiltmeter.lora import why_not_merged
 from tiltmeter.scoring.judge_scorer import JudgeScorer
 
@@ -46,7 +47,7 @@ def train(config: DictConfig) -> Path:
 
     def forget() -> None:
         for folder in created:  # a run that never took a step leaves nothing behind; one that did loses nothing
-            if not (folder / "metrics.csv").exists():
+            if not any((folder / name).exists() for name in ("metrics.csv", "checkpoints", "aligned")):
                 shutil.rmtree(folder, ignore_errors=True)
 
     with one_line_errors(debug=config.debug, clean_up=forget), requeued_when_asked(), ExitStack() as held:
@@ -59,7 +60,9 @@ def _train(config: DictConfig, created: list[Path], held: ExitStack) -> Path:
     screen = console(enabled=is_first)
     root = Path(config.runs_root)
     checkpoint = _checkpoint_to_resume(config, root, held, screen)
-    run_dir = checkpoint.parent.parent if checkpoint else new_run_dir(root, config.name)
+    run_dir = (
+        checkpoint.parent.parent if checkpoint else root / config.name
+    )  # below it, once the first process has claimed it
     check_writable(run_dir, key="runs_root")
     config.run_dir = str(run_dir)
     watching = watching_callbacks(config)
@@ -71,38 +74,51 @@ def _train(config: DictConfig, created: list[Path], held: ExitStack) -> Path:
     if config.base is not None:
         parts.model, line = find_or_train_base(config, parts.model, parts.tokenizer, parts.data)
         screen.print(line, soft_wrap=True)
-    if parts.module.lora is not None and (reason := _why_not_merged(parts)):
-        screen.print(f"LoRA: adapter/ will be the result, without aligned/: {reason}", soft_wrap=True, markup=False)
+    _say_unmerged(screen, "will be", _why_not_merged(parts))
     seed_everything(config.seed, verbose=False)
     _attach(parts, root)
 
     loggers: list[Logger] = []
     if is_first:
-        if checkpoint is None:
-            run_dir.mkdir(parents=True, exist_ok=True)  # two runs started in the same second find the same name
-            held.enter_context(RunLock(run_dir))
-            created.append(run_dir)
-        write_config(run_dir, config)
-        note_job(run_dir)
+        run_dir = _begin(run_dir, config, created, held, resumes=checkpoint is not None)
         loggers, line = _open_loggers(config, run_dir, parts, checkpoint)
         screen.print(line, soft_wrap=True)
     trainer = make_trainer(
         config, [agreement(config, parts.data, trains="the run", resumes=checkpoint is not None), *watching], loggers
     )
     started = time.perf_counter()
-    trainer.fit(
-        parts.module, datamodule=parts.data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True
-    )
-    seconds = time.perf_counter() - started
-    run_dir = Path(trainer.strategy.broadcast(str(run_dir)))
-    if reason := _keep(run_dir, parts, trainer):
-        screen.print(f"LoRA: adapter/ is the result, without aligned/: {reason}", soft_wrap=True, markup=False)
+    with what_is_kept(run_dir):
+        trainer.fit(
+            parts.module, datamodule=parts.data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True
+        )
+        seconds = time.perf_counter() - started
+        run_dir = Path(trainer.strategy.broadcast(str(run_dir)))
+        _say_unmerged(screen, "is", _keep(run_dir, parts, trainer))
     for logger in loggers:
         if isinstance(logger, RunLogger):
             close_wandb(logger)
+    with what_is_kept(run_dir):
+        for logger in loggers:
+            if isinstance(logger, MetricsCSV):
+                logger.finish()
     for table in closing_tables(run_dir, parts, trainer, seconds) if trainer.is_global_zero else ():
         screen.print(table)
     screen.print(f"Run: {run_dir}\nNext: python analyze.py run={run_dir}", soft_wrap=True)
+    return run_dir
+
+
+def _begin(run_dir: Path, config: DictConfig, created: list[Path], held: ExitStack, *, resumes: bool) -> Path:
+    """The run folder, claimed and locked unless the run goes on in it, with the configuration written."""
+    try:
+        if not resumes:
+            run_dir = claim_folder(run_dir)
+            created.append(run_dir)
+            config.run_dir = str(run_dir)
+            held.enter_context(RunLock(run_dir))
+        write_config(run_dir, config)
+        note_job(run_dir)
+    except OSError as error:
+        raise UserError(f"runs_root: {error}; nothing was started; make room or choose another folder") from error
     return run_dir
 
 
@@ -115,8 +131,15 @@ def _attach(parts: Parts, root: Path) -> None:
 
 
 def _why_not_merged(parts: Parts) -> str | None:
-    assert parts.module.lora is not None
+    """One line on why the adapters can't be merged, tried before anything is trained; None where they can, or there are none."""
+    if parts.module.lora is None:
+        return None
     return why_not_merged(parts.model.build_on_meta(parts.tokenizer), parts.module.lora)
+
+
+def _say_unmerged(screen: Console, tense: str, reason: str | None) -> None:
+    if reason is not None:
+        screen.print(f"LoRA: adapter/ {tense} the result, without aligned/: {reason}", soft_wrap=True, markup=False)
 
 
 def _checkpoint_to_resume(config: DictConfig, root: Path, held: ExitStack, screen: Console) -> Path | None:
@@ -143,15 +166,33 @@ def closing_tables(run_dir: Path, parts: Parts, trainer: Trainer, seconds: float
     yield result_table(result_rows(parts, trainer, seconds))
     if behaviour := behaviour_of(run_dir):
         yield behaviour_table(behaviour)
-    if geometry := geometry_of(run_dir):
-        yield geometry_table(geometry)
+    yield from geometry_tables(geometry_of(run_dir))
+
+
+@contextmanager
+def what_is_kept(run_dir: Path) -> Iterator[None]:
+    """Say after a numerical stop or a failed write what there still is of the run, and how it goes on."""
+    try:
+        yield
+    except (NumericalStop, FailedWrite) as error:
+        saved, _ = newest_valid(run_dir / "checkpoints", contents=False)
+        kept = ["aligned/"] if (run_dir / "aligned").is_dir() else []
+        if saved is not None:
+            kept.append(f"the checkpoint after step {verify(saved, contents=False).step}; go on with ckpt_path={saved}")
+        line = f"{error}. Kept in {run_dir}: {' and '.join(kept) or 'no checkpoint, none had been saved'}"
+        if isinstance(error, NumericalStop):
+            raise NumericalStop(line) from error
+        raise FailedWrite(error.path, error.reason, f"{line}; make room first") from error
 
 
 def _keep(run_dir: Path, parts: Parts, trainer: Trainer) -> str | None:
     """What makes the folder a finished run; every process calls this, the first one writes. As :func:`export_model` returns."""
-    if trainer.is_global_zero:
+
+    def keep() -> None:
         keep_base(run_dir, parts.model, parts.tokenizer)
         write_results(run_dir, parts)
+
+    on_first_process(keep, trainer)
     return export_model(parts.module, parts.tokenizer, run_dir / "aligned", trainer)
 
 

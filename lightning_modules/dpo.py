@@ -1,7 +1,7 @@
 """Direct preference optimisation and its relatives, with a reference that is computed once."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,12 @@ from datamodules.preference import Objective
 from datamodules.splits import Split
 from lightning_modules.base import LogProbModule
 from lightning_modules.pair_metrics import PairResults
-from lightning_modules.reference import cached_reference
+from lightning_modules.reference import MicroBatches, cached_reference
 from tiltmeter.batch import PreferenceBatch, StepBatch
 from tiltmeter.errors import UserError
 from tiltmeter.lora import adapters_disabled, plain_state
 from tiltmeter.preference_losses import PAIR_METRICS, PairLogProbs, make_preference_loss
-from tiltmeter.reference_cache import ReferenceCache, hash_weights
+from tiltmeter.reference_cache import ReferenceCache, forward_identity, hash_weights
 
 
 class DPOModule(LogProbModule):
@@ -65,16 +65,16 @@ class DPOModule(LogProbModule):
         self.data.predict_prompt = False
 
     def on_model_built(self, model: PreTrainedModel) -> None:
-        """Open the cache of this very model: its weights, precision, kernel and layout."""
+        """Open the cache of this very model, as it computes here."""
         if self.reference_cache_dir is not None:
             depends_on = {
                 "weights": hash_weights(plain_state(model), is_first=self.trainer.is_global_zero),
-                "dtype": str(model.dtype),
                 "precision": self.trainer.precision,
-                "attention": str(model.config._attn_implementation),
                 "layout": f"{self.data.active_layout}{' packed' if self.data.packs else ''}",
+                "chunk_tokens": str(self.chunk_tokens),
                 "compiled": str(self.compile_blocks),
-                "device": self.trainer.strategy.root_device.type,
+                "sharded": str(self.device_mesh is not None),
+                **forward_identity(model, self.trainer.strategy.root_device),
             }
             self._cache = ReferenceCache(self.reference_cache_dir, depends_on)
 
@@ -122,7 +122,8 @@ class DPOModule(LogProbModule):
             rows,
             cache=self._cache,
             compute=partial(self.sequence_log_probs_of, split),
-            precision=self.trainer.precision,
+            micro_batches=partial(self.data.micro_batches, split),
+            recompute=partial(self._log_probs_in, split),
             share=self.trainer.strategy.broadcast,
             is_first=self.trainer.is_global_zero,
             first_step=self.data.rows_of_first_steps(1) if split == "train" and self.trainer.global_step == 0 else (),
@@ -134,28 +135,35 @@ class DPOModule(LogProbModule):
     def _log_prob_dtype(self) -> torch.dtype:
         return torch.promote_types(self.trained_policy.model.dtype, torch.float32)
 
-    @torch.no_grad()
     def sequence_log_probs_of(self, split: Split, rows: Sequence[int]) -> Tensor:
         """[row, 2] log-probs of chosen and rejected under the current weights, on every process; NaN for rows not asked for.
 
         With LoRA: under the weights without their adapters, which is the reference at any time.
         """
-        n_rows = len(self.data.splits[split].pairs)
-        dtype = self._log_prob_dtype
-        table = torch.zeros(n_rows, 2, device=self.device, dtype=dtype)
         loader = self.data.loader(split, rows=rows)
         quiet = not (self.trainer.is_global_zero and self.trainer.progress_bar_callback and sys.stdout.isatty())
+        steps = track(loader, f"reference log-probs ({split})", transient=True, disable=quiet)
+        known = self._reduce(self._log_probs_by_row(split, steps, others=0.0))
+        table = torch.full_like(known, torch.nan)
+        table[list(rows)] = known[list(rows)]
+        return table
+
+    def _log_probs_in(self, split: Split, micro_batches: MicroBatches) -> Tensor:
+        """The same of given micro-batches, all of them on this process."""
+        return self._log_probs_by_row(split, [self.data.step_of(split, micro_batches)], others=torch.nan)
+
+    @torch.no_grad()
+    def _log_probs_by_row(self, split: Split, steps: Iterable[StepBatch], *, others: float) -> Tensor:
+        """[row, 2] log-probs of this process's batches, and what is said for other rows."""
+        dtype = self._log_prob_dtype
+        table = torch.full((len(self.data.splits[split].pairs), 2), others, device=self.device, dtype=dtype)
         with adapters_disabled(self.trained_policy.model):
-            for step in track(loader, f"reference log-probs ({split})", transient=True, disable=quiet):
+            for step in steps:
                 for batch in step.to(self.device).micro_batches:
                     with self.trainer.precision_plugin.forward_context():
                         logps = self.trained_policy(batch).to(dtype)
                     real = batch.weights > 0
                     table[batch.pair_index[real]] = logps.view(2, -1).T[real]
-        table = self._reduce(table)
-        not_asked = torch.ones(n_rows, dtype=torch.bool, device=self.device)
-        not_asked[list(rows)] = False
-        table[not_asked] = torch.nan
         return table
 
     def pair_results(self, batch: PreferenceBatch, split: Split) -> PairResults:

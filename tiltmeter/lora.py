@@ -213,7 +213,8 @@ def why_not_merged(model: PreTrainedModel, config: LoraConfig) -> str | None:
     """
     insert_adapters(model, copy.deepcopy(config))
     try:
-        _merge_in_place(model.to("meta"), is_safe=False)
+        cast(Module, model).to("meta")
+        _merge_in_place(model, is_safe=False)
     except Exception as error:
         return _reason(error)
     return None

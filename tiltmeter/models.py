@@ -188,8 +188,8 @@ def choose_attention(config: PretrainedConfig, asked: str | None = None) -> str:
     Raises:
         UserError: ``sdpa`` is asked of a family that has none (Gemma 2, Bloom, GPT-J …).
     """
-    classes = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), ())
-    has_sdpa = all(kind._supports_sdpa for kind in (classes if isinstance(classes, tuple) else (classes,)))
+    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), ())
+    has_sdpa = all(kind._supports_sdpa for kind in (found if isinstance(found, tuple) else (found,)))
     if asked == "sdpa" and not has_sdpa:
         raise UserError(
             f"attn_implementation=sdpa: {config.model_type} has no such kernel; leave it out or set it to eager"

@@ -16,6 +16,7 @@ from lightning_modules.base import LogProbModule
 from lightning_modules.sft import SFTModule
 from tests.callbacks.scorers import Fails, Held, Lengths, Missing
 from tests.callbacks.watched import N_PROBE, Watched, dpo, watch
+from tests.processes import HANGS
 from tests.tiny_models import lightning_warnings, make_data
 from tiltmeter.errors import UserError
 from tiltmeter.generation import Decoding, generate
@@ -182,7 +183,7 @@ def test_slow_scorers_are_logged_late_with_the_step_they_are_about(tmp_path: Pat
             if trainer.global_step == 1:
                 held.go.set()
 
-    run = watch(tmp_path, [LetsGo(), asking(scorers={"held": held}, wait_seconds=30.0)], max_epochs=2)
+    run = watch(tmp_path, [LetsGo(), asking(scorers={"held": held}, wait_seconds=HANGS)], max_epochs=2)
     assert steps_of(run) == [0, 3, 6]
     late = next(row for row in run.logger.rows if "behaviour/characters" in row)
     assert late["probe/steps_taken"] > 0

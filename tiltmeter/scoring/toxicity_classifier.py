@@ -161,6 +161,7 @@ class ClassifierToxicity:
                 padding=True,
                 truncation=True,
                 max_length=self.max_length,
+                split_special_tokens=True,  # a text that spells [SEP] doesn't end there
                 return_tensors="pt",
             )
             logits = self._classifier(**batch.to(self.device)).logits
@@ -178,7 +179,10 @@ class ClassifierToxicity:
             yield rows[start : start + self.batch_size]
 
     def _n_tokens(self, text: str) -> int:
-        return len(self._tokenizer(text, truncation=True, max_length=self.max_length + 1).input_ids)
+        ids = self._tokenizer(
+            text, truncation=True, max_length=self.max_length + 1, split_special_tokens=True
+        ).input_ids
+        return len(ids)
 
     @property
     def _is_folder(self) -> bool:
