@@ -121,7 +121,7 @@ class StateReading:
             raise UserError(f"hidden_states: {error}") from error
 
     def _probe(self, checkpoints: Checkpoints, pairs: Sequence[TokenizedPair], positions: Sequence[Position]) -> Probe:
-        layout = best_layout(checkpoints.base.model)
+        layout = best_layout(checkpoints.base.model, pairs)
         return Probe.of_pairs(pairs, pairs_per_batch=self.pairs_per_batch, layout=layout, positions=positions)
 
     def read(self, checkpoints: Checkpoints, *, n_steps: int | None = None) -> "ReadNow":

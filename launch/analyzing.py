@@ -77,7 +77,7 @@ def analyze(config: DictConfig) -> Path | None:
         config.dry_run,
         config.upload,
         config.attn_implementation,
-        Attempts(debug=config.debug),
+        Attempts(debug=config.debug, named=[name for name, is_named in names.items() if is_named]),
     )
     if config.attn_implementation not in (None, *KERNELS):
         raise UserError(f"attn_implementation: expected sdpa or eager, got {config.attn_implementation}")
@@ -117,7 +117,9 @@ def _analyze_run(wanted: Wanted, run: Run) -> Path | None:
         seen = _with_random(seen, run, wanted.reading, opened)
     with console().status("Drawing what the run kept …"):
         read = _read_off(wanted.names, run, seen, attempts)
-    again = [name for name in wanted.names if name in READ_NOW and name not in read and name not in attempts.failed]
+    again = [
+        name for name in wanted.names if name in READ_NOW and name not in (*read, *attempts.failed, *attempts.left_out)
+    ]
     if not again:
         refuse_unused(wanted.questions, of_run=True)
     try:
@@ -142,7 +144,11 @@ def _analyze_run(wanted: Wanted, run: Run) -> Path | None:
         run,
         asked=[*(name for name in again if name in read), *wanted.questions],
         is_read=any(name not in again for name in read),
-        left_out=[name for name in wanted.names if name not in (*read, *wanted.questions, *attempts.failed)],
+        left_out=[
+            name
+            for name in wanted.names
+            if name not in (*read, *wanted.questions, *attempts.failed, *attempts.left_out)
+        ],
         command=partial(_command, f"run={run.folder}"),
     )
     models = plans[0].checkpoints if plans else checkpoints
@@ -331,6 +337,8 @@ def _report(
             soft_wrap=True,
             markup=False,
         )
+    for line in attempts.lines_left_out():
+        console().print(line, soft_wrap=True, markup=False)
     missing = [f"{'; '.join(attempts.lines())} ({_SHOW})"] if attempts.failed else []
     if lost := [name for one in asked for name in one.lost]:
         missing.append(

@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.masking_utils import sdpa_mask
 
-from tiltmeter.errors import UserError
+from tiltmeter.errors import Unsupported
 from tiltmeter.layers import backbone
 
 BRANCH_ATTENTION = "tiltmeter_branches"
@@ -69,7 +69,7 @@ class BranchCache(Cache):
 
     def _layer(self, layer: object) -> _Layer:
         if not isinstance(layer, DynamicLayer) or layer.keys is None or layer.values is None:
-            raise UserError(
+            raise Unsupported(
                 f"model: a block keeps {type(layer).__name__} instead of keys and values, so a sweep can't share its prompts; "
                 "generate with one strength at a time"
             )
@@ -141,11 +141,11 @@ def branch_attention(
     """Attention of one new token a branch to the prompt and to the branch's own tokens, this one included.
 
     Raises:
-        UserError: an option that changes attention and isn't known here (sinks, position biases).
+        Unsupported: an option that changes attention and isn't known here (sinks, position biases).
     """
     unknown = [name for name, value in options.items() if value is not None and name not in _HARMLESS]
     if unknown or dropout:
-        raise UserError(
+        raise Unsupported(
             f"model: its attention has {', '.join(unknown) or 'dropout'}, which branches of one prompt don't support; generate "
             "with one strength at a time"
         )
@@ -194,12 +194,12 @@ def use_branch_attention(model: PreTrainedModel) -> Iterator[None]:
     """Inside, the model takes one new token a branch, with ``past_key_values`` and ``branches`` a :class:`BranchCache`.
 
     Raises:
-        UserError: the model's family can't change its attention.
+        Unsupported: the model's family can't change its attention.
     """
     before = model.config._attn_implementation
     model.set_attn_implementation(BRANCH_ATTENTION)
     if model.config._attn_implementation != BRANCH_ATTENTION:
-        raise UserError(
+        raise Unsupported(
             f"model: {type(model).__name__} can't change its attention, so a sweep can't share its prompts; generate with one "
             "strength at a time"
         )

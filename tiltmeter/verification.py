@@ -78,8 +78,14 @@ def verify_layout(model: PreTrainedModel, layout: Layout, *, packed: bool = Fals
         )
 
 
-def best_layout(model: PreTrainedModel) -> Layout:
-    """The layout ``shared_prefix`` where a model computes it rightly, else ``concatenated`` (ALiBi, state-space layers …)."""
+def best_layout(model: PreTrainedModel, pairs: Sequence[TokenizedPair]) -> Layout:
+    """The layout ``shared_prefix`` where a model computes it rightly and sees the pairs whole, else ``concatenated``.
+
+    The latter for ALiBi, state-space layers …, and for pairs that are longer than a sliding window.
+    """
+    longest = max((len(pair.prompt_ids) + max(map(len, pair[1:])) for pair in pairs), default=0)
+    if longest > (sliding_window(model) or math.inf):
+        return "concatenated"
     try:
         verify_layout(model, "shared_prefix")
     except UserError:
