@@ -12,7 +12,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
-from torch.nn import Module, Parameter
+from torch.nn import Linear, Module, Parameter
 from transformers import PreTrainedModel
 
 from tiltmeter.batch import collate_pairs
@@ -78,9 +78,10 @@ def insert_adapters(model: PreTrainedModel, config: LoraConfig) -> None:
             warnings.filterwarnings(
                 "ignore", "fan_in_fan_out is set to False"
             )  # peft turns it over for GPT-2 by itself
+            warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys did not match.*gate_up_proj")
             model.add_adapter(config, ADAPTER)
     except ValueError as error:
-        raise UserError(f"module.lora: {' '.join(str(error).split())[:200]}") from error
+        raise UserError(f"module.lora: {' '.join(str(error).split())[:200]}{_other_maps(model, error)}") from error
     inside = {id(module) for module in backbone(model).modules()} - {id(model.get_input_embeddings())}
     for name, module in model.named_modules():
         if (isinstance(module, LoraLayer) and id(module) not in inside) or isinstance(module, ModulesToSaveWrapper):
@@ -92,14 +93,29 @@ def insert_adapters(model: PreTrainedModel, config: LoraConfig) -> None:
             parameter.data = parameter.data.float()
 
 
+def _other_maps(model: PreTrainedModel, error: ValueError) -> str:
+    """What to do where peft finds maps unfit that nobody asked for (Mamba's fused ones): the linear maps it doesn't name."""
+    linear = [name for name, module in backbone(model).named_modules() if isinstance(module, Linear)]
+    maps = {_kind(name) for name in linear if "lora_" not in name}  # some may have their adapters already
+    left = [name for name in sorted(maps) if f"'{name}'" not in str(error)]
+    if "ncompatible" not in str(error) or not left:
+        return ""
+    return f" …; name the maps to adapt, such as module.lora.target_modules=[{','.join(left)}]"
+
+
 def check_adapters(model: PreTrainedModel) -> None:
     """Adapters that were just put in must change nothing: without them the model is the reference.
 
     Raises:
-        UserError: the model can't run with them, or computes something else.
+        UserError: the model can't run with them, computes something else, or takes weights past them.
     """
     with adapters_disabled(model):
         before = _log_probs(model)
+    adapters: dict[Module, str] = {
+        module: _kind(name) for name, module in model.named_modules() if isinstance(module, LoraLayer)
+    }
+    ran: set[str] = set()
+    hooks = [module.register_forward_hook(lambda module, *_: ran.add(adapters[module])) for module in adapters]
     try:
         worst = float(((_log_probs(model) - before) / before).abs().max())
     except Exception as error:  # of modules that are more than the linear map they are taken for (PhiMoE's routers)
@@ -107,11 +123,25 @@ def check_adapters(model: PreTrainedModel) -> None:
             f"module.lora: {type(model).__name__} can't run with these adapters ({_reason(error)}); name the "
             "maps to adapt, such as module.lora.target_modules=[q_proj,v_proj]"
         ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if unused := sorted({*adapters.values()} - ran):
+        raise UserError(
+            f"module.lora.target_modules: {type(model).__name__} reads the weights of {', '.join(unused)} past their adapters, "
+            "which would be trained for nothing; name the maps to adapt, such as "
+            f"module.lora.target_modules=[{','.join(sorted(ran))}]"
+        )
     if not worst <= _TOLERANCE:
         raise UserError(
             f"module.lora: these options change the model before its first step, the reference (by {worst:.1g}, relative); "
             "leave the unusual ones out"
         )
+
+
+def _kind(name: str) -> str:
+    """The last name of an adapted map, which those of all blocks and experts share."""
+    return re.sub(r"(\.base_layer)+$", "", name).split(".")[-1]
 
 
 def reads_weights(config: LoraConfig) -> bool:
