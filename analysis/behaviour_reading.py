@@ -10,7 +10,7 @@ from tiltmeter.generation import Decoding, as_words
 CLAIM = "D-STEER: alignment raises judged quality (G-Eval) and lowers toxicity; its Fig. 2 wants the same by steering alone."
 """What figures of behaviour put to the test."""
 INTERVAL = (
-    "95 %, by bootstrap over prompts, of each number alone; both models answer the same prompts, so a difference can be surer than "
+    "95 %, over prompts, of each number alone; both models answer the same prompts, so a difference can be surer than "
     "two overlapping intervals suggest."
 )
 LIMITS = (

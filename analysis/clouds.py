@@ -18,6 +18,7 @@ from tiltmeter.consistency import shift_shares_of_gram
 from tiltmeter.directions import principal_directions
 from tiltmeter.energy_distance import energy_kernel, random_halves
 from tiltmeter.geometry import in_own_span
+from tiltmeter.stats.among_random import among_random
 from tiltmeter.stats.jackknife import SHARE, Interval, jackknife_interval
 
 N_SPLITS = 4
@@ -40,8 +41,8 @@ class CloudFit(NamedTuple):
     """Energy distance of h₀ and h_π, activation units."""
     left: Interval
     """Energy distance of h₀ + v* and h_π over it: 0 when v* explains all, 1 when nothing."""
-    left_random: tuple[float, float]
-    """The same for random vectors as long as v*: least and most of :data:`N_RANDOM`; NaN where not taken."""
+    left_random: Interval
+    """The same for random vectors as long as v*: mean of :data:`N_RANDOM`, and where one more would lie; NaN where not taken."""
     shift_share: Interval
     """f: share of ΔH that is the constant shift, 1/N added by chance."""
     left_per_pair: tuple[float, float]
@@ -127,12 +128,13 @@ def cloud_fit(rows: StoredRows, site: str, *, n_random: int) -> CloudFit:
         vector = torch.randn(rows.base[site].shape[1], generator=generator, dtype=torch.float64)
         kernel = energy_kernel(wide_base + length * vector / vector.norm(), wide_base + wide_update) * n_compared
         random.append(float(kernel.sum() / apart.sum()))
+    among = among_random(torch.tensor([left.value]), torch.tensor([random], dtype=torch.float64))
     gram = update @ update.T
     share = jackknife_interval(shift_shares_of_gram(gram), rows.clusters, second_order=True, scale=SHARE)
     return CloudFit(
         float(apart.sum() / n_compared.sum()),
         left,
-        (min(random), max(random)) if random else (math.nan, math.nan),
+        among.prediction,
         share,
         _left_per_pair(update),
     )
@@ -155,7 +157,7 @@ def draw_plane(axes: Axes, plane: Plane, site: str, fit: CloudFit) -> str:
     value, low, high = (_small(x) for x in fit.left)
     return (
         f"At {site_name(site)}, h₀ + v* is {value} as far from hπ as h₀ is (95\u00a0% CI {low} … "
-        f"{high}); a random vector as long leaves {as_text(fit.left_random[0], 'percent')} or more"
+        f"{high}); 95\u00a0% of random vectors as long leave {as_text(fit.left_random.low, 'percent')} or more"
     )
 
 
@@ -192,7 +194,8 @@ def _figures(rows: StoredRows, site: str, fit: CloudFit) -> dict[str, str | floa
     figures |= {"n_rows": rows.n_rows, "energy_distance_base": fit.base_distance}
     for name, interval in (("distance_left", fit.left), ("shift_share", fit.shift_share)):
         figures |= {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
-    figures |= dict(zip(("distance_left_random_least", "distance_left_random_most"), fit.left_random, strict=True))
+    random = dict(zip(("", "_low", "_high"), fit.left_random, strict=True))
+    figures |= {f"distance_left_random{end}": value for end, value in random.items()}
     return figures | dict(zip(("left_per_pair_median", "left_per_pair_q90"), fit.left_per_pair, strict=True))
 
 
@@ -202,8 +205,8 @@ def _reading(rows: StoredRows, fit: CloudFit) -> list[str]:
         "hπ − h₀. Plane: first two principal components of h₀ and hπ together, less their common mean.",
         "Closeness is the energy distance (Székely and Rizzo 2013) in all dimensions, over that of h₀ and hπ; it "
         "grows with the square of a small shift. v* comes from one half of the prompts, the clouds from the other, "
-        f"{N_SPLITS} splits; about 0, also below: no difference left. Random: {N_RANDOM} "
-        "vectors as long as v*.",
+        f"{N_SPLITS} splits; about 0, also below: no difference left. Random vectors: "
+        f"where one more of them would lie, by {N_RANDOM} as long as v*.",
         f"Pair by pair more is left: at the last site the shift is {as_text(fit.shift_share.value, 'percent')} of ΔH (f), and a "
         f"pair’s own change still differs from v* of the others by {as_text(fit.left_per_pair[0], 'percent')} of its length "
         "(median). cloud_distances.csv has every site.",

@@ -30,7 +30,7 @@ from tiltmeter.geometry import in_own_span, row_geometry
 from tiltmeter.stats.nulls import sign_flip_null, split_half_null
 from tiltmeter.weights.random_update import RandomUpdates
 
-N_SPLITS = 100
+N_SPLITS = 20
 N_FLIPS = 500
 """Sign flips behind each null band, the central 95 %."""
 OF_PAIRS = {"in_sample": "In-sample", "leave_one_out": "Leave-one-out", "split_half": "Split-half"}
@@ -78,7 +78,8 @@ def consistency_table(rows: StoredRows) -> pd.DataFrame:
 
 
 def _figures(update: Tensor, clusters: list[str]) -> dict[str, float]:
-    halves, flipped_halves = split_half(update, n_splits=N_SPLITS), split_half_null(update, n_flips=N_FLIPS)
+    halves = split_half(update, n_splits=N_SPLITS)
+    flipped_halves = split_half_null(update, n_flips=N_FLIPS, n_splits=N_SPLITS)
     flipped = sign_flip_null(update, n_flips=N_FLIPS)
     share = row_geometry(update).shift_share
     figures: dict[str, float] = {

@@ -66,18 +66,17 @@ def cosine_set(rows: StoredRows, site: str) -> CosineSet:
     update, prompts = update[moved], [rows.clusters[i] for i in moved.nonzero()[:, 0].tolist()]
     found = _cosines(update)
     generator = torch.Generator().manual_seed(0)
-    flipped: dict[str, list[Tensor]] = {side: [] for side in ("in_sample", "leave_one_out")}
+    flipped: dict[str, list[Tensor]] = {side: [] for side in SIDES}
     for _ in range(N_FLIPS):
         signs = 2.0 * torch.randint(0, 2, (len(update), 1), generator=generator, dtype=torch.float64) - 1
-        for side, values in _cosines(signs * update, of_halves=False).items():
+        for side, values in _cosines(signs * update).items():
             flipped[side].append(values)
-    halves = split_half_null(update, n_flips=N_BAND_FLIPS)
+    halves = split_half_null(update, n_flips=N_BAND_FLIPS, n_splits=N_SPLITS)
     bands = sign_flip_null(update, n_flips=N_BAND_FLIPS).band()
     tails = torch.tensor([0.025, 0.975], dtype=torch.float64)
     low, high = halves.mean_cosine.nanquantile(tails).tolist()
     counts = {side: _counts(values) * len(update) / values.numel() for side, values in found.items()}
     nulls = {side: _counts(torch.cat(values)) for side, values in flipped.items()}
-    nulls["split_half"] = _counts(halves.cosines)
     return CosineSet(
         rows.snapshot,
         site,
@@ -88,7 +87,7 @@ def cosine_set(rows: StoredRows, site: str) -> CosineSet:
         counts,
         {side: n / max(n.sum(), 1) for side, n in nulls.items()},
         mean_cosine_intervals(update, prompts, n_splits=N_SPLITS),
-        {side: bands[f"mean_cosine_{side}"] for side in flipped} | {"split_half": (low, high)},
+        {side: bands[f"mean_cosine_{side}"] for side in SIDES[:2]} | {"split_half": (low, high)},
     )
 
 
@@ -172,10 +171,10 @@ def cosine_table(found: CosineSet) -> pd.DataFrame:
     return table
 
 
-def _cosines(update: Tensor, *, of_halves: bool = True) -> dict[str, Tensor]:
+def _cosines(update: Tensor) -> dict[str, Tensor]:
     """[split or 1, row] by side."""
     found = {"in_sample": in_sample_cosines(update)[None], "leave_one_out": leave_one_out_cosines(update)[None]}
-    return found | ({"split_half": split_half(update, n_splits=N_SPLITS).cosines} if of_halves else {})
+    return found | {"split_half": split_half(update, n_splits=N_SPLITS).cosines}
 
 
 def _counts(cosines: Tensor) -> np.ndarray:
@@ -198,8 +197,8 @@ def _reading(found: CosineSet) -> list[str]:
         f"v*: mean change. {found.n_pairs} pairs.",
         "In-sample, v* contains δᵢ itself, which alone gives cosines of about 1/√N. Leave-one-out: v* of the other pairs. "
         f"Split-half: v* of the random half that the pair is not in, {N_SPLITS} splits pooled.",
-        f"Grey: the same rows with signs flipped at random, {N_FLIPS} times ({N_BAND_FLIPS} for the halves); the null interval in "
-        f"the title is the central 95 % of the mean over {N_BAND_FLIPS} flips.",
+        f"Grey: the same rows with signs flipped at random, {N_FLIPS} times; the null interval in the title is the central 95 % of "
+        f"the same mean over {N_BAND_FLIPS} flips.",
     ]
     n_still = found.n_pairs - round(float(found.counts["in_sample"].sum()))
     if n_still:

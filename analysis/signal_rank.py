@@ -1,4 +1,4 @@
-"""How many directions are more than noise? Singular values beside the Marchenko–Pastur edge and parallel analysis (control C14)."""
+"""How many directions are more than noise? Signal ranks at a level of 5 %, and singular values beside their nulls (control C14)."""
 
 import math
 from typing import NamedTuple
@@ -24,11 +24,17 @@ from analysis.site_axes import SITES_LABEL, extremes, finish_sites, last_value, 
 from analysis.stored_rows import StoredRows
 from analysis.stored_spectra import spectra_of
 from tiltmeter.geometry import row_geometry
-from tiltmeter.stats.nulls import marchenko_pastur_edge, noise_variance, parallel_analysis, signal_rank
+from tiltmeter.stats.nulls import (
+    noise_variance,
+    parallel_analysis,
+    signal_rank_correlated,
+    signal_rank_white,
+    tracy_widom_edge,
+)
 
 N_DRAWN = 20
 """Components of the scree plot."""
-N_PERMUTATIONS = 20
+N_PERMUTATIONS = 19
 _MATRICES = {
     "update": ("ΔH", COLOURS["policy_dark"]),
     "base": ("base", COLOURS["base"]),
@@ -44,8 +50,11 @@ class Scree(NamedTuple):
     table: pd.DataFrame
     """component, raw, centred, null (parallel analysis, of the centred rows)."""
     edge: float
-    """Marchenko–Pastur edge of the centred rows."""
-    n_above_edge: int
+    """Which the largest of white noise is above in one of twenty sets: of the centred rows."""
+    rank: int
+    """Directions that stand apart from noise with correlated dimensions."""
+    rank_white: int
+    """Directions above white noise."""
     n_above_null: int
     """Leading centred values above their null; the first that isn't ends the count."""
 
@@ -59,16 +68,17 @@ def scree(rows: StoredRows, site: str) -> Scree | None:
     centred = row_geometry(update, "centred").singular_values
     null = parallel_analysis(update, n_permutations=N_PERMUTATIONS)
     n = min(N_DRAWN, len(raw))
-    size = {"n_rows": len(update), "d_model": update.shape[1]}
+    size = {"n_rows": len(update) - 1, "d_model": update.shape[1]}
     variance = noise_variance(centred, **size)
-    edge = math.sqrt(len(update) * marchenko_pastur_edge(**size, noise_variance=variance))
+    edge = math.sqrt(size["n_rows"] * tracy_widom_edge(**size, noise_variance=variance))
     above = (centred > null).tolist()
     table = {"raw": raw[:n], "centred": centred[:n], "null": null[:n]}
     return Scree(
         site,
         pd.DataFrame({"component": range(1, n + 1)} | {name: (x / raw[0]).numpy() for name, x in table.items()}),
         edge / float(raw[0]),
-        signal_rank(centred, **size) if variance == variance else 0,
+        signal_rank_correlated(update),
+        signal_rank_white(centred, **size),
         above.index(False) if False in above else len(above),
     )
 
@@ -91,11 +101,12 @@ def signal_rank_section(rows: StoredRows, spectra: pd.DataFrame) -> Section | No
         question="How many directions are more than noise?",
         claim="D-STEER, Fig. 4b, reads a small σ₂/σ₁ as rank one; then nothing but the shift should rise above noise.",
         sentences=sentences,
-        interval=f"None of the counts. The null of parallel analysis is its 95 % quantile over {N_PERMUTATIONS} permutations.",
+        interval="None of the counts: each has a level of 5 %, the chance of a count above 0 in noise of its kind.",
         limits=[
-            "What the directions do, or that they are preference: hidden states spread unequally, so values above the edge are "
-            "expected of any training. How many more than in a control run is the question.",
-            "Weak directions: what lies below the edge may be there and is not told from noise.",
+            "What the directions do, or that they are preference: how many more than in a control run is the question.",
+            "Weak directions, and those of a spectrum that falls off evenly, like a power law: they may be there and are not told "
+            "from noise.",
+            "The count against white noise where dimensions are correlated, as hidden states’ are: noise alone has dozens then.",
         ],
         figure=figure,
         table=drawn.table.assign(site=drawn.site, edge=drawn.edge),
@@ -105,7 +116,7 @@ def signal_rank_section(rows: StoredRows, spectra: pd.DataFrame) -> Section | No
 
 
 def draw_ranks(axes: Axes, spectra: pd.DataFrame) -> str:
-    """Singular values above the Marchenko–Pastur edge, of the centred rows of each matrix."""
+    """Signal rank of the centred rows of each matrix, against noise whose dimensions may be correlated."""
     labels, of_update, sites = [], pd.Series(dtype=float), list(dict.fromkeys(spectra["site"]))
     prepare_sites(axes, sites)
     for matrix, (name, colour) in _MATRICES.items():
@@ -115,11 +126,14 @@ def draw_ranks(axes: Axes, spectra: pd.DataFrame) -> str:
         labels.append(EndLabel(last_value(found), name, colour))
     axes.set_ylim(0, 1.08 * max(1.0, axes.get_ylim()[1]))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
-    axes.set_ylabel("values above the edge")
+    axes.set_ylabel("directions beyond noise")
     axes.set_xlabel(SITES_LABEL)
     finish_sites(axes, sites, labels)
-    n = int(spectra_of(spectra, "update", "centred")["n"].iloc[0])
-    return f"Of {n} rows’ ΔH, centred, {extremes(sites, of_update, '.0f')} singular values lie above the Marchenko–Pastur edge"
+    update = spectra_of(spectra, "update", "centred")
+    return (
+        f"Of {int(update['n'].iloc[0])} rows’ ΔH, centred, {extremes(sites, of_update, '.0f')} directions stand apart from noise "
+        f"with correlated dimensions; against white noise it would be {extremes(sites, update['signal_rank_white'], '.0f')}"
+    )
 
 
 def draw_scree(axes: Axes, drawn: Scree) -> str:
@@ -147,8 +161,8 @@ def draw_scree(axes: Axes, drawn: Scree) -> str:
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     label_ends(axes, [label for label in labels if label.y > 0], room=0.26)
     return (
-        f"At {site_name(drawn.site)}, {_directions(drawn.n_above_null)} more than independent dimensions would leave after "
-        f"centring; {drawn.n_above_edge} above the Marchenko–Pastur edge"
+        f"At {site_name(drawn.site)}, after centring, {drawn.rank} stand apart from correlated noise; "
+        f"{_directions(drawn.n_above_null)} more than independent dimensions would, {drawn.rank_white} more than white noise"
     )
 
 
@@ -160,9 +174,11 @@ def _reading(rows: StoredRows) -> list[str]:
     return [
         f"ΔH: change of each pair’s hidden state at {rows.position}, base to {rows.snapshot}, {rows.n_rows} rows; base, policy: "
         "the states themselves. All less their mean row, but for the line “raw”.",
-        "Marchenko–Pastur edge: the largest singular value of independent, equal entries that are as large as the median "
-        "singular value says. spectra.csv (section singular_values) has the edge and the count for every matrix and variant.",
-        "Second panel, grey, “permuted”: up to the 95 % quantile when each dimension is permuted on its own (parallel analysis), "
-        "which keeps unequal dimensions unequal.",
+        "First panel: a gap below the leading values that noise of any covariance, also with heavy tails, leaves in one of twenty "
+        "sets (after Onatski 2009; at most 10). White noise: one after the other above the Tracy–Widom quantile (Kritchman and "
+        "Nadler 2008), dashed in the second panel. Real error rates: docs/statistics.md. spectra.csv (section singular_values) has "
+        "both.",
+        f"Second panel, grey, “permuted”: the largest of {N_PERMUTATIONS} times that each dimension is permuted on its own "
+        "(parallel analysis), which keeps unequal dimensions unequal.",
         *rows.notes(),
     ]

@@ -17,7 +17,7 @@ from torch import Tensor
 from analysis.generation_sweep import DEGENERATION_P
 from analysis.steering_directions import RANDOM_KINDS
 from tiltmeter.stats.among_random import ABOVE, BELOW, SAME, UNKNOWN, AmongRandom, among_random
-from tiltmeter.stats.bootstrap import prompt_resamples
+from tiltmeter.stats.jackknife import without_each
 
 DEGENERATE = 0.1
 """Degenerate completions beyond the unsteered model's share, above which a strength is past a vector's ceiling."""
@@ -78,8 +78,8 @@ class _Cell(NamedTuple):
     """All vectors of a direction and site, on the same pairs."""
 
     n_tokens: float
-    weights: Float[Tensor, "resample pair"]
-    """How often each pair is drawn: first once each, then in resamples of whole prompts."""
+    weights: Float[Tensor, "kept pair"]
+    """How much each pair counts: first all alike, then without each prompt in turn."""
     n_pairs: int
     by_vector: dict[str, _Sums]
 
@@ -167,7 +167,7 @@ def _as_row(found: AmongRandom, screened: str | None) -> dict[str, Any]:
     return row | judged | {"verdict": verdict}
 
 
-def _at_norm(cell: _Cell, sums: _Sums, metric: str, at: int | None) -> Float[Tensor, "resample draw"]:
+def _at_norm(cell: _Cell, sums: _Sums, metric: str, at: int | None) -> Float[Tensor, "kept draw"]:
     """Effects at one strength; NaN where the sweep has none as long."""
     if at is None:
         return torch.full((len(cell.weights), sums.kl.shape[1]), math.nan, dtype=torch.float64)
@@ -179,7 +179,7 @@ def _at_norm(cell: _Cell, sums: _Sums, metric: str, at: int | None) -> Float[Ten
 
 def _at_kl(
     cell: _Cell, own: _Sums, drawn: _Sums, at: int
-) -> tuple[list[Float[Tensor, "resample draw"]], Float[Tensor, " resample"]]:
+) -> tuple[list[Float[Tensor, "kept draw"]], Float[Tensor, " kept"]]:
     """Changes of the margin where all have moved the model equally far, and how far that is, summed over tokens."""
     curves = [_curve(cell, sums) for sums in (own, drawn)]
     own_kl = cell.weights @ own.kl_from_start[at, 0]
@@ -188,7 +188,7 @@ def _at_kl(
     return [interpolate(moved, gained, common.sqrt()[:, None]) / n for moved, gained in curves], common
 
 
-def _curve(cell: _Cell, sums: _Sums) -> tuple[Float[Tensor, "resample draw strength"], ...]:
+def _curve(cell: _Cell, sums: _Sums) -> tuple[Float[Tensor, "kept draw strength"], ...]:
     """√KL from the start and the margin's change over λ ≥ 0, both summed over pairs."""
     forward = [i for i, x in enumerate(sums.strengths) if x >= 0]
     odds = sums.preference_odds[forward] - sums.preference_odds[sums.zero]
@@ -220,8 +220,7 @@ def _cell_of(part: pd.DataFrame) -> _Cell:
     first = first[first["lambda"] == 0]
     order, groups = first["pair_id"].tolist(), first["prompt"].tolist()
     by_vector = {str(name): _sums_of(rows, order) for name, rows in part.groupby("vector", sort=False)}
-    weights = prompt_resamples(lambda drawn: drawn, groups)
-    return _Cell(float(first["n_tokens"].sum()), weights, len(order), by_vector)
+    return _Cell(float(first["n_tokens"].sum()), without_each(groups), len(order), by_vector)
 
 
 def _sums_of(rows: pd.DataFrame, order: list[str]) -> _Sums:

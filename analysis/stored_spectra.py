@@ -4,19 +4,22 @@ import math
 from collections.abc import Mapping
 
 import pandas as pd
+from jaxtyping import Float
 from matplotlib.axes import Axes
+from torch import Tensor
 
 from analysis.figures import COLOURS, EndLabel
 from analysis.observations import site_name
 from analysis.site_axes import as_text, last_value, plot_sites
 from analysis.stored_rows import StoredRows
-from tiltmeter.geometry import VARIANTS, RowGeometry, Variant, row_geometry
-from tiltmeter.stats.nulls import marchenko_pastur_edge, noise_variance, signal_rank
+from tiltmeter.geometry import OUTLIER_MULTIPLE, VARIANTS, RowGeometry, Variant, outlier_dims, row_geometry
+from tiltmeter.stats.nulls import noise_variance, signal_rank_correlated, signal_rank_white, tracy_widom_edge
 
 N_LISTED = 5
 """σ₁ … σ₅ are told one by one, as in the paper's Fig. 4b."""
 _WHERE = ("snapshot", "position", "site", "matrix", "variant")
 _SIZE = ("n", "d_model")
+_RANKS = ("tracy_widom_edge", "signal_rank", "signal_rank_white")
 LOOKS: Mapping[Variant, tuple[str, str, str]] = {
     "raw": ("-", COLOURS["policy_dark"], "raw"),
     "centred": ("--", COLOURS["policy"], "centred"),
@@ -25,38 +28,47 @@ LOOKS: Mapping[Variant, tuple[str, str, str]] = {
 }
 """Variant → line style, colour where it stands for ΔH, and name."""
 VARIANTS_NOTE = (
-    "Centred: less the mean row. Unit rows: each over its length, so that no few long rows decide. No outliers: without the 1 % of "
-    "dimensions of largest |mean|."
+    "Centred: less the mean row. Unit rows: each over its length, so that no few long rows decide. No outliers: without the "
+    f"dimensions in which the base’s |mean| is over {OUTLIER_MULTIPLE:.0f} × the median one (the same for ΔH, base and policy), "
+    "chosen on a third of the pairs and told of the others."
 )
 
 
 def spectra_table(rows: StoredRows) -> pd.DataFrame:
     """A row for each site, matrix and variant; a column for each figure, and N and d beside them.
 
-    Singular values in activation units, entropies in nats, ``marchenko_pastur_edge`` as a singular value.
+    Singular values in activation units, entropies in nats, ``tracy_widom_edge`` as a singular value. ``signal_rank`` allows for
+    correlated dimensions and heavy tails, ``signal_rank_white`` for neither; both of centred rows, NaN of others.
     """
     found = []
     for site in rows.sites:
         matrices = {"update": rows.update(site), "base": rows.base[site], "policy": rows.policy[site]}
+        without, told = outlier_dims(rows.base[site])
         for matrix, values in matrices.items():
             for variant in VARIANTS:
                 where = (rows.snapshot, rows.position, site, matrix, variant)
-                found.append(dict(zip(_WHERE, where, strict=True)) | _figures(row_geometry(values, variant)))
+                kept = values[told] if variant == "outlier_dims_removed" else values
+                geometry = row_geometry(kept, variant, without=without)
+                ranks = _ranks(values, geometry) if variant == "centred" else dict.fromkeys(_RANKS, math.nan)
+                found.append({**dict(zip(_WHERE, where, strict=True)), **_figures(geometry), **ranks})
     return pd.DataFrame(found)
 
 
 def _figures(geometry: RowGeometry) -> dict[str, float]:
     sigma, s = geometry.singular_values, geometry.spectrum
-    size = {"n_rows": s.n_rows, "d_model": s.d_model}
     listed = {f"sigma_{k + 1}": float(sigma[k]) if k < len(sigma) else math.nan for k in range(N_LISTED)}
-    variance = noise_variance(sigma, **size)
-    known = variance == variance and bool(sigma.isfinite().all())
-    edge = math.sqrt(s.n_rows * marchenko_pastur_edge(**size, noise_variance=variance)) if known else math.nan
-    rank = signal_rank(sigma, **size, variance=variance) if known else math.nan
     shared = {"shift_share": geometry.shift_share, "cos_top_mean": geometry.cos_top_mean}
-    of_spectrum = {name: value for name, value in s._asdict().items() if name not in size}
-    nulls = {"marchenko_pastur_edge": edge, "signal_rank": rank}
-    return {"n": s.n_rows, "d_model": s.d_model} | of_spectrum | listed | shared | nulls
+    of_spectrum = {name: value for name, value in s._asdict().items() if name not in ("n_rows", "d_model")}
+    return {"n": s.n_rows, "d_model": s.d_model} | of_spectrum | listed | shared
+
+
+def _ranks(rows: Float[Tensor, "row d_model"], centred: RowGeometry) -> dict[str, float]:
+    """What noise would give: :data:`_RANKS`; NaN where rows are all alike or not finite."""
+    sigma, size = centred.singular_values, {"n_rows": len(rows) - 1, "d_model": rows.shape[1]}
+    if not (sigma.isfinite().all() and sigma.any()):
+        return dict.fromkeys(_RANKS, math.nan)
+    edge = math.sqrt(size["n_rows"] * tracy_widom_edge(**size, noise_variance=noise_variance(sigma, **size)))
+    return dict(zip(_RANKS, (edge, signal_rank_correlated(rows), signal_rank_white(sigma, **size)), strict=True))
 
 
 def long_spectra(spectra: pd.DataFrame) -> pd.DataFrame:

@@ -4,7 +4,8 @@ v* is estimated on one half of the held-out prompts, all numbers are of the othe
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import pandas as pd
 import torch
@@ -25,8 +26,7 @@ from tiltmeter.models import DTYPES
 from tiltmeter.positions import Position
 from tiltmeter.probe import ONE_PER_SIDE
 from tiltmeter.stats.among_random import AmongRandom, among_random
-from tiltmeter.stats.bootstrap import percentile_interval, prompt_resamples
-from tiltmeter.stats.jackknife import Interval
+from tiltmeter.stats.jackknife import Interval, jackknife_intervals, without_each
 from tiltmeter.sweeping import sweep_cost
 
 
@@ -131,18 +131,20 @@ def compared(
     at, others = names.index(own), [i for i, x in enumerate(names) if x != own and not x.startswith(RANDOM)]
     random = [i for i, x in enumerate(names) if x.startswith(RANDOM)]
 
-    def recovery(drawn: Tensor) -> Tensor:
-        start = drawn @ sums.kl_start if differ else torch.full_like(drawn[:, 0], math.nan)
-        return 1 - drawn @ sums.kl.T / start[:, None]
+    def recovery(kept: Tensor) -> Tensor:
+        start = kept @ sums.kl_start if differ else torch.full_like(kept[:, 0], math.nan)
+        return 1 - kept @ sums.kl.T / start[:, None]
 
-    def change(drawn: Tensor) -> Tensor:
-        return drawn @ sums.margin_change.T / drawn.sum(1, keepdim=True)
+    def change(kept: Tensor) -> Tensor:
+        return kept @ sums.margin_change.T / kept.sum(1, keepdim=True)
 
-    r, m = (prompt_resamples(figures, groups) for figures in (recovery, change))
-    for i, name in enumerate(names):
-        yield name, percentile_interval(r[:, i]), percentile_interval(m[:, i])
-    beyond = [percentile_interval(x[:, at] - x[:, others].mean(1)) for x in (r, m)]
-    yield OWN_LESS_OTHERS, beyond[0], beyond[1]
+    def and_own_less_others(figures: Callable[[Tensor], Tensor], kept: Tensor) -> Tensor:
+        x = figures(kept)
+        return torch.cat([x, x[:, [at]] - x[:, others].mean(1, keepdim=True)], dim=1)
+
+    found = [jackknife_intervals(partial(and_own_less_others, x), groups) for x in (recovery, change)]
+    yield from zip([*names, OWN_LESS_OTHERS], *found, strict=True)
+    r, m = (figures(without_each(groups)) for figures in (recovery, change))
     yield OWN_LESS_RANDOM, among_random(r[:, at], r[:, random]), among_random(m[:, at], m[:, random])
 
 

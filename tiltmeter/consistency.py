@@ -17,15 +17,15 @@ from tiltmeter.stats.jackknife import COSINE, Interval, jackknife_interval, jack
 class SplitHalf(NamedTuple):
     """Agreement of two random halves, for each of several splits."""
 
-    cosines: Float[Tensor, "split row"]
+    cosines: Float[Tensor, "*flip split row"]
     """cos(row, mean of the half that it is not in)."""
-    cosine_of_means: Float[Tensor, " split"]
+    cosine_of_means: Float[Tensor, "*flip split"]
     """cos between the two halves' means: how reproducible v* is."""
 
     @property
-    def mean_cosine(self) -> Float[Tensor, " split"]:
+    def mean_cosine(self) -> Float[Tensor, "*flip split"]:
         """Mean of :attr:`cosines` over the rows of both halves."""
-        return self.cosines.mean(1)
+        return self.cosines.mean(-1)
 
 
 def at_least_two_rows(updates: Float[Tensor, "row d_model"], *, name: str) -> Float[Tensor, "row d_model"]:
@@ -86,27 +86,40 @@ def split_half(updates: Float[Tensor, "row d_model"], *, n_splits: int = 20, see
         ValueError: fewer than two rows.
     """
     updates = at_least_two_rows(updates, name="split_half")
-    halves = _halves(len(updates), n_splits, seed).to(updates.device)
-    return split_half_of_gram(updates @ updates.T, halves, torch.ones_like(halves))
+    halves = random_halves(len(updates), n_splits, seed=seed).to(updates.device)
+    return split_half_of_gram(updates @ updates.T, halves)
+
+
+def random_halves(n_rows: int, n_splits: int, *, seed: int = 0) -> Float[Tensor, "split row"]:
+    """1 for the ⌊N/2⌋ rows of the first half of each random split, 0 for the others, float64."""
+    halves = torch.zeros(n_splits, n_rows, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    for half in halves:
+        half[torch.randperm(n_rows, generator=generator)[: n_rows // 2]] = 1.0
+    return halves
 
 
 def split_half_of_gram(
-    gram: Float[Tensor, "row row"], halves: Float[Tensor, "split row"], signs: Float[Tensor, "split row"]
+    gram: Float[Tensor, "row row"], halves: Float[Tensor, "split row"], signs: Float[Tensor, "*flip row"] | None = None
 ) -> SplitHalf:
     """The same from inner products alone, so that many splits cost no pass over the rows.
 
     Args:
         gram: X Xᵀ of the rows, float64.
         halves: 1 for rows of the first half, 0 for the others.
-        signs: ±1, what each row is multiplied by first; −1 at random gives the null.
+        signs: ±1, what each row is multiplied by first; −1 at random gives the null. With signs [flip, row] every figure has
+            the axis of flips in front, and each flip all splits.
     """
+    signs = torch.ones_like(gram[0]) if signs is None else signs
+    flipped = signs[..., None, :]
     norms = gram.diagonal().sqrt()
-    sums = [signs * halves @ gram, signs * (1 - halves) @ gram]  # ⟨x_i, Σ of a half⟩
-    energies = [(a * signs * half).sum(1) for a, half in zip(sums, (halves, 1 - halves), strict=True)]
-    lengths = [energy.clamp(min=0).sqrt()[:, None] for energy in energies]
+    first = (flipped * halves) @ gram  # ⟨x_i, Σ of a half⟩, of all splits at once
+    sums = [first, flipped @ gram - first]
+    energies = [(a * flipped * half).sum(-1) for a, half in zip(sums, (halves, 1 - halves), strict=True)]
+    lengths = [energy.clamp(min=0).sqrt()[..., None] for energy in energies]
     other = torch.where(halves == 1, sums[1] / lengths[1], sums[0] / lengths[0])
-    between = (sums[1] * signs * halves).sum(1) / (lengths[0] * lengths[1])[:, 0]
-    return SplitHalf(signs * other / norms, between)
+    between = (sums[1] * flipped * halves).sum(-1) / (lengths[0] * lengths[1])[..., 0]
+    return SplitHalf(flipped * other / norms, between)
 
 
 def shift_shares_of_gram(
@@ -127,9 +140,14 @@ def shift_shares_of_gram(
 
 
 def mean_cosine_intervals(
-    updates: Float[Tensor, "row d_model"], clusters: Sequence[str], *, n_splits: int = 20, seed: int = 0
+    updates: Float[Tensor, "row d_model"],
+    clusters: Sequence[str],
+    *,
+    n_splits: int = 20,
+    seed: int = 0,
+    level: float = 0.95,
 ) -> dict[str, Interval]:
-    """Mean cosines with v*, ``in_sample``, ``leave_one_out`` and ``split_half``, over rows, with 95 % intervals over clusters.
+    """Mean cosines with v*, ``in_sample``, ``leave_one_out`` and ``split_half``, over rows, with intervals over clusters.
 
     v* is taken anew without each cluster: held fixed, what all rows share of its error would be missing from the interval. It
     needs Gram matrices alone.
@@ -138,13 +156,14 @@ def mean_cosine_intervals(
         updates: all with a direction.
         clusters: a name for each row; rows of one prompt share it.
         n_splits, seed: of the random halves, as :func:`split_half`.
+        level: of confidence.
 
     Raises:
         ValueError: fewer than two rows.
     """
     updates = at_least_two_rows(updates, name="mean_cosine_intervals").cpu()
     gram = updates @ updates.T
-    squares, halves = gram.diagonal(), _halves(len(updates), n_splits, seed)
+    squares, halves = gram.diagonal(), random_halves(len(updates), n_splits, seed=seed)
 
     def of_all(weights: Tensor) -> Tensor:
         sums = weights @ gram
@@ -166,15 +185,6 @@ def mean_cosine_intervals(
             total += torch.where(half == 1, units[1], units[0])
         return (weights * total / squares.sqrt()).sum(1) / weights.sum(1) / len(halves)
 
-    in_sample, leave_one_out = jackknife_intervals(of_all, clusters, second_order=True, scale=COSINE)
-    split = jackknife_interval(of_halves, clusters, scale=COSINE)
+    in_sample, leave_one_out = jackknife_intervals(of_all, clusters, level=level, second_order=True, scale=COSINE)
+    split = jackknife_interval(of_halves, clusters, level=level, scale=COSINE)
     return {"in_sample": in_sample, "leave_one_out": leave_one_out, "split_half": split}
-
-
-def _halves(n_rows: int, n_splits: int, seed: int) -> Float[Tensor, "split row"]:
-    """1 for rows of the first half, of several random splits."""
-    halves = torch.zeros(n_splits, n_rows, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(seed)
-    for half in halves:
-        half[torch.randperm(n_rows, generator=generator)[: n_rows // 2]] = 1.0
-    return halves

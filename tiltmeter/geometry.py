@@ -12,7 +12,9 @@ from tiltmeter.spectra import Spectrum, eigen_of_gram, smaller_gram, spectrum
 
 Variant = Literal["raw", "centred", "unit_row", "outlier_dims_removed"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
-"""The rows as they are; less their mean; each divided by its norm; without the dimensions of largest |mean| (control C10)."""
+"""The rows as they are; less their mean; each divided by its norm; without the base's outlier dimensions (control C10)."""
+OUTLIER_MULTIPLE = 6.0
+"""How many times the median |mean| of all dimensions an outlier's |mean| exceeds."""
 
 
 class RowGeometry(NamedTuple):
@@ -33,35 +35,42 @@ class RowGeometry(NamedTuple):
     """σ₁ ≥ … of the matrix, k = min(N, d), float64; of the centred rows they are what :mod:`tiltmeter.stats.nulls` judges."""
 
 
-def largest_mean_dims(mean: Float[Tensor, " d_model"], n_dims: int | None = None) -> Int[Tensor, " outlier"]:
-    """The dimensions of largest |mean|, largest first: massive activations that can pass for a common direction.
+def outlier_dims(
+    base: Float[Tensor, "row d_model"], *, multiple: float = OUTLIER_MULTIPLE
+) -> tuple[Int[Tensor, " outlier"], slice]:
+    """Dimensions of the base's states that are outliers, and the rows that had no part in the choice.
+
+    An outlier's |mean| over the first third of the rows is more than ``multiple`` times the median |mean| of all dimensions.
+    One choice serves base, policy and update; figures without outliers are told of the other rows, so that no dimension is
+    left out for what it did in the rows that are judged. Normal noise has 1 outlier in 20,000 dimensions at a multiple of 6.
 
     Args:
-        mean: of rows over tokens, at best of the base model's.
-        n_dims: how many; None: 1 % of them, at least one.
+        base: the base model's rows; those of one prompt lie together.
 
-    >>> largest_mean_dims(torch.tensor([0.1, -9.0, 0.3])).tolist()
-    [1]
+    >>> outlier_dims(torch.tensor([[0.1, -9.0, 0.3]] * 3))
+    (tensor([1]), slice(1, None, None))
     """
-    return mean.abs().topk(max(1, math.ceil(len(mean) / 100)) if n_dims is None else n_dims).indices
+    n_choosing = max(1, len(base) // 3)
+    size = base[:n_choosing].double().mean(0).abs()
+    return (size > multiple * size.median()).nonzero()[:, 0], slice(n_choosing, None)
 
 
 def row_geometry(
-    rows: Float[Tensor, "row d_model"], variant: Variant = "raw", *, outlier_dims: Int[Tensor, " outlier"] | None = None
+    rows: Float[Tensor, "row d_model"], variant: Variant = "raw", *, without: Int[Tensor, " outlier"] | None = None
 ) -> RowGeometry:
     """Spectrum, shift share and cosines of a variant of the rows.
 
     Args:
-        outlier_dims: dimensions that ``outlier_dims_removed`` leaves out; None: :func:`largest_mean_dims` of the rows' mean.
+        without: dimensions that ``outlier_dims_removed`` leaves out, from :func:`outlier_dims`.
 
     Raises:
-        ValueError: no rows.
+        ValueError: no rows, or ``outlier_dims_removed`` without the dimensions.
     """
     if not len(rows):
         raise ValueError("row_geometry: expected at least one row, got none")
     rows = rows.to(torch.float64)
     if variant == "outlier_dims_removed":
-        rows = rows[:, kept_dims(rows.mean(0), outlier_dims)]
+        rows = rows[:, kept_dims(rows.shape[1], without)]
     if variant == "unit_row":
         rows = unit_rows(rows)
     if variant == "centred":
@@ -110,16 +119,16 @@ def moment_geometry(
     )
 
 
-def kept_dims(
-    mean: Float[Tensor, " d_model"], outlier_dims: Int[Tensor, " outlier"] | None = None
-) -> Int[Tensor, " kept"]:
+def kept_dims(d_model: int, without: Int[Tensor, " outlier"] | None) -> Int[Tensor, " kept"]:
     """The other dimensions than the outliers, in order.
 
-    Args:
-        outlier_dims: None: :func:`largest_mean_dims`.
+    Raises:
+        ValueError: no outliers were chosen.
     """
-    keep = torch.ones(len(mean), dtype=torch.bool, device=mean.device)
-    keep[largest_mean_dims(mean) if outlier_dims is None else outlier_dims.to(mean.device)] = False
+    if without is None:
+        raise ValueError("outlier_dims_removed: expected the dimensions to leave out (outlier_dims), got none")
+    keep = torch.ones(d_model, dtype=torch.bool, device=without.device)
+    keep[without] = False
     return keep.nonzero()[:, 0]
 
 

@@ -202,17 +202,17 @@ class RowMoments:
         assert scatter is not None
         return scatter.clone()
 
-    def geometry(self, variant: Variant = "raw", *, outlier_dims: Int[Tensor, " outlier"] | None = None) -> RowGeometry:
+    def geometry(self, variant: Variant = "raw", *, without: Int[Tensor, " outlier"] | None = None) -> RowGeometry:
         """Spectrum, shift share and cosines of a variant of the rows.
 
         Args:
-            outlier_dims: dimensions that ``outlier_dims_removed`` leaves out; None: :func:`largest_mean_dims` of the rows' mean.
+            without: dimensions that ``outlier_dims_removed`` leaves out, from :func:`tiltmeter.geometry.outlier_dims`.
 
         Raises:
             ValueError: no rows yet, or ``unit_row`` of folded rows without ``unit_rows=True``.
         """
         if self._folded is None:
-            return row_geometry(self.rows, variant, outlier_dims=outlier_dims)
+            return row_geometry(self.rows, variant, without=without)
         moments, unit = self._fold()
         if variant == "unit_row":
             if unit.scatter is None:
@@ -222,7 +222,7 @@ class RowMoments:
         mean, scatter = moments.mean, moments.scatter
         unit_mean: Tensor | None = unit.mean
         if variant == "outlier_dims_removed":  # norms of rows without some dimensions are not known from moments
-            kept = kept_dims(mean, outlier_dims)
+            kept = kept_dims(len(mean), without).to(mean.device)
             mean, scatter, unit_mean = mean[kept], scatter[kept][:, kept], None
         return moment_geometry(moments.n, mean=mean, scatter=scatter, unit_mean=unit_mean, centred=variant == "centred")
 

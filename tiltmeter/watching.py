@@ -16,7 +16,7 @@ from torch import Tensor
 from tiltmeter.capture import HiddenStates, ReadPoint
 from tiltmeter.consistency import cosine, in_sample_cosines, leave_one_out_cosines, split_half
 from tiltmeter.directions import steering_vector
-from tiltmeter.geometry import RowGeometry, Variant, in_own_span, row_geometry
+from tiltmeter.geometry import RowGeometry, Variant, in_own_span, outlier_dims, row_geometry
 from tiltmeter.layers import FINAL_POST_NORM, FINAL_PRE_NORM, Unembedding
 from tiltmeter.positions import POSITIONS, Position
 from tiltmeter.probe import PreferenceDirections, matching_rows
@@ -50,10 +50,13 @@ def spectral_metrics(
     if not len(before):
         return {}
     metrics: Metrics = {}
+    without, told = outlier_dims(before)
     for name, matrix in {"base": before, "policy": after, "delta": after.double() - before.double()}.items():
         for variant in variants:
             of = name if variant == "raw" else f"{name}_{variant}"
-            figures = _spectral_figures(row_geometry(matrix, variant), of, with_mean=variant == "raw")
+            rows = matrix[told] if variant == "outlier_dims_removed" else matrix
+            found = row_geometry(rows, variant, without=without) if len(rows) else None
+            figures = _spectral_figures(found, of, with_mean=variant == "raw") if found else {}
             metrics |= {f"{key}/{place(point)}": value for key, value in figures.items()}
     norms = {"update_norm": after.double() - before.double(), "state_norm": before.double()}
     metrics |= {f"{key}/{place(point)}": float(x.norm(dim=1).mean()) for key, x in norms.items()}
@@ -144,7 +147,7 @@ def projection_metrics(
     clusters: Sequence[str],
     head: Unembedding | None = None,
 ) -> Metrics:
-    """⟨h, v⟩/‖v‖ at ``diverge`` under both models, for v and v̄, with paired bootstrap intervals over prompts.
+    """⟨h, v⟩/‖v‖ at ``diverge`` under both models, for v and v̄, with paired intervals over prompts.
 
     Args:
         clusters: prompt of every pair of the probe.

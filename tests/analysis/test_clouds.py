@@ -13,9 +13,9 @@ from tiltmeter.layers import FINAL_POST_NORM
 @pytest.mark.parametrize(("noise_size", "least", "most"), [(0.0, -1e-9, 1e-9), (0.3, -0.02, 0.2)])
 def test_a_constant_shift_leaves_nothing_between_the_clouds(noise_size: float, least: float, most: float) -> None:
     base = noise(40, 10)
-    fit = cloud_fit(stored(base, base + 1 + noise_size * noise(40, 10, 1)), FINAL_POST_NORM, n_random=5)
+    fit = cloud_fit(stored(base, base + 1 + noise_size * noise(40, 10, 1)), FINAL_POST_NORM, n_random=20)
     assert least <= fit.left.value <= most
-    assert fit.left_random[0] > 0.9
+    assert fit.left_random.low > 0.7
     assert fit.left_per_pair[0] == pytest.approx(0.3 if noise_size else 0, abs=0.05)
     assert fit.shift_share.value == pytest.approx(1 / (1 + noise_size**2), abs=0.03)
 

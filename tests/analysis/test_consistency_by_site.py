@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from analysis.consistency_by_site import OF_PAIRS, consistency_section, consistency_table, expected_between_halves
+from analysis.consistency_by_site import (
+    N_SPLITS,
+    OF_PAIRS,
+    consistency_section,
+    consistency_table,
+    expected_between_halves,
+)
 from analysis.hidden_states import Watched
 from tests.analysis import planted_geometry as planted
 from tests.analysis.planted_geometry import noise, stored
@@ -24,7 +30,9 @@ def test_consistency_is_that_of_the_rows(seen: Watched) -> None:
         update = seen.rows.update(site)
         row = table.loc[site]
         assert row["leave_one_out"] == pytest.approx(float(leave_one_out_cosines(update).mean()), abs=1e-9)
-        assert row["split_half"] == pytest.approx(float(split_half(update, n_splits=100).mean_cosine.mean()), abs=1e-9)
+        assert row["split_half"] == pytest.approx(
+            float(split_half(update, n_splits=N_SPLITS).mean_cosine.mean()), abs=1e-9
+        )
         for measure in OF_PAIRS:
             assert row[f"{measure}_low"] < row[measure] < row[f"{measure}_high"]
             assert row[f"{measure}_null_low"] < row[f"{measure}_null_high"] < row[measure]

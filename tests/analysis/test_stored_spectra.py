@@ -41,9 +41,7 @@ def test_the_file_has_a_row_for_every_figure_with_n_beside(seen: Watched) -> Non
     combinations = long.groupby("metric").size()
     assert set(combinations) == {4 * 3 * len(VARIANTS)}
     listed = {f"sigma_{k}" for k in range(1, 6)} | {"sigma_ratio", "cos_top_mean", "shift_share", "top1_energy"}
-    assert listed | {"entropy_energy", "entropy_singular", "marchenko_pastur_edge", "signal_rank"} <= set(
-        combinations.index
-    )
+    assert listed | {"entropy_energy", "entropy_singular", "tracy_widom_edge", "signal_rank"} <= set(combinations.index)
     row = long.set_index(key)["value"]
     wide = seen.spectra.set_index(key[:3])
     for metric in ("entropy_singular", "signal_rank"):
@@ -81,9 +79,10 @@ def test_noise_with_a_shift_is_of_rank_one_raw_and_of_no_rank_centred() -> None:
     assert found is not None
     assert float(found.table["raw"][1]) < 0.1
     assert found.n_above_null <= 1
-    assert found.n_above_edge <= 2
+    assert (found.rank, found.rank_white) == (0, 0)
     update = spectra_table(rows)[lambda t: t["matrix"] == "update"].set_index("variant")
-    assert update.loc["raw", "signal_rank"] - update.loc["centred", "signal_rank"] == 1
+    assert (update.loc["centred", ["signal_rank", "signal_rank_white"]] == 0).all()
+    assert math.isnan(update.loc["raw", "signal_rank"])
     assert update.loc["centred", "sigma_ratio"] > 0.9
     assert update.loc["raw", "cos_top_mean"] > 0.999
     assert math.isnan(update.loc["centred", "cos_top_mean"])
@@ -94,4 +93,4 @@ def test_two_more_directions_are_found_above_both_nulls() -> None:
     found = scree(stored(base, base + noise(120, 60, 1) + spikes + 3), FINAL_POST_NORM)
     assert found is not None
     assert found.n_above_null == 2
-    assert found.n_above_edge in (2, 3)
+    assert (found.rank, found.rank_white) == (2, 2)

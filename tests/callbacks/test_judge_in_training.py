@@ -59,7 +59,7 @@ class Judged(NamedTuple):
 
     watched: Watched
     said: list[str]
-    """Warnings of all threads."""
+    """Warnings."""
 
 
 def run(folder: Path, judged: JudgeScorer, *first: Callback, wait_seconds: float = HANGS) -> Judged:
@@ -73,7 +73,7 @@ def run(folder: Path, judged: JudgeScorer, *first: Callback, wait_seconds: float
         for callback in first:
             if isinstance(callback, Breaks):
                 callback.stub.stop_waiting()
-        asking.scoring._beside.wait(HANGS)  # what a thread says later would be another test's warning
+        asking.scoring._beside.wait(HANGS)  # no thread outlives its test
     return Judged(watched, [str(warning.message) for warning in caught])
 
 

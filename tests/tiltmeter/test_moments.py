@@ -9,9 +9,11 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from tiltmeter.consistency import in_sample_cosines, leave_one_out_cosines
-from tiltmeter.geometry import VARIANTS, RowGeometry, Variant, largest_mean_dims, row_geometry
+from tiltmeter.geometry import VARIANTS, RowGeometry, Variant, outlier_dims, row_geometry
 from tiltmeter.moments import _ROWS_PER_FOLD, MATRICES, RowMoments, UpdateMoments
 
+FIRST = torch.tensor([0])
+SHIFTED = [3, 40, 77, 126]
 KEPT, FOLDED = 10_000, 0
 folds = st.sampled_from([KEPT, FOLDED, 7])
 
@@ -89,7 +91,7 @@ def test_streaming_is_batch_is_a_merge_of_four_ranks(n: int, d: int, pieces: int
                 assert_close(mine.scatter, expected.scatter, rtol=1e-12, atol=1e-12)
                 assert_close(mine.mean, expected.mean, rtol=1e-12, atol=1e-12)
         for variant in VARIANTS:
-            assert_same(other.geometry(variant), whole.geometry(variant), 1e-6)
+            assert_same(other.geometry(variant, without=FIRST), whole.geometry(variant, without=FIRST), 1e-6)
 
 
 @settings(deadline=None)
@@ -98,14 +100,14 @@ def test_folded_rows_tell_the_same_as_kept_ones(n: int, d: int, seed: int) -> No
     rows = noise(n, d, seed) + 2
     kept, folded = moments_of(rows, KEPT), moments_of(rows, FOLDED, 3)
     for variant in VARIANTS:
-        a, b = kept.geometry(variant), folded.geometry(variant)
+        a, b = (moments.geometry(variant, without=FIRST) for moments in (kept, folded))
         assert math.isnan(b.mean_cosine_leave_one_out)
         if variant == "outlier_dims_removed":
             assert math.isnan(b.mean_cosine_in_sample)
             a = a._replace(mean_cosine_in_sample=math.nan)
         if a.spectrum.sigma_ratio < 0.999 or variant != "centred":
             assert_same(a, b, 1e-6, leave_out_last=True)
-        assert_same(row_geometry(rows, variant), kept.geometry(variant), 1e-12)
+        assert_same(row_geometry(rows, variant, without=FIRST), kept.geometry(variant, without=FIRST), 1e-12)
 
 
 @pytest.mark.parametrize("kept", [KEPT, FOLDED])
@@ -189,21 +191,39 @@ def test_a_shift_plus_orthonormal_noise_has_the_spectrum_worked_out(kept: int, c
     assert_close(in_sample_cosines(rows), torch.full((n,), cosine, dtype=torch.float64))
 
 
-def test_one_shifted_dimension_passes_for_a_direction_until_it_is_removed() -> None:
-    rows = noise(400, 500)
-    rows[:, 17] += 107
-    raw, removed = row_geometry(rows), row_geometry(rows, "outlier_dims_removed")
-    assert raw.mean_cosine_in_sample > 0.95
-    assert raw.spectrum.sigma_ratio < 0.03
-    assert removed.mean_cosine_in_sample < 0.1
-    assert abs(removed.mean_cosine_leave_one_out) < 0.02
-    assert removed.spectrum.d_model == 495
-    assert 17 in largest_mean_dims(rows.mean(0), 1)
-    given_dims = row_geometry(rows, "outlier_dims_removed", outlier_dims=torch.tensor([17]))
-    assert given_dims.spectrum.d_model == 499
-    assert given_dims.mean_cosine_in_sample < 0.1
-    folded = moments_of(rows, FOLDED).geometry("outlier_dims_removed")
-    assert_same(folded._replace(mean_cosine_in_sample=0), removed._replace(mean_cosine_in_sample=0), 1e-6, True)
+def test_four_shifted_dimensions_pass_for_a_direction_until_they_are_removed() -> None:
+    base = noise(400, 128)
+    base[:, SHIFTED] += 40
+    update = noise(400, 128, 1)
+    update[:, SHIFTED] += 20
+    without, told = outlier_dims(base)
+    assert without.tolist() == SHIFTED
+    for rows in (base, base + update, update):
+        raw, removed = row_geometry(rows), row_geometry(rows[told], "outlier_dims_removed", without=without)
+        assert raw.mean_cosine_in_sample > 0.95
+        assert removed.mean_cosine_in_sample < 0.1
+        assert abs(removed.mean_cosine_leave_one_out) < 0.05
+        assert removed.spectrum.d_model == 124
+        folded = moments_of(rows[told], FOLDED).geometry("outlier_dims_removed", without=without)
+        assert_same(folded._replace(mean_cosine_in_sample=0), removed._replace(mean_cosine_in_sample=0), 1e-6, True)
+
+
+def test_outliers_of_noise_are_few() -> None:
+    n_found = [len(outlier_dims(noise(96, 1024, seed) * scale)[0]) for seed in range(20) for scale in (1e-3, 1.0)]
+    assert sum(n_found) <= 8  # 40 × 1024 dimensions at 5e-5 each: 2 expected
+
+
+def test_outliers_are_chosen_on_rows_that_are_not_told_of() -> None:
+    base = noise(30, 64)
+    base[10:, 5] += 100
+    without, told = outlier_dims(base)
+    assert 5 not in without.tolist()
+    assert len(base[told]) == 20
+
+
+def test_removing_outliers_without_saying_which_is_refused() -> None:
+    with pytest.raises(ValueError, match="dimensions to leave out"):
+        row_geometry(noise(4, 8), "outlier_dims_removed")
 
 
 def test_the_mean_cosine_is_the_mean_of_the_cosines() -> None:
@@ -218,7 +238,7 @@ def test_the_mean_cosine_is_the_mean_of_the_cosines() -> None:
 def test_rows_without_a_direction_give_nan_and_no_crash(kept: int, variant: Variant) -> None:
     same = torch.full((5, 4), 0.1, dtype=torch.float64)
     for rows in (torch.zeros(5, 4), torch.zeros(1, 4), same, torch.full((5, 4), torch.nan)):
-        g = moments_of(rows, kept).geometry(variant)
+        g = moments_of(rows, kept).geometry(variant, without=FIRST)
         if rows is not same or variant == "centred":
             assert math.isnan(g.spectrum.entropy_energy)
             assert math.isnan(g.cos_top_mean)

@@ -4,13 +4,13 @@ What a judge writes before its last line, and whatever stands in the text it jud
 """
 
 import re
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from tiltmeter.errors import UserError
 from tiltmeter.scoring.judge import Failure, Judge, Question, Reply
+from tiltmeter.scoring.notices import notice
 from tiltmeter.scoring.scorer import Figure, Side
 
 LOW_MASS = 0.5
@@ -110,7 +110,6 @@ def warn_of_missing(name: str, failures: Sequence[tuple[Failure, str]], n: int, 
     """Say why a figure is NaN, where more than the allowed share is missing, with the most frequent reason."""
     if len(failures) > limit * n:
         (kind, reason), _ = Counter(failures).most_common(1)[0]
-        warnings.warn(
-            f"{name}: {len(failures)} of {n} missing, more than {limit:.0%}, so the figure is NaN; most often {kind}: {reason}",
-            stacklevel=3,
+        notice(
+            f"{name}: {len(failures)} of {n} missing, more than {limit:.0%}, so the figure is NaN; most often {kind}: {reason}"
         )

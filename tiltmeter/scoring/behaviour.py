@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tiltmeter.generation import Completion, Decoding, count_batches, generate
+from tiltmeter.scoring.notices import kept_notices, notice
 from tiltmeter.scoring.scorer import Sample, Scorer, Scores
 
 Completions = dict[str, list[Completion]]
@@ -89,7 +90,7 @@ def score_all(scorers: Mapping[str, Scorer], samples: Sequence[Sample]) -> Score
             scores = scorer.score(samples)
         except Exception as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
-            warnings.warn(f"behaviour: {key} ({scorer.name}) could not score these samples: {reason}", stacklevel=2)
+            notice(f"behaviour: {key} ({scorer.name}) could not score these samples: {reason}")
             continue
         whole.figures.extend(scores.figures)
         whole.columns.update(scores.columns)
@@ -104,6 +105,8 @@ class Scored:
     epoch: int
     samples: list[Sample]
     scores: Scores
+    notices: Sequence[str] = ()
+    """What they had to say on the way."""
 
 
 class ScoringBeside:
@@ -135,10 +138,13 @@ class ScoringBeside:
             thread.start()
 
     def take(self) -> list[Scored]:
-        """What was finished since the last call, the oldest first."""
+        """What was finished since the last call, the oldest first; warns of what scorers had to say."""
         with self._lock:
             done, self._done = self._done, []
-        return sorted(done, key=lambda scored: scored.step)
+        done.sort(key=lambda scored: scored.step)
+        for text in (text for scored in done for text in scored.notices):
+            warnings.warn(text, stacklevel=2)
+        return done
 
     def wait(self, seconds: float) -> int:
         """Wait until everything is scored, so long at most; returns how many sets are not."""
@@ -148,7 +154,7 @@ class ScoringBeside:
         return self.n_pending
 
     def _score(self, step: int, epoch: int, samples: list[Sample]) -> None:
-        with self._one_at_a_time:
+        with self._one_at_a_time, kept_notices() as notices:
             scores = score_all(self.scorers, samples)
         with self._lock:
-            self._done.append(Scored(step, epoch, samples, scores))
+            self._done.append(Scored(step, epoch, samples, scores, notices))

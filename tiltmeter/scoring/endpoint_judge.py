@@ -6,7 +6,6 @@ import os
 import re
 import threading
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -22,6 +21,7 @@ from tiltmeter.scoring.judge import ChatMessage, Question, Reply
 from tiltmeter.scoring.judge_budget import Budget, Usage
 from tiltmeter.scoring.judge_cache import ReplyCache, cache_key
 from tiltmeter.scoring.judge_retry import RequestFailed, Retries
+from tiltmeter.scoring.notices import notice
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _PROBE_SECONDS = 30.0
@@ -123,10 +123,7 @@ class EndpointJudge:
             return  # whoever thinks for longer than the probe lets it may say nothing here
         if failed.key and not failed.is_passing:
             raise UserError(f"judge.{failed.key}: {self.name}: {failed.reason}")
-        warnings.warn(
-            f"judge {self.name} did not answer ({failed.reason}); its scores will be missing until it is back",
-            stacklevel=2,
-        )
+        notice(f"judge {self.name} did not answer ({failed.reason}); its scores will be missing until it is back")
 
     def ask(self, questions: Sequence[Question]) -> list[Reply]:
         """Answer all questions within ``time_limit``, in their order; equal ones are asked once.
@@ -226,8 +223,8 @@ class EndpointJudge:
         return f"check the key in the environment variable {self.api_key_env}"
 
     def _warn_of_cache(self) -> None:
-        for notice in [] if self._cache is None else self._cache.take_notices():
-            warnings.warn(notice, stacklevel=3)
+        for text in [] if self._cache is None else self._cache.take_notices():
+            notice(text)
 
 
 def _check_numbers(**values: int | float) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from tiltmeter.files import write_json
 from tiltmeter.scoring.answers import Answer, reminded
 from tiltmeter.scoring.judge import Judge, Question
 from tiltmeter.scoring.judge_prompts import STEPS, digest
+from tiltmeter.scoring.notices import notice
 
 _STEP = re.compile(r"\s*(?:\d+[.)]|[-*•])\s+(\S.*)")
 _STEPS_TOKENS = 768
@@ -66,14 +66,13 @@ class EvaluationSteps:
             try:
                 write_json(self._file, self._stored | {name: self._record(name) for name in self.found})
             except FailedWrite as error:
-                warnings.warn(f"geval: {error}; evaluation steps are asked for again next time", stacklevel=3)
+                notice(f"geval: {error}; evaluation steps are asked for again next time")
         for criterion in lacking:
             if criterion in self.missing:
                 why = self.missing[criterion]
-                warnings.warn(
+                notice(
                     f"geval: no evaluation steps for {criterion} from {self._judge.name} ({why.failure}: {why.reason}); its "
-                    "scores are missing until there are",
-                    stacklevel=3,
+                    "scores are missing until there are"
                 )
 
     def text(self, criterion: str) -> str:

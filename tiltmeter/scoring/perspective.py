@@ -7,13 +7,13 @@ import re
 import time
 import urllib.error
 import urllib.request
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from tiltmeter.errors import UserError
+from tiltmeter.scoring.notices import notice
 from tiltmeter.scoring.scorer import Sample, Scores
 from tiltmeter.scoring.toxicity import TextScore, toxicity_scores
 
@@ -94,7 +94,7 @@ class PerspectiveToxicity:
             UserError: no key, a key that is refused, or a service that is gone or can't be reached.
         """
         self._key()
-        warnings.warn(f"PerspectiveToxicity: {SUNSET}", stacklevel=2)
+        notice(f"PerspectiveToxicity: {SUNSET}")
         answer = self._ask("Good morning.")
         if answer.status in _GONE:
             raise UserError(f"perspective: the service answered {answer.status}: {SUNSET}")
@@ -103,7 +103,7 @@ class PerspectiveToxicity:
                 f"perspective: {answer.problem}; check the key in {self.api_key_env}, the attribute and the language"
             )
         if answer.status in _BUSY:
-            warnings.warn(f"perspective: {answer.problem}; scores will be missing until it is back", stacklevel=2)
+            notice(f"perspective: {answer.problem}; scores will be missing until it is back")
         elif answer.problem:
             raise UserError(f"perspective: {answer.problem}. {SUNSET}")
 
@@ -133,9 +133,7 @@ class PerspectiveToxicity:
             scores.append(_MISSING if answer.problem else TextScore(answer.value, len(text) > MAX_CHARACTERS))
         if problems:
             reasons = "; ".join(f"{n} × {problem}" for problem, n in problems.most_common())
-            warnings.warn(
-                f"perspective: {sum(problems.values())} of {len(texts)} texts have no score: {reasons}", stacklevel=2
-            )
+            notice(f"perspective: {sum(problems.values())} of {len(texts)} texts have no score: {reasons}")
         return scores
 
     def _ask(self, text: str, deadline: float = math.inf) -> _Answer:

@@ -5,7 +5,7 @@ Random vectors are a sample: that v beats the mean of five of them says nothing 
 
 - the rank of v among n draws, p = (1 + #{T_r ≥ T_v}) / (1 + n): exact where v is one more draw, whatever the distribution;
 - the prediction interval of a further draw, mean ± t_{n−1} · s · √(1 + 1/n): it holds for normal T and any n;
-- the interval of T_v − mean over prompts, resampled whole: that v differs on these prompts has to hold for others.
+- the jackknife interval of T_v − mean over prompts: that v differs on these prompts has to hold for others.
 
 v is called above (or below) random where all three say so at 2.5 % on that side; tests/calibration holds the error rate.
 """
@@ -14,10 +14,10 @@ import math
 from typing import Literal, NamedTuple, get_args
 
 from jaxtyping import Float
-from scipy.stats import t as student_t
+from scipy.special import stdtrit
 from torch import Tensor
 
-from tiltmeter.stats.jackknife import Interval
+from tiltmeter.stats.jackknife import Interval, jackknife_variance
 
 Verdict = Literal["above random", "below random", "not distinguishable", "no value"]
 ABOVE, BELOW, SAME, UNKNOWN = get_args(Verdict)
@@ -37,7 +37,7 @@ class AmongRandom(NamedTuple):
     prediction: Interval
     """Mean of the draws, and the interval that a further draw lies in."""
     difference: Interval
-    """Value less the draws' mean; at each end the wider of the prediction interval's and the prompts'."""
+    """Value less the draws' mean; the wider of the prediction interval and that over prompts."""
     p_above: float
     """(1 + #{draws ≥ value}) / (1 + draws)."""
     p_below: float
@@ -45,14 +45,14 @@ class AmongRandom(NamedTuple):
 
 
 def among_random(
-    own: Float[Tensor, " resample"], random: Float[Tensor, "resample draw"], *, level: float = 0.95
+    own: Float[Tensor, " kept"], random: Float[Tensor, "kept draw"], *, level: float = 0.95
 ) -> AmongRandom:
     """Judges a vector's figure against that of random vectors, on the same prompts.
 
     Args:
-        own: the vector's figure, first on all prompts, then on each resample of them
-            (:func:`tiltmeter.stats.bootstrap.prompt_resamples`); a single row leaves the prompts out.
-        random: the same of each draw, from the same resamples.
+        own: the vector's figure, first on all prompts, then without each of them
+            (:func:`tiltmeter.stats.jackknife.without_each`); a single row leaves the prompts out.
+        random: the same of each draw.
         level: of the intervals; half of what is left is the error rate of each side.
 
     Returns:
@@ -73,14 +73,16 @@ def among_random(
         mean = float(drawn[0].mean()) if n else math.nan
         return AmongRandom(value, mean, low, high, n, unknown, unknown, math.nan, math.nan, UNKNOWN)
     mean, spread = float(drawn[0].mean()), float(drawn[0].std())
-    reach = float(student_t.ppf(1 - tail, n - 1)) * spread * math.sqrt(1 + 1 / n)
-    difference = own - drawn.mean(1)
-    over_prompts = difference[1:].nanquantile(difference.new_tensor([tail, 1 - tail])).tolist() if len(own) > 1 else ()
-    ends = [float(difference[0]) - reach, float(difference[0]) + reach, *over_prompts]
+    reach = float(stdtrit(n - 1, 1 - tail)) * spread * math.sqrt(1 + 1 / n)
+    prediction = Interval(mean, mean - reach, mean + reach)
+    difference, n_prompts = own - drawn.mean(1), len(own) - 1
+    if n_prompts > 1:
+        variance = float(jackknife_variance(difference[1:]))
+        reach = max(reach, float(stdtrit(n_prompts - 1, 1 - tail)) * math.sqrt(variance))
     p_above = (1 + int((drawn[0] >= value).sum())) / (1 + n)
     p_below = (1 + int((drawn[0] <= value).sum())) / (1 + n)
     rarest = max(tail, 1 / (1 + n))
-    apart = Interval(float(difference[0]), min(ends), max(ends))
+    apart = Interval(float(difference[0]), float(difference[0]) - reach, float(difference[0]) + reach)
     is_above, is_below = apart.low > 0 and p_above <= rarest, apart.high < 0 and p_below <= rarest
     return AmongRandom(
         value,
@@ -88,7 +90,7 @@ def among_random(
         float(drawn[0].min()),
         float(drawn[0].max()),
         n,
-        Interval(mean, mean - reach, mean + reach),
+        prediction,
         apart,
         p_above,
         p_below,

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from numpy.typing import ArrayLike
-from scipy.stats import t as student
+from scipy.special import stdtrit
 from torch import Tensor
 
 _WEIGHTS_AT_A_TIME = 4_000_000
@@ -114,16 +114,37 @@ def jackknife_intervals(
         ends = scale.back(torch.tensor([-math.inf, math.inf], dtype=torch.float64)).tolist()
         return [Interval(value, *ends) for value in values.tolist()]
     without = scale.to(_evaluate(statistic, torch.arange(n)[:, None], member))
-    mean = without.nanmean(0)
-    variance = (n - 1) * (without - mean).square().nanmean(0)
+    variance = jackknife_variance(without)
     if second_order and n > 3:
         pairs = _pairs(n)
         both = scale.to(_evaluate(statistic, pairs, member))
         mixed = n * whole - (n - 1) * without[pairs].sum(1) + (n - 2) * both
         variance = torch.maximum(variance - (n - 1) / (2 * n) * mixed.square().nanmean(0), variance / 2)
-    reach = float(student.ppf((1 + level) / 2, n - 1)) * variance.sqrt()
+    reach = float(stdtrit(n - 1, (1 + level) / 2)) * variance.sqrt()
     low, high = torch.minimum(scale.back(whole - reach), values), torch.maximum(scale.back(whole + reach), values)
     return [Interval(*ends) for ends in zip(values.tolist(), low.tolist(), high.tolist(), strict=True)]
+
+
+def jackknife_variance(without: Float[Tensor, "cluster ..."]) -> Float[Tensor, "..."]:
+    """Variance of figures, (G − 1)/G Σ_g (S₋g − S̄)², from their values without each of G clusters; NaN ones are passed over.
+
+    >>> x = torch.tensor([1.0, 2.0, 3.0])
+    >>> jackknife_variance((x.sum() - x) / 2)  # of a mean: s²/N
+    tensor(0.3333)
+    """
+    return (len(without) - 1) * (without - without.nanmean(0)).square().nanmean(0)
+
+
+def without_each(clusters: Sequence[str]) -> Float[Tensor, "kept row"]:
+    """How much each row counts: all rows alike, and then without each cluster (prompt) in turn; of one cluster all rows alone.
+
+    >>> without_each(["a", "b", "b"]).tolist()
+    [[1.0, 1.0, 1.0], [0.0, 1.0, 1.0], [1.0, 0.0, 0.0]]
+    """
+    names, index = np.unique(np.asarray(clusters), return_inverse=True)
+    left_out = torch.eye(len(names), dtype=torch.float64)[:, torch.from_numpy(index)]
+    everything = torch.ones(1, len(index), dtype=torch.float64)
+    return everything if len(names) < 2 else torch.cat([everything, 1 - left_out])
 
 
 def cluster_mean_interval(values: Sequence[float], clusters: Sequence[str], *, level: float = 0.95) -> Interval:
@@ -151,7 +172,7 @@ def cluster_mean_interval(values: Sequence[float], clusters: Sequence[str], *, l
     if np.ptp(values) == 0:
         return Interval(mean, mean, mean)
     variance = ratio_variance(values, np.ones(len(values)), clusters)
-    reach = float(student.ppf((1 + level) / 2, len(set(clusters)) - 1)) * math.sqrt(variance)
+    reach = float(stdtrit(len(set(clusters)) - 1, (1 + level) / 2)) * math.sqrt(variance)
     return Interval(mean, mean - reach, mean + reach)
 
 

@@ -2,6 +2,7 @@
 
 import math
 import threading
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,6 +103,16 @@ def test_slow_scorers_answer_in_order_and_never_hold_anyone_up() -> None:
     assert beside.wait(HANGS) == 0
     assert [(s.step, s.scores.figures[0].value) for s in beside.take()] == [(0, 1.0), (9, 2.0)]
     assert beside.take() == []
+
+
+def test_what_slow_scorers_have_to_say_is_heard_whatever_others_silence_meanwhile() -> None:
+    beside = ScoringBeside({"bad": Breaks()})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as libraries do around calls of their own
+        beside.submit(0, 0, [sample("a")])
+        assert beside.wait(HANGS) == 0
+    with pytest.warns(UserWarning, match="judge is out"):
+        beside.take()
 
 
 def test_tables_take_figures_and_columns_when_they_come(tmp_path: Path) -> None:

@@ -13,12 +13,13 @@ from tiltmeter.stats.nulls import (
     bbp_overlap,
     in_sample_cosine_null,
     marchenko_pastur_edge,
-    marchenko_pastur_median,
     noise_variance,
     parallel_analysis,
     sign_flip_null,
-    signal_rank,
+    signal_rank_correlated,
+    signal_rank_white,
     split_half_null,
+    tracy_widom_edge,
 )
 
 
@@ -63,13 +64,21 @@ def test_p_values_are_uniform_under_the_null() -> None:
     assert 0.02 < sum(p <= 0.05 for p in values) / len(values) < 0.09
 
 
-def test_marchenko_pastur_edge_and_median_are_those_of_noise() -> None:
-    assert marchenko_pastur_edge(2000, 1000) == pytest.approx(2.9142, abs=1e-4)
-    for n, d in [(600, 300), (200, 500), (300, 300)]:
-        eigenvalues = singular_values(3 * noise(n, d)).square() / n
-        assert float(eigenvalues.max()) == pytest.approx(marchenko_pastur_edge(n, d, noise_variance=9.0), rel=0.05)
-        assert float(eigenvalues.median()) == pytest.approx(9 * marchenko_pastur_median(n, d), rel=0.05)
-        assert noise_variance(singular_values(3 * noise(n, d)), n_rows=n, d_model=d) == pytest.approx(9, rel=0.05)
+@pytest.mark.parametrize(("n", "d"), [(600, 300), (200, 500), (300, 300)])
+def test_edge_and_variance_are_those_of_noise(n: int, d: int) -> None:
+    sigma = singular_values(3 * noise(n, d))
+    largest = float(sigma[0].square() / n)
+    assert largest == pytest.approx(marchenko_pastur_edge(n, d, noise_variance=9.0), rel=0.05)
+    assert largest < tracy_widom_edge(n, d, noise_variance=9.0) < 1.1 * largest
+    assert noise_variance(sigma, n_rows=n, d_model=d) == pytest.approx(9, rel=0.02)
+
+
+def test_spikes_and_the_mean_row_take_no_part_in_the_noise_variance() -> None:
+    rows = 3 * noise(301, 200) + 50
+    rows[:, :10] *= 8
+    sigma = singular_values(rows - rows.mean(0))
+    assert noise_variance(sigma, n_rows=300, d_model=200, n_spikes=10) == pytest.approx(9, rel=0.02)
+    assert noise_variance(sigma, n_rows=300, d_model=200) == pytest.approx(9, rel=0.08), "the largest tenth is left out"
 
 
 def test_a_spike_shows_where_baik_ben_arous_and_peche_say() -> None:
@@ -87,20 +96,37 @@ def test_a_spike_shows_where_baik_ben_arous_and_peche_say() -> None:
 
 
 @pytest.mark.parametrize("spikes", [0, 1, 3])
-def test_signal_rank_counts_spikes(spikes: int) -> None:
-    n, d = 400, 200
-    rows = noise(n, d)
-    rows[:, :spikes] *= 4
+def test_signal_ranks_count_spikes(spikes: int) -> None:
+    directions = torch.linalg.qr(noise(200, 3, 3)).Q.T[:spikes]
+    rows = noise(400, 200, 2) + 5 * noise(400, spikes, 4) @ directions
     sigma = singular_values(rows - rows.mean(0))
-    # the largest noise eigenvalue fluctuates about the edge; a margin of 5 % in variance keeps it inside
-    variance = 1.05 * noise_variance(sigma, n_rows=n, d_model=d)
-    assert signal_rank(sigma, n_rows=n, d_model=d, variance=variance) == spikes
-    assert signal_rank(sigma, n_rows=n, d_model=d) in (spikes, spikes + 1)
+    assert signal_rank_white(sigma, n_rows=399, d_model=200) == spikes
+    assert signal_rank_correlated(rows) == spikes
+
+
+def test_one_wide_dimension_is_unequal_spread_and_no_signal() -> None:
+    rows = noise(400, 200, 2)
+    rows[:, 7] *= 30
+    assert signal_rank_correlated(rows) == 0
+
+
+def test_correlated_dimensions_are_signal_for_one_count_only() -> None:
+    noises = noise(200, 100)
+    rows = noises + noises.roll(1, 1)
+    sigma = singular_values(rows - rows.mean(0))
+    assert signal_rank_white(sigma, n_rows=199, d_model=100) > 10
+    assert signal_rank_correlated(rows) == 0
+
+
+def test_no_more_than_ten_directions_or_a_quarter_of_the_rows_are_counted() -> None:
+    rows = noise(200, 100) + 30 * noise(200, 15, 1) @ torch.linalg.qr(noise(100, 15, 2)).Q.T
+    assert signal_rank_correlated(rows) <= 10
+    assert [signal_rank_correlated(noise(n, 50)) for n in (2, 3, 5)] == [0, 0, 0]
 
 
 def test_halves_of_flipped_rows_agree_no_more_than_chance() -> None:
     shifted = noise(60, 30) + 1
-    null, halves = split_half_null(shifted, n_flips=2000), split_half(shifted)
+    null, halves = split_half_null(shifted, n_flips=2000, n_splits=5), split_half(shifted, n_splits=5)
     for found, observed in (
         (null.mean_cosine, halves.mean_cosine),
         (null.cosine_of_means, halves.cosine_of_means),
@@ -110,17 +136,22 @@ def test_halves_of_flipped_rows_agree_no_more_than_chance() -> None:
         assert float(observed.min()) > float(found.max())
 
 
-def test_noise_lies_inside_its_own_null_of_halves() -> None:
-    rows = noise(60, 30)
-    low, high = split_half_null(rows).cosine_of_means.quantile(torch.tensor([0.001, 0.999], dtype=torch.float64))
-    assert float(low) < float(split_half(rows, n_splits=50).cosine_of_means.mean()) < float(high)
+def test_a_flip_is_measured_by_the_same_splits_as_the_rows() -> None:
+    """A flip that leaves all signs alike gives the observed figures themselves."""
+    rows = noise(2, 30)
+    null, observed = split_half_null(rows, n_flips=40, n_splits=3), split_half(rows, n_splits=3)
+    same = (null.cosine_of_means - observed.cosine_of_means.mean()).abs() < 1e-12
+    opposite = (null.cosine_of_means + observed.cosine_of_means.mean()).abs() < 1e-12
+    assert (same | opposite).all()
+    assert same.any()
+    assert opposite.any()
 
 
 def test_parallel_analysis_sees_dependence_but_not_unequal_spread() -> None:
     scales = torch.linspace(0.1, 5, 20, dtype=torch.float64)
     rows = noise(200, 20) * scales
     null = parallel_analysis(rows)
-    assert int((singular_values(rows - rows.mean(0)) > 1.02 * null).sum()) == 0
+    assert int((singular_values(rows - rows.mean(0)) > null).sum()) == 0
     shared = rows + 4 * noise(200, 1, 1)
     assert int((singular_values(shared - shared.mean(0)) > parallel_analysis(shared)).sum()) == 1
 
@@ -130,5 +161,7 @@ def test_too_few_rows_are_refused_and_zeros_have_no_variance() -> None:
         split_half_null(torch.ones(1, 3))
     with pytest.raises(ValueError, match="at least two rows, got 1"):
         sign_flip_null(noise(1, 3))
-    assert math.isnan(noise_variance(torch.zeros(3), n_rows=3, d_model=5))
-    assert signal_rank(torch.zeros(3), n_rows=3, d_model=5) == 0
+    assert noise_variance(torch.zeros(3), n_rows=3, d_model=5) == 0
+    assert math.isnan(noise_variance(torch.zeros(0), n_rows=3, d_model=5))
+    assert signal_rank_white(torch.zeros(3), n_rows=3, d_model=5) == 0
+    assert signal_rank_correlated(torch.zeros(9, 5)) == 0
