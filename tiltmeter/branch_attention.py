@@ -33,9 +33,9 @@ class _Layer:
     """Keys and values of one block."""
 
     prompt_keys: Float[Tensor, "row key_head prompt d_head"]
-    prompt_values: Float[Tensor, "row key_head prompt d_head"]
+    prompt_values: Float[Tensor, "row key_head prompt d_value"]
     own_keys: Float[Tensor, "row key_head branch step d_head"]
-    own_values: Float[Tensor, "row key_head branch step d_head"]
+    own_values: Float[Tensor, "row key_head branch step d_value"]
 
     def selected(self, rows: Tensor, branches: Tensor) -> "_Layer":
         own = [x.index_select(0, rows).index_select(2, branches) for x in (self.own_keys, self.own_values)]
@@ -128,7 +128,7 @@ def branch_attention(
     module: nn.Module,
     query: Float[Tensor, "row head branch d_head"],
     key: Float[Tensor, "row key_head branch d_head"],
-    value: Float[Tensor, "row key_head branch d_head"],
+    value: Float[Tensor, "row key_head branch d_value"],
     attention_mask: Tensor | None,
     *,
     branches: BranchCache,
@@ -137,7 +137,7 @@ def branch_attention(
     softcap: float | None = None,
     dropout: float = 0.0,
     **options: Any,
-) -> tuple[Float[Tensor, "row branch head d_head"], None]:
+) -> tuple[Float[Tensor, "row branch head d_value"], None]:
     """Attention of one new token a branch to the prompt and to the branch's own tokens, this one included.
 
     Raises:

@@ -111,8 +111,8 @@ def check_adapters(model: PreTrainedModel) -> None:
     """
     with adapters_disabled(model):
         before = _log_probs(model)
-    adapters: dict[Module, str] = {
-        module: _kind(name) for name, module in model.named_modules() if isinstance(module, LoraLayer)
+    adapters = {
+        cast(Module, module): _kind(name) for name, module in model.named_modules() if isinstance(module, LoraLayer)
     }
     ran: set[str] = set()
     hooks = [module.register_forward_hook(lambda module, *_: ran.add(adapters[module])) for module in adapters]
