@@ -6,7 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
@@ -75,6 +75,14 @@ def check_adapter(folder: Path, *, base: str) -> LoraConfig:
     return LoraConfig(**{key: value for key, value in raw.items() if key in known and value is not None})
 
 
+def _merged(adapted: PeftModel | PeftMixedModel) -> Any:
+    """A plain model, or the adapted one where its family's maps can't be merged, as in training: it computes the same."""
+    try:
+        return adapted.merge_and_unload(safe_merge=True)
+    except (RecursionError, NotImplementedError, AttributeError, TypeError):
+        return adapted.get_base_model()
+
+
 def merge_adapter(model: PreTrainedModel, config: LoraConfig, folder: Path) -> PreTrainedModel:
     """The model with an adapter's weights added to its own, in its own dtype; the model given is used up.
 
@@ -92,7 +100,7 @@ def merge_adapter(model: PreTrainedModel, config: LoraConfig, folder: Path) -> P
             raise ValueError(f"its weight {missed.unexpected_keys[0]} has no place in the model")
         if left := [key for key in missed.missing_keys if "lora_" in key]:
             raise ValueError(f"it has no {left[0]}")
-        merged: Any = adapted.merge_and_unload(safe_merge=True)
+        merged: Any = _merged(adapted)
     except Exception as error:  # whatever a damaged or foreign file makes peft raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(

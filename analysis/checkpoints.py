@@ -63,8 +63,10 @@ def start_scorers(scorers: Iterable[Scorer], checkpoints: Checkpoints) -> None:
         scorer.start()
 
 
-def checkpoints_of_run(run: Run, *, dtype: str = "float32", device: Device = None) -> Checkpoints:
-    """The base and the aligned model of a finished run, and its probe's pairs.
+def checkpoints_of_run(
+    run: Run, *, dtype: str = "float32", device: Device = None, attn_implementation: str | None = None
+) -> Checkpoints:
+    """The base and the aligned model of a finished run, and its probe's pairs; on the attention kernel it was trained with.
 
     Raises:
         UserError: no pairs, a model that can't be opened, or pairs of another tokenizer.
@@ -75,7 +77,8 @@ def checkpoints_of_run(run: Run, *, dtype: str = "float32", device: Device = Non
             f"{run.folder / PROMPTS_FILE}: no such file, so it isn't known what to ask; train the run again"
         )
     base, revision = run.base_source
-    opened = _open(base, str(run.aligned), dtype, device, revision)
+    kernel = attn_implementation or run.setting("model.attn_implementation")
+    opened = _open(base, str(run.aligned), dtype, device, None if kernel is None else str(kernel), revision)
     check_ids(pairs, opened[0].model, run.folder / PROMPTS_FILE)
     return Checkpoints(*opened, pairs, _world_of(run), _beta_of(run))
 
@@ -113,7 +116,14 @@ class HeldOutPairs:
         self.chat_date = chat_date
 
     def ask(
-        self, base: str, aligned: str, source: PreferenceSource, *, dtype: str = "float32", device: Device = None
+        self,
+        base: str,
+        aligned: str,
+        source: PreferenceSource,
+        *,
+        dtype: str = "float32",
+        device: Device = None,
+        attn_implementation: str | None = None,
     ) -> tuple[Checkpoints, list[LoadReport], TokenizationReport]:
         """Open two checkpoints, folders or hub ids, and draw the pairs; with what was read, and what encoding cut or dropped.
 
@@ -123,7 +133,7 @@ class HeldOutPairs:
         records, reports = source.load()
         if not records:
             raise UserError("data: no preference pair is left after filtering")
-        opened = _open(base, aligned, dtype, device)
+        opened = _open(base, aligned, dtype, device, attn_implementation)
         limit = getattr(opened[0].model.config, "max_position_embeddings", None) or self.max_length
         drawn = [with_clean_label(record) for record in _one_a_prompt(records, self.n_pairs, self.seed)]
         try:
@@ -158,12 +168,13 @@ def _one_a_prompt(records: Sequence[PreferencePair], n: int, seed: int) -> list[
 
 
 def _open(
-    base: str, aligned: str, dtype: str, device: Device, base_revision: str | None = None
+    base: str, aligned: str, dtype: str, device: Device, kernel: str | None, base_revision: str | None = None
 ) -> tuple[LoadedModel, LoadedModel]:
     """Both models, after what can be said without their weights."""
     options: dict[str, Any] = {
         "dtype": DTYPES[dtype],
         "device": device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        "attn_implementation": kernel,
     }
     if find_adapter(base) is not None:
         raise UserError(f"base={base}: an adapter, expected a whole model; give the base it was trained on")

@@ -19,6 +19,7 @@ from tiltmeter.gradients import log_prob_gradients, sequence_gradients
 from tiltmeter.layers import FINAL_POST_NORM, unembedding
 from tiltmeter.log_probs import scale_and_cap, sequence_log_probs, target_hidden_states
 from tiltmeter.probe import Probe, cut_pair, matching_rows
+from tiltmeter.verification import best_layout
 
 LEAST_PLACES = 4
 Kind = Literal["preference", "random"]
@@ -83,7 +84,8 @@ class StateGradients:
         self.base = checkpoints.base.model
         self.model = self.base if of == "base" else checkpoints.aligned.model
         asked = tuple(dict.fromkeys([*sites, FINAL_POST_NORM]))
-        probe = Probe.of_pairs([place.pair.ids for place in places], sites=asked, positions=["diverge"])
+        pairs = [place.pair.ids for place in places]
+        probe = Probe.of_pairs(pairs, layout=best_layout(self.base, pairs), sites=asked, positions=["diverge"])
         before, after = (probe.read(opened.model) for opened in (checkpoints.base, checkpoints.aligned))
         both = {site: matching_rows(before, after, ReadPoint(site, "diverge")) for site in asked}
         self.states = {site: policy if of == "aligned" else base for site, (base, policy) in both.items()}

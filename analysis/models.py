@@ -17,6 +17,7 @@ from transformers import (
 
 from tiltmeter.errors import UserError
 from tiltmeter.model_files import Part, find_fault, reason_of
+from tiltmeter.models import choose_attention
 
 
 @dataclass(frozen=True)
@@ -44,16 +45,25 @@ def load_tokenizer(where: str | Path, *, revision: str | None = None, is_model: 
 
 
 def load_model(
-    where: str | Path, *, revision: str | None = None, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    where: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    attn_implementation: str | None = None,
 ) -> LoadedModel:
     """Open a folder of ``save_pretrained`` or, for anything else, a model of the Hugging Face hub at a revision.
+
+    Args:
+        attn_implementation: ``sdpa`` or ``eager``; None: :func:`tiltmeter.models.choose_attention`.
 
     Raises:
         UserError: missing, damaged, weights that are not safetensors or not all there, or a tokenizer larger than the vocabulary.
     """
     safe = _safe(where, revision)
     tokenizer = load_tokenizer(where, revision=revision)
-    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "attn_implementation": "sdpa"}
+    kernel = choose_attention(load_config(where, revision=revision), attn_implementation)
+    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "attn_implementation": kernel}
     options["output_loading_info"] = True
     model, found = _or_user_error(
         where, "weights", lambda: AutoModelForCausalLM.from_pretrained(where, **options, **safe)

@@ -16,6 +16,7 @@ from tiltmeter.scoring.behaviour import Prompt
 from tiltmeter.scoring.preference import kl_figures, preference_scores
 from tiltmeter.scoring.preference_probe import probe_figures
 from tiltmeter.scoring.scorer import Figure, Sample, Side
+from tiltmeter.verification import best_layout
 
 _TOKENS_PER_BATCH = 8192
 _POSITION: Position = "response_last"
@@ -58,7 +59,8 @@ def probe_accuracies(checkpoints: Checkpoints, sites: str | Sequence[str]) -> li
     figures = []
     sides: tuple[tuple[Side, LoadedModel], ...] = (("base", checkpoints.base), ("policy", checkpoints.aligned))
     for of, opened in sides:
-        states = Probe.of_pairs(ids, sites=sites, positions=[_POSITION]).read(opened.model)
+        layout = best_layout(opened.model, ids)
+        states = Probe.of_pairs(ids, layout=layout, sites=sites, positions=[_POSITION]).read(opened.model)
         for point in read_points(sites, [_POSITION], opened.model.config.num_hidden_layers):
             rows, side = states[point].rows, states[point].sides
             where = f"{point.site} {point.position}"

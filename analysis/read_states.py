@@ -25,6 +25,7 @@ from tiltmeter.layers import unembedding
 from tiltmeter.models import DTYPES
 from tiltmeter.positions import Position
 from tiltmeter.probe import DEFAULT_POSITIONS, PreferenceDirections, Probe, cut_pair
+from tiltmeter.verification import best_layout
 from tiltmeter.watching import observation_metrics
 from tiltmeter.weights.random_update import FORMS, N_DRAWS, RandomUpdates, check_draws, read_random_updates
 
@@ -110,7 +111,7 @@ class StateReading:
     def _random_updates(
         self, checkpoints: Checkpoints, pairs: Sequence[TokenizedPair], n_steps: int | None
     ) -> RandomUpdates:
-        probe = Probe.of_pairs(pairs, pairs_per_batch=self.pairs_per_batch, positions=_HELD_AGAINST_RANDOM)
+        probe = self._probe(checkpoints, pairs, _HELD_AGAINST_RANDOM)
         policy = checkpoints.aligned.model.state_dict()
         try:
             return read_random_updates(
@@ -118,6 +119,10 @@ class StateReading:
             )
         except ValueError as error:
             raise UserError(f"hidden_states: {error}") from error
+
+    def _probe(self, checkpoints: Checkpoints, pairs: Sequence[TokenizedPair], positions: Sequence[Position]) -> Probe:
+        layout = best_layout(checkpoints.base.model, pairs)
+        return Probe.of_pairs(pairs, pairs_per_batch=self.pairs_per_batch, layout=layout, positions=positions)
 
     def read(self, checkpoints: Checkpoints, *, n_steps: int | None = None) -> "ReadNow":
         """Read both models.
@@ -129,7 +134,7 @@ class StateReading:
             UserError: fewer than four pairs with finite states.
         """
         pairs = list(checkpoints.pairs[: self.n_pairs])
-        probe = Probe.of_pairs([p.ids for p in pairs], pairs_per_batch=self.pairs_per_batch, positions=_POSITIONS)
+        probe = self._probe(checkpoints, [pair.ids for pair in pairs], _POSITIONS)
         base, policy = (probe.read(opened.model) for opened in (checkpoints.base, checkpoints.aligned))
         finite = _finite_pairs(base, policy, len(pairs))
         if len(finite) < _LEAST_PAIRS:

@@ -3,7 +3,7 @@
 import base64
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from analysis.figures import save_figure
 from analysis.samples import Samples
 from analysis.subject import Subject
-from tiltmeter.errors import FailedWrite, UserError
+from tiltmeter.errors import FailedWrite, Unsupported, UserError
 from tiltmeter.files import write_text
 
 _TEMPLATES = Path(__file__).resolve().parent / "templates"
@@ -73,12 +73,15 @@ class Attempts:
 
     Args:
         debug: let what fails pass, with its traceback.
+        named: analyses asked for by name; others are left out where a model's family can't do them.
     """
 
-    def __init__(self, *, debug: bool = False) -> None:
+    def __init__(self, *, debug: bool = False, named: Collection[str] = ()) -> None:
         self.failed: dict[str, Exception] = {}
         """Name of each analysis that failed → what it raised."""
-        self._debug = debug
+        self.left_out: dict[str, Unsupported] = {}
+        """Name of each analysis that the models' family can't do → why."""
+        self._debug, self._named = debug, named
 
     @contextmanager
     def of(self, *names: str, wrong_input: bool = False) -> Iterator[None]:
@@ -93,9 +96,19 @@ class Attempts:
         try:
             yield
         except Exception as error:
+            if isinstance(error, Unsupported) and not set(names) & set(self._named):
+                self.left_out |= dict.fromkeys(names, error)
+                return
             if self._debug or isinstance(error, FailedWrite) or (isinstance(error, UserError) and not wrong_input):
                 raise
             self.failed |= dict.fromkeys(names, error)
+
+    def lines_left_out(self) -> list[str]:
+        """A line on the analyses that these models can't do, by reason: their names, and why."""
+        names: dict[str, list[str]] = {}
+        for name, error in self.left_out.items():
+            names.setdefault(_reason(error), []).append(name)
+        return [f"{', '.join(found)} left out: {reason}" for reason, found in names.items()]
 
     def lines(self) -> list[str]:
         """A line on each failure: the analysis, and why."""
@@ -123,7 +136,9 @@ def write_report(
         with attempts.of(section.name):
             drawn[section.name] = _write_section(subject.report, section)
     shown = [section for section in sections if section.name in drawn]
-    page = render_page(subject, shown, samples, images=list(drawn.values()), failed=attempts.lines())
+    page = render_page(
+        subject, shown, samples, images=list(drawn.values()), failed=[*attempts.lines(), *attempts.lines_left_out()]
+    )
     target = subject.report / "index.html"
     write_text(target, page)
     return target

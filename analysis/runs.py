@@ -44,8 +44,8 @@ class Run:
 
     @property
     def aligned(self) -> Path:
-        """The model after the last step."""
-        return self.folder / "aligned"
+        """The model after the last step; the adapter of it where that couldn't be merged."""
+        return self.folder / ("aligned" if _is_merged(self.folder) else "adapter")
 
     @property
     def base_source(self) -> tuple[str, str | None]:
@@ -159,7 +159,11 @@ def _read_held_out(path: Path) -> pd.DataFrame:
 
 
 def _is_finished(folder: Path) -> bool:
-    """aligned/ is renamed into place as a whole, as the last thing that training writes."""
+    """aligned/, or adapter/ alone where it can't be merged, is renamed into place as the last thing that training writes."""
+    return _is_merged(folder) or (folder / "adapter" / "adapter_config.json").is_file()
+
+
+def _is_merged(folder: Path) -> bool:
     return (folder / "aligned" / "config.json").is_file()
 
 

@@ -22,6 +22,7 @@ from tiltmeter.layers import FINAL_POST_NORM, unembedding
 from tiltmeter.positions import POSITIONS, Position
 from tiltmeter.probe import PreferenceDirections, Probe, matching_rows
 from tiltmeter.scoring.preference_probe import probe_direction
+from tiltmeter.verification import best_layout
 
 V_STAR, V_BAR = "v*", "v_bar"
 DIFFERENCE, PROBE = "difference_of_means", "probe"
@@ -111,7 +112,9 @@ class States:
         self.sites = sites
         self.head = unembedding(checkpoints.base.model)
         positions = list(dict.fromkeys([position, *others]))
-        self._probe = Probe.of_pairs(self.ids, sites=sites, positions=positions)
+        self._probe = Probe.of_pairs(
+            self.ids, layout=best_layout(checkpoints.base.model, self.ids), sites=sites, positions=positions
+        )
         self._base_model, self._unrelated_ids = checkpoints.base, [list(ids) for ids in unrelated]
         self._unrelated: Mapping[ReadPoint, HiddenStates] | None = None
         self._base, self._policy = (self._read(opened) for opened in (checkpoints.base, checkpoints.aligned))
@@ -131,11 +134,9 @@ class States:
     def unrelated(self, site: str) -> Tensor:
         """States of the base model at the last token of unrelated prompts, a row a prompt."""
         if self._unrelated is None:
-            probe = Probe.of_pairs(
-                [TokenizedPair(ids, ids[-1:], ids[-1:]) for ids in self._unrelated_ids],
-                sites=self.sites,
-                positions=["prompt_last"],
-            )
+            pairs = [TokenizedPair(ids, ids[-1:], ids[-1:]) for ids in self._unrelated_ids]
+            layout = best_layout(self._base_model.model, pairs)
+            probe = Probe.of_pairs(pairs, layout=layout, sites=self.sites, positions=["prompt_last"])
             self._unrelated = probe.read(self._base_model.model)
         return self._unrelated[ReadPoint(site, "prompt_last")].rows
 

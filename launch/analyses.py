@@ -44,7 +44,7 @@ _KEYS: Mapping[str, Sequence[str]] = {
     "truthfulqa": (BEHAVIOUR,),
     **dict.fromkeys(("decoding", "judge", "toxicity"), (BEHAVIOUR, STEERING)),
     "hidden_states": HIDDEN_STATES,
-    **dict.fromkeys(("dtype", "device"), (*HIDDEN_STATES, *ASKED)),
+    **dict.fromkeys(("dtype", "device", "attn_implementation"), (*HIDDEN_STATES, *ASKED)),
 }
 """Keys of the configuration → the analyses that they have an effect on; others concern all."""
 _OF_CHECKPOINTS = ("data", "pairs", "out")

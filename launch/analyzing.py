@@ -36,6 +36,7 @@ from launch.wandb_report import check_upload, upload_report
 from tiltmeter.chat import as_date
 from tiltmeter.commands import command, setting
 from tiltmeter.errors import IncompleteEvaluation, UserError
+from tiltmeter.models import KERNELS
 
 
 class Wanted(NamedTuple):
@@ -48,6 +49,8 @@ class Wanted(NamedTuple):
     reading: StateReading
     dry_run: bool
     upload: bool
+    kernel: str | None
+    """Of attention; None: a run's own, else the family's."""
     attempts: Attempts
     """Analyses that fail, of which none costs the others."""
 
@@ -74,8 +77,16 @@ def analyze(config: DictConfig) -> Path | None:
         config.chat_date = run.setting("chat_date")
     questions = {name: instantiate(config[ASKED[name]]) for name in names if name in ASKED}
     wanted = Wanted(
-        names, questions, instantiate(config.hidden_states), config.dry_run, config.upload, Attempts(debug=config.debug)
+        names,
+        questions,
+        instantiate(config.hidden_states),
+        config.dry_run,
+        config.upload,
+        config.attn_implementation,
+        Attempts(debug=config.debug, named=[name for name, is_named in names.items() if is_named]),
     )
+    if config.attn_implementation not in (None, *KERNELS):
+        raise UserError(f"attn_implementation: expected sdpa or eager, got {config.attn_implementation}")
     if run is not None:
         return _analyze_run(wanted, run)
     return _analyze_checkpoints(config, wanted)
@@ -99,7 +110,7 @@ def _analyze_run(wanted: Wanted, run: Run) -> Path | None:
         check_upload(run)
     if not wanted.dry_run:
         check_writable(run.report, key="run")
-    opened = cache(partial(checkpoints_of_run, run))
+    opened = cache(partial(checkpoints_of_run, run, attn_implementation=wanted.kernel))
     try:
         plans = _plan(wanted, opened, run.report / "tables")
     except UserError as error:
@@ -112,7 +123,9 @@ def _analyze_run(wanted: Wanted, run: Run) -> Path | None:
         seen = _with_random(seen, run, wanted.reading, opened)
     with console().status("Drawing what the run kept …"):
         read = _read_off(wanted.names, run, seen, attempts)
-    again = [name for name in wanted.names if name in READ_NOW and name not in read and name not in attempts.failed]
+    again = [
+        name for name in wanted.names if name in READ_NOW and name not in (*read, *attempts.failed, *attempts.left_out)
+    ]
     if not again:
         refuse_unused(wanted.questions, of_run=True)
     try:
@@ -137,7 +150,11 @@ def _analyze_run(wanted: Wanted, run: Run) -> Path | None:
         run,
         asked=[*(name for name in again if name in read), *wanted.questions],
         is_read=any(name not in again for name in read),
-        left_out=[name for name in wanted.names if name not in (*read, *wanted.questions, *attempts.failed)],
+        left_out=[
+            name
+            for name in wanted.names
+            if name not in (*read, *wanted.questions, *attempts.failed, *attempts.left_out)
+        ],
         command=partial(_command, run=run.folder),
     )
     models = plans[0].checkpoints if plans else checkpoints
@@ -211,7 +228,7 @@ def _analyze_into(folder: Path, config: DictConfig, wanted: Wanted) -> Path | No
     attempts = wanted.attempts
     pairs: HeldOutPairs = instantiate(config.pairs)
     base, aligned = str(config.base), str(config.aligned)
-    opened = cache(partial(pairs.ask, base, aligned, instantiate(config.data)))
+    opened = cache(partial(pairs.ask, base, aligned, instantiate(config.data), attn_implementation=wanted.kernel))
     plans = _plan(
         wanted,
         lambda **how: opened(**how)[0],
@@ -324,6 +341,8 @@ def _report(
             upload(page, [section for section in sections if section.name not in attempts.failed]),
             soft_wrap=True,
         )
+    for line in attempts.lines_left_out():
+        console().print(line, soft_wrap=True, markup=False)
     missing = [f"{'; '.join(attempts.lines())} ({_SHOW})"] if attempts.failed else []
     if lost := [name for one in asked for name in one.lost]:
         missing.append(

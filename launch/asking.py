@@ -17,6 +17,8 @@ from analysis.sweep_costs import sweep_costs
 from analysis.sweep_table import OtherSettings
 from launch.screen import FittingTable, console
 from launch.steering import sweep_into
+from tiltmeter.errors import FailedWrite, Unsupported, UserError
+from tiltmeter.verification import best_layout
 
 
 class Asked(NamedTuple):
@@ -85,7 +87,25 @@ class Plan:
         return question.costs(self.checkpoints)
 
     def ask(self) -> Asked:
-        """Run it."""
+        """Run it.
+
+        Raises:
+            Unsupported: it fails, and the models are of a family that no rows can be shared in (ALiBi, state-space layers …).
+        """
+        try:
+            return self._ask()
+        except (UserError, FailedWrite):
+            raise
+        except Exception as error:
+            model = self.checkpoints.base.model
+            if best_layout(model, ()) == "shared_prefix":
+                raise
+            reason = " ".join(str(error).split())[:100] or type(error).__name__
+            raise Unsupported(
+                f"{type(model).__name__} has no attention that rows can be shared in ({reason})"
+            ) from error
+
+    def _ask(self) -> Asked:
         if isinstance(self.question, Behaviour):
             return _behaviour(self.question, self.checkpoints)
         if isinstance(self.question, SteeringSweep):

@@ -7,7 +7,7 @@ from contextlib import suppress
 from datetime import datetime
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
@@ -17,10 +17,12 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_modules.base import LogProbModule
-from tiltmeter.errors import FailedWrite
+from tiltmeter.errors import FailedWrite, UserError
 from tiltmeter.files import write_atomically, write_json, write_text
 from tiltmeter.lora import ADAPTER, add_lora, merged_state
 from tiltmeter.models import CausalLM
+
+T = TypeVar("T")
 
 
 def claim_folder(parent: Path) -> Path:
@@ -51,10 +53,11 @@ def export_model(
     trainer: Trainer,
     *,
     keep_existing: bool = False,
-) -> None:
+) -> str | None:
     """Write plain safetensors, configuration and tokenizer; every process must call this, the first one writes.
 
     A model with LoRA adapters is written twice: merged, as a plain model, and its adapters alone in ``adapter/`` beside it.
+    Where they can't be merged, ``adapter/`` is the result, and why is returned.
 
     Args:
         keep_existing: a folder that another run made meanwhile stays.
@@ -66,38 +69,45 @@ def export_model(
     model = module.trained_policy.model
     state: dict[str, Any] = get_model_state_dict(model, options=options)
 
-    def export() -> None:
+    def export() -> str | None:
         whole, tensors = model, state
         if module.lora is not None:
             _export_adapters(model, state, folder.with_name("adapter"))
-            whole = module.build_model()
-            add_lora(whole, module.lora)
-            tensors = merged_state(whole, state)
+            try:
+                whole = module.build_model()
+                add_lora(whole, module.lora)
+                tensors = merged_state(whole, state)
+            except UserError as error:
+                shutil.rmtree(folder, ignore_errors=True)  # of an earlier end of this run
+                return str(error)
 
         def write(temporary: Path) -> None:
             whole.save_pretrained(temporary, state_dict=tensors, safe_serialization=True)
             tokenizer.save_pretrained(temporary)
 
         write_atomically(folder, write, keep_existing=keep_existing)
+        return None
 
-    on_first_process(export, trainer)
+    return on_first_process(export, trainer)
 
 
-def on_first_process(write: Callable[[], object], trainer: Trainer) -> None:
-    """Let the first process write while the others wait; where it fails, all end alike.
+def on_first_process(write: Callable[[], T], trainer: Trainer) -> T | None:
+    """Let the first process write while the others wait, and return what it returned, there alone; where it fails, all end alike.
 
     Raises:
         FailedWrite: it failed.
     """
     failure: FailedWrite | None = None
+    written = None
     if trainer.is_global_zero:
         try:
-            write()
+            written = write()
         except FailedWrite as error:
             failure = error
     failure = trainer.strategy.broadcast(failure)
     if failure is not None:
         raise failure
+    return written
 
 
 def _export_adapters(model: PreTrainedModel, state: dict[str, Tensor], folder: Path) -> None:

@@ -37,6 +37,7 @@ from lightning_modules.dpo import DPOModule
 from tiltmeter.checkpoint_files import newest_valid, verify
 from tiltmeter.commands import command, setting
 from tiltmeter.errors import FailedWrite, NumericalStop, UserError
+from tiltmeter.lora import why_not_merged
 from tiltmeter.scoring.judge_scorer import JudgeScorer
 
 
@@ -75,6 +76,7 @@ def _train(config: DictConfig, created: list[Path], held: ExitStack) -> Path:
     if config.base is not None:
         parts.model, line = find_or_train_base(config, parts.model, parts.tokenizer, parts.data)
         screen.print(line, soft_wrap=True)
+    _say_unmerged(screen, "will be", _why_not_merged(parts))
     seed_everything(config.seed, verbose=False)
     _attach(parts, root)
 
@@ -93,7 +95,7 @@ def _train(config: DictConfig, created: list[Path], held: ExitStack) -> Path:
         )
         seconds = time.perf_counter() - started
         run_dir = Path(trainer.strategy.broadcast(str(run_dir)))
-        _keep(run_dir, parts, trainer)
+        _say_unmerged(screen, "is", _keep(run_dir, parts, trainer))
     for logger in loggers:
         if isinstance(logger, RunLogger):
             close_wandb(logger)
@@ -128,6 +130,18 @@ def _attach(parts: Parts, root: Path) -> None:
     parts.module.attach_model(lambda: model.build(tokenizer), lambda: model.build_empty(tokenizer))
     if isinstance(parts.module, DPOModule):
         parts.module.reference_cache_dir = root / "cache" / "reference"
+
+
+def _why_not_merged(parts: Parts) -> str | None:
+    """One line on why the adapters can't be merged, tried before anything is trained; None where they can, or there are none."""
+    if parts.module.lora is None:
+        return None
+    return why_not_merged(parts.model.build_on_meta(parts.tokenizer), parts.module.lora)
+
+
+def _say_unmerged(screen: Console, tense: str, reason: str | None) -> None:
+    if reason is not None:
+        screen.print(f"LoRA: adapter/ {tense} the result, without aligned/: {reason}", soft_wrap=True, markup=False)
 
 
 def _checkpoint_to_resume(config: DictConfig, root: Path, held: ExitStack, screen: Console) -> Path | None:
@@ -175,15 +189,15 @@ def what_is_kept(run_dir: Path) -> Iterator[None]:
         raise FailedWrite(error.path, error.reason, f"{line}; make room first") from error
 
 
-def _keep(run_dir: Path, parts: Parts, trainer: Trainer) -> None:
-    """What makes the folder a finished run; every process calls this, the first one writes."""
+def _keep(run_dir: Path, parts: Parts, trainer: Trainer) -> str | None:
+    """What makes the folder a finished run; every process calls this, the first one writes. As :func:`export_model` returns."""
 
     def keep() -> None:
         keep_base(run_dir, parts.model, parts.tokenizer)
         write_results(run_dir, parts)
 
     on_first_process(keep, trainer)
-    export_model(parts.module, parts.tokenizer, run_dir / "aligned", trainer)
+    return export_model(parts.module, parts.tokenizer, run_dir / "aligned", trainer)
 
 
 def _open_loggers(config: DictConfig, run_dir: Path, parts: Parts, checkpoint: Path | None) -> tuple[list[Logger], str]:

@@ -23,7 +23,7 @@ from lightning_modules.weight_guard import check_weights, squared_norm
 from tiltmeter.cpu_linear import onednn_is_faster, use_fast_linear
 from tiltmeter.lora import check_adapters, check_lora, insert_adapters, reads_weights
 from tiltmeter.sharded_weights import EmptyModel
-from tiltmeter.verification import settle_packing
+from tiltmeter.verification import settle_packing, verify_layout, verify_no_randomness
 
 
 class ModelBuilding(PairMetrics):
@@ -124,7 +124,10 @@ class ModelBuilding(PairMetrics):
         is_sharded = self.device_mesh is not None
 
         def check(model: PreTrainedModel) -> None:
+            verify_no_randomness(model)
             data.packs = settle_packing(model, data.active_layout, data.packed, max_length=data.max_length)
+            if data.layout != data.active_layout:  # in which the probe's pairs are laid out
+                verify_layout(model, data.layout, packed=data.packs)
             if self.lora is not None:
                 check_adapters(model)
 

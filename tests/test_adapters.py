@@ -1,13 +1,19 @@
 """LoRA from the command line: what the run folder holds, and resuming."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from tests.cli import TINY, metrics_of, only_run, run_train
+from analysis.checkpoints import checkpoints_of_run
+from analysis.runs import open_run
+from launch.training import train
+from tests.analysis.asked import save_model
+from tests.cli import TINY, composed, metrics_of, only_run, run_train
 
 pytestmark = [
     pytest.mark.slow,
@@ -77,3 +83,46 @@ def test_options_that_do_not_go_together_are_one_line(tmp_path: Path) -> None:
         assert message in done.stderr
         assert len(done.stderr.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_where_adapters_cannot_be_merged_they_are_the_result_and_the_run_ends_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def endless(*_arguments: Any, **_options: Any) -> None:
+        raise RecursionError("maximum recursion depth exceeded")
+
+    for name in ("tiltmeter.lora._merge_in_place", "peft.tuners.lora.Linear.merge"):
+        monkeypatch.setattr(name, endless)
+    said = "\n\nHuman: Hi {}\n\nAssistant: {}."
+    rows = [json.dumps({"chosen": said.format(i, "yes"), "rejected": said.format(i, "no")}) for i in range(20)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    toy = save_model(tmp_path / "toy", seed=0)
+    options = (
+        "trainer=cpu",
+        "adapter=lora",
+        "callbacks=none",
+        "logger=csv",
+        "trainer.max_steps=1",
+        "datamodule.val_pairs=4",
+    )
+    sizes = (
+        "datamodule.probe_pairs=8",
+        "datamodule.pairs_per_step=4",
+        "datamodule.max_length=128",
+        "module.learning_rate=1e-2",
+    )
+    places = (f"model.name_or_path={toy}", f"data.path={tmp_path / 'rows.jsonl'}", f"runs_root={tmp_path / 'runs'}")
+    train(composed("experiment=pretrained_hh", *options, *sizes, *places))
+    printed = " ".join(capsys.readouterr().out.split())
+    for tense in ("will be", "is"):
+        assert f"LoRA: adapter/ {tense} the result, without aligned/: " in printed
+    run = only_run(tmp_path / "runs", "pretrained_hh")
+    assert (run / "adapter" / "adapter_model.safetensors").is_file()
+    assert not (run / "aligned").exists()
+    opened = checkpoints_of_run(open_run(run))
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(run / "base"), run / "adapter")
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        ours, base = (model(input_ids=ids).logits for model in (opened.aligned.model, opened.base.model))
+        torch.testing.assert_close(ours, adapted(input_ids=ids).logits, rtol=0, atol=1e-6)
+    assert not torch.equal(ours, base)

@@ -11,6 +11,7 @@ from hydra.core.global_hydra import GlobalHydra
 from launch.command import run_command
 from launch.configuration import CONF, prepare_overrides
 from launch.training import train
+from tests.cli import TINY
 from tiltmeter.errors import UserError
 
 GOOD = {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello.", "rejected": "\n\nHuman: Hi\n\nAssistant: Go."}
@@ -194,3 +195,10 @@ def test_a_user_error_is_one_line() -> None:
     with pytest.raises(UserError) as caught:
         prepare_overrides(["experiment=nothing_like_it"], config_name="train")
     assert "\n" not in str(caught.value)
+
+
+def test_a_model_that_is_random_while_it_trains(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    noise = ("model.architecture.model_type=mixtral", "+model.architecture.router_jitter_noise=0.1")
+    line = fails_with(capsys, tmp_path / "r", *TINY, *noise, "callbacks=none", "logger=csv")
+    assert "MixtralForCausalLM is random in training mode (model.layers.0.mlp" in line
+    assert "router_jitter_noise (0.1)" in line

@@ -60,7 +60,7 @@ def make_model(
     family: str, dtype: torch.dtype = torch.float32, attn: str = "sdpa", *, seed: int = 0, **changes: Any
 ) -> PreTrainedModel:
     """A random model with weights large enough that attention and normalisation matter."""
-    config = AutoConfig.for_model(family, **(ARCHITECTURES[family] | changes))
+    config = AutoConfig.for_model(family, **(ARCHITECTURES.get(family, _SPECIAL) | changes))
     config.use_cache = False
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

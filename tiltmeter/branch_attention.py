@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.masking_utils import sdpa_mask
 
-from tiltmeter.errors import UserError
+from tiltmeter.errors import Unsupported
 from tiltmeter.layers import backbone
 
 BRANCH_ATTENTION = "tiltmeter_branches"
@@ -33,9 +33,9 @@ class _Layer:
     """Keys and values of one block."""
 
     prompt_keys: Float[Tensor, "row key_head prompt d_head"]
-    prompt_values: Float[Tensor, "row key_head prompt d_head"]
+    prompt_values: Float[Tensor, "row key_head prompt d_value"]
     own_keys: Float[Tensor, "row key_head branch step d_head"]
-    own_values: Float[Tensor, "row key_head branch step d_head"]
+    own_values: Float[Tensor, "row key_head branch step d_value"]
 
     def selected(self, rows: Tensor, branches: Tensor) -> "_Layer":
         own = [x.index_select(0, rows).index_select(2, branches) for x in (self.own_keys, self.own_values)]
@@ -69,7 +69,7 @@ class BranchCache(Cache):
 
     def _layer(self, layer: object) -> _Layer:
         if not isinstance(layer, DynamicLayer) or layer.keys is None or layer.values is None:
-            raise UserError(
+            raise Unsupported(
                 f"model: a block keeps {type(layer).__name__} instead of keys and values, so a sweep can't share its prompts; "
                 "generate with one strength at a time"
             )
@@ -128,7 +128,7 @@ def branch_attention(
     module: nn.Module,
     query: Float[Tensor, "row head branch d_head"],
     key: Float[Tensor, "row key_head branch d_head"],
-    value: Float[Tensor, "row key_head branch d_head"],
+    value: Float[Tensor, "row key_head branch d_value"],
     attention_mask: Tensor | None,
     *,
     branches: BranchCache,
@@ -137,15 +137,15 @@ def branch_attention(
     softcap: float | None = None,
     dropout: float = 0.0,
     **options: Any,
-) -> tuple[Float[Tensor, "row branch head d_head"], None]:
+) -> tuple[Float[Tensor, "row branch head d_value"], None]:
     """Attention of one new token a branch to the prompt and to the branch's own tokens, this one included.
 
     Raises:
-        UserError: an option that changes attention and isn't known here (sinks, position biases).
+        Unsupported: an option that changes attention and isn't known here (sinks, position biases).
     """
     unknown = [name for name, value in options.items() if value is not None and name not in _HARMLESS]
     if unknown or dropout:
-        raise UserError(
+        raise Unsupported(
             f"model: its attention has {', '.join(unknown) or 'dropout'}, which branches of one prompt don't support; generate "
             "with one strength at a time"
         )
@@ -194,12 +194,12 @@ def use_branch_attention(model: PreTrainedModel) -> Iterator[None]:
     """Inside, the model takes one new token a branch, with ``past_key_values`` and ``branches`` a :class:`BranchCache`.
 
     Raises:
-        UserError: the model's family can't change its attention.
+        Unsupported: the model's family can't change its attention.
     """
     before = model.config._attn_implementation
     model.set_attn_implementation(BRANCH_ATTENTION)
     if model.config._attn_implementation != BRANCH_ATTENTION:
-        raise UserError(
+        raise Unsupported(
             f"model: {type(model).__name__} can't change its attention, so a sweep can't share its prompts; generate with one "
             "strength at a time"
         )

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tiltmeter.batch import REJECTED, PreferenceBatch
+from tiltmeter.errors import Unsupported
 from tiltmeter.hooks import hook_site
 from tiltmeter.layers import FINAL_POST_NORM, resolve_sites
 from tiltmeter.log_probs import run_backbone
@@ -67,7 +68,10 @@ def capture(
         for position, found in wanted.items():
             point = ReadPoint(site, position)
             if point in captured:
-                raise ValueError(f"capture: a second forward pass at {site}; expected one pass in each capture")
+                raise Unsupported(
+                    f"capture: a second forward pass at {site}, or a family that runs the module there twice; expected one pass in "
+                    "each capture"
+                )
             captured[point] = found.gather(hidden.detach(), dtype)
 
     with ExitStack() as stack:

@@ -14,6 +14,10 @@ class UserError(ValueError):
     """
 
 
+class Unsupported(UserError):
+    """Something that a model's family can't do, whatever the options; a report leaves such an analysis out by name."""
+
+
 class FailedWrite(OSError):
     """A file could not be written, whatever the library raised: one line, exit code 1.
 

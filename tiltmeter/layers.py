@@ -29,8 +29,14 @@ from tiltmeter.errors import UserError
 FINAL_PRE_NORM, FINAL_POST_NORM = "final_pre_norm", "final_post_norm"
 
 _LAYER_SITE = re.compile(r"layer_(\d{2,})")
-_FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f", "final_norm")
-"""Attribute of the backbone by family: Llama and most others, GPT-2 and its kin, GPT-NeoX and OPT, Phi, MPT."""
+_FINAL_NORMS = (
+    "norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f", "final_norm",
+    "embedding_norm", "ln_out", "out_norm", "layer_norm", "layernorm",
+)  # fmt: skip
+"""Attribute of the backbone by family: Llama and most others, GPT-2 and its kin, GPT-NeoX and OPT, Phi, MPT, ModernBERT; LFM2,
+RWKV, xLSTM, XGLM and BioGPT, CTRL."""
+_WINDOWS = ("sliding_window", "window_size", "attention_window_size", "attention_chunk_size", "sliding_window_size")
+"""Settings that say how far back narrow layers see: most families, GPT-Neo, RecurrentGemma, Llama 4, Inkling."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +57,11 @@ def backbone(model: PreTrainedModel) -> nn.Module:
     Raises:
         UserError: the model has no separate backbone.
     """
-    found = model.get_decoder()
-    if not isinstance(found, nn.Module) or found is model:
+    found, embedding = model.get_decoder(), model.get_input_embeddings()
+    if not isinstance(found, nn.Module) or found is model or embedding not in found.modules():
+        inside = [child for child in model.children() if child is not embedding and embedding in child.modules()]
+        found = inside[0] if inside else None
+    if found is None:
         raise UserError(f"model: expected a causal language model with a backbone, got {type(model).__name__}")
     return found
 
@@ -165,12 +174,12 @@ def resolve_sites(sites: str | Sequence[str], n_layers: int) -> tuple[str, ...]:
 
 
 def sliding_window(model: PreTrainedModel) -> int | None:
-    """How many tokens a token of the narrowest layers sees (Mistral, Gemma 2, GPT-Neo); None: all before it."""
+    """How many tokens a token of the narrowest layers sees (Mistral, Gemma 2, Llama 4, GPT-Neo); None: all before it."""
     kinds = getattr(model.config, "layer_types", None)
-    if kinds is not None and not any("sliding" in kind for kind in kinds):
+    if kinds and {"full_attention"}.issuperset(kinds):
         return None
-    window: int | None = getattr(model.config, "sliding_window", None) or getattr(model.config, "window_size", None)
-    return window
+    windows = [size for name in _WINDOWS if (size := getattr(model.config, name, None))]
+    return min(windows, default=None)
 
 
 def embedding_parameters(model: PreTrainedModel) -> Iterator[nn.Parameter]:

@@ -1,5 +1,7 @@
 """Low-rank adapters (peft) inside a causal language model: put in, checked, switched off for the reference, merged at the end."""
 
+import copy
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,17 +9,17 @@ from typing import cast
 
 import torch
 from peft import LoraConfig
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
-from torch.nn import Module, Parameter
+from torch.nn import Linear, Module, Parameter
 from transformers import PreTrainedModel
 
 from tiltmeter.batch import collate_pairs
 from tiltmeter.errors import UserError
 from tiltmeter.layers import backbone
 from tiltmeter.log_probs import sequence_log_probs
-from tiltmeter.verification import random_pairs
+from tiltmeter.verification import LOG_PROB_TOLERANCE, random_pairs
 
 ADAPTER = "default"
 _TOLERANCE = 1e-5
@@ -76,9 +78,10 @@ def insert_adapters(model: PreTrainedModel, config: LoraConfig) -> None:
             warnings.filterwarnings(
                 "ignore", "fan_in_fan_out is set to False"
             )  # peft turns it over for GPT-2 by itself
+            warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys did not match.*gate_up_proj")
             model.add_adapter(config, ADAPTER)
     except ValueError as error:
-        raise UserError(f"module.lora: {' '.join(str(error).split())[:200]}") from error
+        raise UserError(f"module.lora: {' '.join(str(error).split())[:200]}{_other_maps(model, error)}") from error
     inside = {id(module) for module in backbone(model).modules()} - {id(model.get_input_embeddings())}
     for name, module in model.named_modules():
         if (isinstance(module, LoraLayer) and id(module) not in inside) or isinstance(module, ModulesToSaveWrapper):
@@ -90,20 +93,55 @@ def insert_adapters(model: PreTrainedModel, config: LoraConfig) -> None:
             parameter.data = parameter.data.float()
 
 
+def _other_maps(model: PreTrainedModel, error: ValueError) -> str:
+    """What to do where peft finds maps unfit that nobody asked for (Mamba's fused ones): the linear maps it doesn't name."""
+    linear = [name for name, module in backbone(model).named_modules() if isinstance(module, Linear)]
+    maps = {_kind(name) for name in linear if "lora_" not in name}  # some may have their adapters already
+    left = [name for name in sorted(maps) if f"'{name}'" not in str(error)]
+    if "ncompatible" not in str(error) or not left:
+        return ""
+    return f" …; name the maps to adapt, such as module.lora.target_modules=[{','.join(left)}]"
+
+
 def check_adapters(model: PreTrainedModel) -> None:
     """Adapters that were just put in must change nothing: without them the model is the reference.
 
     Raises:
-        UserError: the model computes something else with them.
+        UserError: the model can't run with them, computes something else, or takes weights past them.
     """
     with adapters_disabled(model):
         before = _log_probs(model)
-    worst = float(((_log_probs(model) - before) / before).abs().max())
+    adapters = {
+        cast(Module, module): _kind(name) for name, module in model.named_modules() if isinstance(module, LoraLayer)
+    }
+    ran: set[str] = set()
+    hooks = [module.register_forward_hook(lambda module, *_: ran.add(adapters[module])) for module in adapters]
+    try:
+        worst = float(((_log_probs(model) - before) / before).abs().max())
+    except Exception as error:  # of modules that are more than the linear map they are taken for (PhiMoE's routers)
+        raise UserError(
+            f"module.lora: {type(model).__name__} can't run with these adapters ({_reason(error)}); name the "
+            "maps to adapt, such as module.lora.target_modules=[q_proj,v_proj]"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if unused := sorted({*adapters.values()} - ran):
+        raise UserError(
+            f"module.lora.target_modules: {type(model).__name__} reads the weights of {', '.join(unused)} past their adapters, "
+            "which would be trained for nothing; name the maps to adapt, such as "
+            f"module.lora.target_modules=[{','.join(sorted(ran))}]"
+        )
     if not worst <= _TOLERANCE:
         raise UserError(
             f"module.lora: these options change the model before its first step, the reference (by {worst:.1g}, relative); "
             "leave the unusual ones out"
         )
+
+
+def _kind(name: str) -> str:
+    """The last name of an adapted map, which those of all blocks and experts share."""
+    return re.sub(r"(\.base_layer)+$", "", name).split(".")[-1]
 
 
 def reads_weights(config: LoraConfig) -> bool:
@@ -116,8 +154,10 @@ def plain_name(name: str) -> str:
 
     >>> plain_name("model.layers.0.mlp.up_proj.base_layer.weight")
     'model.layers.0.mlp.up_proj.weight'
+    >>> plain_name("model.layers.0.mlp.experts.base_layer.base_layer.down_proj")
+    'model.layers.0.mlp.experts.down_proj'
     """
-    return name.replace(".base_layer.", ".")
+    return re.sub(r"\.base_layer(?=\.)", "", name)
 
 
 def plain_state(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -175,11 +215,59 @@ def merged_state(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, 
     Args:
         model: a model with adapters on the CPU; its own weights are replaced.
         state: the state dict to merge.
+
+    Raises:
+        UserError: these adapters can't be merged into this model, or the merged one computes something else.
     """
     model.load_state_dict(state)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, LoraLayer):
-            module.merge(safe_merge=True)
-            model.set_submodule(name, module.get_base_layer())
-    model.delete_adapter(ADAPTER)  # else it would still be saved as one with adapters
+    before = _log_probs(model)
+    try:
+        _merge_in_place(model, is_safe=True)
+        model.delete_adapter(ADAPTER)  # else it would still be saved as one with adapters
+        worst = float(((_log_probs(model) - before) / before).abs().max())
+    except Exception as error:  # whatever a family makes peft raise, RecursionError too
+        raise UserError(f"these adapters can't be merged ({_reason(error)})") from error
+    if not worst <= LOG_PROB_TOLERANCE.get(model.dtype, 5e-2):
+        raise UserError(f"the merged model gives other log-probs than the adapted one (by {worst:.1g}, relative)")
     return dict(model.state_dict())
+
+
+def why_not_merged(model: PreTrainedModel, config: LoraConfig) -> str | None:
+    """Try whether adapters can be merged; one line on what goes wrong, None where nothing does.
+
+    Args:
+        model: without weights, on the meta device; it is used up.
+
+    Raises:
+        UserError: as :func:`insert_adapters`.
+    """
+    insert_adapters(model, copy.deepcopy(config))
+    try:
+        cast(Module, model).to("meta")
+        _merge_in_place(model, is_safe=False)
+    except Exception as error:
+        return _reason(error)
+    return None
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:160] or type(error).__name__
+
+
+def _merge_in_place(model: PreTrainedModel, *, is_safe: bool) -> None:
+    """Put plain modules with the merged weights where the adapters are; several of one module lie inside each other."""
+    for name, module in _outermost(model):
+        if isinstance(module, ParamWrapper):
+            plain = module.unload_and_optionally_merge_module(merge=True, safe_merge=is_safe, adapter_names=None)
+        else:
+            module.merge(safe_merge=is_safe)
+            plain = module.get_base_layer()
+        model.set_submodule(name, plain)
+
+
+def _outermost(model: PreTrainedModel) -> list[tuple[str, LoraLayer]]:
+    found: list[tuple[str, LoraLayer]] = []
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer) and not (found and name.startswith(f"{found[-1][0]}.")):
+            found.append((name, module))
+    return found

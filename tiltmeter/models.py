@@ -12,6 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch.nn import Embedding
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from tiltmeter.errors import UserError
 from tiltmeter.model_files import Part, find_fault, reason_of
@@ -19,6 +20,7 @@ from tiltmeter.sharded_weights import WEIGHT_FILES, EmptyModel, make_empty
 
 T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+KERNELS = ("sdpa", "eager")
 SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
@@ -34,7 +36,7 @@ class CausalLM:
         tokenizer: hub id or folder; None: the model's own. For ``init=random`` None means: train a BPE on the data.
         vocab_size: size of a trained BPE.
         dtype: of the weights. float32 weights with ``trainer.precision=bf16-mixed`` is the usual choice.
-        attn_implementation: ``sdpa`` or ``eager``.
+        attn_implementation: ``sdpa`` or ``eager``; None: :func:`choose_attention`.
     """
 
     name_or_path: str | None = None
@@ -44,7 +46,7 @@ class CausalLM:
     tokenizer: str | None = None
     vocab_size: int = 4096
     dtype: str = "float32"
-    attn_implementation: str = "sdpa"
+    attn_implementation: str | None = None
 
     def __post_init__(self) -> None:
         """Check that the options fit together."""
@@ -60,7 +62,7 @@ class CausalLM:
             raise UserError("model.architecture: model.init=random needs model_type (for example llama) and its sizes")
         if self.dtype not in DTYPES:
             raise UserError(f"model.dtype: expected one of {', '.join(DTYPES)}, got {self.dtype}")
-        if self.attn_implementation not in ("sdpa", "eager"):
+        if self.attn_implementation not in (None, *KERNELS):
             raise UserError(f"model.attn_implementation: expected sdpa or eager, got {self.attn_implementation}")
 
     @property
@@ -105,6 +107,7 @@ class CausalLM:
                 lambda: AutoConfig.from_pretrained(where, revision=self.revision, trust_remote_code=False),
                 part="config",
             )
+        choose_attention(config, self.attn_implementation)  # one that the family lacks is refused before any long work
         return without_dropout(config)
 
     def build(self, tokenizer: Tokenizer) -> PreTrainedModel:
@@ -127,7 +130,7 @@ class CausalLM:
                     revision=self.revision,
                     config=config,
                     dtype=dtype,
-                    attn_implementation=self.attn_implementation,
+                    attn_implementation=choose_attention(config, self.attn_implementation),
                     use_safetensors=True,
                     trust_remote_code=False,
                     output_loading_info=True,
@@ -170,9 +173,15 @@ class CausalLM:
             _check_vocabulary(empty.model, tokenizer)
         return empty
 
+    def build_on_meta(self, tokenizer: Tokenizer) -> PreTrainedModel:
+        """The model without weights, on the meta device: what its modules are costs nothing to know."""
+        with torch.device("meta"):
+            return self._from_config(self.load_config(tokenizer))
+
     def _from_config(self, config: PretrainedConfig) -> PreTrainedModel:
+        kernel = choose_attention(config, self.attn_implementation)
         return AutoModelForCausalLM.from_config(
-            config, attn_implementation=self.attn_implementation, dtype=DTYPES[self.dtype], trust_remote_code=False
+            config, attn_implementation=kernel, dtype=DTYPES[self.dtype], trust_remote_code=False
         )
 
 
@@ -184,10 +193,28 @@ def _check_vocabulary(model: PreTrainedModel, tokenizer: Tokenizer) -> None:
         )
 
 
+def choose_attention(config: PretrainedConfig, asked: str | None = None) -> str:
+    """The attention kernel of a model: the one asked for, else ``sdpa`` where its family has it and ``eager`` elsewhere.
+
+    Raises:
+        UserError: ``sdpa`` is asked of a family that has none (Gemma 2, Bloom, GPT-J …).
+    """
+    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), ())
+    has_sdpa = all(kind._supports_sdpa for kind in (found if isinstance(found, tuple) else (found,)))
+    if asked == "sdpa" and not has_sdpa:
+        raise UserError(
+            f"attn_implementation=sdpa: {config.model_type} has no such kernel; leave it out or set it to eager"
+        )
+    return asked or ("sdpa" if has_sdpa else "eager")
+
+
 def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
     """Set every dropout rate of a configuration to 0: policy and reference must be the same function."""
-    for name, value in config.to_dict().items():
-        if ("dropout" in name or "pdrop" in name) and isinstance(value, float):
+    for name in config.to_dict():
+        value = getattr(config, name, None)
+        if isinstance(value, PretrainedConfig):
+            without_dropout(value)
+        elif isinstance(value, float) and "drop" in name:
             setattr(config, name, 0.0)
     return config
 

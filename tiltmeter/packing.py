@@ -140,13 +140,13 @@ def packed_attention(
     module: nn.Module,
     query: Float[Tensor, "row head token d_head"],
     key: Float[Tensor, "row key_head key d_head"],
-    value: Float[Tensor, "row key_head key d_head"],
+    value: Float[Tensor, "row key_head key d_value"],
     attention_mask: Tensor | None,
     *,
     packing: Packing | None = None,
     scaling: float | None = None,
     **options: Any,
-) -> tuple[Float[Tensor, "row token head d_head"], None]:
+) -> tuple[Float[Tensor, "row token head d_value"], None]:
     """Attention inside each document of a packed row; with ``packing`` None, transformers' own SDPA attention.
 
     Raises:

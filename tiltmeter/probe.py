@@ -70,7 +70,11 @@ class Probe:
         sites: str | Sequence[str] = "all",
         positions: Sequence[Position] = DEFAULT_POSITIONS,
     ) -> "Probe":
-        """A probe for any training loop: pairs sorted by length, cut to what is read, in padded rows."""
+        """A probe for any training loop: pairs sorted by length, cut to what is read, in padded rows.
+
+        Args:
+            layout: ``concatenated`` for models that can't share a prompt (:func:`tiltmeter.verification.best_layout`).
+        """
         cut = [cut_pair(pair, positions) for pair in pairs]
         order = sorted(range(len(cut)), key=lambda row: sum(map(len, cut[row])))
         groups = [order[at : at + pairs_per_batch] for at in range(0, len(order), pairs_per_batch)]

@@ -31,6 +31,6 @@ def checkpoints(n_pairs: int = 8, *, base: int = 0, aligned: int = 1, **changes:
 
 def save_model(folder: Path, *, seed: int, tokenizer: Any = TOKENIZER, family: str = "llama", **changes: Any) -> Path:
     """A tiny model as ``save_pretrained`` writes it."""
-    make_model(family, seed=seed, vocab_size=len(tokenizer), **changes).save_pretrained(folder)
+    make_model(family, attn="eager", seed=seed, vocab_size=len(tokenizer), **changes).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

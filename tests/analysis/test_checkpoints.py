@@ -18,6 +18,7 @@ from datamodules.synthetic import SyntheticWorld
 from datamodules.tokenization import train_bpe_tokenizer
 from tests.analysis import asked
 from tests.analysis.asked import save_model
+from tests.analysis.conftest import CONFIG
 from tests.tiny_models import MemorySource
 from tiltmeter.errors import UserError
 
@@ -241,3 +242,29 @@ def test_prompts_of_a_file_stand_behind_one_bos(tmp_path: Path) -> None:
 def test_wrong_options_of_the_question(options: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"behaviour\."):
         Behaviour(scorers={}, **options)
+
+
+def kernels(found: module.Checkpoints) -> set[str]:
+    return {opened.model.config._attn_implementation for opened in (found.base, found.aligned)}
+
+
+def test_a_run_is_opened_on_the_attention_kernel_that_it_was_trained_with(make_run: MakeRun) -> None:
+    config = CONFIG | {"model": CONFIG["model"] | {"attn_implementation": "eager"}}
+    run = open_run(finished_run(make_run, config=config))
+    assert kernels(checkpoints_of_run(run)) == {"eager"}
+    assert kernels(checkpoints_of_run(run, attn_implementation="sdpa")) == {"sdpa"}
+
+
+def test_two_checkpoints_are_opened_on_the_kernel_asked_for_or_that_their_family_has(
+    folders: tuple[str, str], tmp_path: Path
+) -> None:
+    def ask(two: tuple[str, str], **options: Any) -> module.Checkpoints:
+        return HeldOutPairs(n_pairs=2).ask(*two, MemorySource(3), **options)[0]
+
+    assert kernels(ask(folders)) == {"sdpa"}
+    assert kernels(ask(folders, attn_implementation="eager")) == {"eager"}
+    capped = tuple(str(save_model(tmp_path / f"gemma2_{i}", seed=i, family="gemma2")) for i in range(2))
+    assert kernels(ask(capped)) == {"eager"}  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"attn_implementation=sdpa: gemma2 has no such kernel") as caught:
+        ask(capped, attn_implementation="sdpa")  # type: ignore[arg-type]
+    one_line(caught)

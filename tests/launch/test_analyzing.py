@@ -236,3 +236,35 @@ def test_a_judge_that_is_down_leaves_a_report_and_exit_code_3(tmp_path: Path, ru
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert not [path for path in written if CANARY.encode() in path.read_bytes()]
     assert CANARY not in done.stdout + done.stderr
+
+
+@pytest.fixture
+def two_of_bloom(tmp_path: Path) -> tuple[str, str]:
+    sizes = {"hidden_size": 32, "n_layer": 2, "n_head": 4, "family": "bloom"}
+    old, new = (save_model(tmp_path / name, seed=i, **sizes) for i, name in enumerate(("old", "new")))
+    return f"base={old}", f"aligned={new}"
+
+
+@pytest.mark.slow
+def test_what_a_family_cannot_do_is_left_out_by_name_and_the_rest_is_written(
+    tmp_path: Path, two_of_bloom: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = ask(tmp_path, *two_of_bloom, *DATA, *SMALL, *SWEEP, "hidden_states.n_random_updates=2")
+    text, said = page.read_text(encoding="utf-8"), " ".join(capsys.readouterr().out.split())
+    for name in (*READ_NOW, "behaviour"):
+        assert (page.parent / "figures" / f"{name}.png").is_file(), name
+    assert "steering_sweep, gradient_field left out: model: BloomForCausalLM can&#39;t change its attention" in text
+    assert "transfer left out: BloomForCausalLM has no attention that rows can be shared in" in text
+    assert "transfer left out: BloomForCausalLM" in said
+
+
+def test_what_a_family_cannot_do_is_refused_where_it_was_asked_for_by_name(
+    tmp_path: Path, two_of_bloom: tuple[str, str]
+) -> None:
+    said = refused(tmp_path, *two_of_bloom, "data=synthetic", *DATA[2:], "analysis=transfer")
+    assert "BloomForCausalLM has no attention that rows can be shared in" in said
+
+
+def test_an_attention_kernel_that_none_has(tmp_path: Path, two: tuple[str, str]) -> None:
+    said = refused(tmp_path, *two, *DATA, "attn_implementation=flash")
+    assert "attn_implementation: expected sdpa or eager, got flash" in said

@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import GPT2Config, PreTrainedTokenizerFast
+from transformers import AutoConfig, GPT2Config, PreTrainedTokenizerFast
 
 from lightning_modules.policy import freeze_embeddings
 from tests.tiny_models import ARCHITECTURES, FAMILIES, LAYERS, VOCAB, WIDTH, make_model, make_tokenizer
 from tiltmeter.errors import UserError
 from tiltmeter.layers import Unembedding, backbone, decoder_blocks, embedding_parameters, sliding_window, unembedding
-from tiltmeter.models import CausalLM, without_dropout
+from tiltmeter.models import CausalLM, choose_attention, without_dropout
 
 ALL = tuple(ARCHITECTURES)
 LLAMA = {"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2} | {
@@ -240,3 +240,32 @@ def test_an_architecture_that_cannot_be_built_is_refused_in_one_line(change: dic
 def test_loading_a_tokenizer_that_is_to_be_trained_is_a_mistake_of_the_caller() -> None:
     with pytest.raises(ValueError, match="trained on the data"):
         CausalLM(init="random", architecture=LLAMA).load_tokenizer()
+
+
+@pytest.mark.parametrize(
+    ("family", "kernel"), [("llama", "sdpa"), ("gemma2", "eager"), ("bloom", "eager"), ("gptj", "eager")]
+)
+def test_a_family_without_scaled_dot_product_attention_gets_eager_by_itself(family: str, kernel: str) -> None:
+    config = AutoConfig.for_model(family)
+    assert choose_attention(config) == kernel
+    assert choose_attention(config, "eager") == "eager"
+
+
+def test_a_model_is_built_on_the_kernel_that_its_family_has() -> None:
+    sizes = {k: v for k, v in ARCHITECTURES["gemma2"].items() if not k.endswith("token_id") and k != "vocab_size"}
+    architecture = {"model_type": "gemma2"} | sizes
+    assert (
+        CausalLM(init="random", architecture=architecture).build(make_tokenizer()).config._attn_implementation
+        == "eager"
+    )
+    with pytest.raises(
+        UserError, match=r"^attn_implementation=sdpa: gemma2 has no such kernel; leave it out or set it"
+    ):
+        CausalLM(init="random", architecture=architecture, attn_implementation="sdpa").load_config()
+
+
+def test_dropout_of_any_name_is_off_in_configurations_inside_as_well() -> None:
+    config = AutoConfig.for_model("opt")
+    config.inside = GPT2Config(resid_pdrop=0.3)
+    assert without_dropout(config).inside.resid_pdrop == 0.0
+    assert without_dropout(AutoConfig.for_model("opt", layerdrop=0.1)).layerdrop == 0.0

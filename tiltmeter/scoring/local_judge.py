@@ -51,7 +51,7 @@ class LocalJudge:
         device: as in PyTorch; None: the first CUDA device if there is one, else the CPU.
         batch_size: prompts in one forward pass.
         max_length: tokens of prompt and answer together; None: as many as the model has positions for.
-        attn_implementation: ``sdpa``, or ``eager`` for families that need it (Gemma 2).
+        attn_implementation: ``sdpa`` or ``eager``; None: ``sdpa`` where the family has it.
         chat_template: whether questions are laid out by the tokenizer's own template; None: if it has one.
         seed: of drawn answers.
 
@@ -68,7 +68,7 @@ class LocalJudge:
         device: str | None = None,
         batch_size: int = 8,
         max_length: int | None = None,
-        attn_implementation: str = "sdpa",
+        attn_implementation: str | None = None,
         chat_template: bool | None = None,
         chat_date: str | None = None,
         seed: int = 0,
