@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from analysis.kept_models import check_kept
 from tiltmeter.errors import UserError
 
 
@@ -48,8 +49,11 @@ def load_model(
     """Open a folder of ``save_pretrained`` or, for anything else, a model of the Hugging Face hub at a revision.
 
     Raises:
-        UserError: missing, damaged, weights that are not safetensors or not all there, or a tokenizer larger than the vocabulary.
+        UserError: missing, damaged, changed since a run wrote it, weights that are not safetensors or not all there, or a
+            tokenizer larger than the vocabulary.
     """
+    if Path(where).is_dir():
+        check_kept(Path(where))
     safe = _safe(where, revision)
     tokenizer = load_tokenizer(where, revision=revision)
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "attn_implementation": "sdpa"}

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from analysis.behaviour_words import LeadRow, lead_rows
+from analysis.kept_models import FILES, PROVENANCE, kept_hashes
 from analysis.observations import GeometryRow, geometry_rows
 from analysis.probe_pairs import PROMPTS_FILE, ProbePair
 from launch.parts import Parts
@@ -54,9 +55,13 @@ def git_commit() -> str | None:
         return None
 
 
+def write_provenance(run_dir: Path, parts: Parts) -> None:
+    """provenance.json; what it says of models that are there already stays."""
+    write_json(run_dir / PROVENANCE, provenance(parts) | {FILES: kept_hashes(run_dir)})
+
+
 def write_results(run_dir: Path, parts: Parts) -> None:
-    """provenance.json, held_out.csv (the last validation, a row a pair) and probe_prompts.json (pairs to be asked again)."""
-    write_json(run_dir / "provenance.json", provenance(parts))
+    """held_out.csv (the last validation, a row a pair) and probe_prompts.json (pairs to be asked again)."""
     write_json(run_dir / PROMPTS_FILE, _probe_pairs(parts))
     if parts.module.validation_table is not None:
         write_text(run_dir / "held_out.csv", _held_out_table(parts, parts.module.validation_table))

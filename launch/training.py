@@ -2,8 +2,9 @@
 
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from hydra.utils import instantiate
@@ -13,6 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
+from analysis.kept_models import record_kept
+from callbacks.acceptance import Acceptance
 from callbacks.generation_metrics import GenerationMetrics
 from callbacks.observation import report_failed_write
 from callbacks.preemption import Preemption
@@ -24,9 +27,17 @@ from launch.base_model import find_or_train_base, progress_callbacks
 from launch.command import one_line_errors
 from launch.metrics_csv import MetricsCSV
 from launch.parts import Parts, build_parts, check_options
-from launch.results import behaviour_of, geometry_of, provenance, result_rows, versions, write_results
-from launch.resuming import SETTINGS, check_same_run, clean_up, find_checkpoint, settings_sha256
-from launch.run_folder import export_model, is_first_process, keep_base, new_run_dir, write_config
+from launch.results import behaviour_of, geometry_of, provenance, result_rows, versions, write_provenance, write_results
+from launch.resuming import (
+    SETTINGS,
+    check_same_data,
+    check_same_model,
+    check_same_run,
+    clean_up,
+    find_checkpoint,
+    settings_sha256,
+)
+from launch.run_folder import export_model, is_first_process, keep_base, kept_base, new_run_dir, write_config
 from launch.run_lock import RunLock, check_writable
 from launch.screen import behaviour_table, console, data_table, geometry_table, quiet_libraries, result_table
 from launch.slurm import checkpoint_of_this_job, note_job, requeued_when_asked
@@ -35,6 +46,7 @@ from launch.wandb_media import WandbMedia
 from lightning_modules.checkpoint_io import CommittedCheckpointIO
 from lightning_modules.dpo import DPOModule
 from tiltmeter.checkpoint_files import verify
+from tiltmeter.scoring.behaviour_table import BehaviourTables
 from tiltmeter.scoring.judge_scorer import JudgeScorer
 
 
@@ -57,49 +69,67 @@ def _train(config: DictConfig, created: list[Path], held: ExitStack) -> Path:
     is_first = is_first_process()
     screen = console(enabled=is_first)
     root = Path(config.runs_root)
-    checkpoint = _checkpoint_to_resume(config, root, held, screen)
+    checkpoint, resumed = _checkpoint_to_resume(config, root, held)
+    _say(screen, resumed)
     run_dir = checkpoint.parent.parent if checkpoint else new_run_dir(root, config.name)
     check_writable(run_dir, key="runs_root")
     config.run_dir = str(run_dir)
     watching = watching_callbacks(config)
     make_trainer(config, watching, [])  # options that only a trainer can judge, before a base is trained
     parts = build_parts(config)
-    for line in start_scorers(watching, parts.data.source):
-        screen.print(line, soft_wrap=True)
+    if checkpoint is not None:
+        check_same_data(checkpoint, parts.data)
+        check_same_model(checkpoint, config)
+    _say(screen, start_scorers(watching, parts.data.source))
     screen.print(data_table(parts.data, parts.data.labels))
-    if config.base is not None:
-        parts.model, line = find_or_train_base(config, parts.model, parts.tokenizer, parts.data)
-        screen.print(line, soft_wrap=True)
+    _say(screen, _settle_base(config, parts, run_dir))
     seed_everything(config.seed, verbose=False)
     _attach(parts, root)
 
-    loggers: list[Logger] = []
-    if is_first:
-        if checkpoint is None:
-            run_dir.mkdir(parents=True, exist_ok=True)  # two runs started in the same second find the same name
-            held.enter_context(RunLock(run_dir))
-            created.append(run_dir)
-        write_config(run_dir, config)
-        note_job(run_dir)
-        loggers, line = _open_loggers(config, run_dir, parts, checkpoint)
-        screen.print(line, soft_wrap=True)
-    trainer = make_trainer(
-        config, [agreement(config, parts.data, trains="the run", resumes=checkpoint is not None), *watching], loggers
-    )
+    if is_first and checkpoint is None:
+        run_dir.mkdir(parents=True, exist_ok=True)  # two runs started in the same second find the same name
+        held.enter_context(RunLock(run_dir))
+        created.append(run_dir)
+
+    def begin(trainer: Trainer) -> None:
+        """Everything that is written before the first step; nothing can refuse the run any more."""
+        if trainer.is_global_zero:
+            _say(screen, _begin(config, run_dir, parts, checkpoint, trainer))
+        parts.module.throughput.start()
+
+    accepted = Acceptance(begin)
+    agreed = agreement(config, parts.data, trains="the run", resumes=checkpoint is not None)
+    trainer = make_trainer(config, [accepted, agreed, *watching], [])
     started = time.perf_counter()
     trainer.fit(
         parts.module, datamodule=parts.data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True
     )
+    accepted.accept(trainer)  # no step was left to take
     seconds = time.perf_counter() - started
     run_dir = Path(trainer.strategy.broadcast(str(run_dir)))
     _keep(run_dir, parts, trainer)
-    for logger in loggers:
+    for logger in trainer.loggers:
         if isinstance(logger, RunLogger):
             close_wandb(logger)
     for table in closing_tables(run_dir, parts, trainer, seconds) if trainer.is_global_zero else ():
         screen.print(table)
     screen.print(f"Run: {run_dir}\nNext: python analyze.py run={run_dir}", soft_wrap=True)
     return run_dir
+
+
+def _say(screen: Console, lines: Iterable[str]) -> None:
+    for line in lines:
+        screen.print(line, soft_wrap=True)
+
+
+def _settle_base(config: DictConfig, parts: Parts, run_dir: Path) -> Iterator[str]:
+    """The model that training starts from: a run that goes on has kept its own, others find, train or are given one."""
+    if kept := kept_base(run_dir, parts.model):
+        parts.model = kept
+        yield f"Base: found in {kept.name_or_path}"
+    elif config.base is not None:
+        parts.model, line = find_or_train_base(config, parts.model, parts.tokenizer, parts.data)
+        yield line
 
 
 def _attach(parts: Parts, root: Path) -> None:
@@ -110,11 +140,11 @@ def _attach(parts: Parts, root: Path) -> None:
         parts.module.reference_cache_dir = root / "cache" / "reference"
 
 
-def _checkpoint_to_resume(config: DictConfig, root: Path, held: ExitStack, screen: Console) -> Path | None:
-    """The checkpoint, once its run folder is locked and cleaned up; says what was found on the way."""
+def _checkpoint_to_resume(config: DictConfig, root: Path, held: ExitStack) -> tuple[Path | None, list[str]]:
+    """The checkpoint, once its run folder is locked, and what was found on the way."""
     checkpoint, lines = checkpoint_of_this_job(config), list[str]()
     if checkpoint is None and config.ckpt_path is None:
-        return None
+        return None, []
     if checkpoint is None:
         checkpoint, lines = find_checkpoint(config.ckpt_path, root, config.name)
     lines += check_same_run(checkpoint, config)
@@ -123,10 +153,23 @@ def _checkpoint_to_resume(config: DictConfig, root: Path, held: ExitStack, scree
             check_writable(folder, key="ckpt_path")
         lock = held.enter_context(RunLock(checkpoint.parent.parent))
         lines += [f"Lock taken over: {lock.taken_over} is gone"] if lock.taken_over else []
-        lines += clean_up(checkpoint.parent)
-    for line in [*lines, f"Resuming: {checkpoint}"]:
-        screen.print(line, soft_wrap=True)
-    return checkpoint
+    return checkpoint, [*lines, f"Resuming: {checkpoint}"]
+
+
+def _begin(config: DictConfig, run_dir: Path, parts: Parts, checkpoint: Path | None, trainer: Trainer) -> Iterator[str]:
+    """Write what a run's folder holds from its start on, and open its loggers; yields lines about it."""
+    if checkpoint is not None:
+        yield from clean_up(checkpoint.parent)
+        BehaviourTables(run_dir / "report" / "tables").forget_after(trainer.global_step)
+    write_config(run_dir, config)
+    note_job(run_dir)
+    write_provenance(run_dir, parts)
+    keep_base(run_dir, parts.model, parts.tokenizer, parts.model_revision)
+    trainer.loggers, line = _open_loggers(config, run_dir, parts, checkpoint)
+    trainer.callbacks.extend(  # type: ignore[attr-defined]
+        WandbMedia(logger, run_dir) for logger in trainer.loggers if isinstance(logger, RunLogger)
+    )
+    yield line
 
 
 def closing_tables(run_dir: Path, parts: Parts, trainer: Trainer, seconds: float) -> Iterator[Table]:
@@ -141,9 +184,8 @@ def closing_tables(run_dir: Path, parts: Parts, trainer: Trainer, seconds: float
 def _keep(run_dir: Path, parts: Parts, trainer: Trainer) -> None:
     """What makes the folder a finished run; every process calls this, the first one writes."""
     if trainer.is_global_zero:
-        keep_base(run_dir, parts.model, parts.tokenizer)
         write_results(run_dir, parts)
-    export_model(parts.module, parts.tokenizer, run_dir / "aligned", trainer)
+    export_model(parts.module, parts.tokenizer, run_dir / "aligned", trainer, record=partial(record_kept, run_dir))
 
 
 def _open_loggers(config: DictConfig, run_dir: Path, parts: Parts, checkpoint: Path | None) -> tuple[list[Logger], str]:
@@ -185,7 +227,6 @@ def make_trainer(config: DictConfig, watching: Sequence[Callback], loggers: list
         last = instantiate(config.last_checkpoint)
         callbacks += [instantiate(config.checkpoint), last]
     callbacks += [Preemption(last), *watching, RandomState()]
-    callbacks += [WandbMedia(logger, Path(config.run_dir)) for logger in loggers if isinstance(logger, RunLogger)]
     trainer: Trainer = instantiate(
         config.trainer,
         logger=loggers or False,
