@@ -3,6 +3,9 @@
 ``python analyze.py base=HUB_ID_OR_FOLDER aligned=HUB_ID_OR_FOLDER data=hh``. Writes a report/ folder.
 """
 
+import tiltmeter.threads  # noqa: F401  before torch, which reads its threads' settings as it is imported
+
+# isort: split
 import hydra
 from omegaconf import DictConfig
 

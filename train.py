@@ -1,5 +1,8 @@
 """Train a language model with DPO: ``python train.py experiment=NAME``; everything is in conf/."""
 
+import tiltmeter.threads  # noqa: F401  before torch, which reads its threads' settings as it is imported
+
+# isort: split
 import hydra
 from omegaconf import DictConfig
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from analysis.behaviour_words import WIN_RATES, has
+from analysis.behaviour_words import WIN_RATES, has, last_point, rules_fired
 from tiltmeter.generation import Decoding, as_words
 
 CLAIM = "D-STEER: alignment raises judged quality (G-Eval) and lowers toxicity; its Fig. 2 wants the same by steering alone."
@@ -50,6 +50,11 @@ def reading_of(table: pd.DataFrame, *, n_prompts: int | None, decoding: Decoding
         "for preference figures pairs, for TruthfulQA questions.",
     ]
     lines += [line for metrics, line in _CAVEATS.items() if any(has(table, metric) for metric in metrics)]
+    if has(table, "degeneration_words"):
+        fired = rules_fired(lambda name: last_point(table, name, "policy").value)
+        lines.append(
+            f"Degenerate: empty, or mostly repeated words, characters or tokens. Of the aligned model’s, by rule: {fired}."
+        )
     if has(table, "kl"):
         is_unbiased = is_drawn and decoding is not None and decoding.temperature == 1 and decoding.top_p == 1
         lines.append(

@@ -1,7 +1,7 @@
 """Figures of behaviour as people read them: their names, the table with its scorers, the terminal's rows, what must be known."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import pandas as pd
@@ -9,6 +9,7 @@ import pandas as pd
 from analysis.report import Headline
 from analysis.site_axes import as_text
 from tiltmeter.errors import UserError
+from tiltmeter.scoring.degeneration import NGRAMS
 
 COLUMNS = ("steps_taken", "metric", "of", "value", "ci_low", "ci_high", "n", "n_missing", "scorer")
 """Of a table of figures (:func:`tiltmeter.scoring.behaviour_table.figure_table`)."""
@@ -43,6 +44,8 @@ MEASURES = (
     Measure("truthfulqa_mc2_zero_shot", "TruthfulQA MC2, 0-shot", ".3f", "TruthfulQA MC2 without examples"),
 )
 """In the order of the report, each from 0 to 1; what is not among them stands in the table."""
+RULES = (*(f"degeneration_{rule}" for rule in NGRAMS), "empty")
+"""Figures that say why completions are degenerate."""
 
 
 class Point(NamedTuple):
@@ -130,6 +133,20 @@ def win_rates_of(table: pd.DataFrame) -> list[str]:
 def measures_of(table: pd.DataFrame) -> list[Measure]:
     """The measures that are there."""
     return [measure for measure in MEASURES if has(table, measure.metric)]
+
+
+def rules_fired(value: Callable[[str], float]) -> str:
+    r"""By which rules completions are degenerate, those that fired.
+
+    Args:
+        value: share of completions by the name of its figure; NaN: not known.
+
+    >>> rules_fired({"degeneration_words": 0.0, "degeneration_characters": 0.25, "degeneration_tokens": 0.5, "empty": 0.0}.get)
+    'characters 25\xa0%, tokens 50\xa0%'
+    """
+    shares = {name.removeprefix("degeneration_"): value(name) for name in RULES}
+    fired = [f"{name} {as_text(share, 'percent')}" for name, share in shares.items() if share > 0]
+    return ", ".join(fired) or "none"
 
 
 def name_of(metric: str) -> str:

@@ -14,10 +14,11 @@ from analysis.observations import site_name
 from analysis.report import Section
 from analysis.site_axes import as_text
 from analysis.stored_rows import StoredRows
-from tiltmeter.stats.bootstrap import Interval, cluster_interval
+from tiltmeter.consistency import shift_shares_of_gram
 from tiltmeter.directions import principal_directions
 from tiltmeter.energy_distance import energy_kernel, random_halves
 from tiltmeter.geometry import in_own_span
+from tiltmeter.stats.jackknife import SHARE, Interval, jackknife_interval
 
 N_SPLITS = 4
 """Random halves of the prompts: v* from one, the clouds of the other."""
@@ -42,7 +43,7 @@ class CloudFit(NamedTuple):
     left_random: tuple[float, float]
     """The same for random vectors as long as v*: least and most of :data:`N_RANDOM`; NaN where not taken."""
     shift_share: Interval
-    """f: share of ΔH that is the constant shift."""
+    """f: share of ΔH that is the constant shift, 1/N added by chance."""
     left_per_pair: tuple[float, float]
     """Median and 90 % quantile over pairs of ‖δ_i − v*‖/‖δ_i‖, with v* of the other pairs."""
 
@@ -107,7 +108,7 @@ def cloud_fit(rows: StoredRows, site: str, *, n_random: int) -> CloudFit:
     """Distances of the clouds at one site, v* always from prompts that are not in the clouds compared.
 
     Each of :data:`N_SPLITS` random halves of the prompts gives a v* for the other half; points are compared inside a half only,
-    and the distance is the mean over halves and splits. Intervals resample prompts, with v* held fixed.
+    and the distance is the mean over halves and splits. Intervals are over prompts, with v* held fixed.
     """
     base, update = in_own_span(torch.cat([rows.base[site].double(), rows.update(site)])).chunk(2)
     policy = base + update
@@ -118,7 +119,7 @@ def cloud_fit(rows: StoredRows, site: str, *, n_random: int) -> CloudFit:
     for mates in same:
         others = (~mates).double()
         moved += energy_kernel(base + others @ update / others.sum(1, keepdim=True), policy) * mates
-    left = cluster_interval(lambda w: _quadratic(w, moved) / _quadratic(w, apart), rows.clusters)
+    left = jackknife_interval(lambda w: _quadratic(w, moved) / _quadratic(w, apart), rows.clusters)
     generator = torch.Generator().manual_seed(0)
     wide_base, wide_update = rows.base[site].double(), rows.update(site)  # a random vector leaves the rows' span
     length, random = update.mean(0).norm(), []
@@ -127,7 +128,7 @@ def cloud_fit(rows: StoredRows, site: str, *, n_random: int) -> CloudFit:
         kernel = energy_kernel(wide_base + length * vector / vector.norm(), wide_base + wide_update) * n_compared
         random.append(float(kernel.sum() / apart.sum()))
     gram = update @ update.T
-    share = cluster_interval(lambda w: _quadratic(w, gram) / (w.sum(1) * (w @ gram.diagonal())), rows.clusters)
+    share = jackknife_interval(shift_shares_of_gram(gram), rows.clusters, second_order=True, scale=SHARE)
     return CloudFit(
         float(apart.sum() / n_compared.sum()),
         left,
@@ -162,7 +163,7 @@ def _interval(site: str, fit: CloudFit) -> str:
     left, share = ([_small(x) for x in interval] for interval in (fit.left, fit.shift_share))
     return (
         f"At {site_name(site)}: distance left {left[0]}, 95 % CI {left[1]} … {left[2]}; f {share[0]}, 95 % CI {share[1]} … "
-        f"{share[2]}. Prompts resampled, v* held fixed."
+        f"{share[2]}. Over prompts, the v* that is added held fixed."
     )
 
 
@@ -201,7 +202,7 @@ def _reading(rows: StoredRows, fit: CloudFit) -> list[str]:
         "hπ − h₀. Plane: first two principal components of h₀ and hπ together, less their common mean.",
         "Closeness is the energy distance (Székely and Rizzo 2013) in all dimensions, over that of h₀ and hπ; it "
         "grows with the square of a small shift. v* comes from one half of the prompts, the clouds from the other, "
-        f"{N_SPLITS} splits; about 0, also below: no difference left. Interval: prompts resampled. Random: {N_RANDOM} "
+        f"{N_SPLITS} splits; about 0, also below: no difference left. Random: {N_RANDOM} "
         "vectors as long as v*.",
         f"Pair by pair more is left: at the last site the shift is {as_text(fit.shift_share.value, 'percent')} of ΔH (f), and a "
         f"pair’s own change still differs from v* of the others by {as_text(fit.left_per_pair[0], 'percent')} of its length "

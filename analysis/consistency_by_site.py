@@ -10,6 +10,7 @@ from torch import Tensor
 
 from analysis.figures import COLOURS, EndLabel
 from analysis.observations import site_name
+from analysis.random_updates import MISSING, NOTE, draw_random, with_random
 from analysis.report import Section
 from analysis.site_axes import (
     Curve,
@@ -21,12 +22,13 @@ from analysis.site_axes import (
     plot_curves,
     prepare_sites,
     shade_sites,
+    span,
 )
 from analysis.stored_rows import StoredRows
-from tiltmeter.stats.bootstrap import cluster_mean_interval
-from tiltmeter.consistency import in_sample_cosines, leave_one_out_cosines, split_half
+from tiltmeter.consistency import mean_cosine_intervals, split_half
 from tiltmeter.geometry import in_own_span, row_geometry
 from tiltmeter.stats.nulls import sign_flip_null, split_half_null
+from tiltmeter.weights.random_update import RandomUpdates
 
 N_SPLITS = 100
 N_FLIPS = 500
@@ -38,9 +40,9 @@ MEASURES = (*OF_PAIRS, "between_halves")
 _BLUE, _NAVY, _GREY = COLOURS["policy"], COLOURS["policy_dark"], COLOURS["mark"]
 
 
-def consistency_section(rows: StoredRows) -> Section | None:
+def consistency_section(rows: StoredRows, random: RandomUpdates | None = None) -> Section | None:
     """The section ``consistency``; None where nothing changed."""
-    table = consistency_table(rows)
+    table = with_random(consistency_table(rows), random, rows.position, [f"mean_cosine_{name}" for name in OF_PAIRS])
     if table["split_half"].isna().all():
         return None
     panels: list[Panel] = [draw_halves, *(partial(draw_measure, measure=measure) for measure in reversed(OF_PAIRS))]
@@ -57,7 +59,7 @@ def consistency_section(rows: StoredRows) -> Section | None:
         ],
         figure=figure,
         table=table,
-        reading=_reading(rows, table),
+        reading=[*_reading(rows, table), f"Here {MISSING}." if random is None else NOTE],
         headlines=[],
     )
 
@@ -83,12 +85,13 @@ def _figures(update: Tensor, clusters: list[str]) -> dict[str, float]:
         "shift_share": share,
         "between_halves_expected": expected_between_halves(share, len(update)),
     }
-    for name, values, null in (
-        ("in_sample", in_sample_cosines(update), flipped.mean_cosine_in_sample),
-        ("leave_one_out", leave_one_out_cosines(update), flipped.mean_cosine_leave_one_out),
-        ("split_half", halves.cosines.nanmean(0), flipped_halves.mean_cosine),
+    intervals = mean_cosine_intervals(update, clusters, n_splits=N_SPLITS)
+    for name, null in (
+        ("in_sample", flipped.mean_cosine_in_sample),
+        ("leave_one_out", flipped.mean_cosine_leave_one_out),
+        ("split_half", flipped_halves.mean_cosine),
     ):
-        interval = cluster_mean_interval(values.tolist(), clusters)
+        interval = intervals[name]
         figures |= {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
         figures |= _band(name, null)
     between = halves.cosine_of_means
@@ -142,20 +145,23 @@ def draw_measure(axes: Axes, table: pd.DataFrame, *, measure: str) -> str:
     shade_sites(axes, sites, low, high)
     shade_sites(axes, sites, table[f"{measure}_low"], table[f"{measure}_high"], colour=_NAVY)
     word = OF_PAIRS[measure]
-    labels = plot_curves(axes, table, [Curve(measure, word.lower(), "-", _NAVY)])
+    labels = draw_random(axes, table, f"mean_cosine_{measure}", name="random weights")
+    labels += plot_curves(axes, table, [Curve(measure, word.lower(), "-", _NAVY)])
     labels.append(EndLabel(float((low + high).iloc[-1]) / 2, "its null", _GREY))
     axes.set_ylim(min(-0.05, axes.get_ylim()[0]), 1.03)
     axes.set_ylabel("mean cosine of δᵢ")
-    finish_sites(axes, sites, labels, room=0.33)
+    finish_sites(axes, sites, labels, room=0.38)
     n_above, n_known = int((table[measure] > high).sum()), int(table[measure].notna().sum())
-    return f"{word}, the mean cosine is {extremes(sites, table[measure], '.3f')}, above its null at {n_above} of {n_known} sites"
+    said = f"{word}, the mean cosine is {extremes(sites, table[measure], '.3f')}, above its null at {n_above} of {n_known} sites"
+    there = table[f"mean_cosine_{measure}_random"]
+    return said if there.isna().all() else f"{said}; under random weights of equal norm {span(there, '.3f')}"
 
 
 def _interval(table: pd.DataFrame) -> str:
     last = table.dropna(subset="split_half").iloc[-1]
     value, low, high = (as_text(last[f"split_half{end}"], ".3f") for end in ("", "_low", "_high"))
     where = site_name(last["site"])
-    return f"Mean split-half cosine at {where}: {value}, 95 % CI {low} … {high} by resampling prompts, v* held fixed."
+    return f"Mean split-half cosine at {where}: {value}, 95 % CI {low} … {high} over prompts, v* taken anew."
 
 
 def _reading(rows: StoredRows, table: pd.DataFrame) -> list[str]:
@@ -163,8 +169,8 @@ def _reading(rows: StoredRows, table: pd.DataFrame) -> list[str]:
         f"δᵢ: change of pair i’s hidden state at {rows.position}, base to {rows.snapshot}; v*: mean change. {rows.n_rows} rows.",
         f"Split-half: v* from one random half, δᵢ from the other, {N_SPLITS} splits; mean and least of them. Leave-one-out: v* of "
         "the other rows. In-sample, v* contains δᵢ, which alone gives about 1/√N.",
-        f"Grey: central 95 % over {N_FLIPS} times in which each row’s sign was flipped at random. Blue band: 95 % interval by "
-        "resampling prompts. Diamond: the final norm’s output.",
+        f"Grey: central 95 % over {N_FLIPS} times in which each row’s sign was flipped at random. Blue band: 95 % interval over "
+        "prompts, v* taken anew. Diamond: the final norm’s output.",
         "Two halves of many rows agree on v* even where single rows hardly follow it: their cosine grows with N. Dashed grey: what "
         "it is for a constant shift of share f plus noise; close to it, it is the same fact as f, and the mean cosines too.",
         "The null of the halves’ cosine is in the table only: flipped signs keep the line on which rows lie, so two halves of "

@@ -11,12 +11,14 @@ from torch import Tensor
 
 from analysis.figures import COLOURS, house_style, new_figure, set_titles
 from analysis.observations import site_name
+from analysis.random_updates import MISSING, NOTE, with_random
 from analysis.report import Section
 from analysis.site_axes import as_text
 from analysis.stored_rows import StoredRows
-from tiltmeter.stats.bootstrap import Interval, cluster_mean_interval
-from tiltmeter.consistency import in_sample_cosines, leave_one_out_cosines, split_half
+from tiltmeter.consistency import in_sample_cosines, leave_one_out_cosines, mean_cosine_intervals, split_half
+from tiltmeter.stats.jackknife import Interval
 from tiltmeter.stats.nulls import sign_flip_null, split_half_null
+from tiltmeter.weights.random_update import RandomUpdates
 
 EDGES = np.linspace(-1.0, 1.0, 81)
 """Bins of every cosine histogram, 0.025 wide."""
@@ -46,7 +48,7 @@ class CosineSet(NamedTuple):
     null_shares: dict[str, np.ndarray]
     """Of the same rows with signs flipped at random, pooled over flips."""
     means: dict[str, Interval]
-    """With 95 % intervals by resampling prompts, v* held fixed."""
+    """With 95 % intervals over prompts, v* taken anew."""
     bands: dict[str, tuple[float, float]]
     """Central 95 % of the mean under sign flips."""
 
@@ -85,16 +87,23 @@ def cosine_set(rows: StoredRows, site: str) -> CosineSet:
         {side: n / max(n.sum(), 1) for side, n in counts.items()},
         counts,
         {side: n / max(n.sum(), 1) for side, n in nulls.items()},
-        {side: cluster_mean_interval(values.nanmean(0).tolist(), prompts) for side, values in found.items()},
+        mean_cosine_intervals(update, prompts, n_splits=N_SPLITS),
         {side: bands[f"mean_cosine_{side}"] for side in flipped} | {"split_half": (low, high)},
     )
 
 
-def cosine_section(found: CosineSet) -> Section:
-    """The section ``cosines``."""
+def cosine_section(found: CosineSet, random: RandomUpdates | None = None) -> Section:
+    """The section ``cosines``.
+
+    Args:
+        random: the update's random counterparts; None: not read.
+    """
+    beside = with_random(
+        pd.DataFrame({"site": [found.site]}), random, found.position, [f"mean_cosine_{side}" for side in SIDES]
+    ).iloc[0]
     with house_style():
         figure, axes = new_figure(len(SIDES), panel_height_cm=4.6)
-        sentences = [draw_histogram(panel, found, side) for panel, side in zip(axes, SIDES, strict=True)]
+        sentences = [draw_histogram(panel, found, side, beside) for panel, side in zip(axes, SIDES, strict=True)]
         axes[-1].set_xlabel("cos(δᵢ, v*)")
         set_titles(figure, axes, sentences)
     return Section(
@@ -110,18 +119,23 @@ def cosine_section(found: CosineSet) -> Section:
         ],
         figure=figure,
         table=cosine_table(found),
-        reading=_reading(found),
+        reading=[*_reading(found), f"Here {MISSING}." if random is None else NOTE],
         headlines=[],
     )
 
 
-def draw_histogram(axes: Axes, found: CosineSet, side: str) -> str:
-    """One histogram over its null; returns its message."""
+def draw_histogram(axes: Axes, found: CosineSet, side: str, beside: pd.Series) -> str:
+    """One histogram over its null, with the mean under random weights; returns its message."""
     observed, null = found.shares[side], found.null_shares[side]
     axes.stairs(null, EDGES, fill=True, color=COLOURS["null"], alpha=0.6, zorder=2)
     axes.stairs(observed, EDGES, fill=True, color=COLOURS["policy"], alpha=0.75, zorder=3)
     filled = np.flatnonzero(observed + null)
     low, high = EDGES[filled[0]], EDGES[filled[-1] + 1]
+    random, lowest, highest = (float(beside[f"mean_cosine_{side}_random{end}"]) for end in ("", "_low", "_high"))
+    if random == random:
+        axes.axvspan(lowest, highest, color=COLOURS["random_update"], alpha=0.35, linewidth=0, zorder=1)
+        axes.axvline(random, color=COLOURS["random_update"], linewidth=1.0, zorder=4)
+        low, high = min(low, lowest), max(high, highest)
     margin = 0.04 * (high - low)
     axes.set_xlim(low - margin, high + margin)
     axes.set_ylim(0, 1.22 * max(observed.max(), null.max()))
@@ -143,7 +157,10 @@ def draw_histogram(axes: Axes, found: CosineSet, side: str) -> str:
     mean = as_text(value, ".3f")
     within = found.bands[side][0] <= value <= found.bands[side][1]
     told = "inside" if within else "outside"
-    return f"{_TITLES[side]}, the mean cosine with v* is {mean}, {told} its null {ends}"
+    said = f"{_TITLES[side]}, the mean cosine with v* is {mean}, {told} its null {ends}"
+    if random != random:
+        return said
+    return f"{said}; under random weights (line) {as_text(random, '.3f')}, {as_text(lowest, '.2f')} … {as_text(highest, '.2f')}"
 
 
 def cosine_table(found: CosineSet) -> pd.DataFrame:
@@ -169,7 +186,7 @@ def _counts(cosines: Tensor) -> np.ndarray:
 def _interval(found: CosineSet) -> str:
     value, low, high = (as_text(x, ".3f") for x in found.means["split_half"])
     return (
-        f"Mean split-half cosine {value}, 95 % CI {low} … {high} by resampling prompts, v* held fixed. Its null, central 95 %: "
+        f"Mean split-half cosine {value}, 95 % CI {low} … {high} over prompts, v* taken anew. Its null, central 95 %: "
         + " … ".join(as_text(x, ".2f") for x in found.bands["split_half"])
         + "."
     )

@@ -14,11 +14,15 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import tiltmeter.threads  # noqa: F401  before torch, which reads its threads' settings as it is imported
+
+# isort: split
 from analysis.loggable import loggable_media, loggable_metrics
 from analysis.wandb_login import is_logged_in
 from tiltmeter.errors import UserError
 from tiltmeter.files import write_text
 from tiltmeter.layers import FINAL_POST_NORM
+from tiltmeter.plain_text import allow_any_encoding
 
 STEP_AXIS = "trainer/global_step"
 NAME = "tiltmeter"
@@ -37,8 +41,15 @@ SECTIONS: dict[str, list[tuple[str, list[str] | str]]] = {
         ),
         ("cos(v*, v) and cos(v*, v̄)", [f"direction_cosine/{kind}/{FINAL_POST_NORM}" for kind in ("token", "sequence")]),
         ("Shift share f at every site", f"^shift_share/delta/{_AT_EVERY_SITE}"),
+        ("f under random weights of equal norm", f"^shift_share/random_update/{_AT_EVERY_SITE}"),
+        ("f of the base’s own states", f"^shift_share/base/{_AT_EVERY_SITE}"),
+        (
+            "f at a content token, and under random weights",
+            f"^shift_share/(delta|random_update)/content/{_AT_EVERY_SITE}",
+        ),
         ("Top-1 energy ρ₁, centred, at every site", f"^top1_energy/delta_centred/{_AT_EVERY_SITE}"),
         ("Mean cosine with v*, leave-one-out", f"^mean_cosine/leave_one_out/{_AT_EVERY_SITE}"),
+        ("The same under random weights of equal norm", f"^mean_cosine/leave_one_out/random_update/{_AT_EVERY_SITE}"),
         ("Has v* settled? cos with the observation before", f"^direction_settled/{_AT_EVERY_SITE}"),
         ("Gradient: mean resultant, energy along v̄ and v*", "^gradient/"),
     ],
@@ -185,6 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="check it and write it as JSON to FILE or standard output",
     )
     options = parser.parse_args(arguments)
+    allow_any_encoding()
     try:
         if options.dry_run is None and not options.entity:
             raise UserError("--entity: expected your W&B user or team; --dry-run needs none")

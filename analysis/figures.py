@@ -25,6 +25,7 @@ COLOURS: Mapping[str, str] = {
     "sft_chosen": "#e69f00",
     "dpo_shuffled": "#cc79a7",
     "dpo_swapped": "#56b4e9",
+    "random_update": "#767676",
     "null": "#b3b3b3",
     "mark": "#767676",
 }

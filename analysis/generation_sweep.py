@@ -14,8 +14,13 @@ from analysis.teacher_forced_sweep import Tokens
 from tiltmeter.branching import generate_branches
 from tiltmeter.generation import Completion, Decoding, generate
 from tiltmeter.scoring.behaviour import Prompt, one_a_group, pair_up, score_all
-from tiltmeter.scoring.scorer import Scorer
+from tiltmeter.scoring.scorer import Scorer, Scores
+from tiltmeter.stats.paired import more_often
 from tiltmeter.steering import Intervention, steer
+from tiltmeter.steering_vector import SteeringVector
+
+DEGENERATION_P = "degeneration_p"
+"""Metric: p-value of the exact test whether completions are degenerate more often than without steering."""
 
 
 class GenerationSweep:
@@ -49,24 +54,33 @@ class GenerationSweep:
         asked = [Prompt(p.pair_id, p.prompt, p.ids.prompt_ids, p.chosen, p.group, p.attributes) for p in pairs]
         self.prompts = one_a_group(asked, n_prompts)
 
-    def rows(self, unit: Unit, values: Float[Tensor, " d_model"]) -> Rows:
-        """All figures of all scorers at all λ of a vector; of a scorer that compares, the win over λ = 0."""
+    def rows(self, unit: Unit, vectors: Sequence[SteeringVector]) -> Rows:
+        """All figures of all scorers at all λ; of a scorer that compares, the win over λ = 0.
+
+        Draws of a random kind share the prompts, each prompt one draw, so that their text is screened for the price of one vector.
+
+        Args:
+            vectors: those of the unit.
+        """
         keys = [prompt.pair_id for prompt in self.prompts]
-        shifts = self.sign * torch.outer(torch.tensor(self.strengths), values)
+        values = torch.stack([v.values for v in vectors])[[i % len(vectors) for i in range(len(keys))]]
+        shifts = self.sign * values[:, None] * torch.tensor(self.strengths)[:, None]
         said = [dict(zip(keys, branch, strict=True)) for branch in self._complete(unit.site, shifts, keys)]
         unsteered = said[self.strengths.index(0.0)]
         found, missing = [], []
         for strength, steered in zip(self.strengths, said, strict=True):
+            where = unit.direction, unit.vector, 0, unit.site, strength
             for key, scorer in self.scorers.items():
-                figures = score_all({key: scorer}, pair_up(self.prompts, unsteered, steered)).figures
-                where = unit.direction, unit.vector, unit.site, strength
-                found += [Row(*where, f.name, f.value, f.low, f.high, f.n) for f in figures if f.of != "base"]
-                if not figures or any(f.n_missing and math.isnan(f.value) for f in figures):
+                scores = score_all({key: scorer}, pair_up(self.prompts, unsteered, steered))
+                own = [f for f in scores.figures if f.of != "base"]
+                found += [Row(*where, f.name, f.value, f.low, f.high, f.n) for f in own]
+                found += [Row(*where, *one) for one in _worse(scores)]
+                if not own or any(f.n_missing and math.isnan(f.value) for f in own):
                     missing.append(key)
         return Rows(found, missing=list(dict.fromkeys(missing)))
 
     def _complete(
-        self, site: str, shifts: Float[Tensor, "strength d_model"], keys: Sequence[str]
+        self, site: str, shifts: Float[Tensor, "prompt strength d_model"], keys: Sequence[str]
     ) -> list[list[list[Completion]]]:
         """For each λ the completions of each prompt."""
         model, tokenizer = self.start.model, self.start.tokenizer
@@ -76,7 +90,23 @@ class GenerationSweep:
                 model, tokenizer, ids, self.decoding, site=site, shifts=shifts, keys=keys, tokens=self.tokens
             )
         said = []
-        for shift in shifts:
-            with steer(model, Intervention(site, shift[None], tokens=self.tokens)):
-                said.append(generate(model, tokenizer, ids, self.decoding, keys=keys))
+        for strength in range(len(self.strengths)):
+            of_prompt: dict[int, list[Completion]] = {}
+            same, groups = shifts[:, strength].unique(dim=0, return_inverse=True)
+            for i, shift in enumerate(same):
+                rows = (groups == i).nonzero()[:, 0].tolist()
+                with steer(model, Intervention(site, shift[None], tokens=self.tokens)):
+                    completed = generate(
+                        model, tokenizer, [ids[row] for row in rows], self.decoding, keys=[keys[row] for row in rows]
+                    )
+                of_prompt |= dict(zip(rows, completed, strict=True))
+            said.append([of_prompt[row] for row in range(len(ids))])
         return said
+
+
+def _worse(scores: Scores) -> list[tuple[str, float, float, float, int]]:
+    """Whether steered text is degenerate more often than unsteered: the exact test's p-value, as a row's last columns."""
+    columns = [scores.columns.get(f"degeneration/{of}") for of in ("policy", "base")]
+    if columns[0] is None or columns[1] is None:
+        return []
+    return [(DEGENERATION_P, more_often(columns[0], columns[1]), math.nan, math.nan, len(columns[0]))]

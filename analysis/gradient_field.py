@@ -19,13 +19,14 @@ from analysis.costs import Cost
 from analysis.gradient_field_section import GRID, PAIRS, SEQUENCE, Picture, gradient_field_section
 from analysis.gradient_places import LEAST_PLACES, Kind, StateGradients, parting_places
 from analysis.report import Section
-from tiltmeter.stats.bootstrap import Interval, cluster_interval, cluster_mean_interval
+from tiltmeter.consistency import shift_shares_of_gram
 from tiltmeter.cpu_linear import fast_linear
 from tiltmeter.errors import UserError
 from tiltmeter.geometry import unit_rows
 from tiltmeter.gradient_field import Context, FieldGrid, field_summary
 from tiltmeter.layers import FINAL_POST_NORM, FINAL_PRE_NORM, resolve_sites
 from tiltmeter.models import DTYPES
+from tiltmeter.stats.jackknife import COSINE, SHARE, Interval, jackknife_interval
 
 
 class GradientField:
@@ -141,7 +142,8 @@ class _Field:
             known = rows.dropna(subset="mean_resultant")
             interval = Interval(*[math.nan] * 3)
             if len(known):
-                interval = cluster_mean_interval(known["mean_resultant"].tolist(), known["group"].tolist())
+                r = torch.tensor(known["mean_resultant"].to_numpy(dtype=float), dtype=torch.float64)
+                interval = _mean_of_lengths(r, known["group"].tolist())
             found.append(
                 {"reading": reading, "site": site, "words": kind, "n_pairs": len(known)}
                 | {"n_arrows": known["n_arrows"].mean()}
@@ -185,28 +187,27 @@ class _Field:
             | {"null": len(groups) ** -0.5, "smallest_cosine": field_summary(gradients).smallest_cosine}
             | {"is_tautology": False}
             | _named(
-                "update_cosine", cluster_interval(lambda w: torch.cosine_similarity(-w @ unit, w @ updates), groups)
+                "update_cosine",
+                jackknife_interval(
+                    lambda w: torch.cosine_similarity(-w @ unit, w @ updates), groups, second_order=True, scale=COSINE
+                ),
             )
         )
 
 
 def resultant_interval(unit: Float[Tensor, "row d_model"], clusters: Sequence[str]) -> Interval:
-    """R = ‖mean ĝ‖ of N unit rows with a 95 % bootstrap interval over clusters.
+    """R = ‖mean ĝ‖ of N unit rows with a 95 % interval over clusters, that of R² = f of these rows.
 
-    R² = (1 + (N − 1) c̄)/N with c̄ the mean cosine of two different rows. A resample's c̄ is taken over different rows too: a
-    row drawn twice would agree with itself, and the interval of a small R would lie above it.
-
-    >>> resultant_interval(torch.eye(2, dtype=torch.float64), ["a", "b"]).value  # 1/√2
-    0.7071067811865476
+    >>> round(resultant_interval(torch.eye(2, dtype=torch.float64), ["a", "b"]).value, 12)  # 1/√2
+    0.707106781187
     """
-    n = len(unit)
+    squares = jackknife_interval(shift_shares_of_gram(unit @ unit.T), clusters, second_order=True, scale=SHARE)
+    return Interval(*map(math.sqrt, squares))
 
-    def resultant(weights: Tensor) -> Tensor:
-        squares = weights.square().sum(1)
-        cosine = ((weights @ unit).square().sum(1) - squares) / (weights.sum(1).square() - squares)
-        return ((1 + (n - 1) * cosine) / n).clamp(min=0).sqrt()
 
-    return cluster_interval(resultant, clusters)
+def _mean_of_lengths(r: Float[Tensor, " pair"], clusters: Sequence[str]) -> Interval:
+    """Mean over pairs of R, each 0 … 1."""
+    return jackknife_interval(lambda w: w @ r / w.sum(1), clusters, scale=COSINE)
 
 
 def _row(reading: str, site: str, kind: Kind, gradients: Tensor) -> dict[str, Any]:

@@ -186,8 +186,8 @@ def _interval(table: pd.DataFrame) -> str:
     value, low, high = (as_text(row[f"mean_resultant{end}"], ".2f") for end in ("", "_low", "_high"))
     return (
         f"R across pairs at {site_name(row['site'])} is {value} (95\u00a0% CI {low} … {high}), {row['n_pairs']} pairs, prompts "
-        f"resampled; noise alone: {as_text(row['null'], '.2f')}. Cosines are taken between different pairs, since a pair drawn "
-        "twice agrees with itself. Bands: the same at every site; around one state of the mean over pairs."
+        f"left out one at a time; noise alone: {as_text(row['null'], '.2f')}. Bands: the same at every site; around one state of "
+        "the mean over pairs."
     )
 
 

@@ -17,7 +17,7 @@ from analysis.entropy_controls import entropy_control_section
 from analysis.layer_curves import geometry_section
 from analysis.layer_entropy import entropy_section
 from analysis.layer_maps import layers_by_step_section
-from analysis.observations import DIVERGE, observed
+from analysis.observations import DIVERGE, latest, observed, updates
 from analysis.preference_plane import Parting, parting_of, preference_plane_section
 from analysis.projection_curves import projection_section
 from analysis.report import Section
@@ -27,6 +27,7 @@ from analysis.singular_values import singular_value_section
 from analysis.stored_rows import StoredRows, latest_rows
 from analysis.stored_spectra import spectra_table
 from tiltmeter.errors import UserError
+from tiltmeter.weights.random_update import RandomUpdates
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,27 @@ class Watched:
         )
 
     @cached_property
+    def steps_taken(self) -> int | None:
+        """Optimizer steps behind the last update that was read; None without one."""
+        seen = latest(updates(self.table))
+        return int(seen["steps_taken"].iloc[0]) if len(seen) else None
+
+    @cached_property
+    def random(self) -> RandomUpdates | None:
+        """The last update's random counterparts; None where none were read, or of an earlier update only.
+
+        Raises:
+            UserError: their file is damaged; names it.
+        """
+        found = RandomUpdates.read(self.snapshots)
+        return found if found is not None and found.steps_taken == self.steps_taken else None
+
+    @property
+    def lacks_random(self) -> bool:
+        """Whether there is an update without random counterparts."""
+        return self.steps_taken is not None and self.random is None
+
+    @cached_property
     def cosines(self) -> CosineSet | None:
         """Pair by pair, of :attr:`rows`."""
         return None if self.rows is None else deepest_cosines(self.rows)
@@ -88,20 +110,26 @@ class Watched:
 
 
 _BUILDERS: Mapping[str, Callable[[Watched], Section | None]] = {
-    "geometry": lambda seen: geometry_section(seen.table),
-    "entropy": lambda seen: entropy_section(seen.table),
-    "entropy_controls": lambda seen: None if seen.rows is None else entropy_control_section(seen.rows, seen.spectra),
-    "singular_values": lambda seen: None if seen.rows is None else singular_value_section(seen.rows, seen.spectra),
+    "geometry": lambda seen: geometry_section(seen.table, seen.random),
+    "entropy": lambda seen: entropy_section(seen.table, seen.random),
+    "entropy_controls": lambda seen: (
+        None if seen.rows is None else entropy_control_section(seen.rows, seen.spectra, seen.random)
+    ),
+    "singular_values": lambda seen: (
+        None if seen.rows is None else singular_value_section(seen.rows, seen.spectra, seen.random)
+    ),
     "signal_rank": lambda seen: None if seen.rows is None else signal_rank_section(seen.rows, seen.spectra),
     "layers_by_step": lambda seen: layers_by_step_section(seen.table),
-    "cosines": lambda seen: None if seen.cosines is None else cosine_section(seen.cosines),
-    "consistency": lambda seen: None if seen.rows is None else consistency_section(seen.rows),
+    "cosines": lambda seen: None if seen.cosines is None else cosine_section(seen.cosines, seen.random),
+    "consistency": lambda seen: None if seen.rows is None else consistency_section(seen.rows, seen.random),
     "clouds": lambda seen: None if seen.rows is None else cloud_section(seen.rows),
     "projection": lambda seen: projection_section(seen.table, seen.metrics),
     "preference_plane": lambda seen: preference_plane_section(seen.parting),
 }
 SECTIONS = tuple(_BUILDERS)
 """Names of the sections, in the order of the report."""
+BESIDE_RANDOM = ("geometry", "entropy", "entropy_controls", "singular_values", "cosines", "consistency")
+"""Those that hold the update against random weight changes."""
 WHILE_TRAINING = ("geometry", "entropy", "layers_by_step", "cosines", "projection")
 """Those that are quick enough to be drawn after every look at the probe."""
 

@@ -8,17 +8,19 @@ from matplotlib.axes import Axes
 
 from analysis.figures import COLOURS, EndLabel, mark_level
 from analysis.observations import latest, most_entropy, updates
+from analysis.random_updates import MISSING, NOTE, draw_random, with_random
 from analysis.report import Section
 from analysis.site_axes import (
     Curve,
     Panel,
-    as_text,
     draw_over_sites,
     extremes,
     finish_sites,
     plot_curves,
     prepare_sites,
+    span,
 )
+from tiltmeter.weights.random_update import RandomUpdates
 
 ENTROPIES = {
     f"{of}{'_centred' if centred else ''}_{kind}": f"spectral_entropy/{of}{'_centred' if centred else ''}/{kind}"
@@ -27,16 +29,20 @@ ENTROPIES = {
     for kind in ("energy", "singular")
 }
 """Column of the table → name in metrics.csv, before the site."""
+_RANDOM = ("entropy_energy", "entropy_energy_centred", "entropy_singular", "entropy_singular_centred")
+"""Those also told under random weights."""
 _BLUE, _NAVY, _GREY = COLOURS["policy"], COLOURS["policy_dark"], COLOURS["mark"]
 
 
-def entropy_section(table: pd.DataFrame) -> Section | None:
+def entropy_section(table: pd.DataFrame, random: RandomUpdates | None = None) -> Section | None:
     """The section ``entropy``.
 
     Args:
         table: :func:`analysis.observations.observed`.
+        random: the update's random counterparts; None: not read.
     """
     last, cap = entropy_table(table), most_entropy(table)
+    last = with_random(last, random, str(last["position"].iloc[0]) if len(last) else "", _RANDOM)
     if last["delta_energy"].isna().all():
         return None
     panels: list[Panel] = [partial(draw_update, cap=cap)]
@@ -80,7 +86,9 @@ def draw_update(axes: Axes, last: pd.DataFrame, *, cap: float) -> str:
         Curve("delta_singular", "raw, of σ", ":", _NAVY),
         Curve("delta_centred_singular", "centred, of σ", "-.", _BLUE),
     ]
-    labels = plot_curves(axes, last, curves)
+    labels = draw_random(axes, last, "entropy_energy")
+    labels += draw_random(axes, last, "entropy_energy_centred", name="random, centred", style="--")
+    labels += plot_curves(axes, last, curves)
     if math.isfinite(cap):
         mark_level(axes, cap)
         labels.append(EndLabel(cap, "most possible", _GREY))
@@ -90,7 +98,11 @@ def draw_update(axes: Axes, last: pd.DataFrame, *, cap: float) -> str:
     most = f"of at most {cap:.2f} nats" if math.isfinite(cap) else "nats"
     sentence = f"The update’s energy entropy is {extremes(sites, last['delta_energy'], '.2f')} {most}"
     centred = last["delta_centred_energy"].dropna()
-    return sentence if centred.empty else f"{sentence}; once centred, {_range(centred)}"
+    sentence += "" if centred.empty else f"; once centred, {span(centred, '.2f')}"
+    if last["entropy_energy_random"].isna().all():
+        return sentence
+    raw, rest = (span(last[f"entropy_energy{variant}_random"], ".2f") for variant in ("", "_centred"))
+    return f"{sentence}. Under random weights of equal norm {raw}; centred, {rest}"
 
 
 def draw_states(axes: Axes, last: pd.DataFrame) -> str:
@@ -109,12 +121,7 @@ def draw_states(axes: Axes, last: pd.DataFrame) -> str:
     finish_sites(axes, sites, labels, room=0.27)
     sentence = f"The states’ own entropy changes by {extremes(sites, last['change_energy'], '+.2f', unit='nats')}"
     centred = last["change_centred_energy"].dropna()
-    return sentence if centred.empty else f"{sentence}; centred, {_range(centred, '+.2f')}"
-
-
-def _range(values: pd.Series, form: str = ".2f") -> str:
-    low, high = (as_text(float(x), form) for x in (values.min(), values.max()))
-    return low if low == high else f"{low} to {high}"
+    return sentence if centred.empty else f"{sentence}; centred, {span(centred, '+.2f')}"
 
 
 def _reading(last: pd.DataFrame, cap: float) -> list[str]:
@@ -124,6 +131,7 @@ def _reading(last: pd.DataFrame, cap: float) -> list[str]:
         "The second panel is about the states themselves, not their change: whether the policy’s states use fewer directions than "
         "the base’s.",
         "Centred: less the mean row. Diamond: the final norm’s output.",
+        NOTE if last["entropy_energy_random"].notna().any() else f"Here {MISSING}.",
     ]
     if math.isfinite(cap):
         n = round(math.exp(cap))

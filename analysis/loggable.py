@@ -14,9 +14,8 @@ from tiltmeter.capture import HiddenStates, ReadPoint
 from tiltmeter.generation import Completion
 from tiltmeter.geometry import VARIANTS
 from tiltmeter.layers import FINAL_POST_NORM, Unembedding, all_sites
-from tiltmeter.positions import Position
 from tiltmeter.preference_losses import PAIR_METRICS
-from tiltmeter.probe import PreferenceDirections
+from tiltmeter.probe import DEFAULT_POSITIONS, PreferenceDirections
 from tiltmeter.scoring.degeneration import DegenerationScorer
 from tiltmeter.scoring.judge import Question, Reply
 from tiltmeter.scoring.judge_scorer import JudgeScorer
@@ -26,7 +25,7 @@ from tiltmeter.scoring.preference_probe import probe_figures
 from tiltmeter.scoring.scorer import SCORED_STEP, Sample, Scorer, as_metrics
 from tiltmeter.scoring.truthfulqa import FIGURES as TRUTHFULQA
 from tiltmeter.scoring.word_list import WordListToxicity
-from tiltmeter.watching import consistency_metrics, projection_metrics, spectral_metrics
+from tiltmeter.watching import consistency_metrics, place, projection_metrics, random_update_figures, spectral_metrics
 
 _SPLITS = ("train", "val")
 _OTHERS = (
@@ -61,6 +60,7 @@ def loggable_metrics() -> frozenset[str]:
             continue
         names |= set(spectral_metrics(base, policy, point, variants=VARIANTS))
         names |= set(consistency_metrics(base, policy, point, previous=torch.ones(_WIDTH)))
+        names |= {f"{name}/{place(point)}" for name in random_update_figures(base, policy, point)}
     return frozenset(names | _behaviour())
 
 
@@ -73,11 +73,10 @@ def loggable_media() -> frozenset[str]:
 def _states(seed: int) -> dict[ReadPoint, HiddenStates]:
     generator = torch.Generator().manual_seed(seed)
     rows, sides = torch.arange(_N_PAIRS), torch.full((_N_PAIRS,), PROMPT)
-    positions: tuple[Position, ...] = ("prompt_last", "diverge")
     return {
         ReadPoint(site, position): HiddenStates(torch.randn(_N_PAIRS, _WIDTH, generator=generator), rows, sides)
         for site in all_sites(_N_LAYERS)
-        for position in positions
+        for position in DEFAULT_POSITIONS
     }
 
 

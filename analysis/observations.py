@@ -1,49 +1,53 @@
 """What a run's probe said of hidden states, out of metrics.csv: a row for each observation, position and site."""
 
 import math
-import re
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import pandas as pd
 
 from tiltmeter.layers import FINAL_POST_NORM, FINAL_PRE_NORM
+from tiltmeter.watching import split_name
 
 STEPS_TAKEN = "probe/steps_taken"
 """Optimizer steps before an observation; metrics.csv has it in every row that a probe wrote."""
-USUAL_POSITION, DIVERGE = "prompt_last", "diverge"
-UPDATE = {
-    "shift_share": "shift_share/delta",
-    "top1_energy": "top1_energy/delta",
-    "top1_energy_centred": "top1_energy/delta_centred",
-    "entropy_energy": "spectral_entropy/delta/energy",
-    "entropy_energy_centred": "spectral_entropy/delta_centred/energy",
-    "mean_cosine_in_sample": "mean_cosine/in_sample",
-    "mean_cosine_leave_one_out": "mean_cosine/leave_one_out",
+USUAL_POSITION, CONTENT, DIVERGE = "prompt_last", "content", "diverge"
+FIGURES = {
+    "shift_share": "shift_share/{of}",
+    "top1_energy": "top1_energy/{of}",
+    "top1_energy_centred": "top1_energy/{of}_centred",
+    "sigma_ratio": "sigma_ratio/{of}",
+    "cos_top_mean": "top_direction_cosine/{of}",
+    "sigma_ratio_centred": "sigma_ratio/{of}_centred",
+    "entropy_energy": "spectral_entropy/{of}/energy",
+    "entropy_energy_centred": "spectral_entropy/{of}_centred/energy",
+    "entropy_singular": "spectral_entropy/{of}/singular",
+    "entropy_singular_centred": "spectral_entropy/{of}_centred/singular",
+    "effective_rank_energy": "effective_rank/{of}/energy",
+    "effective_rank_singular": "effective_rank/{of}/singular",
+    "mean_cosine_in_sample": "mean_cosine/in_sample/{of}",
+    "mean_cosine_leave_one_out": "mean_cosine/leave_one_out/{of}",
 }
-"""What is told of the update ΔH at every site: column of tables → name in metrics.csv, before the site."""
-_WHERE = ("steps_taken", "position", "site")
+"""What is told of a matrix at every site: column of tables → name in metrics.csv, before the position and the site."""
+_WITHOUT_MATRIX = ("mean_cosine",)
+"""Families that say nothing of the matrix where it is the update."""
+
+
+def named(of: str) -> dict[str, str]:
+    """:data:`FIGURES` of one matrix, such as ``base`` or ``random_update``.
+
+    >>> named("base")["mean_cosine_in_sample"], named("delta")["mean_cosine_in_sample"]
+    ('mean_cosine/in_sample/base', 'mean_cosine/in_sample')
+    """
+    names = {column: name.format(of=of) for column, name in FIGURES.items()}
+    if of == "delta":
+        names |= {c: n.removesuffix("/delta") for c, n in names.items() if n.startswith(_WITHOUT_MATRIX)}
+    return names
+
+
+UPDATE = named("delta")
+"""What is told of the update ΔH."""
 _READ_WHERE_CHOICES_PART = ("projection", "projection_sequence", "direction_cosine")
 """Families that are always read at ``diverge`` and don't say so."""
-_PLACED = re.compile(rf"(.+)/(layer_\d{{2,4}}|{FINAL_PRE_NORM}|{FINAL_POST_NORM})(?:@(\w+))?")
-
-
-class GeometryRow(NamedTuple):
-    """The update ΔH at one site; NaN where a run didn't log it. Shares 0 … 1, entropies in nats."""
-
-    steps_taken: int
-    position: str
-    site: str
-    shift_share: float
-    """f: share of ΔH that is one constant row."""
-    top1_energy: float
-    """ρ₁: share along the first direction; never below f."""
-    top1_energy_centred: float
-    """ρ₁ of ΔH less its mean row."""
-    entropy_energy: float
-    entropy_energy_centred: float
-    mean_cosine_in_sample: float
-    mean_cosine_leave_one_out: float
 
 
 def observed(metrics: pd.DataFrame) -> pd.DataFrame:
@@ -51,38 +55,38 @@ def observed(metrics: pd.DataFrame) -> pd.DataFrame:
 
     Rows are ordered by steps, position and depth; numbers that aren't finite are NaN. Empty for a run without a probe.
     """
-    placed = {name: match.groups() for name in metrics.columns if (match := _PLACED.fullmatch(name))}
+    placed = {name: found for name in metrics.columns if (found := split_name(name))}
     if STEPS_TAKEN not in metrics or not placed:
         return pd.DataFrame(columns=["steps_taken", "position", "site"])
     rows = metrics[metrics[STEPS_TAKEN].between(0, 1e12)]
     finite = rows[list(placed)].where(rows[list(placed)].abs() < math.inf)
     moments = finite.groupby(rows[STEPS_TAKEN].astype(int)).last()  # callbacks write a row each; the later one counts
-    moments.index.name = "steps_taken"
     columns: dict[tuple[str, str], dict[str, str]] = {}
-    for name, (what, site, position) in placed.items():
+    for name, (what, position, site) in placed.items():
         usual = DIVERGE if what.split("/")[0] in _READ_WHERE_CHOICES_PART else USUAL_POSITION
         columns.setdefault((position or usual, site), {})[what] = name
     parts = []
-    for (position, site), names in columns.items():
-        part = moments[list(names.values())].set_axis(list(names), axis=1).dropna(how="all").reset_index()
-        part.insert(1, "position", position)
-        part.insert(2, "site", site)
-        parts.append(part)
+    for (at, site), names in columns.items():
+        part = moments[list(names.values())].set_axis(list(names), axis=1).dropna(how="all")
+        where = pd.DataFrame({"steps_taken": part.index, "position": at, "site": site}, index=part.index)
+        parts.append(pd.concat([where, part], axis=1))
     table = pd.concat(parts, ignore_index=True)
-    order = table.assign(depth=table["site"].map(_depth)).sort_values(["steps_taken", "position", "depth"])
-    return order.drop(columns="depth").reset_index(drop=True)
+    where = table[["steps_taken", "position"]].assign(depth=table["site"].map(_depth))
+    return table.loc[where.sort_values(list(where)).index].reset_index(drop=True)
 
 
-def updates(table: pd.DataFrame) -> pd.DataFrame:
-    """The readings after a step that say something of the update, at the one position that figures show.
+def updates(table: pd.DataFrame, position: str | None = None) -> pd.DataFrame:
+    """The readings after a step that say something of the update, at one position.
 
-    That is ``prompt_last``, or the first other position when the run didn't read it.
+    Args:
+        position: None: the one that figures show, ``prompt_last``, or the first other one when the run didn't read it.
     """
     known = [name for name in UPDATE.values() if name in table]
     found = table[table[known].notna().any(axis=1)] if known else table.iloc[:0]
     positions = list(found["position"].unique())
-    shown = USUAL_POSITION if USUAL_POSITION in positions else (positions or [USUAL_POSITION])[0]
-    return found[found["position"] == shown]
+    if position is None:
+        position = USUAL_POSITION if USUAL_POSITION in positions else (positions or [USUAL_POSITION])[0]
+    return found[found["position"] == position]
 
 
 def latest(table: pd.DataFrame) -> pd.DataFrame:
@@ -98,12 +102,6 @@ def after_steps(steps: float) -> str:
     ('after 120 steps', 'in the aligned model')
     """
     return f"after {steps:.0f} steps" if steps == steps else "in the aligned model"
-
-
-def geometry_rows(metrics: pd.DataFrame) -> list[GeometryRow]:
-    """The update at every site as last observed, in the order of the forward pass; none for a run without a probe."""
-    last = latest(updates(observed(metrics))).reindex(columns=[*_WHERE, *UPDATE.values()])
-    return [GeometryRow(*row) for row in last.itertuples(index=False)]
 
 
 def most_entropy(table: pd.DataFrame) -> float:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,19 +18,22 @@ from analysis.observations import DIVERGE, STEPS_TAKEN, USUAL_POSITION, observed
 from analysis.preference_plane import Parting
 from analysis.probe_pairs import ProbePair
 from analysis.stored_rows import StoredRows, changed_rows
+from tiltmeter.batch import TokenizedPair
 from tiltmeter.capture import HiddenStates, ReadPoint
 from tiltmeter.errors import UserError
 from tiltmeter.layers import unembedding
 from tiltmeter.models import DTYPES
 from tiltmeter.positions import Position
-from tiltmeter.probe import PreferenceDirections, Probe, cut_pair
+from tiltmeter.probe import DEFAULT_POSITIONS, PreferenceDirections, Probe, cut_pair
 from tiltmeter.watching import observation_metrics
+from tiltmeter.weights.random_update import FORMS, N_DRAWS, RandomUpdates, check_draws, read_random_updates
 
 OVER_STEPS = ("layers_by_step",)
 """Sections that need several observations."""
 READ_NOW = tuple(name for name in SECTIONS if name not in OVER_STEPS)
 """Sections for which one reading of two models is enough."""
-_POSITIONS: tuple[Position, ...] = ("prompt_last", "diverge")
+_POSITIONS = DEFAULT_POSITIONS
+_HELD_AGAINST_RANDOM: tuple[Position, ...] = ("prompt_last", "content")
 _LEAST_PAIRS = 4
 AFTER = "aligned"
 """Name of the reading after training, where a run has that of a snapshot."""
@@ -40,9 +44,13 @@ States = dict[ReadPoint, HiddenStates]
 class StateReading:
     """How hidden states are read where no run stored them: at every site, where prompts end and where responses part.
 
+    Also at a content token of each prompt; and, there and where prompts end, under random weight changes as large as that from
+    base to aligned.
+
     Args:
         n_pairs: the first so many pairs; their rows are all kept in memory, since figures are drawn pair by pair.
         pairs_per_batch: pairs in one forward pass.
+        n_random_updates: random weight changes of each form (:mod:`tiltmeter.weights.random_update`).
         dtype, device: of the models; device null: a GPU where there is one.
 
     Raises:
@@ -50,7 +58,13 @@ class StateReading:
     """
 
     def __init__(
-        self, *, n_pairs: int = 512, pairs_per_batch: int = 16, dtype: str = "float32", device: str | None = None
+        self,
+        *,
+        n_pairs: int = 512,
+        pairs_per_batch: int = 16,
+        n_random_updates: int = N_DRAWS,
+        dtype: str = "float32",
+        device: str | None = None,
     ) -> None:
         if n_pairs < _LEAST_PAIRS or pairs_per_batch < 1:
             raise UserError(
@@ -59,13 +73,51 @@ class StateReading:
             )
         if dtype not in DTYPES:
             raise UserError(f"hidden_states.dtype: expected one of {', '.join(DTYPES)}, got {dtype}")
-        self.n_pairs, self.pairs_per_batch = n_pairs, pairs_per_batch
+        try:
+            check_draws(n_random_updates, FORMS)
+        except UserError as error:
+            raise UserError(f"hidden_states.n_random_updates: {error}") from error
+        self.n_pairs, self.pairs_per_batch, self.n_random_updates = n_pairs, pairs_per_batch, n_random_updates
         self.dtype, self.device = dtype, device
 
     def costs(self, checkpoints: Checkpoints) -> list[Cost]:
-        """One pass through each model, of pairs cut behind the last token that is read."""
-        cut = [cut_pair(pair.ids, _POSITIONS) for pair in checkpoints.pairs[: self.n_pairs]]
-        return [Cost("hidden states", 2.0, 2 * sum(len(part) for pair in cut for part in pair))]
+        """One pass through each model, of pairs cut behind the last token that is read, and those of random weights."""
+        n_tokens = self._tokens(checkpoints, _POSITIONS)
+        return [Cost("hidden states", 2.0, 2 * n_tokens), *self.random_costs(checkpoints)]
+
+    def random_costs(self, checkpoints: Checkpoints) -> list[Cost]:
+        """A pass for each random weight change, and one for the base."""
+        n_passes = 1 + len(FORMS) * self.n_random_updates
+        n_tokens = self._tokens(checkpoints, _HELD_AGAINST_RANDOM)
+        return [Cost("random weights", float(n_passes), n_passes * n_tokens)]
+
+    def _tokens(self, checkpoints: Checkpoints, positions: Sequence[Position]) -> int:
+        cut = [cut_pair(pair.ids, positions) for pair in checkpoints.pairs[: self.n_pairs]]
+        return sum(len(part) for pair in cut for part in pair)
+
+    def random_updates(self, checkpoints: Checkpoints, *, n_steps: int | None = None) -> RandomUpdates:
+        """Read the base under random weight changes as large as that to the aligned model.
+
+        Args:
+            n_steps: optimizer steps between the two, where they are known.
+
+        Raises:
+            UserError: weights that are not finite.
+        """
+        pairs = [pair.ids for pair in checkpoints.pairs[: self.n_pairs]]
+        return self._random_updates(checkpoints, pairs, n_steps)
+
+    def _random_updates(
+        self, checkpoints: Checkpoints, pairs: Sequence[TokenizedPair], n_steps: int | None
+    ) -> RandomUpdates:
+        probe = Probe.of_pairs(pairs, pairs_per_batch=self.pairs_per_batch, positions=_HELD_AGAINST_RANDOM)
+        policy = checkpoints.aligned.model.state_dict()
+        try:
+            return read_random_updates(
+                checkpoints.base.model, policy, pairs, probe, n_draws=self.n_random_updates, steps_taken=n_steps
+            )
+        except ValueError as error:
+            raise UserError(f"hidden_states: {error}") from error
 
     def read(self, checkpoints: Checkpoints, *, n_steps: int | None = None) -> "ReadNow":
         """Read both models.
@@ -91,11 +143,15 @@ class StateReading:
         directions = PreferenceDirections(head, [pair.ids for pair in kept])
         groups = [pair.group for pair in kept]
         metrics = observation_metrics(base, policy, directions, head=head, clusters=groups)
+        random = None
+        if any(not torch.equal(base[point].rows, policy[point].rows) for point in base):
+            with suppress(UserError):  # weights that are not finite: pairs whose states are may still be looked at
+                random = self._random_updates(checkpoints, [pair.ids for pair in kept], n_steps)
         rows: dict[str, StoredRows] = {
             position: _rows_at(position, base, policy, kept, self.dtype, len(pairs) - len(kept))
             for position in _POSITIONS
         }
-        return ReadNow.of(metrics, rows, directions.token, n_steps)
+        return ReadNow.of(metrics, rows, directions.token, n_steps, random)
 
 
 @dataclass(frozen=True)
@@ -108,18 +164,25 @@ class ReadNow(Watched):
         n_steps: optimizer steps between the two; None: not known.
         read: rows by position.
         token_directions: v = e_w − e_l of the rows at ``diverge``.
+        read_random: under random weight changes; None where the two models don't differ.
     """
 
     n_steps: int | None
     read: Mapping[str, StoredRows]
     token_directions: Tensor
+    read_random: RandomUpdates | None
 
     @classmethod
     def of(
-        cls, metrics: Mapping[str, float], read: Mapping[str, StoredRows], v: Tensor, n_steps: int | None
+        cls,
+        metrics: Mapping[str, float],
+        read: Mapping[str, StoredRows],
+        v: Tensor,
+        n_steps: int | None,
+        random: RandomUpdates | None,
     ) -> "ReadNow":
         """That of an observation's metrics and rows."""
-        return cls(pd.DataFrame([{STEPS_TAKEN: n_steps or 0, **metrics}]), Path(), n_steps, read, v)
+        return cls(pd.DataFrame([{STEPS_TAKEN: n_steps or 0, **metrics}]), Path(), n_steps, read, v, random)
 
     @property
     def n_pairs(self) -> int:
@@ -130,6 +193,11 @@ class ReadNow(Watched):
     def table(self) -> pd.DataFrame:
         """A row for each position and site."""
         return observed(self.metrics).assign(steps_taken=math.nan if self.n_steps is None else self.n_steps)
+
+    @cached_property
+    def random(self) -> RandomUpdates | None:
+        """Read with the states."""
+        return self.read_random
 
     @cached_property
     def rows(self) -> StoredRows | None:

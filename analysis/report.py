@@ -3,7 +3,8 @@
 import base64
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from matplotlib.figure import Figure
 from analysis.figures import save_figure
 from analysis.samples import Samples
 from analysis.subject import Subject
-from tiltmeter.errors import UserError
+from tiltmeter.errors import FailedWrite, UserError
 from tiltmeter.files import write_text
 
 _TEMPLATES = Path(__file__).resolve().parent / "templates"
@@ -67,24 +68,76 @@ class Section:
     more_tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
 
 
-def write_report(subject: Subject, sections: Sequence[Section], samples: Samples) -> Path:
+class Attempts:
+    """Analyses of one report, of which one that fails never costs the others.
+
+    Args:
+        debug: let what fails pass, with its traceback.
+    """
+
+    def __init__(self, *, debug: bool = False) -> None:
+        self.failed: dict[str, Exception] = {}
+        """Name of each analysis that failed → what it raised."""
+        self._debug = debug
+
+    @contextmanager
+    def of(self, *names: str, wrong_input: bool = False) -> Iterator[None]:
+        """Note what the block raises as the failure of these analyses, and go on behind it.
+
+        A failed write isn't one analysis's, and passes.
+
+        Args:
+            names: analyses that the block makes.
+            wrong_input: note a UserError too, which else passes and ends the command.
+        """
+        try:
+            yield
+        except Exception as error:
+            if self._debug or isinstance(error, FailedWrite) or (isinstance(error, UserError) and not wrong_input):
+                raise
+            self.failed |= dict.fromkeys(names, error)
+
+    def lines(self) -> list[str]:
+        """A line on each failure: the analysis, and why."""
+        return [f"{name} failed: {_reason(error)}" for name, error in self.failed.items()]
+
+
+def _reason(error: Exception) -> str:
+    said = " ".join(str(error).split())[:200]
+    return said if isinstance(error, UserError) else f"{type(error).__name__}{': ' if said else ''}{said}"
+
+
+def write_report(
+    subject: Subject, sections: Sequence[Section], samples: Samples, attempts: Attempts | None = None
+) -> Path:
     """Write figures/, tables/ and index.html into the subject's report folder; returns the page.
 
+    Args:
+        attempts: analyses that failed before, to be named on the page; sections that can't be drawn join them.
+
     Raises:
-        UserError: the folder can't be written.
+        FailedWrite: a full disk, no permission …
     """
-    try:
-        drawn = [_write_section(subject.report, section) for section in sections]
-        page = render_page(subject, sections, samples, images=drawn)
-        target = subject.report / "index.html"
-        write_text(target, page)
-    except OSError as error:
-        raise UserError(f"{subject.report}: cannot be written ({error.strerror or error}); check the folder") from error
+    attempts, drawn = attempts or Attempts(), {}
+    for section in sections:
+        with attempts.of(section.name):
+            drawn[section.name] = _write_section(subject.report, section)
+    shown = [section for section in sections if section.name in drawn]
+    page = render_page(subject, shown, samples, images=list(drawn.values()), failed=attempts.lines())
+    target = subject.report / "index.html"
+    write_text(target, page)
     return target
 
 
-def render_page(subject: Subject, sections: Sequence[Section], samples: Samples, *, images: Sequence[bytes]) -> str:
-    """The page as text; ``images`` are the sections' PNG files."""
+def render_page(
+    subject: Subject,
+    sections: Sequence[Section],
+    samples: Samples,
+    *,
+    images: Sequence[bytes],
+    failed: Sequence[str] = (),
+) -> str:
+    """The page as text; ``images`` are the sections' PNG files, ``failed`` a line on each analysis that could not be made."""
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
         autoescape=True,
@@ -101,7 +154,7 @@ def render_page(subject: Subject, sections: Sequence[Section], samples: Samples,
         origin=subject.origin,
         headlines=[headline for section in sections for headline in section.headlines],
         sections=list(shown),
-        missing=_missing(sections),
+        missing=[*failed, *_missing(sections)],
         samples=samples,
         command_of=subject.command,
     )

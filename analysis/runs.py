@@ -104,7 +104,12 @@ def find_run(run: str, runs_root: Path) -> Path:
     finished = list(finished_runs(runs_root))
     if not finished:
         raise UserError(f"run=last: no finished run below {runs_root}; train one first: python train.py")
-    return max(finished, key=lambda folder: _read_stamp(folder.name) or (datetime.min, 0))
+    return max(finished, key=start_of)
+
+
+def start_of(folder: Path) -> tuple[datetime, int]:
+    """When a run folder was made, and its number among those of the same second; a renamed one comes first."""
+    return _read_stamp(folder.name) or (datetime.min, 0)
 
 
 def finished_runs(runs_root: Path) -> Iterator[Path]:
@@ -168,7 +173,7 @@ def _read_stamp(name: str) -> tuple[datetime, int] | None:
 
 
 def _newest_inside(folder: Path) -> str:
-    runs = sorted(path.parent for path in folder.glob("*/config.yaml"))
+    runs = sorted((path.parent for path in folder.glob("*/config.yaml")), key=start_of)
     return f"; the newest run in it is {runs[-1]}" if runs else " (expected a folder such as runs/NAME/DATE_TIME)"
 
 

@@ -154,6 +154,19 @@ def extremes(sites: Sequence[str], values: pd.Series, form: str, *, unit: str = 
     return f"{texts[0]} ({site_name(sites[low])}) to {texts[1]}{unit} ({site_name(sites[high])})"
 
 
+def span(values: pd.Series, form: str) -> str:
+    r"""Least and largest value; one number when they read the same.
+
+    >>> span(pd.Series([0.401, 0.912]), ".2f")
+    '0.40 to 0.91'
+    """
+    known = values.dropna()
+    if known.empty:
+        return "not known"
+    low, high = (as_text(float(x), form) for x in (known.min(), known.max()))
+    return low if low == high else f"{low} to {high}"
+
+
 def as_text(value: float, form: str) -> str:
     r"""A number in a sentence: ``percent`` of a share, or a format such as ``.2f`` or ``+.2f``, with a real minus.
 

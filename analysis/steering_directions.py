@@ -1,7 +1,7 @@
 """Vectors to steer with, estimated on one half of the held-out prompts so that the other half can test them.
 
 What a vector is called says what it is made of: ``KIND``, for several of a kind ``KIND_1`` …, and behind an ``@`` the position
-of the states where it is not ``steering.position``. At a site all have the norm of its v*.
+of the states where it is not ``steering.position``.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +14,7 @@ from torch import Tensor
 from analysis.checkpoints import Checkpoints
 from analysis.models import LoadedModel
 from analysis.probe_pairs import ProbePair
-from tiltmeter.batch import CHOSEN, REJECTED
+from tiltmeter.batch import CHOSEN, REJECTED, TokenizedPair
 from tiltmeter.capture import HiddenStates, ReadPoint
 from tiltmeter.directions import difference_of_means, principal_directions, steering_vector, update_directions
 from tiltmeter.errors import UserError
@@ -26,6 +26,9 @@ from tiltmeter.scoring.preference_probe import probe_direction
 V_STAR, V_BAR = "v*", "v_bar"
 DIFFERENCE, PROBE = "difference_of_means", "probe"
 RANDOM, RANDOM_PCA, RANDOM_COVARIANCE = "random", "random_pca", "random_covariance"
+UNRELATED = "unrelated_contrast"
+RANDOM_KINDS = (RANDOM, RANDOM_PCA, RANDOM_COVARIANCE, UNRELATED)
+"""Kinds of which many are drawn, and whose distribution the others are judged against."""
 SHUFFLED = "shuffled_layer"
 READ_POSITIONS: tuple[Position, ...] = tuple(p for p in POSITIONS if p != "response_all")
 """Where states can be read: one row a pair or a response."""
@@ -68,16 +71,18 @@ class Kind(NamedTuple):
         return cls(kind, place if at else default)  # type: ignore[arg-type]
 
     def name(self, number: int | None = None) -> str:
-        """Of its vector, or of one of several."""
+        """Vector name; ``number`` selects one of several."""
         counted = self.kind if number is None else f"{self.kind}_{number}"
         return counted if self.position is None else f"{counted}@{self.position}"
 
 
 class Made(NamedTuple):
-    """Vectors of one kind at one site, of any norm, and how they were made."""
+    """Vectors of one kind at one site and how they were made."""
 
     values: Tensor
     how: str
+    has_length: bool = True
+    """Whether the vectors' length means something; that of a singular vector or a probe does not."""
 
 
 class States:
@@ -88,6 +93,7 @@ class States:
         sites: resolved names.
         position: the usual one.
         others: further positions.
+        unrelated: token ids of prompts that have nothing to do with the preference.
     """
 
     def __init__(
@@ -98,6 +104,7 @@ class States:
         *,
         position: Position,
         others: Sequence[Position] = (),
+        unrelated: Sequence[Sequence[int]] = (),
     ) -> None:
         self.position, self.ids = position, [pair.ids for pair in pairs]
         self.n_layers = checkpoints.base.model.config.num_hidden_layers
@@ -105,19 +112,32 @@ class States:
         self.head = unembedding(checkpoints.base.model)
         positions = list(dict.fromkeys([position, *others]))
         self._probe = Probe.of_pairs(self.ids, sites=sites, positions=positions)
+        self._base_model, self._unrelated_ids = checkpoints.base, [list(ids) for ids in unrelated]
+        self._unrelated: Mapping[ReadPoint, HiddenStates] | None = None
         self._base, self._policy = (self._read(opened) for opened in (checkpoints.base, checkpoints.aligned))
 
     def _read(self, opened: LoadedModel) -> Mapping[ReadPoint, HiddenStates]:
         return self._probe.read(opened.model)
 
     def rows(self, site: str, position: Position | None) -> tuple[Tensor, Tensor]:
-        """Of base and aligned model, a row a reading."""
+        """States of base and aligned model, a row a reading."""
         return matching_rows(self._base, self._policy, ReadPoint(site, position or self.position))
 
     def of_responses(self, site: str, position: Position | None) -> tuple[Tensor, Tensor]:
-        """Of chosen and rejected responses in the base model, a row a pair."""
+        """States of chosen and of rejected responses in the base model, a row a pair."""
         rows, _, sides = self._base[ReadPoint(site, position or self.position)]
         return rows[sides == CHOSEN], rows[sides == REJECTED]
+
+    def unrelated(self, site: str) -> Tensor:
+        """States of the base model at the last token of unrelated prompts, a row a prompt."""
+        if self._unrelated is None:
+            probe = Probe.of_pairs(
+                [TokenizedPair(ids, ids[-1:], ids[-1:]) for ids in self._unrelated_ids],
+                sites=self.sites,
+                positions=["prompt_last"],
+            )
+            self._unrelated = probe.read(self._base_model.model)
+        return self._unrelated[ReadPoint(site, "prompt_last")].rows
 
     def update_of(self, base: LoadedModel, aligned: LoadedModel) -> dict[str, Tensor]:
         """v* of two other models by site, on the same pairs at the usual position."""
@@ -161,7 +181,7 @@ def v_star(states: States, site: str, position: Position | None = None) -> Tenso
 
 
 def make(kind: Kind, states: States, site: str, n_directions: int) -> Made:
-    """The vectors of a kind at a site; none where they only exist at another one (v̄: at ``final_post_norm``).
+    """Vectors of a kind at a site; none where they only exist at another one (v̄: at ``final_post_norm``).
 
     Args:
         n_directions: of singular vectors and principal components.
@@ -180,14 +200,14 @@ def _mean_unembedding(_: Kind, states: States, site: str, __: int) -> Made:
     how = "mean of unembedding rows, chosen less rejected"
     if site != FINAL_POST_NORM:
         return Made(torch.empty(0, 0), how)
-    return Made(PreferenceDirections(states.head, states.ids).sequence.mean(0)[None], how)
+    return Made(PreferenceDirections(states.head, states.ids).sequence.mean(0).detach()[None], how)
 
 
 def _singular(kind: Kind, states: States, site: str, n_directions: int) -> Made:
     centred = kind.kind.endswith("_centred")
     found = update_directions(*states.rows(site, kind.position), n_directions, centred=centred)
     what = "h_policy - h_base" + (" less its mean" if centred else "")
-    return Made(found.directions, f"singular vector of {what}, on the side of v*")
+    return Made(found.directions, f"singular vector of {what}, on the side of v*", has_length=False)
 
 
 def _pca(kind: Kind, states: States, site: str, n_directions: int) -> Made:
@@ -196,7 +216,8 @@ def _pca(kind: Kind, states: States, site: str, n_directions: int) -> Made:
     found = principal_directions(base, n_directions, centred=centred).directions
     along = found @ steering_vector(base, policy)
     what = "h_base less its mean" if centred else "h_base, not centred"
-    return Made(found * torch.where(along < 0, -1.0, 1.0)[:, None], f"principal direction of {what}, on the side of v*")
+    signed = found * torch.where(along < 0, -1.0, 1.0)[:, None]
+    return Made(signed, f"principal direction of {what}, on the side of v*", has_length=False)
 
 
 def _difference(kind: Kind, states: States, site: str, _: int) -> Made:
@@ -207,7 +228,7 @@ def _difference(kind: Kind, states: States, site: str, _: int) -> Made:
 def _probe(kind: Kind, states: States, site: str, _: int) -> Made:
     chosen, rejected = states.of_responses(site, kind.position)
     found = probe_direction(chosen.double() - rejected.double())
-    return Made(found[None], "logistic probe on h_base of chosen less rejected responses")
+    return Made(found[None], "logistic probe on h_base of chosen less rejected responses", has_length=False)
 
 
 _MAKERS: dict[str, Callable[[Kind, States, str, int], Made]] = {
@@ -220,7 +241,7 @@ _MAKERS: dict[str, Callable[[Kind, States, str, int], Made]] = {
     DIFFERENCE: _difference,
     PROBE: _probe,
 }
-CONTROLS = (RANDOM, RANDOM_PCA, RANDOM_COVARIANCE, SHUFFLED)
+CONTROLS = (*RANDOM_KINDS, SHUFFLED)
 KINDS = (*_MAKERS, *CONTROLS)
 """What ``steering.vectors`` may name, beside files."""
 COUNTED = tuple(name for name, maker in _MAKERS.items() if maker in (_singular, _pca))

@@ -1,13 +1,12 @@
-"""Does a vector do more than random ones? Control C15: its effect less theirs, pair by pair, at equal norm and at equal KL.
+"""Does a vector do more than random ones? Control C15, by :mod:`tiltmeter.stats.among_random`, at equal norm and at equal KL.
 
-    difference = effect of v − mean effect of the random vectors of one kind at the same site
+    difference = effect of v − mean effect of the random vectors of one kind at the same site, as long as v
 
-with a 95 % interval over prompts, all vectors scored on the same ones. A claim about v fails where the interval includes 0.
-The random vectors are taken as they were drawn; their least and largest effect stand beside their mean.
+with an interval for how far one more random vector may lie from v, all scored on the same prompts. Text is screened first, of v
+and of its controls: whatever broke the model isn't compared.
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -15,35 +14,73 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from analysis.steering_vectors import RANDOM_KINDS, random_kind
-from analysis.sweep_table import Row
-from tiltmeter.stats.bootstrap import Interval, cluster_intervals
+from analysis.generation_sweep import DEGENERATION_P
+from analysis.steering_directions import RANDOM_KINDS
+from tiltmeter.stats.among_random import ABOVE, BELOW, SAME, UNKNOWN, AmongRandom, among_random
+from tiltmeter.stats.bootstrap import prompt_resamples
 
 DEGENERATE = 0.1
 """Degenerate completions beyond the unsteered model's share, above which a strength is past a vector's ceiling."""
+COLLAPSE_LEVEL = 0.05
+"""Level of the exact test that there are more of them than without steering."""
 EQUAL_NORM, EQUAL_KL = "norm", "kl"
-ABOVE, BELOW, SAME, COLLAPSED, UNKNOWN = "above random", "below random", "not distinguishable", "collapsed", "no value"
+COLLAPSED, CONTROLS_COLLAPSED = "collapsed", "controls collapsed"
+VERDICTS = (ABOVE, SAME, BELOW, COLLAPSED, CONTROLS_COLLAPSED, UNKNOWN)
 COLUMNS = (
     *("direction", "vector", "site", "lambda", "metric", "equal", "control", "value", "control_mean", "control_low"),
-    *("control_high", "n_controls", "difference", "ci_low", "ci_high", "n", "verdict"),
-    *("kl_from_start", "degeneration", "degeneration_unsteered"),
+    *("control_high", "n_controls", "prediction_low", "prediction_high", "difference", "ci_low", "ci_high", "p_above"),
+    *("p_below", "n", "verdict", "kl_from_start", "degeneration", "degeneration_unsteered", "degeneration_p"),
+    *("control_degeneration", "control_degeneration_p"),
 )
+_COMPARED = (("recovery", EQUAL_NORM), ("preference_odds", EQUAL_NORM), ("preference_odds", EQUAL_KL))
+
+
+class Text(NamedTuple):
+    """What became of text at one strength; NaN where none was scored."""
+
+    degenerate: float
+    """Share of completions."""
+    unsteered: float
+    """The same of λ = 0."""
+    p_value: float
+    """Of the exact test that steering made it more."""
+
+    @property
+    def has_collapsed(self) -> bool:
+        """Whether 10 points more of the completions are degenerate than without steering, and chance rarely makes as many.
+
+        >>> [Text(share, 0.05, p).has_collapsed for share, p in ((0.5, 0.001), (0.5, 0.2), (0.12, 0.001))]
+        [True, False, False]
+        """
+        more = self.degenerate - self.unsteered > DEGENERATE + 1e-9  # shares are sums that were rounded
+        return more and self.p_value <= COLLAPSE_LEVEL
 
 
 class _Sums(NamedTuple):
-    """What every pair adds, for one vector at one site."""
+    """What every pair adds, for one vector, or each draw of a random kind, at one site; strengths in ascending order."""
 
-    kl: Float[Tensor, "strength pair"]
-    kl_from_start: Float[Tensor, "strength pair"]
-    preference_odds: Float[Tensor, "strength pair"]
+    strengths: list[float]
+    norms: list[float]
+    kl: Float[Tensor, "strength draw pair"]
+    kl_from_start: Float[Tensor, "strength draw pair"]
+    preference_odds: Float[Tensor, "strength draw pair"]
+
+    @property
+    def zero(self) -> int:
+        return self.strengths.index(0.0)
+
+    def at_norm(self, norm: float) -> int | None:
+        """Which strength adds something as long; None: none does."""
+        return next((i for i, x in enumerate(self.norms) if math.isclose(x, norm, rel_tol=1e-4, abs_tol=1e-12)), None)
 
 
 class _Cell(NamedTuple):
     """All vectors of a direction and site, on the same pairs."""
 
-    strengths: list[float]
-    groups: list[str]
     n_tokens: float
+    weights: Float[Tensor, "resample pair"]
+    """How often each pair is drawn: first once each, then in resamples of whole prompts."""
+    n_pairs: int
     by_vector: dict[str, _Sums]
 
 
@@ -52,103 +89,111 @@ def steering_effects(pairs: pd.DataFrame, sweep: pd.DataFrame, *, strength: floa
 
     Args:
         pairs: :func:`analysis.sweep_table.read_pairs`.
-        sweep: :func:`analysis.sweep_table.read_sweep`, for the share of degenerate completions: where it is more than 10
-            points above that of λ = 0, nothing is compared.
+        sweep: :func:`analysis.sweep_table.read_sweep`, for what became of text (:class:`Text`).
         strength: λ that vectors are compared at.
 
     Returns:
         ``value`` is R, or the margin's change in nats, at λ. At equal KL all are taken where they have moved the model equally
         far, KL(unsteered ‖ steered): as far as v has at λ, or, where a random vector never goes so far, as that one does;
-        between the λ of the grid by straight lines. ``kl_from_start`` is how far that is, nats a token.
+        between the λ of the grid by straight lines over √KL, which grows as λ does. ``kl_from_start`` is how far that is, nats a
+        token.
     """
     rows: list[dict[str, Any]] = []
     for (direction, site), part in pairs.groupby(["direction", "site"], sort=False):
         cell = _cell_of(part)
-        drawn = {kind: [name for name in cell.by_vector if random_kind(name) == kind] for kind in RANDOM_KINDS}
-        for vector in [name for name in cell.by_vector if random_kind(name) is None]:
-            broken, usual = (_degeneration(sweep, str(direction), vector, str(site), x) for x in (strength, 0.0))
-            where = {"direction": direction, "vector": vector, "site": site, "lambda": strength}
-            where |= {"degeneration": broken.value, "degeneration_unsteered": usual.value}
-            for kind, controls in drawn.items():
-                if controls:
-                    has_collapsed = is_past_ceiling(broken, usual.value)
-                    rows += [where | found for found in _compare(cell, vector, kind, controls, strength, has_collapsed)]
+        for vector in [name for name in cell.by_vector if name not in RANDOM_KINDS]:
+            own = text_of(sweep, str(direction), vector, str(site), strength)
+            for kind in [name for name in RANDOM_KINDS if name in cell.by_vector]:
+                drawn = text_of(sweep, str(direction), kind, str(site), strength)
+                known = {"direction": direction, "vector": vector, "site": site, "lambda": strength, "control": kind}
+                known |= {"degeneration": own.degenerate, "degeneration_unsteered": own.unsteered}
+                known |= {"degeneration_p": own.p_value, "control_degeneration": drawn.degenerate}
+                known |= {"control_degeneration_p": drawn.p_value}
+                for metric, equal in _COMPARED:
+                    screened = COLLAPSED if own.has_collapsed else None
+                    if drawn.has_collapsed and equal == EQUAL_NORM:
+                        screened = screened or CONTROLS_COLLAPSED
+                    rows.append(known | _compare(cell, vector, kind, metric, equal, strength, screened))
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
-def is_past_ceiling(share: Interval, unsteered: float) -> bool:
-    """Whether text has collapsed: 10 points more of the completions are degenerate than without steering.
+def text_of(sweep: pd.DataFrame, direction: str, vector: str, site: str, strength: float) -> Text:
+    """What became of text with a vector, or with the draws of a random kind, at one λ."""
+    rows = sweep[(sweep["direction"] == direction) & (sweep["vector"] == vector) & (sweep["site"] == site)]
 
-    Where the unsteered model's own text is that broken, chance alone moves its share about, so there the interval has to be
-    above it. False where no text was scored.
+    def at(metric: str, strength: float) -> float:
+        found = rows[(rows["metric"] == metric) & (rows["lambda"] == strength)]["value"]
+        return float(found.iloc[0]) if len(found) else math.nan
 
-    >>> [is_past_ceiling(Interval(0.4, low, 0.9), x) for low, x in ((0.1, 0.0), (0.1, 0.3), (0.1, 0.25), (0.3, 0.25))]
-    [True, False, False, True]
-    """
-    is_broken_anyway = unsteered > DEGENERATE
-    more = share.value - unsteered > DEGENERATE + 1e-9  # shares are sums that were rounded
-    return more and (share.low > unsteered or not is_broken_anyway)
+    return Text(at("degeneration", strength), at("degeneration", 0.0), at(DEGENERATION_P, strength))
 
 
 def _compare(
-    cell: _Cell, vector: str, kind: str, controls: Sequence[str], strength: float, has_collapsed: bool
-) -> list[dict[str, Any]]:
-    """The three comparisons of a vector with the random ones of one kind."""
-    at = cell.strengths.index(strength)
-    compared = (("recovery", EQUAL_NORM), ("preference_odds", EQUAL_NORM), ("preference_odds", EQUAL_KL))
-    names = [vector, *controls]
-
-    def figures(drawn: Float[Tensor, "resample pair"]) -> Float[Tensor, "resample figure"]:
-        """Of each comparison the vector's effect, each control's, their mean, and the difference."""
-        columns = []
-        for metric, equal in compared:
-            effects, reached = _effects(cell, names, metric, equal, at, drawn)
-            mean = effects[:, 1:].mean(1, keepdim=True)
-            columns += [effects, mean, effects[:, :1] - mean, reached[:, None] / cell.n_tokens]
-        return torch.cat(columns, dim=1)
-
-    found = cluster_intervals(figures, cell.groups)
-    step = len(found) // len(compared)
-    rows = []
-    for i, (metric, equal) in enumerate(compared):
-        own, *random, mean, difference, far = found[i * step : (i + 1) * step]
-        reached = [one.value for one in random if math.isfinite(one.value)]
-        verdict = _verdict(difference, has_collapsed)
-        if verdict in (COLLAPSED, UNKNOWN):
-            difference = Interval(math.nan, math.nan, math.nan)
-        numbers = (own.value, mean.value, min(reached, default=math.nan), max(reached, default=math.nan), len(reached))
-        of_random = ("value", "control_mean", "control_low", "control_high", "n_controls")
-        rows.append(
-            {"metric": metric, "equal": equal, "control": kind, "n": len(cell.groups), "verdict": verdict}
-            | {"kl_from_start": far.value}
-            | dict(zip(of_random, numbers, strict=True))
-            | dict(zip(("difference", "ci_low", "ci_high"), difference, strict=True))
-        )
-    return rows
-
-
-def _effects(
-    cell: _Cell, names: Sequence[str], metric: str, equal: str, at: int, drawn: Float[Tensor, "resample pair"]
-) -> tuple[Float[Tensor, "resample vector"], Float[Tensor, " resample"]]:
-    """Effects of vectors, and how far the first one has moved the model, summed over tokens."""
-    zero = cell.strengths.index(0.0)
-    sums = [cell.by_vector[name] for name in names]
-    own_kl = drawn @ sums[0].kl_from_start[at]
-    if metric == "recovery":
-        kl = drawn @ torch.stack([one.kl[at] for one in sums], dim=1)
-        return 1 - kl / (drawn @ sums[0].kl[zero])[:, None], own_kl
-    n = drawn.sum(1, keepdim=True)
+    cell: _Cell, vector: str, kind: str, metric: str, equal: str, strength: float, screened: str | None
+) -> dict[str, Any]:
+    """One comparison of a vector with the random ones of one kind."""
+    own, drawn = cell.by_vector[vector], cell.by_vector[kind]
+    at = own.strengths.index(strength)
     if equal == EQUAL_NORM:
-        return drawn @ torch.stack(
-            [one.preference_odds[at] - one.preference_odds[zero] for one in sums], dim=1
-        ) / n, own_kl
-    forward = [i for i, x in enumerate(cell.strengths) if x >= 0]
-    moved, gained = (
-        torch.stack([drawn @ x[forward].T for x in part], dim=1)
-        for part in ([s.kl_from_start for s in sums], [s.preference_odds - s.preference_odds[zero] for s in sums])
-    )
-    common = torch.minimum(own_kl, moved[:, 1:].amax(2).amin(1))
-    return interpolate(moved, gained, common[:, None]) / n, common
+        same = drawn.at_norm(own.norms[at])
+        reached = cell.weights @ own.kl_from_start[at, 0]
+        effects = [_at_norm(cell, x, metric, i) for x, i in ((own, at), (drawn, same))]
+    else:
+        effects, reached = _at_kl(cell, own, drawn, at)
+    found = among_random(effects[0][:, 0], effects[1])
+    return _as_row(found, screened) | {
+        "metric": metric,
+        "equal": equal,
+        "n": cell.n_pairs,
+        "kl_from_start": float(reached[0]) / cell.n_tokens,
+    }
+
+
+def _as_row(found: AmongRandom, screened: str | None) -> dict[str, Any]:
+    row = {
+        "value": found.value,
+        "control_mean": found.random_mean,
+        "control_low": found.random_low,
+        "control_high": found.random_high,
+        "n_controls": found.n_random,
+        "prediction_low": found.prediction.low,
+        "prediction_high": found.prediction.high,
+    }
+    verdict = screened or found.verdict
+    judged = dict(zip(("difference", "ci_low", "ci_high"), found.difference, strict=True))
+    judged |= {"p_above": found.p_above, "p_below": found.p_below}
+    if verdict in (COLLAPSED, CONTROLS_COLLAPSED, UNKNOWN):
+        judged = dict.fromkeys(judged, math.nan)
+    return row | judged | {"verdict": verdict}
+
+
+def _at_norm(cell: _Cell, sums: _Sums, metric: str, at: int | None) -> Float[Tensor, "resample draw"]:
+    """Effects at one strength; NaN where the sweep has none as long."""
+    if at is None:
+        return torch.full((len(cell.weights), sums.kl.shape[1]), math.nan, dtype=torch.float64)
+    if metric == "recovery":
+        return 1 - (cell.weights @ sums.kl[at].T) / (cell.weights @ sums.kl[sums.zero].T)
+    change = sums.preference_odds[at] - sums.preference_odds[sums.zero]
+    return cell.weights @ change.T / cell.weights.sum(1, keepdim=True)
+
+
+def _at_kl(
+    cell: _Cell, own: _Sums, drawn: _Sums, at: int
+) -> tuple[list[Float[Tensor, "resample draw"]], Float[Tensor, " resample"]]:
+    """Changes of the margin where all have moved the model equally far, and how far that is, summed over tokens."""
+    curves = [_curve(cell, sums) for sums in (own, drawn)]
+    own_kl = cell.weights @ own.kl_from_start[at, 0]
+    common = torch.minimum(own_kl, curves[1][0].square().amax(2).amin(1))
+    n = cell.weights.sum(1, keepdim=True)
+    return [interpolate(moved, gained, common.sqrt()[:, None]) / n for moved, gained in curves], common
+
+
+def _curve(cell: _Cell, sums: _Sums) -> tuple[Float[Tensor, "resample draw strength"], ...]:
+    """√KL from the start and the margin's change over λ ≥ 0, both summed over pairs."""
+    forward = [i for i, x in enumerate(sums.strengths) if x >= 0]
+    odds = sums.preference_odds[forward] - sums.preference_odds[sums.zero]
+    kl, gained = (torch.einsum("rp,sdp->rds", cell.weights, x) for x in (sums.kl_from_start[forward], odds))
+    return kl.clamp(min=0).sqrt(), gained
 
 
 def interpolate(
@@ -161,7 +206,7 @@ def interpolate(
     ([12.0], [nan])
     """
     at = at.expand(x.shape[:-1])[..., None]
-    reaches = x >= at
+    reaches = x >= at * (1 - 1e-12)
     after = reaches.to(torch.int8).argmax(-1, keepdim=True)
     before = (after - 1).clamp(min=0)
     x0, x1, y0, y1 = x.gather(-1, before), x.gather(-1, after), y.gather(-1, before), y.gather(-1, after)
@@ -170,32 +215,23 @@ def interpolate(
     return found.where(reaches.any(-1, keepdim=True), torch.nan)[..., 0]
 
 
-def _verdict(difference: Interval, has_collapsed: bool) -> str:
-    if has_collapsed:
-        return COLLAPSED
-    if not math.isfinite(difference.value):
-        return UNKNOWN
-    return ABOVE if difference.low > 0 else BELOW if difference.high < 0 else SAME
-
-
-def _degeneration(sweep: pd.DataFrame, direction: str, vector: str, site: str, strength: float) -> Interval:
-    """Share of degenerate completions; NaN where no text was scored."""
-    where = Row._fields[:3]
-    rows = sweep[(sweep["metric"] == "degeneration") & (sweep["lambda"] == strength)]
-    for column, value in zip(where, (direction, vector, site), strict=True):
-        rows = rows[rows[column] == value]
-    found = rows[["value", "ci_low", "ci_high"]].to_numpy(dtype=float)
-    return Interval(*found[0].tolist()) if len(found) else Interval(math.nan, math.nan, math.nan)
-
-
 def _cell_of(part: pd.DataFrame) -> _Cell:
-    first = part[(part["vector"] == part["vector"].iloc[0]) & (part["lambda"] == 0)]
-    order, strengths = first["pair_id"].tolist(), sorted(part["lambda"].unique().tolist())
-    by_vector = {}
-    for vector, rows in part.groupby("vector", sort=False):
-        tables = [
-            rows.pivot_table(index="lambda", columns="pair_id", values=name, dropna=False).loc[strengths, order]
-            for name in _Sums._fields
-        ]
-        by_vector[str(vector)] = _Sums(*(torch.tensor(table.to_numpy(dtype=float)) for table in tables))
-    return _Cell(strengths, first["prompt"].tolist(), float(first["n_tokens"].sum()), by_vector)
+    first = part[(part["vector"] == part["vector"].iloc[0]) & (part["draw"] == part["draw"].iloc[0])]
+    first = first[first["lambda"] == 0]
+    order, groups = first["pair_id"].tolist(), first["prompt"].tolist()
+    by_vector = {str(name): _sums_of(rows, order) for name, rows in part.groupby("vector", sort=False)}
+    weights = prompt_resamples(lambda drawn: drawn, groups)
+    return _Cell(float(first["n_tokens"].sum()), weights, len(order), by_vector)
+
+
+def _sums_of(rows: pd.DataFrame, order: list[str]) -> _Sums:
+    index = ["lambda", "draw"]
+    strengths, draws = (sorted(rows[name].unique().tolist()) for name in index)
+    wanted = pd.MultiIndex.from_product([strengths, draws])
+    tables = [
+        rows.pivot_table(index=index, columns="pair_id", values=name, dropna=False).loc[wanted, order]
+        for name in _Sums._fields[2:]
+    ]
+    norms = rows.groupby("lambda")["norm"].mean().loc[strengths].tolist()
+    shape = (len(strengths), len(draws), len(order))
+    return _Sums(strengths, norms, *(torch.tensor(table.to_numpy(dtype=float)).reshape(shape) for table in tables))

@@ -5,17 +5,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
+import torch
 from matplotlib.axes import Axes
 
+from analysis.behaviour_words import rules_fired
 from analysis.figures import COLOURS, mark_level
 from analysis.observations import site_name
 from analysis.site_axes import as_text
 from analysis.steering_directions import RANDOM, V_BAR, V_STAR
-from analysis.steering_effects import ABOVE, COLLAPSED, DEGENERATE, EQUAL_NORM, SAME, is_past_ceiling
+from analysis.steering_effects import COLLAPSED, CONTROLS_COLLAPSED, DEGENERATE, EQUAL_NORM, text_of
 from analysis.steering_sweep import CHOOSING, nearest_to_one
-from analysis.steering_vectors import random_kind
-from tiltmeter.stats.bootstrap import Interval
 from tiltmeter.layers import FINAL_POST_NORM, FINAL_PRE_NORM
+from tiltmeter.stats.among_random import ABOVE, SAME, AmongRandom, among_random
 
 _SITES_DRAWN = 3
 LOWEST = -1.0
@@ -66,17 +67,11 @@ def draw_recovery(axes: Axes, table: pd.DataFrame, *, direction: str) -> str:
         handlelength=1.4,
     )
     best, strength = best_site(table, direction), compared_at(table)
-    reached = value_at(table, direction, V_STAR, best, "recovery", strength)
-    controls = controls_at(table, direction, best, "recovery", strength)
-    best_control = as_text(max(controls, default=math.nan), "percent")
+    found = beside_random(table, direction, best, "recovery", strength)
     doing, goal = f"{_DOING[direction]} v* at {site_name(best)}", f"the {GOALS[direction]} at λ = {strength:g}"
-    reached_text, others = (
-        as_text(reached, "percent"),
-        f"the best of {len(controls)} random vectors there {best_control}",
-    )
-    if reached < 0:
-        return f"{doing} leads away from {goal}: R is {reached_text}, {others}"
-    return f"{doing} recovers {reached_text} of the way to {goal}; {others}"
+    if found.value < 0:
+        return f"{doing} leads away from {goal}: R is {as_text(found.value, 'percent')}, {random_span(found)}"
+    return f"{doing} recovers {as_text(found.value, 'percent')} of the way to {goal}; {random_span(found)}"
 
 
 def draw_preference(axes: Axes, table: pd.DataFrame, *, direction: str) -> str:
@@ -111,7 +106,8 @@ def draw_degeneration(axes: Axes, table: pd.DataFrame) -> str:
     if not found:
         return f"Adding v* breaks no more than {more} up to λ = {table['lambda'].max():g}"
     first = min(found, key=found.__getitem__)
-    return f"Adding v* breaks more than {more} from λ = {found[first]:g} on, at {site_name(first)}"
+    fired = rules_fired(lambda name: value_at(table, direction, V_STAR, first, name, found[first]))
+    return f"Adding v* breaks more than {more} from λ = {found[first]:g} on, at {site_name(first)} (by rule: {fired})"
 
 
 def draw_effects(axes: Axes, effects: pd.DataFrame, *, direction: str, sites: Sequence[str], site: str) -> str:
@@ -152,7 +148,7 @@ def _draw_effect(axes: Axes, row: Any, y: float, colour: str, shape: str) -> Non
     """A mark with its interval; a cross on the line where text collapsed, an arrow where it is off the figure."""
     low, _ = axes.get_xlim()
     mark: dict[str, Any] = {"marker": shape, "markersize": 3, "color": colour, "linestyle": ""}
-    if row.verdict == COLLAPSED:
+    if row.verdict in (COLLAPSED, CONTROLS_COLLAPSED):
         axes.plot([0], [y], **(mark | {"marker": "x"}))
     elif row.difference < low:
         axes.plot([low], [y], **(mark | {"marker": "<", "clip_on": False}))
@@ -163,10 +159,9 @@ def _draw_effect(axes: Axes, row: Any, y: float, colour: str, shape: str) -> Non
 
 def ceiling(table: pd.DataFrame, direction: str, vector: str, site: str) -> float | None:
     """The smallest λ above 0 of the grid at which text has collapsed; None: there is none."""
-    rows = rows_of(table, direction, vector, site, "degeneration")
-    usual = rows[rows["lambda"] == 0]["value"].min()
-    intervals = rows[["lambda", "value", "ci_low", "ci_high"]].to_numpy(dtype=float).tolist()
-    return min((x for x, *share in intervals if x > 0 and is_past_ceiling(Interval(*share), usual)), default=None)
+    strengths = rows_of(table, direction, vector, site, "degeneration")["lambda"].tolist()
+    collapsed = [x for x in strengths if x > 0 and text_of(table, direction, vector, site, x).has_collapsed]
+    return min(collapsed, default=None)
 
 
 def vector_name(name: str) -> str:
@@ -200,19 +195,13 @@ def short_site(site: str) -> str:
 def _draw_lines(axes: Axes, table: pd.DataFrame, direction: str, metric: str, *, band: bool = True) -> None:
     """Every vector of the sites drawn with its interval; behind them from least to largest random control."""
     sites = drawn_sites(table)
-    if band:
-        controls = _random_rows(table, direction, metric)
-        controls = controls[controls["site"].isin(sites)].groupby("lambda")["value"]
+    if band and (bands := _random_bands(table, direction, metric, sites)):
+        strengths, lows, highs = zip(*bands, strict=True)
         axes.fill_between(
-            controls.min().index,
-            controls.min(),
-            controls.max(),
-            color=COLOURS["null"],
-            alpha=0.45,
-            linewidth=0,
-            label="random",
+            strengths, lows, highs, color=COLOURS["null"], alpha=0.45, linewidth=0, label="95\u00a0% of random"
         )
-    low, high = table["lambda"].min(), table["lambda"].max()
+    named = table[table["vector"] != RANDOM]["lambda"]
+    low, high = named.min(), named.max()
     curves = [
         (vector, site, look, rows)
         for site, look in zip(sites, _SITE_LOOKS, strict=False)
@@ -234,7 +223,7 @@ def _draw_lines(axes: Axes, table: pd.DataFrame, direction: str, metric: str, *,
         )
     room = (high - low) * _ASIDE * (len(curves) + 1) / 2
     axes.set_xlim(low - room, high + room)
-    axes.set_xlabel("λ (1: the vector at the length of v*)")
+    axes.set_xlabel("λ (1: the vector at its own length)")
 
 
 def rows_of(table: pd.DataFrame, direction: str, vector: str, site: str | None, metric: str) -> pd.DataFrame:
@@ -250,22 +239,42 @@ def value_at(table: pd.DataFrame, direction: str, vector: str, site: str, metric
     return math.nan if rows.empty else float(rows["value"].iloc[0])
 
 
-def _random_rows(table: pd.DataFrame, direction: str, metric: str) -> pd.DataFrame:
-    is_random = table["vector"].map(random_kind) == RANDOM
-    return table[(table["direction"] == direction) & is_random & (table["metric"] == metric)]
+def controls_at(table: pd.DataFrame, direction: str, site: str, metric: str, strength: float) -> list[float]:
+    """The random vectors of a site, as long as λ times its v*."""
+    rows = rows_of(table, direction, RANDOM, site, metric)
+    found: list[float] = rows[rows["lambda"] == strength]["value"].tolist()
+    return found
 
 
-def controls_at(table: pd.DataFrame, direction: str, site: str, metric: str, strength: float) -> Sequence[float]:
-    """The random vectors of a site at one λ."""
-    rows = _random_rows(table, direction, metric)
-    rows = rows[(rows["site"] == site) & (rows["lambda"] == strength)]
-    found: list[float] = rows["value"].tolist()
+def beside_random(table: pd.DataFrame, direction: str, site: str, metric: str, strength: float) -> AmongRandom:
+    """v* at a site beside random vectors as long, on the test pairs as they are."""
+    value = value_at(table, direction, V_STAR, site, metric, strength)
+    drawn = controls_at(table, direction, site, metric, strength)
+    return among_random(torch.tensor([value]).double(), torch.tensor([drawn]).double())
+
+
+def random_span(found: AmongRandom) -> str:
+    """Where 95 % of further random vectors lie, in words."""
+    low, high = (as_text(x, "percent") for x in (found.prediction.low, found.prediction.high))
+    return f"95\u00a0% of random vectors there {low} to {high}"
+
+
+def _random_bands(
+    table: pd.DataFrame, direction: str, metric: str, sites: Sequence[str]
+) -> list[tuple[float, float, float]]:
+    """By λ the prediction interval of random vectors, from the lowest to the highest of the sites."""
+    found = []
+    for strength in sorted(rows_of(table, direction, RANDOM, None, metric)["lambda"].unique()):
+        drawn = [torch.tensor([controls_at(table, direction, site, metric, strength)]).double() for site in sites]
+        spans = [among_random(one[:, 0], one).prediction for one in drawn if one.numel()]
+        if spans:
+            found.append((strength, min(span.low for span in spans), max(span.high for span in spans)))
     return found
 
 
 def compared_at(table: pd.DataFrame) -> float:
     """The λ that vectors are compared at."""
-    return nearest_to_one(table["lambda"].unique().tolist())
+    return nearest_to_one(table[table["vector"] == V_STAR]["lambda"].unique().tolist())
 
 
 def best_site(table: pd.DataFrame, direction: str) -> str:

@@ -12,34 +12,41 @@ from analysis.figures import house_style, new_figure, set_titles
 from analysis.observations import site_name
 from analysis.report import Headline, Section
 from analysis.site_axes import Panel, as_text
-from analysis.steering_directions import RANDOM, V_STAR
-from analysis.steering_effects import ABOVE, BELOW, COLLAPSED, EQUAL_KL, EQUAL_NORM, SAME, steering_effects
+from analysis.steering_directions import RANDOM, RANDOM_KINDS, V_STAR
+from analysis.steering_effects import COLLAPSE_LEVEL, COLLAPSED, EQUAL_KL, EQUAL_NORM, VERDICTS, steering_effects
 from analysis.steering_panels import (
     GOALS,
     HOW,
     LOWEST,
+    beside_random,
     best_site,
     ceiling,
     compared_at,
-    controls_at,
     draw_degeneration,
     draw_effects,
     draw_preference,
     draw_recovery,
     drawn_sites,
+    random_span,
     rows_of,
     short_site,
     value_at,
     vector_name,
 )
 from analysis.steering_sweep import CHOOSING
-from analysis.steering_vectors import random_kind
 from analysis.sweep_table import PAIRS, SETTINGS, TABLE, read_pairs, read_settings, read_sweep
 
 NAME = "steering_sweep"
 EFFECTS = "steering_effects"
 VECTORS_FILE = f"{NAME}.safetensors"
 """The vectors that were swept, in ``vectors/`` beside the tables."""
+_ENOUGH_TEXTS = 64
+_LENGTHS = {
+    "own": "At λ = 1 a vector has the length that it was estimated with; those without one (singular vectors, principal "
+    "components, probes) that of the site’s v*.",
+    "matched": "At λ = 1 vectors of a site have the length of its v*.",
+    "relative": "At λ = 1 vectors have the mean length of the base’s hidden states at their site.",
+}
 _TOKENS = {
     "predicting": "to every token that one of the response is predicted from, the prompt’s last and those after it",
     "all": "to every token, the prompt’s included",
@@ -151,8 +158,10 @@ def _interval(table: pd.DataFrame, effects: pd.DataFrame, settings: Mapping[str,
         row = _of_v_star(effects, direction, best_site(table, direction)).iloc[0]
         parts.append(f"{HOW[direction]} at {site_name(row['site'])}: {_difference(row, '+.2f')}")
     return (
-        f"R of v* less that of random vectors, {'; '.join(parts)}. Bars are 95\u00a0% intervals over the prompts of "
-        f"{settings['n_test']} pairs; each is of one comparison, none is corrected for their number."
+        f"R of v* less that of random vectors, {'; '.join(parts)}. Beside the curves, 95\u00a0% intervals over the prompts of "
+        f"{settings['n_test']} pairs. Bars beside random vectors: where one more of these may lie, or the prompts’ interval where "
+        "that is wider; each is of one comparison, none is corrected for their number, so that by chance one in forty is called "
+        "above and one in forty below."
     )
 
 
@@ -182,9 +191,8 @@ def _reading(table: pd.DataFrame, effects: pd.DataFrame, settings: Mapping[str, 
     }
     lines = [
         f"v* is the mean change of the hidden state at {settings['position']} over {settings['n_estimation']} held-out pairs; "
-        f"every number is of {settings['n_test']} other pairs{text}, whose prompts it has not seen. Vectors of a site have the "
-        "length of its v*; those of files their own, unless steering.match_norms is set. Where v* is best was chosen on the pairs "
-        "that it was estimated on.",
+        f"every number is of {settings['n_test']} other pairs{text}, whose prompts it has not seen. {_LENGTHS[settings['norm']]} "
+        "Where v* is best was chosen on the pairs that it was estimated on.",
         f"R = 1 − KL(goal ‖ steered) / KL(goal ‖ unsteered) over the tokens of the chosen responses: 0 is the model that steering "
         "starts from, 1 the one that it aims at, below 0 is further away. "
         f"Drawn down to {as_text(LOWEST, '.0f')} (arrows: what is further away); dashed: the goal.",
@@ -194,7 +202,7 @@ def _reading(table: pd.DataFrame, effects: pd.DataFrame, settings: Mapping[str, 
         "recovery_first_token. Where it is far above R, one vector does not fit all tokens.",
         "Preference margin: log π(chosen) − log π(rejected), summed over tokens; with chosen and rejected as the polarity pair "
         "it is PrefOdds (column metric: preference_odds). Drawn: its change from λ = 0, paired (preference_odds_change).",
-        f"Grey: from the least to the largest of {settings['n_random']} random vectors a site.",
+        f"Grey: where 95\u00a0% of random vectors lie that are as long as v*, by {_drawn(settings)} of them.",
         _verdicts(effects),
         *_vectors_and_files(settings),
     ]
@@ -202,9 +210,16 @@ def _reading(table: pd.DataFrame, effects: pd.DataFrame, settings: Mapping[str, 
         lines.insert(
             6,
             "Degenerate: a completion that is empty or repeats itself. Where their share is more than 10 points above the "
-            f"unsteered model’s, a vector is not compared (×): {COLLAPSED}. Where that model’s own share is above 10 %, the "
-            "interval has to be above it, too.",
+            f"unsteered model’s, and an exact test at the level of {COLLAPSE_LEVEL:.0%} on {settings['n_texts']} texts says "
+            f"that it is above it, a vector is not compared (×): {COLLAPSED}. Random vectors are screened likewise: of the prompts "
+            "each has another draw.",
         )
+        if settings["n_texts"] < _ENOUGH_TEXTS:
+            lines.insert(
+                7,
+                f"Text of {settings['n_texts']} prompts is little to see a collapse by: {_ENOUGH_TEXTS} or more are advised "
+                "(steering.n_generated, datamodule.probe_pairs).",
+            )
     if len(drawn) < len(there):
         lines.append(f"Drawn: the {len(drawn)} sites of {len(there)} where v* recovers most; the tables have all.")
     return lines
@@ -227,13 +242,24 @@ def _verdicts(effects: pd.DataFrame) -> str:
     parts = []
     for kind, of_kind in rows.groupby("control", sort=False):
         counts = of_kind["verdict"].value_counts()
-        said = ", ".join(f"{counts.get(verdict, 0)} {verdict}" for verdict in (ABOVE, SAME, BELOW, COLLAPSED))
+        said = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if verdict in counts)
         parts.append(f"{kind} ({said})")
     return (
-        "A vector that is not distinguishable from random ones of its length has no claim of its own. R less their mean, paired by "
-        f"prompt, in {EFFECTS}.csv: {'; '.join(parts)}. There too: the margin at equal norm, and where all have moved the model "
-        "equally far, KL(unsteered ‖ steered); subtracting is meant to lower it, so there below random is what is aimed at."
+        "A vector that is not distinguishable from random ones of its length has no claim of its own. It is called above them "
+        "where at most one in forty of them does as much, by rank and by where one more would lie, and where that holds for "
+        f"other prompts. R, in {EFFECTS}.csv: {'; '.join(parts)}. There too: the margin at equal norm, and where all have moved "
+        "the model equally far, KL(unsteered ‖ steered); subtracting is meant to lower it, so there below random is the aim."
     )
+
+
+def _drawn(settings: Mapping[str, Any]) -> str:
+    """How many random vectors there are at a site, in words.
+
+    >>> _drawn({"n_random": {"layer_00": 20, "final_post_norm": 99}})
+    '20 to 99'
+    """
+    counts = sorted(set(settings["n_random"].values()))
+    return f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
 
 
 def _of_v_star(effects: pd.DataFrame, direction: str, site: str) -> pd.DataFrame:
@@ -243,17 +269,16 @@ def _of_v_star(effects: pd.DataFrame, direction: str, site: str) -> pd.DataFrame
 
 
 def _named(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [(name, settings["made"][name]) for name in settings["vectors"] if random_kind(name) is None]
+    return [(name, settings["made"][name]) for name in settings["vectors"] if name not in RANDOM_KINDS]
 
 
 def _headline(table: pd.DataFrame, effects: pd.DataFrame, direction: str) -> Headline:
     best, strength = best_site(table, direction), compared_at(table)
-    reached = value_at(table, direction, V_STAR, best, "recovery", strength)
-    controls = controls_at(table, direction, best, "recovery", strength)
+    found = beside_random(table, direction, best, "recovery", strength)
     verdict = _of_v_star(effects, direction, best)["verdict"].iloc[0]
-    text = as_text(max(controls, default=math.nan), "percent")
     return Headline(
-        as_text(reached, "percent"),
+        as_text(found.value, "percent"),
         f"of the way to the {GOALS[direction]} by v* alone",
-        f"{site_name(best)}, λ = {strength:g}, its best site on other pairs; random: {text}, {verdict}. {TABLE}, metric recovery.",
+        f"{site_name(best)}, λ = {strength:g}, its best site on other pairs; {random_span(found)}: {verdict}. {TABLE}, metric "
+        "recovery.",
     )

@@ -8,14 +8,16 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
 from analysis.checkpoints import Checkpoints, start_scorers
 from analysis.generation_sweep import GenerationSweep
+from analysis.models import LoadedModel
 from analysis.probe_pairs import ProbePair
-from analysis.steering_directions import RANDOM, READ_POSITIONS, V_STAR, Halves, Kind, split_by_prompt
-from analysis.steering_vectors import RANDOM_KINDS, Vectors, Wanted, estimate_vectors, random_kind
+from analysis.steering_directions import RANDOM, RANDOM_KINDS, READ_POSITIONS, V_STAR, Halves, Kind, split_by_prompt
+from analysis.steering_vectors import Norm, Vectors, Wanted, estimate_vectors
 from analysis.sweep_table import Part, Rows, Unit
 from analysis.teacher_forced_sweep import TeacherForcedSweep, Tokens
 from tiltmeter.errors import UserError
@@ -48,8 +50,11 @@ class SteeringSweep:
             final norm.
         lambdas: strengths; 0 is added where it is missing.
         n_directions: of singular vectors and principal components.
-        n_random: controls of each random kind at each site, with the norm of its v*; METHOD asks for 20.
-        match_norms: bring vectors of files to the norm of v* too; false leaves them as they are.
+        n_random: vectors of each random kind at each site; null: 99 at both final sites, 20 elsewhere.
+        norm: how long a vector is at λ = 1. ``own``: as it was estimated, and as the v* of its site where that means nothing
+            (singular vectors, principal components, probes); ``matched``: as the v* of its site; ``relative``: as the base's
+            states are on average there, so that λ is a share of ‖h‖. Random vectors are as long as the one beside them.
+        unrelated_prompts: file of prompts that ``unrelated_contrast`` vectors are made of; null: plain sentences of ours.
         n_prompts: test prompts that are scored teacher-forced, a pair each, at most; null: all of the second half.
         n_generated: test prompts that are completed at each λ; 0: none, then scorers have nothing to do.
         seed: of the split into halves and of the controls.
@@ -80,10 +85,11 @@ class SteeringSweep:
         sites: str | Sequence[str] | None = None,
         lambdas: Sequence[float] = (-1.0, 0.0, 0.5, 1.0, 2.0),
         n_directions: int = 1,
-        n_random: int = 5,
-        match_norms: bool = False,
+        n_random: int | None = None,
+        norm: Norm = "own",
+        unrelated_prompts: str | None = None,
         n_prompts: int | None = 32,
-        n_generated: int = 8,
+        n_generated: int = 64,
         seed: int = 0,
         restart: bool = False,
         dtype: str = "float32",
@@ -105,6 +111,7 @@ class SteeringSweep:
             "dtype": (dtype, DTYPES),
             "position": (position, READ_POSITIONS),
             "tokens": (tokens, get_args(Tokens)),
+            "norm": (norm, get_args(Norm)),
         }
         for name, (text, known) in options.items():
             if text not in known:
@@ -127,7 +134,8 @@ class SteeringSweep:
             position=position,
             n_directions=n_directions,
             n_random=n_random,
-            match_norms=match_norms,
+            norm=norm,
+            unrelated=unrelated_prompts,
             seed=seed,
             dtype=dtype,
         )
@@ -147,7 +155,7 @@ class SteeringSweep:
         sites = default_sites(n_layers) if self.sites is None else resolve_sites(self.sites, n_layers)
         halves = split_by_prompt(checkpoints.pairs, seed=self.seed)
         vectors = estimate_vectors(checkpoints, halves.estimation, sites, self.wanted)
-        return Sweep(self, checkpoints, halves._replace(test=halves.test[: self.n_prompts]), vectors)
+        return Sweep(self, checkpoints, halves, vectors)
 
     def _kinds(self, vectors: Sequence[str]) -> list[Kind]:
         """v* first, random ones last: v* and ``random`` are there always, since all others are compared with them."""
@@ -167,16 +175,24 @@ class Sweep:
 
     def __init__(self, asked: SteeringSweep, checkpoints: Checkpoints, halves: Halves, vectors: Vectors) -> None:
         self.asked, self.checkpoints, self.halves, self.made = asked, checkpoints, halves, vectors
-        self._engines: dict[tuple[Direction, Part], TeacherForcedSweep | GenerationSweep] = {}
 
     @property
     def vectors(self) -> dict[tuple[str, str], SteeringVector]:
         """By name and site."""
         return self.made.by_key
 
+    def random_strengths(self, site: str) -> list[float]:
+        """λ of random vectors at a site, in lengths of its v*: as long as each vector where all are compared, and the longest.
+
+        At equal norm a vector is compared with random ones of its own length; at equal KL, with all that these make of a curve.
+        """
+        at, unit = nearest_to_one(self.asked.lambdas), self.vectors[V_STAR, site].norm()
+        lengths = {float(f"{v.norm() / unit:.6g}") for (_, where), v in self.vectors.items() if where == site}
+        return sorted({0.0, max(self.asked.lambdas), *(at * x for x in lengths)})
+
     @property
     def units(self) -> list[Unit]:
-        """Everything to compute. Of each random kind, text is generated with the first of a site alone."""
+        """Everything to compute; the draws of a random kind at a site are one."""
         parts: list[Part] = ["choosing", "teacher_forced"]
         if self.asked.n_generated and self.asked.scorers:
             parts.append("generated")
@@ -184,8 +200,8 @@ class Sweep:
             Unit(direction, name, site, part)
             for part in parts
             for direction in get_args(Direction)
-            for name, site in self.vectors
-            if part == "teacher_forced" or (name == V_STAR if part == "choosing" else _has_text(name))
+            for name, site in ([*self.vectors, *self.made.drawn] if part != "choosing" else self.vectors)
+            if part != "choosing" or name == V_STAR
         ]
 
     @property
@@ -195,18 +211,20 @@ class Sweep:
         found = {
             "lambdas": asked.lambdas,
             "sites": list(dict.fromkeys(site for _, site in self.vectors)),
+            "norm": asked.wanted.norm,
             "position": asked.wanted.position,
             "tokens": asked.tokens,
-            "n_random": asked.wanted.n_random,
+            "n_random": {site: len(drawn) for (_, site), drawn in self.made.drawn.items()},
             "seed": asked.seed,
             "dtype": asked.dtype,
             "test_pairs": _pairs_fingerprint(self.halves.test),
-            "n_test": len(self.halves.test),
+            "n_test": len(self.tested),
             "n_estimation": len(self.halves.estimation),
             "vectors": list(self.made.made),
             "made": self.made.made,
             "values": self.made.fingerprint,
             "n_generated": asked.n_generated,
+            "n_texts": min(len({p.group for p in self.halves.test}), asked.n_generated) * asked.decoding.n_samples,
         }
         if asked.n_generated:
             found |= {"decoding": asdict(asked.decoding), "scorers": {k: s.name for k, s in asked.scorers.items()}}
@@ -214,38 +232,51 @@ class Sweep:
 
     def rows(self, unit: Unit) -> Rows:
         """Compute one unit."""
-        key = unit.direction, unit.part
-        if key not in self._engines:
-            self._engines[key] = self._engine(*key)
-        found = self._engines[key].rows(unit, self.vectors[unit.vector, unit.site].values)
+        where = unit.vector, unit.site
+        vectors = self.made.drawn[where] if unit.vector in RANDOM_KINDS else [self.vectors[where]]
+        if unit.part == "generated":
+            return self._generation(unit.direction).rows(unit, vectors)
+        strengths = self.random_strengths(unit.site) if unit.vector in RANDOM_KINDS else ()
+        found = self._teacher_forced(unit.direction, unit.part).rows(unit, vectors, strengths)
         if unit.part != "choosing":
             return found
         return Rows([row._replace(metric=CHOOSING) for row in found.rows if row.metric == "recovery" and row.strength])
+
+    @property
+    def tested(self) -> list[ProbePair]:
+        """Pairs that are scored teacher-forced."""
+        return self.halves.test[: self.asked.n_prompts]
 
     @property
     def choosing(self) -> list[ProbePair]:
         """Pairs by which the site of a headline is chosen."""
         return self.halves.estimation[: self.asked.n_prompts]
 
-    def _engine(self, direction: Direction, part: Part) -> TeacherForcedSweep | GenerationSweep:
-        asked, models = self.asked, (self.checkpoints.base, self.checkpoints.aligned)
-        start, goal = models if direction == "interpolation" else models[::-1]
-        if part == "generated":
-            return GenerationSweep(
-                start,
-                self.halves.test,
-                scorers=asked.scorers,
-                decoding=asked.decoding,
-                n_prompts=asked.n_generated,
-                sign=1 if direction == "interpolation" else -1,
-                strengths=asked.lambdas,
-                tokens=asked.tokens,
-            )
-        chooses = part == "choosing"
+    def _models(self, direction: Direction) -> tuple[LoadedModel, LoadedModel]:
+        """The model that is steered, and the one that it is to become."""
+        models = self.checkpoints.base, self.checkpoints.aligned
+        return models if direction == "interpolation" else models[::-1]
+
+    @cache  # noqa: B019 (a sweep lives as long as its engines)
+    def _generation(self, direction: Direction) -> GenerationSweep:
+        asked = self.asked
+        return GenerationSweep(
+            self._models(direction)[0],
+            self.halves.test,
+            scorers=asked.scorers,
+            decoding=asked.decoding,
+            n_prompts=asked.n_generated,
+            sign=1 if direction == "interpolation" else -1,
+            strengths=asked.lambdas,
+            tokens=asked.tokens,
+        )
+
+    @cache  # noqa: B019
+    def _teacher_forced(self, direction: Direction, part: Part) -> TeacherForcedSweep:
+        asked, chooses = self.asked, part == "choosing"
         return TeacherForcedSweep(
-            start,
-            goal,
-            self.choosing if chooses else self.halves.test,
+            *self._models(direction),
+            self.choosing if chooses else self.tested,
             direction=direction,
             strengths=[0.0, nearest_to_one(asked.lambdas)] if chooses else asked.lambdas,
             tokens=asked.tokens,
@@ -269,11 +300,6 @@ def default_sites(n_layers: int) -> tuple[str, ...]:
     """
     middle = (layer_site((n_layers - 1) // 2),) if n_layers > 1 else ()
     return (*middle, FINAL_PRE_NORM, FINAL_POST_NORM)
-
-
-def _has_text(name: str) -> bool:
-    """Whether text is generated with a vector."""
-    return random_kind(name) is None or name.endswith("_1")
 
 
 def _is_file(name: str) -> bool:

@@ -4,6 +4,7 @@ from typing import get_args
 
 from analysis.costs import Cost
 from analysis.steering_sweep import Sweep
+from analysis.sweep_table import Unit
 from tiltmeter.layers import site_depth
 from tiltmeter.recovery import Direction
 from tiltmeter.sweeping import sweep_cost
@@ -13,10 +14,11 @@ def sweep_costs(sweep: Sweep) -> list[Cost]:
     """What the units of a sweep take, teacher-forced and generated."""
     asked, n_layers = sweep.asked, sweep.checkpoints.base.model.config.num_hidden_layers
     costs = []
-    moved = {"choosing": (sweep.choosing, 1), "teacher_forced": (sweep.halves.test, len(asked.lambdas) - 1)}
-    for part, (pairs, n_moving) in moved.items():
-        depths = [min(site_depth(u.site, n_layers), n_layers - 1) for u in sweep.units if u.part == part]
-        passes = len(get_args(Direction)) + sum(sweep_cost(n_layers, depth, n_moving) for depth in depths)
+    for part, pairs in (("choosing", sweep.choosing), ("teacher_forced", sweep.tested)):
+        passes = float(len(get_args(Direction)))
+        for unit in (unit for unit in sweep.units if unit.part == part):
+            depth = min(site_depth(unit.site, n_layers), n_layers - 1)
+            passes += sweep_cost(n_layers, depth, _n_moving(sweep, unit))
         costs.append(Cost(part.replace("_", "-"), passes, round(passes * sum(pair.n_row_tokens for pair in pairs))))
     if n := sum(unit.part == "generated" for unit in sweep.units):
         prompts = sweep.halves.test[: asked.n_generated]
@@ -25,3 +27,13 @@ def sweep_costs(sweep: Sweep) -> list[Cost]:
         steps = float(n * asked.decoding.max_new_tokens)
         costs.append(Cost("generated, at most", steps, n * (prompt_tokens + new_tokens)))
     return costs
+
+
+def _n_moving(sweep: Sweep, unit: Unit) -> int:
+    """How many vectors and strengths other than 0 a unit takes."""
+    if unit.part == "choosing":
+        return 1
+    drawn = sweep.made.drawn.get((unit.vector, unit.site))
+    if drawn is None:
+        return len(sweep.asked.lambdas) - 1
+    return len(drawn) * (len(sweep.random_strengths(unit.site)) - 1)

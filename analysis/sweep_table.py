@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import pandas as pd
 
 from tiltmeter.errors import UserError
-from tiltmeter.files import write_json
+from tiltmeter.files import write_json, write_text, writing
 
 TABLE, PAIRS, SETTINGS = "sweep.csv", "sweep_pairs.csv", "sweep.json"
 Part = Literal["choosing", "teacher_forced", "generated"]
@@ -25,10 +25,11 @@ _SHOWN = 60
 
 
 class Unit(NamedTuple):
-    """What is computed in one piece: one vector at one site, all λ."""
+    """What is computed in one piece: one vector at one site, or all draws of a random kind there; all λ."""
 
     direction: Literal["interpolation", "inversion"]
     vector: str
+    """Name of a vector, or a random kind."""
     site: str
     part: Part
 
@@ -38,8 +39,12 @@ class Row(NamedTuple):
 
     direction: str
     vector: str
+    """Name of a vector, or a random kind."""
+    draw: int
+    """Which vector of a random kind, from 1; 0: not random, or all draws of the kind together."""
     site: str
     strength: float
+    """λ; of random vectors in lengths of the v* of the site."""
     metric: str
     value: float
     ci_low: float
@@ -52,8 +57,11 @@ class PairRow(NamedTuple):
 
     direction: str
     vector: str
+    draw: int
     site: str
     strength: float
+    norm: float
+    """Length of what was added, below 0 where it was subtracted: λ ‖v‖."""
     pair_id: str
     prompt: str
     """A hash: pairs of equal ones are drawn together."""
@@ -74,7 +82,7 @@ class Rows(NamedTuple):
     """Scorers whose figures are missing, so that the unit is to be taken again."""
 
 
-COLUMNS = ("direction", "vector", "site", "lambda", "metric", "value", "ci_low", "ci_high", "n")
+COLUMNS = tuple(name.replace("strength", "lambda") for name in Row._fields)
 PAIR_COLUMNS = tuple(name.replace("strength", "lambda") for name in PairRow._fields)
 _FILES = {TABLE: COLUMNS, PAIRS: PAIR_COLUMNS}
 _TEXTS = ("direction", "vector", "site", "metric", "pair_id", "prompt")
@@ -105,9 +113,8 @@ class SweepTable:
         if not restart and self.path.exists():
             self._resume()
         else:
-            folder.mkdir(parents=True, exist_ok=True)
             for name, columns in _FILES.items():
-                (folder / name).write_text(_as_csv([columns]), encoding="utf-8", newline="")
+                write_text(folder / name, _as_csv([columns]))
             self._note()
 
     def append(self, unit: Unit, taken: Rows) -> None:
@@ -123,7 +130,8 @@ class SweepTable:
 
     def _write(self, taken: Rows) -> None:
         for name, rows in ((TABLE, taken.rows), (PAIRS, taken.pairs)):
-            with (self.folder / name).open("a", encoding="utf-8", newline="") as file:
+            path = self.folder / name
+            with writing(path), path.open("a", encoding="utf-8", newline="") as file:
                 file.write(_as_csv(rows))
 
     def _resume(self) -> None:
@@ -184,7 +192,7 @@ def _read(path: Path, columns: Sequence[str]) -> pd.DataFrame:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """With which settings the table of a folder was made. Raises UserError: damaged."""
+    """Settings the sweep table was made with. Raises UserError: damaged."""
     settings: dict[str, Any] = _read_state(folder / SETTINGS)["settings"]
     return settings
 
@@ -206,5 +214,10 @@ def _read_state(path: Path) -> dict[str, Any]:
 def _as_csv(rows: Sequence[Sequence[Any]]) -> str:
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerows([["" if x != x else x for x in row] for row in rows])
+    writer.writerows([[_as_text(x) if isinstance(x, float) else x for x in row] for row in rows])
     return file.getvalue()
+
+
+def _as_text(x: float) -> str:
+    """Nine digits, more than float32 has; empty for NaN."""
+    return "" if x != x else f"{x:.9g}"

@@ -1,6 +1,7 @@
 """What a model predicts on given answers while one vector is added: recovery, preference and perplexity, without a judge."""
 
 import hashlib
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -11,12 +12,14 @@ from torch import Tensor
 from analysis.laid_pairs import lay_pairs
 from analysis.models import LoadedModel
 from analysis.probe_pairs import ProbePair
+from analysis.steering_directions import RANDOM_KINDS
 from analysis.sweep_table import PairRow, Row, Rows, Unit
 from tiltmeter.batch import PreferenceBatch
-from tiltmeter.stats.bootstrap import Interval, cluster_intervals
 from tiltmeter.recovery import Direction, RecoveryMoments, kl_divergences
 from tiltmeter.scoring.preference_odds import odds_scores, perplexity_figure
-from tiltmeter.sweeping import steered_logits
+from tiltmeter.stats.jackknife import Interval, jackknife_intervals
+from tiltmeter.steering_vector import SteeringVector
+from tiltmeter.sweeping import steered_logits, steered_sums
 
 Tokens = Literal["predicting", "all", "new", "prompt"]
 """Which tokens' hidden states are moved. ``predicting``: those that a token of the response is predicted from, which are the
@@ -61,7 +64,18 @@ class TeacherForcedSweep:
         self._laid = lay_pairs(pairs, self.goal, device=self.start.device)
         self.n_tokens = [len(pair.ids.chosen_ids) for pair in pairs]
 
-    def rows(self, unit: Unit, values: Float[Tensor, " d_model"]) -> Rows:
+    def rows(self, unit: Unit, vectors: Sequence[SteeringVector], strengths: Sequence[float]) -> Rows:
+        """All metrics of a unit: of its one vector at every λ of the sweep, or of many draws at some strengths.
+
+        Args:
+            vectors: those of the unit.
+            strengths: of draws; a single vector takes those of the sweep.
+        """
+        if unit.vector in RANDOM_KINDS:
+            return self._rows_of_draws(unit, torch.stack([v.values for v in vectors]), list(strengths))
+        return self._rows_of_one(unit, vectors[0].values)
+
+    def _rows_of_one(self, unit: Unit, values: Float[Tensor, " d_model"]) -> Rows:
         """All metrics at all λ of a vector, with 95 % intervals over prompts, and what each pair adds to them."""
         sums = self._run(unit.site, values)
         reached = sums.recovery.summary(self.groups).steered
@@ -80,36 +94,96 @@ class TeacherForcedSweep:
             ]
             named += [("recovery_first_token", at_first[at].recovery, n), ("kl_from_start", from_start[at], n)]
             named += [("preference_odds_change", changes[at], n)]
-            where = unit.direction, unit.vector, unit.site, strength
+            where = unit.direction, unit.vector, 0, unit.site, strength
             found += [Row(*where, name, *interval, n) for name, interval, n in named]
-        return Rows(found, self._pair_rows(unit, sums))
+        margins = sums.log_probs[..., 0] - sums.log_probs[..., 1]
+        sums_of_pairs = torch.stack([sums.recovery.row_sums().kl_steered, sums.kl_from_start, margins], dim=-1)
+        return Rows(found, self._pair_rows(unit, 0, self.strengths, float(values.norm()), sums_of_pairs))
+
+    def _rows_of_draws(self, unit: Unit, values: Float[Tensor, "draw d_model"], strengths: list[float]) -> Rows:
+        """Figures of each draw without intervals: what prompts make of a single one is nobody's question."""
+        sums = self._run_draws(unit.site, values, strengths)
+        n, n_tokens = len(self.groups), sum(self.n_tokens)
+        kl, kl_from_start, odds, first = sums.unbind(-1)
+        start = strengths.index(0.0)
+        figures = {
+            "recovery": 1 - kl.sum(-1) / kl[0, start].sum(),
+            "kl": kl.sum(-1) / n_tokens,
+            "recovery_first_token": 1 - first.sum(-1) / first[0, start].sum(),
+            "kl_from_start": kl_from_start.sum(-1) / n_tokens,
+            "preference_odds": odds.mean(-1),
+            "preference_odds_change": (odds - odds[:, start, None]).mean(-1),
+        }
+        rows, pairs, norms = [], [], values.double().norm(dim=1).tolist()
+        for i in range(len(values)):
+            where = unit.direction, unit.vector, i + 1, unit.site
+            for j, strength in enumerate(strengths):
+                rows += [
+                    Row(*where, strength, name, float(figure[i, j]), math.nan, math.nan, n)
+                    for name, figure in figures.items()
+                ]
+            pairs += self._pair_rows(unit, i + 1, strengths, norms[i], sums[i, :, :, :3])
+        return Rows(rows, pairs)
 
     def _per_token(self, sums: _Sums) -> list[Interval]:
         """KL(unsteered ‖ steered) in nats a token."""
         kl, n_tokens = sums.kl_from_start.T, sums.recovery.row_sums().n_tokens
-        return cluster_intervals(lambda drawn: drawn @ kl / (drawn @ n_tokens)[:, None], self.groups)
+        return jackknife_intervals(lambda drawn: drawn @ kl / (drawn @ n_tokens)[:, None], self.groups)
 
     def _changes(self, sums: _Sums) -> list[Interval]:
         """PrefOdds less that of λ = 0, in nats: paired, so that what pairs differ by cancels."""
         odds = (sums.log_probs[..., 0] - sums.log_probs[..., 1]).T
         change = odds - odds[:, self.strengths.index(0.0), None]
-        return cluster_intervals(lambda drawn: drawn @ change / drawn.sum(1, keepdim=True), self.groups)
+        return jackknife_intervals(lambda drawn: drawn @ change / drawn.sum(1, keepdim=True), self.groups)
 
-    def _pair_rows(self, unit: Unit, sums: _Sums) -> list[PairRow]:
-        by_pair = sums.recovery.row_sums()
-        odds = sums.log_probs[..., 0] - sums.log_probs[..., 1]
+    def _pair_rows(
+        self,
+        unit: Unit,
+        draw: int,
+        strengths: Sequence[float],
+        norm: float,
+        sums: Float[Tensor, "strength pair 3"],
+    ) -> list[PairRow]:
+        """What each pair adds: KL to the goal, KL from the start, preference odds."""
         prompts = [hashlib.sha256(group.encode()).hexdigest()[:12] for group in self.groups]
-        n_tokens = [int(n) for n in by_pair.n_tokens.tolist()]
-        where = unit.direction, unit.vector, unit.site
+        sign = 1 if self.direction == "interpolation" else -1
         return [
-            PairRow(*where, strength, *known, *numbers)
-            for at, strength in enumerate(self.strengths)
+            PairRow(unit.direction, unit.vector, draw, unit.site, strength, sign * strength * norm, *known, *numbers)
+            for at, strength in enumerate(strengths)
             for known, numbers in zip(
-                zip(self.pair_ids, prompts, n_tokens, strict=True),
-                torch.stack([by_pair.kl_steered[at], sums.kl_from_start[at], odds[at]], dim=1).tolist(),
-                strict=True,
+                zip(self.pair_ids, prompts, self.n_tokens, strict=True), sums[at].tolist(), strict=True
             )
         ]
+
+    @torch.no_grad()
+    def _run_draws(
+        self, site: str, values: Float[Tensor, "draw d_model"], strengths: Sequence[float]
+    ) -> Float[Tensor, "draw strength pair 4"]:
+        """KL to the goal, KL from the start, preference odds, and KL to the goal at the response's first token."""
+        moving = torch.tensor([x for x in strengths if x]) * (1 if self.direction == "interpolation" else -1)
+        shifts = torch.cat([torch.zeros_like(values[:1]), (values[:, None] * moving[:, None]).flatten(0, 1)])
+        sums = torch.zeros(len(shifts), len(self.groups), 4, dtype=torch.float64)
+        for laid in self._laid:
+            starts = _starts(laid.batch)
+            tokens = laid.predicting if self.tokens == "predicting" else self.tokens
+            parts = steered_sums(
+                self.start,
+                laid.batch,
+                site=site,
+                shifts=shifts,
+                goal_logits=lambda some, laid=laid: laid.goal_logits(self.goal, some),  # type: ignore[misc]
+                tokens=tokens,
+            )
+            for part in parts:
+                is_chosen, of = laid.is_chosen[part.targets], laid.pairs[part.targets].cpu()
+                begins = is_chosen & starts[part.targets]
+                kl, log_probs = part.kl_from_goal, part.log_probs.where(is_chosen, -part.log_probs)
+                by_target = (kl * is_chosen, part.kl_from_start * is_chosen, log_probs, kl * begins)
+                for column, one in enumerate(by_target):
+                    sums[..., column].index_add_(1, of, one.cpu())
+        steered = sums[1:].unflatten(0, (len(values), len(moving)))
+        unsteered, at = sums[:1].expand(len(values), -1, -1)[:, None], list(strengths).index(0.0)
+        return torch.cat([steered[:, :at], unsteered, steered[:, at:]], dim=1)
 
     @torch.no_grad()
     def _run(self, site: str, values: Float[Tensor, " d_model"]) -> _Sums:

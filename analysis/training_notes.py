@@ -7,7 +7,7 @@ import pandas as pd
 
 from analysis.runs import Run
 from datamodules.synthetic import SyntheticWorld
-from tiltmeter.stats.bootstrap import cluster_mean_interval
+from tiltmeter.stats.proportions import share_interval
 
 _STARTS_AT_LN_2 = ("sigmoid", "robust")
 """Losses that are ln 2 nats for a policy equal to its reference."""
@@ -67,12 +67,12 @@ def loss_unit(run: Run, table: pd.DataFrame) -> str:
 
 
 def interval_note(run: Run) -> str:
-    """95 % interval of the last held-out accuracy by resampling prompts; empty for runs without held_out.csv."""
+    """95 % interval over prompts of the last held-out accuracy; empty for runs without held_out.csv."""
     table = run.held_out
     if table is None or "rewards/accuracies" not in table:
         return ""
-    interval = cluster_mean_interval(table["rewards/accuracies"].tolist(), table["prompt"].astype(str).tolist())
-    return f" 95 % CI {interval.low:.3f} … {interval.high:.3f} ({len(table)} pairs, prompts resampled; held_out.csv)."
+    interval = share_interval(table["rewards/accuracies"].tolist(), table["prompt"].astype(str).tolist())
+    return f" 95 % CI {interval.low:.3f} … {interval.high:.3f} ({len(table)} pairs, over prompts; held_out.csv)."
 
 
 def noise_note(run: Run) -> str:

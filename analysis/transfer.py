@@ -14,16 +14,19 @@ from analysis.checkpoints import Checkpoints
 from analysis.costs import Cost
 from analysis.report import Section
 from analysis.steering_directions import States, split_by_prompt, v_star
+from analysis.steering_vectors import n_drawn
 from analysis.transfer_pairs import Sums, TestPairs
 from analysis.transfer_section import OWN_LESS_OTHERS, OWN_LESS_RANDOM, RANDOM, transfer_section
-from tiltmeter.stats.bootstrap import Interval, cluster_intervals
 from tiltmeter.consistency import cosine
-from tiltmeter.controls import norm_matched, random_vectors
+from tiltmeter.controls import draw_seeds, norm_matched, random_vectors
 from tiltmeter.errors import UserError
 from tiltmeter.layers import resolve_sites, site_depth
 from tiltmeter.models import DTYPES
 from tiltmeter.positions import Position
 from tiltmeter.probe import ONE_PER_SIDE
+from tiltmeter.stats.among_random import AmongRandom, among_random
+from tiltmeter.stats.bootstrap import percentile_interval, prompt_resamples
+from tiltmeter.stats.jackknife import Interval
 from tiltmeter.sweeping import sweep_cost
 
 
@@ -33,7 +36,7 @@ class Transfer:
     Args:
         sites: whose vectors, and where they are added: several, or ``all``.
         position: where states are read that v* is made of (:mod:`tiltmeter.positions`); one reading a response at most.
-        n_random: random vectors at each site, at the norm of its own v*.
+        n_random: random vectors at each site, at the norm of its own v*; null: 99 at both final sites, 20 elsewhere.
         n_prompts: test pairs, at most; null: all of the second half.
         seed: of the split into halves and of the random vectors.
         dtype, device: of the models; device null: a GPU where there is one.
@@ -47,7 +50,7 @@ class Transfer:
         *,
         sites: str | Sequence[str] = "all",
         position: Position = "prompt_last",
-        n_random: int = 5,
+        n_random: int | None = None,
         n_prompts: int | None = 32,
         seed: int = 0,
         dtype: str = "float32",
@@ -76,15 +79,20 @@ class Transfer:
         vectors = {site: v_star(states, site) for site in sites}
         pairs = TestPairs(checkpoints, test[: self.n_prompts])
         table = pd.DataFrame([row for site in sites for row in self._rows(pairs, vectors, site)])
-        settings = {"n_estimation": len(estimation), "n_test": len(pairs.groups), "n_random": self.n_random}
+        n_random = {site: n_drawn(site, self.n_random) for site in sites}
+        settings = {"n_estimation": len(estimation), "n_test": len(pairs.groups), "n_random": n_random}
         return transfer_section(table, settings | {"position": self.position, "aligned_change": pairs.aligned_change()})
 
     def costs(self, checkpoints: Checkpoints) -> list[Cost]:
         """Passes of the test pairs and their tokens."""
         sites, n_layers = self._sites(checkpoints), checkpoints.base.model.config.num_hidden_layers
         test = split_by_prompt(checkpoints.pairs, seed=self.seed).test[: self.n_prompts]
-        n_vectors = len(sites) + self.n_random
-        passes = 1 + sum(sweep_cost(n_layers, min(site_depth(s, n_layers), n_layers - 1), n_vectors) for s in sites)
+        passes = 1 + sum(
+            sweep_cost(
+                n_layers, min(site_depth(site, n_layers), n_layers - 1), len(sites) + n_drawn(site, self.n_random)
+            )
+            for site in sites
+        )
         n_tokens = sum(pair.n_row_tokens for pair in test)
         return [Cost("teacher-forced", passes, round(passes * n_tokens))]
 
@@ -98,45 +106,50 @@ class Transfer:
         """A row for every vector added at one site; the last ones compare."""
         own = vectors[site]
         moved = {source: norm_matched(v[None], own, provenance="v*").vectors[0] for source, v in vectors.items()}
-        controls = random_vectors(own, self.n_random, seed=self.seed).vectors
-        moved |= {f"{RANDOM}{i + 1}": v for i, v in enumerate(controls)}
-        sums = pairs.measure(site, torch.stack(list(moved.values())).float())
-        names = list(moved)
-        others = [i for i, name in enumerate(names) if name in vectors and name != site]
-        random = [i for i, name in enumerate(names) if name not in vectors]
-        recovery, change = compared(sums, pairs.groups, own=names.index(site), against=[others, random])
-        for i, name in enumerate([*names, OWN_LESS_OTHERS, OWN_LESS_RANDOM]):
+        seeds = draw_seeds(n_drawn(site, self.n_random), kind="random", site=site, seed=self.seed)
+        drawn = random_vectors(own, seeds).vectors
+        sums = pairs.measure(site, torch.cat([torch.stack(list(moved.values())), drawn]).float())
+        names = [*moved, *(f"{RANDOM}{i + 1}" for i in range(len(drawn)))]
+        for name, recovery, change in compared(sums, pairs.groups, names, own=site):
             known = {
                 "cosine": float(cosine(moved[name], own)) if name in moved else math.nan,
                 "norm": float(own.norm()),
             }
-            figures = _named("recovery", recovery[i]) | _named("margin_change", change[i])
+            figures = _named("recovery", recovery) | _named("margin_change", change)
             yield {"source": name, "site": site, **figures, **known, "n": len(pairs.groups)}
 
 
 def compared(
-    sums: Sums, groups: Sequence[str], *, own: int, against: Sequence[Sequence[int]]
-) -> tuple[list[Interval], list[Interval]]:
-    """R and change of margin of every vector; then those of ``own`` less the mean of each set of others, paired by prompt.
+    sums: Sums, groups: Sequence[str], names: Sequence[str], *, own: str
+) -> Iterator[tuple[str, Interval | AmongRandom, Interval | AmongRandom]]:
+    """R and change of margin of every vector; then those of ``own`` less the mean of the other sites', and among random ones.
 
-    Intervals are 95 % over prompts. R is NaN where base and aligned model predict the same up to rounding.
+    Intervals are 95 % over prompts; other sites' vectors are these and no sample, random ones are a sample
+    (:func:`tiltmeter.stats.among_random.among_random`). R is NaN where base and aligned model predict the same up to rounding.
     """
-    n_vectors = len(sums.kl)
     differ = float(sums.kl_start.sum()) > torch.finfo(torch.float32).eps * float(sums.n_tokens.sum())
+    at, others = names.index(own), [i for i, x in enumerate(names) if x != own and not x.startswith(RANDOM)]
+    random = [i for i, x in enumerate(names) if x.startswith(RANDOM)]
 
-    def figures(drawn: Tensor) -> Tensor:
+    def recovery(drawn: Tensor) -> Tensor:
         start = drawn @ sums.kl_start if differ else torch.full_like(drawn[:, 0], math.nan)
-        recovery = 1 - drawn @ sums.kl.T / start[:, None]
-        change = drawn @ sums.margin_change.T / drawn.sum(1, keepdim=True)
-        columns = [
-            torch.cat([x, *(x[:, own, None] - x[:, rows].mean(1, keepdim=True) for rows in map(list, against))], dim=1)
-            for x in (recovery, change)
-        ]
-        return torch.cat(columns, dim=1)
+        return 1 - drawn @ sums.kl.T / start[:, None]
 
-    found = cluster_intervals(figures, groups)
-    return found[: n_vectors + len(against)], found[n_vectors + len(against) :]
+    def change(drawn: Tensor) -> Tensor:
+        return drawn @ sums.margin_change.T / drawn.sum(1, keepdim=True)
+
+    r, m = (prompt_resamples(figures, groups) for figures in (recovery, change))
+    for i, name in enumerate(names):
+        yield name, percentile_interval(r[:, i]), percentile_interval(m[:, i])
+    beyond = [percentile_interval(x[:, at] - x[:, others].mean(1)) for x in (r, m)]
+    yield OWN_LESS_OTHERS, beyond[0], beyond[1]
+    yield OWN_LESS_RANDOM, among_random(r[:, at], r[:, random]), among_random(m[:, at], m[:, random])
 
 
-def _named(name: str, interval: Interval) -> dict[str, float]:
-    return {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
+def _named(name: str, figure: Interval | AmongRandom) -> dict[str, float | str]:
+    interval = figure.difference if isinstance(figure, AmongRandom) else figure
+    found: dict[str, float | str] = {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
+    if isinstance(figure, AmongRandom):
+        found |= {f"{name}_p_above": figure.p_above, f"{name}_p_below": figure.p_below}
+        return found | {f"{name}_verdict": figure.verdict}
+    return found

@@ -65,9 +65,9 @@ def transfer_section(table: pd.DataFrame, settings: Mapping[str, Any]) -> Sectio
 
 
 def matrix(table: pd.DataFrame, sites: Sequence[str], column: str) -> np.ndarray:
-    """[source, site] of a figure; the last row is the largest of the random vectors."""
+    """[source, site] of a figure; the last row is what 97.5 % of the random vectors stay below."""
     grid = table.pivot_table(index="source", columns="site", values=column, dropna=False)[list(sites)]
-    random = grid[grid.index.str.startswith(RANDOM)].max()
+    random = grid[grid.index.str.startswith(RANDOM)].quantile(0.975)
     return np.vstack([grid.loc[list(sites)].to_numpy(dtype=float), random.to_numpy(dtype=float)])
 
 
@@ -115,9 +115,11 @@ def draw_matrix(
 def said_of_recovery(cells: np.ndarray) -> str:
     """R at v*'s own site, elsewhere, and of random vectors."""
     own, others, random = _parts(cells)
+    if np.isnan(cells).all():
+        return "How far v* goes has no number: base and aligned model predict the same, up to rounding"
     return (
         f"Added at its own site (framed) v* recovers {_span(own, 'percent')} of the way to the aligned model, at other sites "
-        f"{_span(others, 'percent')}; random vectors at best {as_text(float(np.nanmax(random)), 'percent')}"
+        f"{_span(others, 'percent')}; one in forty random vectors more than {_span(random, 'percent')}"
     )
 
 
@@ -126,7 +128,7 @@ def said_of_margin(cells: np.ndarray, aligned_change: float) -> str:
     own, others, random = _parts(cells)
     return (
         f"The preference margin changes by {_span(own, '+.1f')} nats at v*’s own site and {_span(others, '+.1f')} at others; "
-        f"random at most {as_text(float(np.nanmax(random)), '+.1f')}, the aligned model {as_text(aligned_change, '+.1f')}"
+        f"one in forty random vectors more than {_span(random, '+.1f')}, the aligned model {as_text(aligned_change, '+.1f')}"
     )
 
 
@@ -141,6 +143,7 @@ def shown_table(table: pd.DataFrame, sites: Sequence[str]) -> pd.DataFrame:
             | {"others’ v*, mean": as_text(float(others["recovery"].mean()), ".2f")}
             | {"own less others": _with_interval(known.loc[(OWN_LESS_OTHERS, site)])}
             | {"own less random": _with_interval(known.loc[(OWN_LESS_RANDOM, site)])}
+            | {"verdict": known.loc[(OWN_LESS_RANDOM, site), "recovery_verdict"]}
         )
     return pd.DataFrame(lines)
 
@@ -149,19 +152,23 @@ def _headline(table: pd.DataFrame, cells: np.ndarray, sites: Sequence[str]) -> H
     known = table.set_index(["source", "site"])["recovery_low"]
     n = sum(known[OWN_LESS_OTHERS, site] > 0 for site in sites)
     return Headline(
-        f"{n} of {len(sites)}",
+        "none" if np.isnan(cells).all() else f"{n} of {len(sites)}",
         "sites where their own v* recovers more than other sites’",
         f"95 % interval of the difference above 0; R of own v*: {_span(_parts(cells)[0], 'percent')}. {NAME}.csv.",
     )
 
 
 def _interval(table: pd.DataFrame, cells: np.ndarray, sites: Sequence[str], n: int) -> str:
-    best = sites[int(np.nanargmax(_parts(cells)[0]))]
+    own_cells = _parts(cells)[0]
+    if np.isnan(own_cells).all():
+        return f"None: over the {n} pairs, KL(aligned ‖ base), which R divides by, is no more than rounding."
+    best = sites[int(np.nanargmax(own_cells))]
     known = table.set_index(["source", "site"])
     own, random = (_with_interval(known.loc[(source, best)]) for source in (best, OWN_LESS_RANDOM))
     return (
         f"R of v* at {site_name(best)}, the best of {len(sites)} sites on these same pairs: {own}; less the mean of the random "
-        f"vectors there: {random}. 95\u00a0% intervals over the prompts of {n} pairs, differences paired."
+        f"vectors there: {random}. 95\u00a0% intervals over the prompts of {n} pairs, differences paired; beside random vectors "
+        "of where one more of them may lie."
     )
 
 
@@ -173,11 +180,15 @@ def _reading(settings: Mapping[str, Any]) -> list[str]:
         "random ones too, have the length of that site’s own v*, so that only directions are compared.",
         "R = 1 − KL(aligned ‖ steered) / KL(aligned ‖ base) over the chosen responses’ tokens: 0 is the base, 1 the aligned model, "
         "below 0 further away. Margin: log π(chosen) − log π(rejected).",
-        f"Top row: the largest of {settings['n_random']} random vectors at each site. Where they recover as much, what "
-        "recovers is not the direction of v*.",
+        f"Top row: what 97.5\u00a0% of a site’s {_drawn(settings['n_random'])} random vectors stay below. Where they recover as "
+        "much, what recovers is not the direction of v*.",
         f"{NAME}.csv has every cell with its 95 % interval over prompts, and paired differences: {OWN_LESS_OTHERS}, "
-        f"{OWN_LESS_RANDOM}.",
+        f"{OWN_LESS_RANDOM}, with the rank of v* among them (p_above, p_below) and a verdict.",
     ]
+
+
+def _drawn(counts: Mapping[str, int]) -> str:
+    return " to ".join(str(n) for n in sorted(set(counts.values())))
 
 
 def _parts(cells: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -187,8 +198,11 @@ def _parts(cells: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _span(values: np.ndarray, form: str) -> str:
-    """From least to largest, as text."""
-    low, high = (as_text(float(x), form) for x in (np.nanmin(values), np.nanmax(values)))
+    """From least to largest, as text; without numbers there is no span."""
+    known = values[~np.isnan(values)]
+    if not known.size:
+        return "no number"
+    low, high = (as_text(float(x), form) for x in (known.min(), known.max()))
     return low if low == high else f"{low} to {high}"
 
 

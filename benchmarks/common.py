@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tiltmeter.errors import UserError
+from tiltmeter.plain_text import allow_any_encoding
+from tiltmeter.threads import usable_cores
 
 ROOT = Path(__file__).resolve().parents[1]
 WRONG_INPUT = 2
@@ -82,11 +84,6 @@ def positive(text: str) -> int:
     return value
 
 
-def n_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def machine(threads: int) -> str:
     """The machine and the versions that matter, in words."""
     import torch
@@ -97,7 +94,7 @@ def machine(threads: int) -> str:
     if info.exists():
         models = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
         name = models[0] if models else name
-    place = f"{threads} of {n_cores()} cores, {name}, load average {os.getloadavg()[0]:.1f} before the start"
+    place = f"{threads} of {usable_cores()} cores, {name}, load average {os.getloadavg()[0]:.1f} before the start"
     if torch.cuda.is_available():
         place += f", {torch.cuda.get_device_name()}"
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
@@ -156,6 +153,7 @@ def _linux_memory_mb(field: str) -> float | None:
 @contextmanager
 def clear_errors() -> Iterator[None]:
     """Wrong input ends the program with one line and exit code 2."""
+    allow_any_encoding()
     try:
         yield
     except UserError as error:

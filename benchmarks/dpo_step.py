@@ -31,6 +31,7 @@ from benchmarks.workload import (
 from tiltmeter.cpu_linear import onednn_is_faster
 from tiltmeter.errors import UserError
 from tiltmeter.log_probs import default_chunk_tokens
+from tiltmeter.threads import usable_cores
 
 OURS, TRL, TRL_SORTED = "tiltmeter", "TRL", "TRL, pairs sorted by length"
 WARMUP_STEPS = 1
@@ -74,7 +75,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens-per-micro-batch", type=number, help="tiltmeter's; default: its data module's")
     parser.add_argument("--steps", type=number, help="optimizer steps of a turn (default: 2; quick: 1)")
     parser.add_argument("--rounds", type=number, help="turns of each side (default: 4; quick: 2)")
-    parser.add_argument("--threads", type=number, default=common.n_cores(), help="CPU threads of a side")
+    parser.add_argument("--threads", type=number, default=usable_cores(), help="CPU threads of a side")
     parser.add_argument("--lora-rank", type=number, help="train adapters on every linear map instead of the weights")
     parser.add_argument("--main-sides", action="store_true", help="tiltmeter and TRL alone, no saving switched off")
     parser.add_argument(

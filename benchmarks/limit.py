@@ -19,6 +19,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the file can be run from anywhere
+from tiltmeter.threads import usable_cores  # before torch, which reads its threads' settings as it is imported
+
+# isort: split
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.profiler import ProfilerActivity, profile
@@ -200,7 +203,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pairs-per-step", type=number, default=32, help="pairs of an optimizer step")
     parser.add_argument("--tokens-per-micro-batch", type=number, help="of a forward pass; default: the data module's")
     parser.add_argument("--steps", type=number, help="measured optimizer steps (default: 12; quick: 3)")
-    parser.add_argument("--threads", type=number, default=common.n_cores(), help="CPU threads")
+    parser.add_argument("--threads", type=number, default=usable_cores(), help="CPU threads")
     options = parser.parse_args(arguments)
     options.steps = options.steps or (3 if options.quick else 12)
     return options

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the file
 from benchmarks import common
 from benchmarks.common import Spread
 from tiltmeter.errors import UserError
+from tiltmeter.threads import usable_cores
 
 ONE = "one process"
 SIDES: Mapping[str, tuple[str, ...]] = {
@@ -120,9 +121,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", help="HH file or folder; default: the synthetic world")
     parser.add_argument("--steps", type=common.positive, help="optimizer steps (default: 100; quick: 5)")
     parser.add_argument("--rounds", type=common.positive, default=1, help="runs of each side")
-    parser.add_argument(
-        "--threads", type=common.positive, default=common.n_cores(), help="CPU threads of a side in all"
-    )
+    parser.add_argument("--threads", type=common.positive, default=usable_cores(), help="CPU threads of a side in all")
     options = parser.parse_args(arguments)
     options.steps = options.steps or (5 if options.quick else 100)
     options.data = None if options.quick else options.data

@@ -21,6 +21,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the file can be run from anywhere
+from tiltmeter.threads import usable_cores  # before torch, which reads its threads' settings as it is imported
+
+# isort: split
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -65,7 +68,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=number, default=32)
     parser.add_argument("--layer", type=int, default=1, help="steered block, counted from 0")
     parser.add_argument("--rounds", type=number, default=3)
-    parser.add_argument("--threads", type=number, default=common.n_cores(), help="CPU threads")
+    parser.add_argument("--threads", type=number, default=usable_cores(), help="CPU threads")
     parser.add_argument(
         "--peer", choices=("package", "hook"), default="package", help="hook: the stand-in, without network"
     )

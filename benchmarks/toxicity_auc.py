@@ -19,8 +19,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from sklearn.metrics import roc_auc_score
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
@@ -68,6 +66,8 @@ def from_csv(name: str, path: Path, text: str, label: str, is_toxic: Callable[[s
 
 def auc(scorer: WordListToxicity | ClassifierToxicity, source: Labelled) -> tuple[float, int]:
     """Area under the ROC curve over the texts that have a score, and how many have none."""
+    from sklearn.metrics import roc_auc_score  # slow to import
+
     scores = [score.value for score in scorer.score_texts(source.texts)]
     kept = [i for i, score in enumerate(scores) if not math.isnan(score)]
     area = roc_auc_score([source.is_toxic[i] for i in kept], [scores[i] for i in kept])

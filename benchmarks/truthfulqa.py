@@ -21,6 +21,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the file can be run from anywhere
+from tiltmeter.threads import usable_cores  # before torch, which reads its threads' settings as it is imported
+
+# isort: split
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
@@ -52,7 +55,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", help="model folder; default: stories260K below $TILTMETER_SHARED, else a stand-in")
     parser.add_argument("--preset-file", help="the harness's prompt or its truthfulqa_mc1.yaml; default: zero-shot")
     parser.add_argument("--tokens-per-batch", type=number, default=TOKENS_PER_BATCH)
-    parser.add_argument("--threads", type=number, default=common.n_cores(), help="CPU threads")
+    parser.add_argument("--threads", type=number, default=usable_cores(), help="CPU threads")
     return parser.parse_args(arguments)
 
 

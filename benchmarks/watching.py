@@ -20,6 +20,7 @@ from benchmarks.common import SideResult, Spread, Worker
 from benchmarks.observation_cost import N_SPECTRA, Case
 from benchmarks.watched_run import GRADIENTS, PROBE, RunSettings, prepare, turn_lengths
 from tiltmeter.errors import UserError
+from tiltmeter.threads import usable_cores
 
 WATCHED, PLAIN = "geometry callbacks", "no callbacks"
 CHOICES = {WATCHED: "geometry", PLAIN: "none"}
@@ -48,7 +49,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=number, help="runs of each side (default: 3; quick: 1)")
     parser.add_argument("--turns", type=number, help="turns that a run is cut into (default: 12; quick: 1)")
-    parser.add_argument("--threads", type=number, default=common.n_cores(), help="CPU threads of a side")
+    parser.add_argument("--threads", type=number, default=usable_cores(), help="CPU threads of a side")
     options = parser.parse_args(arguments)
     for name, usual, quick in (("rounds", 3, 1), ("turns", 12, 1)):
         if getattr(options, name) is None:

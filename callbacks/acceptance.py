@@ -9,8 +9,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 class Acceptance(Callback):
     """Calls a function once, as soon as nothing is left that could refuse the run; goes in front of all other callbacks.
 
-    A new run is accepted when training starts, before others look at its base. One that goes on is accepted before its first
-    batch: until then others say whether the checkpoint has what they need. Where no batch is left to train, it is after ``fit``.
+    A new run is accepted when training starts, before others look at its base. One that goes on is accepted after all have said
+    at that start whether the checkpoint has what they need: before its first batch, or what an epoch has left to do behind its
+    last one. Where nothing is left to do, call :meth:`accept` after ``fit``.
 
     Args:
         begin: writes, on every process alike.
@@ -32,4 +33,12 @@ class Acceptance(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """One that goes on."""
+        self.accept(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """One that goes on between an epoch's last batch and its validation."""
+        self.accept(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """One that goes on behind that."""
         self.accept(trainer)

@@ -48,8 +48,8 @@ def gather_completions(
 
 
 def as_plain(completions: Completions) -> dict[str, list[list[Any]]]:
-    """Completions as a checkpoint holds them: text, tokens, and whether cut."""
-    return {key: [[c.text, c.n_tokens, c.is_cut] for c in said] for key, said in completions.items()}
+    """Completions as a checkpoint holds them: text, number of tokens, whether cut, token ids."""
+    return {key: [[c.text, c.n_tokens, c.is_cut, c.ids] for c in said] for key, said in completions.items()}
 
 
 def from_plain(stored: dict[str, list[list[Any]]]) -> Completions:

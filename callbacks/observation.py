@@ -123,7 +123,10 @@ class ProbeSession:
 
     def _read(self, trainer: Trainer, module: LightningModule) -> States:
         if self._probe is None:
-            self._probe = Probe(self._batches(trainer), sites=self._all_sites(module), positions=self.positions)
+            prompts = [pair.prompt_ids for pair in data_of(trainer).splits["probe"].pairs]
+            self._probe = Probe(
+                self._batches(trainer), sites=self._all_sites(module), positions=self.positions, prompts=prompts
+            )
         with trainer.precision_plugin.forward_context():
             states = self._probe.read(model_of(module), cast(Any, module).trained_policy)
         return {point: _gather(found, trainer) for point, found in states.items()}

@@ -25,7 +25,7 @@ class Observer(Scheduled):
         self,
         *,
         sites: str | Sequence[str] = "all",
-        positions: Sequence[Position] = ("prompt_last",),
+        positions: Sequence[Position] = ("prompt_last", "content"),
         every_n_steps: int | None = None,
     ) -> None:
         super().__init__(every_n_steps=every_n_steps)

@@ -70,6 +70,12 @@ def record_figures(trainer: Trainer, figures: list[Figure]) -> None:
     log(trainer, as_metrics(figures))
 
 
+def forget_steps_ahead(trainer: Trainer) -> None:
+    """Drop what was scored at steps that a resumed run will take again, once it is accepted."""
+    if trainer.is_global_zero:
+        _tables_of(trainer).forget_after(trainer.global_step)
+
+
 def _tables_of(trainer: Trainer) -> BehaviourTables:
     return BehaviourTables(Path(trainer.default_root_dir) / "report" / "tables")
 

@@ -26,7 +26,7 @@ def train(
     model: PreTrainedModel, pairs: list[TokenizedPair], held_out: list[TokenizedPair], folder: Path
 ) -> list[Metrics]:
     """DPO, observed before the first step and after every epoch; returns what was seen."""
-    probe = Probe.of_pairs(held_out, sites="all", positions=("prompt_last", "diverge"))
+    probe = Probe.of_pairs(held_out, sites="all", positions=("prompt_last", "content", "diverge"))
     snapshots = SnapshotWriter(
         folder, dtype="float32", pair_ids={row: f"held-out/{row}" for row in range(len(held_out))}
     )

@@ -33,7 +33,7 @@ class WatchHiddenStates(TrainerCallback):
         held_out: Any = trainer.eval_dataset
         columns = [held_out[name] for name in TokenizedPair._fields]
         self.pairs = [TokenizedPair(*ids) for ids in zip(*columns, strict=True)]
-        self.probe = Probe.of_pairs(self.pairs, sites="all", positions=("prompt_last", "diverge"))
+        self.probe = Probe.of_pairs(self.pairs, sites="all", positions=("prompt_last", "content", "diverge"))
         self.steering: dict[ReadPoint, Tensor] | None = None
         names = {row: f"eval/{row}" for row in range(len(self.pairs))}
         self.snapshots = SnapshotWriter(folder, dtype="float32", pair_ids=names)

@@ -1,9 +1,9 @@
 """From a composed configuration to a report, of a run or of any two checkpoints."""
 
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
-from datetime import datetime
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -12,9 +12,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from analysis.checkpoints import Checkpoints, HeldOutPairs, checkpoints_of_run
-from analysis.hidden_states import SECTIONS, Watched, hidden_state_section
+from analysis.hidden_states import BESIDE_RANDOM, SECTIONS, Watched, hidden_state_section
 from analysis.read_states import READ_NOW, ReadNow, StateReading
-from analysis.report import Section, write_report
+from analysis.report import Attempts, Section, write_report
 from analysis.runs import Run, find_run, open_run
 from analysis.samples import Samples, compare_samples, samples_of_models
 from analysis.subject import Subject, subject_of_checkpoints, subject_of_run
@@ -30,6 +30,8 @@ from launch.analyses import (
 )
 from launch.asking import Asked, Plan, Question, costs_table
 from launch.configuration import check_config
+from launch.run_folder import claim_folder
+from launch.run_lock import check_writable
 from launch.screen import console
 from launch.wandb_report import check_upload, upload_report
 from tiltmeter.errors import IncompleteEvaluation, UserError
@@ -45,6 +47,8 @@ class Wanted(NamedTuple):
     reading: StateReading
     dry_run: bool
     upload: bool
+    attempts: Attempts
+    """Analyses that fail, of which none costs the others."""
 
 
 def analyze(config: DictConfig) -> Path | None:
@@ -54,14 +58,18 @@ def analyze(config: DictConfig) -> Path | None:
 
     Raises:
         UserError: wrong input.
-        IncompleteEvaluation: the report is written, but figures in it have no number, because too many scores are missing.
+        FailedWrite: a full disk ….
+        IncompleteEvaluation: the report is written, but an analysis failed, or figures have no number, because too many scores
+            are missing.
     """
     check_config(config, config_name="analyze")
     of_run = _asks_of_run(config)
     names = chosen_analyses(config.analysis, of_run=of_run)
     refuse_unused(names, of_run=of_run)
     questions = {name: instantiate(config[ASKED[name]]) for name in names if name in ASKED}
-    wanted = Wanted(names, questions, instantiate(config.hidden_states), config.dry_run, config.upload)
+    wanted = Wanted(
+        names, questions, instantiate(config.hidden_states), config.dry_run, config.upload, Attempts(debug=config.debug)
+    )
     if of_run:
         return _analyze_run(wanted, open_run(find_run(str(config.run), Path(config.runs_root))))
     return _analyze_checkpoints(config, wanted)
@@ -80,8 +88,11 @@ def _asks_of_run(config: DictConfig) -> bool:
 
 
 def _analyze_run(wanted: Wanted, run: Run) -> Path | None:
+    attempts = wanted.attempts
     if wanted.upload:
         check_upload(run)
+    if not wanted.dry_run:
+        check_writable(run.report, key="run")
     opened = cache(partial(checkpoints_of_run, run))
     try:
         plans = _plan(wanted, opened, run.report / "tables")
@@ -89,9 +100,13 @@ def _analyze_run(wanted: Wanted, run: Run) -> Path | None:
         if all(wanted.names.values()):
             raise
         raise UserError(f"{error}; or ask for what needs no model, as in analysis=[training,geometry]") from error
+    seen = Watched.of_run(run)
+    lacks_random = bool(set(BESIDE_RANDOM) & set(wanted.names)) and seen.lacks_random
+    if lacks_random and not wanted.dry_run:
+        seen = _with_random(seen, run, wanted.reading, opened)
     with console().status("Drawing what the run kept …"):
-        read = _read_off(wanted.names, run)
-    again = [name for name in wanted.names if name in READ_NOW and name not in read]
+        read = _read_off(wanted.names, run, seen, attempts)
+    again = [name for name in wanted.names if name in READ_NOW and name not in read and name not in attempts.failed]
     if not again:
         refuse_unused(wanted.questions, of_run=True)
     try:
@@ -101,50 +116,67 @@ def _analyze_run(wanted: Wanted, run: Run) -> Path | None:
             f"analysis={again[0]}: {run.folder} stored no hidden states for it, and they can’t be read again: {error}"
         ) from error
     if wanted.dry_run:
-        _say_costs(plans, wanted.reading, checkpoints)
+        _say_costs(
+            plans, wanted.reading, checkpoints, random_of=opened() if lacks_random and checkpoints is None else None
+        )
         return None
     if checkpoints is not None:
-        now = _read(wanted.reading, checkpoints, n_steps=run.n_steps)
-        note = f"The run stored nothing for this: hidden states of {now.n_pairs} of its held-out pairs were read again."
-        read |= _drawn_now(again, now, note)
-    _check_named(wanted.names, read)
-    asked = _ask(plans)
+        with attempts.of(*again):
+            now = _read(wanted.reading, checkpoints, n_steps=run.n_steps)
+            note = f"The run stored nothing for this: hidden states of {now.n_pairs} of its held-out pairs were read again."
+            read |= _drawn_now(again, now, note, attempts)
+    _check_named(wanted.names, [*read, *attempts.failed])
+    asked = _ask(plans, attempts)
     subject = subject_of_run(
         run,
         asked=[*(name for name in again if name in read), *wanted.questions],
         is_read=any(name not in again for name in read),
-        left_out=[name for name in wanted.names if name not in (*read, *wanted.questions)],
+        left_out=[name for name in wanted.names if name not in (*read, *wanted.questions, *attempts.failed)],
         command=partial(_command, f"run={run.folder}"),
     )
     models = plans[0].checkpoints if plans else checkpoints
     samples = partial(compare_samples, run) if models is None else partial(samples_of_models, models)
-    return _report(
-        subject, _in_order(wanted.names, read), asked, samples, partial(upload_report, run) if wanted.upload else None
-    )
+    upload = partial(upload_report, run) if wanted.upload else None
+    return _report(subject, _in_order(wanted.names, read), asked, samples, attempts, upload)
 
 
-def _read_off(names: Mapping[str, bool], run: Run) -> dict[str, Section]:
-    """Sections of what the run's folder holds, by name; none for what it doesn't."""
-    seen, found = Watched.of_run(run), {}
+def _with_random(seen: Watched, run: Run, reading: StateReading, opened: Callable[..., Checkpoints]) -> Watched:
+    """Read random weight changes and keep them beside the snapshots; where that can't be done, sections say what they lack."""
+    try:
+        checkpoints = opened(dtype=reading.dtype, device=reading.device)
+        with console().status("Reading hidden states under random weight changes …"):
+            reading.random_updates(checkpoints, n_steps=seen.steps_taken).write(seen.snapshots)
+    except (UserError, OSError) as error:
+        console().print(f"No random weight changes beside the update: {error}", soft_wrap=True, markup=False)
+    return Watched.of_run(run)
+
+
+def _read_off(names: Mapping[str, bool], run: Run, seen: Watched, attempts: Attempts) -> dict[str, Section]:
+    """Sections of what the run's folder holds, by name; none for what it doesn't. Raises UserError: it is damaged."""
+    found: dict[str, Section] = {}
     for name, is_named in names.items():
-        if name in SECTIONS:
-            section = hidden_state_section(name, seen)
-        elif name in OF_FOLDER:
-            section = (OF_FOLDER if is_named or name not in OPTIONAL else OPTIONAL)[name](run)
-        else:
-            continue
+        section = None
+        with attempts.of(name):
+            if name in SECTIONS:
+                section = hidden_state_section(name, seen)
+            elif name in OF_FOLDER:
+                section = (OF_FOLDER if is_named or name not in OPTIONAL else OPTIONAL)[name](run)
         if section is not None:
             found[name] = section
     return found
 
 
-def _drawn_now(names: Iterable[str], now: ReadNow, note: str) -> dict[str, Section]:
+def _drawn_now(names: Iterable[str], now: ReadNow, note: str, attempts: Attempts) -> dict[str, Section]:
     """Sections of what was just read; each says so."""
-    drawn = {name: section for name in names if (section := hidden_state_section(name, now))}
-    return {name: replace(section, reading=[*section.reading, note]) for name, section in drawn.items()}
+    drawn: dict[str, Section] = {}
+    for name in names:
+        with attempts.of(name):
+            if section := hidden_state_section(name, now):
+                drawn[name] = replace(section, reading=[*section.reading, note])
+    return drawn
 
 
-def _check_named(names: Mapping[str, bool], found: Mapping[str, Section]) -> None:
+def _check_named(names: Mapping[str, bool], found: Collection[str]) -> None:
     """Refuse to leave out what was asked for by its name. Raises UserError."""
     for name, is_named in names.items():
         if is_named and name not in ASKED and name not in found:
@@ -155,11 +187,25 @@ def _check_named(names: Mapping[str, bool], found: Mapping[str, Section]) -> Non
 
 
 def _analyze_checkpoints(config: DictConfig, wanted: Wanted) -> Path | None:
+    if config.out or wanted.dry_run:
+        folder = Path(config.out or Path(config.runs_root) / "checkpoints" / "report")
+        if not wanted.dry_run:
+            check_writable(folder, key="out")
+        return _analyze_into(folder, config, wanted)
+    check_writable(Path(config.runs_root), key="runs_root")
+    claimed = claim_folder(Path(config.runs_root) / "checkpoints")
+    try:
+        return _analyze_into(claimed / "report", config, wanted)
+    finally:
+        with suppress(OSError):
+            claimed.rmdir()  # where nothing was written
+
+
+def _analyze_into(folder: Path, config: DictConfig, wanted: Wanted) -> Path | None:
+    attempts = wanted.attempts
     pairs: HeldOutPairs = instantiate(config.pairs)
     base, aligned = str(config.base), str(config.aligned)
     opened = cache(partial(pairs.ask, base, aligned, instantiate(config.data)))
-    stamp = datetime.now().astimezone().strftime("%Y-%m-%d_%H-%M-%S")
-    folder = Path(config.out) if config.out else Path(config.runs_root) / "checkpoints" / stamp / "report"
     plans = _plan(
         wanted,
         lambda **how: opened(**how)[0],
@@ -174,10 +220,12 @@ def _analyze_checkpoints(config: DictConfig, wanted: Wanted) -> Path | None:
         return None
     read: dict[str, Section] = {}
     if now:
-        states = _read(wanted.reading, checkpoints)
-        read = _drawn_now(now, states, f"Hidden states of {states.n_pairs} pairs were read now, once.")
-        _check_named(wanted.names, read)
-    asked = _ask(plans)
+        with attempts.of(*now):
+            states = _read(wanted.reading, checkpoints)
+            note = f"Hidden states of {states.n_pairs} pairs were read now, once."
+            read = _drawn_now(now, states, note, attempts)
+        _check_named(wanted.names, [*read, *attempts.failed])
+    asked = _ask(plans, attempts)
     subject = subject_of_checkpoints(
         checkpoints,
         base,
@@ -188,7 +236,7 @@ def _analyze_checkpoints(config: DictConfig, wanted: Wanted) -> Path | None:
         command=partial(_command, f"base={base}", f"aligned={aligned}"),
         report=folder,
     )
-    return _report(subject, _in_order(wanted.names, read), asked, partial(samples_of_models, checkpoints))
+    return _report(subject, _in_order(wanted.names, read), asked, partial(samples_of_models, checkpoints), attempts)
 
 
 def _plan(
@@ -219,9 +267,12 @@ def _command(*arguments: str) -> str:
     return shlex.join(["python", "analyze.py", *about, *options_of(name), f"analysis={name}"])
 
 
-def _say_costs(plans: Sequence[Plan], reading: StateReading, read: Checkpoints | None) -> None:
-    """Print what would be run; ``read``: the models whose hidden states would be."""
+def _say_costs(
+    plans: Sequence[Plan], reading: StateReading, read: Checkpoints | None, *, random_of: Checkpoints | None = None
+) -> None:
+    """Print what would be run; ``read``: the models whose hidden states would be, ``random_of``: under random weights alone."""
     costs = {} if read is None else {"hidden states": reading.costs(read)}
+    costs |= {} if random_of is None else {"hidden states": reading.random_costs(random_of)}
     costs |= {plan.name: plan.costs() for plan in plans}
     if costs:
         console().print(costs_table(costs))
@@ -234,12 +285,13 @@ def _read(reading: StateReading, checkpoints: Checkpoints, *, n_steps: int | Non
         return reading.read(checkpoints, n_steps=n_steps)
 
 
-def _ask(plans: Sequence[Plan]) -> list[Asked]:
+def _ask(plans: Sequence[Plan], attempts: Attempts) -> list[Asked]:
     """One after another; a sweep shows the time that it has left."""
     answers = []
     for i, plan in enumerate(plans):
         console().print(f"Asking both models, {i + 1} of {len(plans)}: {plan.name} …")
-        answers.append(plan.ask())
+        with attempts.of(plan.name, wrong_input=True):
+            answers.append(plan.ask())
     return answers
 
 
@@ -248,18 +300,35 @@ def _report(
     read: Sequence[Section],
     asked: Sequence[Asked],
     samples: Callable[[], Samples],
+    attempts: Attempts,
     upload: Callable[[Path, Sequence[Section]], str] | None = None,
 ) -> Path:
-    """Write it, send it where it is wanted, then say what has no number."""
+    """Write it, send it where it is wanted, then say what failed and what has no number."""
     sections = [*read, *(one.section for one in asked if one.section)]
-    said = next((one.samples for one in asked if one.samples), None) or samples()
-    page = write_report(subject, sections, said)
+    if attempts.failed and not sections:
+        error = next(iter(attempts.failed.values()))
+        if isinstance(error, UserError):
+            raise error
+        raise IncompleteEvaluation(f"{subject.report}: not written, {'; '.join(attempts.lines())} ({_SHOW})") from error
+    said = next((one.samples for one in asked if one.samples), None)
+    with attempts.of("samples"):
+        said = said or samples()
+    page = write_report(subject, sections, said or Samples([], "They could not be made."), attempts)
     if upload is not None:
-        console().print(upload(page, sections), soft_wrap=True, markup=False)
-    lost = [name for one in asked for name in one.lost]
-    if lost:
-        raise IncompleteEvaluation(
-            f"{page}: written, but without a number for {', '.join(lost[:4])}{' …' if len(lost) > 4 else ''}: too many "
-            "scores are missing (the table says how many); where a judge or service did not answer, run it again"
+        console().print(
+            upload(page, [section for section in sections if section.name not in attempts.failed]),
+            soft_wrap=True,
+            markup=False,
         )
+    missing = [f"{'; '.join(attempts.lines())} ({_SHOW})"] if attempts.failed else []
+    if lost := [name for one in asked for name in one.lost]:
+        missing.append(
+            f"without a number for {', '.join(lost[:4])}{' …' if len(lost) > 4 else ''}: too many scores are missing (the table "
+            "says how many); where a judge or service did not answer, run it again"
+        )
+    if missing:
+        raise IncompleteEvaluation(f"{page}: written, but {'; '.join(missing)}")
     return page
+
+
+_SHOW = "debug=true shows where"

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from callbacks.progress import TrainingProgress
 from datamodules.preference import PreferenceDataModule
 from launch.agreement import agreement
 from launch.metrics_csv import MetricsCSV
-from launch.run_folder import export_model, is_first_process
+from launch.run_folder import export_model, is_first_process, on_first_process
 from lightning_modules.sft import SFTModule
 from tiltmeter.errors import UserError
 from tiltmeter.files import write_atomically, write_json
@@ -74,7 +75,9 @@ def _train_base(
     seed_everything(seed, verbose=False)
     module = SFTModule(**{name: value for name, value in settings.items() if name not in _LIMITS})
     module.attach_model(lambda: model.build(tokenizer))
-    log = folder.with_name(f".{folder.name}.metrics.csv")
+    log = folder.with_name(
+        f".{folder.name}.{uuid.uuid4().hex[:12]}.metrics.csv"
+    )  # another run may be making this base now
     log.parent.mkdir(parents=True, exist_ok=True)
     trainer: Trainer = instantiate(
         _trainer_options(config),
@@ -97,10 +100,12 @@ def _train_base(
         made_from = {"base": OmegaConf.to_container(config.base, resolve=True), FILES: hashes_of(whole, name)}
         write_json(whole / _MADE_FROM, made_from)
 
-    export_model(module, tokenizer, folder, trainer, record=record)
-    if trainer.is_global_zero and log.exists():
-        write_atomically(folder / "metrics.csv", lambda path: log.replace(path))
-    trainer.strategy.barrier()
+    def keep_log() -> None:
+        if log.exists():
+            write_atomically(folder / "metrics.csv", lambda path: log.replace(path))
+
+    export_model(module, tokenizer, folder, trainer, record=record, keep_existing=True)
+    on_first_process(keep_log, trainer)
 
 
 def _check(folder: Path) -> None:

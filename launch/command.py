@@ -14,14 +14,22 @@ from torch.distributed import DistNetworkError
 from launch.configuration import prepare_overrides
 from launch.run_folder import is_first_process
 from launch.screen import quiet_libraries
-from tiltmeter.errors import IncompleteEvaluation, NumericalStop, Preempted, UserError
+from tiltmeter.errors import FailedWrite, IncompleteEvaluation, NumericalStop, Preempted, UserError
+from tiltmeter.plain_text import allow_any_encoding
 
-Known = UserError | IncompleteEvaluation | NumericalStop | Preempted
-EXIT_CODES: Mapping[type[Known], int] = {UserError: 2, IncompleteEvaluation: 3, NumericalStop: 4, Preempted: 143}
+Known = FailedWrite | UserError | IncompleteEvaluation | NumericalStop | Preempted
+EXIT_CODES: Mapping[type[Known], int] = {
+    FailedWrite: 1,
+    UserError: 2,
+    IncompleteEvaluation: 3,
+    NumericalStop: 4,
+    Preempted: 143,
+}
 
 
 def run_command(main: Callable[[], Any], *, config_name: str) -> None:
     """Check ``sys.argv``, then call a function decorated with ``hydra.main``; exit codes as in DESIGN §8."""
+    allow_any_encoding()
     quiet_libraries()
     try:
         sys.argv[1:] = prepare_overrides(sys.argv[1:], config_name=config_name)
@@ -52,7 +60,7 @@ def exit_with(error: Known) -> None:
     """Print one line and leave with the exit code of its kind; only the first process prints."""
     if is_first_process():
         print(f"tiltmeter: {error}", file=sys.stderr, flush=True)  # noqa: T201
-    sys.exit(EXIT_CODES[type(error)])
+    sys.exit(next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind)))
 
 
 def as_user_error(error: BaseException) -> UserError | None:

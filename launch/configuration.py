@@ -54,6 +54,9 @@ def prepare_overrides(arguments: Sequence[str], *, config_name: str) -> list[str
     Raises:
         UserError: something is misspelt or unknown, or looks like a secret.
     """
+    for text in arguments:
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise UserError(f"{text}: these bytes are no text in this locale's encoding; set LANG=C.UTF-8")
     flags, overrides = _split_arguments(arguments)
     parsed = [_parse(text) for text in overrides]
     with initialize_config_dir(str(CONF), version_base="1.3"):

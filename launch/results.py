@@ -14,13 +14,14 @@ import torch
 from lightning.pytorch import Trainer
 
 from analysis.behaviour_words import LeadRow, lead_rows
+from analysis.hidden_states import Watched
 from analysis.kept_models import FILES, PROVENANCE, kept_hashes
-from analysis.observations import GeometryRow, geometry_rows
+from analysis.layer_curves import geometry_table
 from analysis.probe_pairs import PROMPTS_FILE, ProbePair
 from launch.parts import Parts
-from tiltmeter.stats.bootstrap import cluster_mean_interval
 from tiltmeter.files import write_json, write_text
 from tiltmeter.scoring.behaviour_table import FIGURES, read_table
+from tiltmeter.stats.proportions import share_interval
 
 _PACKAGES = ("torch", "lightning", "transformers", "tokenizers", "hydra-core", "wandb", "safetensors")
 
@@ -76,7 +77,7 @@ def result_rows(parts: Parts, trainer: Trainer, seconds: float) -> list[tuple[st
     if module.validation_table is not None and "rewards/accuracies" in module.columns:
         column = module.validation_table[:, module.columns.index("rewards/accuracies")].tolist()
         scored = [(v, g) for v, g in zip(column, parts.data.splits["val"].groups, strict=True) if not math.isnan(v)]
-        interval = cluster_mean_interval([v for v, _ in scored], [g for _, g in scored])
+        interval = share_interval([v for v, _ in scored], [g for _, g in scored])
         when = "" if module.validated_at_step == trainer.global_step else f", after step {module.validated_at_step}"
         text = f"{interval.value:.3f}  (95 % CI {interval.low:.3f} … {interval.high:.3f}, {len(scored)} pairs{when})"
         rows.append(("held-out preference accuracy", text))
@@ -89,9 +90,10 @@ def result_rows(parts: Parts, trainer: Trainer, seconds: float) -> list[tuple[st
     return rows
 
 
-def geometry_of(run_dir: Path) -> list[GeometryRow]:
-    """The update at every site as last observed; none for a run without a probe."""
-    return geometry_rows(pd.read_csv(run_dir / "metrics.csv"))
+def geometry_of(run_dir: Path) -> pd.DataFrame:
+    """The update at every site as last observed, with its controls; empty for a run without a probe."""
+    seen = Watched.of_folder(run_dir)
+    return geometry_table(seen.table, seen.random)
 
 
 def behaviour_of(run_dir: Path) -> list[LeadRow]:

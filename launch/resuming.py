@@ -10,6 +10,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from analysis.kept_models import PROVENANCE, kept_hashes
+from analysis.runs import start_of
 from datamodules.preference import PreferenceDataModule
 from launch.run_folder import is_first_process
 from tiltmeter.checkpoint_files import DamagedCheckpoint, data_of, newest_valid, remove_unfinished, target_of, verify
@@ -71,7 +72,7 @@ def find_checkpoint(ckpt_path: str, root: Path, experiment: str) -> tuple[Path, 
             raise UserError(f"ckpt_path: {data} {damage}; choose another one, or ckpt_path=last") from damage
         return data, []
     passed_over = []
-    for run in sorted((root / experiment).glob("*/"), reverse=True):
+    for run in sorted((root / experiment).glob("*/"), key=start_of, reverse=True):
         folder = run / "checkpoints"
         if not data_of(folder):
             passed_over.append(f"Passed over: {run}, which has no checkpoint yet")

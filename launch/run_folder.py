@@ -1,7 +1,9 @@
 """The run folder of DESIGN §4: where it is, and what is written into it, each file whole or not at all."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from analysis.kept_models import check_kept, record_kept
 from lightning_modules.base import LogProbModule
+from tiltmeter.errors import FailedWrite, UserError
 from tiltmeter.files import copy_file, write_atomically, write_json, write_text
 from tiltmeter.lora import ADAPTER, add_lora, merged_state
 from tiltmeter.models import CausalLM
@@ -21,18 +24,19 @@ from tiltmeter.models import CausalLM
 BASE = "base"
 
 
-def new_run_dir(root: Path, experiment: str) -> Path:
-    """A folder name that doesn't exist yet, root/experiment/date_time; nothing is created here.
+def claim_folder(parent: Path) -> Path:
+    """Make a folder that is named after the time, and nobody else's: ``2026-01-31_12-00-00``, or with ``_2``, ``_3`` … behind it.
 
-    Every process of a run calls this and may get another second; the first one's is used (it is broadcast after start).
+    Making it is what claims it: of several jobs that start in the same second, each gets its own.
     """
     stamp = datetime.now().astimezone().strftime("%Y-%m-%d_%H-%M-%S")
-    folder = root / experiment / stamp
-    n = 1
-    while folder.exists():
-        n += 1
-        folder = root / experiment / f"{stamp}_{n}"
-    return folder
+    parent.mkdir(parents=True, exist_ok=True)
+    for n in count(1):
+        folder = parent / (stamp if n == 1 else f"{stamp}_{n}")
+        with suppress(FileExistsError):
+            folder.mkdir()
+            return folder
+    raise AssertionError
 
 
 def write_config(run_dir: Path, config: DictConfig) -> None:
@@ -46,29 +50,61 @@ Record = Callable[[Path, str], object]
 
 
 def export_model(
-    module: LogProbModule, tokenizer: PreTrainedTokenizerBase, folder: Path, trainer: Trainer, *, record: Record
+    module: LogProbModule,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    trainer: Trainer,
+    *,
+    record: Record,
+    keep_existing: bool = False,
 ) -> None:
     """Write plain safetensors, configuration and tokenizer; every process must call this, the first one writes.
 
     A model with LoRA adapters is written twice: merged, as a plain model, and its adapters alone in ``adapter/`` beside it.
+
+    Args:
+        keep_existing: a folder that another run made meanwhile stays.
+
+    Raises:
+        FailedWrite: a full disk …, on all processes.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     model = module.trained_policy.model
     state: dict[str, Any] = get_model_state_dict(model, options=options)
-    if trainer.is_global_zero:
+
+    def export() -> None:
+        whole, tensors = model, state
         if module.lora is not None:
             _export_adapters(model, state, folder.with_name("adapter"), record)
-            model = module.build_model()
-            add_lora(model, module.lora)
-            state = merged_state(model, state)
+            whole = module.build_model()
+            add_lora(whole, module.lora)
+            tensors = merged_state(whole, state)
 
         def write(temporary: Path) -> None:
-            model.save_pretrained(temporary, state_dict=state, safe_serialization=True)
+            whole.save_pretrained(temporary, state_dict=tensors, safe_serialization=True)
             tokenizer.save_pretrained(temporary)
             record(temporary, folder.name)
 
-        write_atomically(folder, write)
-    trainer.strategy.barrier()
+        write_atomically(folder, write, keep_existing=keep_existing)
+
+    on_first_process(export, trainer)
+
+
+def on_first_process(write: Callable[[], object], trainer: Trainer) -> None:
+    """Let the first process write while the others wait; where it fails, all end alike.
+
+    Raises:
+        FailedWrite, UserError: it failed.
+    """
+    failure: FailedWrite | UserError | None = None
+    if trainer.is_global_zero:
+        try:
+            write()
+        except (FailedWrite, UserError) as error:
+            failure = error
+    failure = trainer.strategy.broadcast(failure)
+    if failure is not None:
+        raise failure
 
 
 def _export_adapters(model: PreTrainedModel, state: dict[str, Tensor], folder: Path, record: Record) -> None:

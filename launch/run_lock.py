@@ -6,6 +6,7 @@ import os
 import socket
 import tempfile
 import warnings
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -66,8 +67,9 @@ class RunLock:
         self.taken_over = holder
         file.truncate(0)
         since = datetime.now().astimezone().isoformat(timespec="seconds")
-        json.dump({"pid": os.getpid(), "host": socket.gethostname(), "since": since}, file)
-        file.flush()
+        with suppress(OSError):  # a full disk: held all the same, only nobody is told by whom
+            json.dump({"pid": os.getpid(), "host": socket.gethostname(), "since": since}, file)
+            file.flush()
         return file
 
     def _is_still_there(self, file: IO[str]) -> bool:

@@ -3,9 +3,10 @@
 import logging
 import os
 import warnings
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from typing import Any
 
+import pandas as pd
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -13,8 +14,8 @@ from rich.text import Text
 from transformers.utils.logging import disable_progress_bar
 
 from analysis.behaviour_words import LeadRow, as_counts, has_interval, number
-from analysis.layer_curves import shown_table
-from analysis.observations import GeometryRow
+from analysis.random_updates import difference, is_known, verdict
+from analysis.site_axes import as_text
 from datamodules.preference import PreferenceDataModule
 from datamodules.records import LoadReport
 
@@ -89,20 +90,69 @@ def result_table(rows: Sequence[tuple[str, str]]) -> Table:
     return table
 
 
-def geometry_table(rows: Sequence[GeometryRow]) -> Table:
-    """What training did to hidden states, a line a site."""
-    where = f"ΔH = policy − base at {rows[0].position}, after {rows[0].steps_taken} steps"
+def geometry_tables(last: pd.DataFrame) -> Iterator[Table]:
+    """What training did to hidden states, a line a site: f beside its controls, then other figures beside random weights.
+
+    Args:
+        last: :func:`analysis.layer_curves.geometry_table`; empty: no tables.
+    """
+    if last.empty:
+        return
+    where = f"ΔH = policy − base at {last['position'].iloc[0]}, after {last['steps_taken'].iloc[0]:.0f} steps"
+    f, rho, ratio, cosine = "shift_share", "top1_energy", "sigma_ratio", "mean_cosine_leave_one_out"
+    shares = [("f", last[f]), ("random\nweights", last[f"{f}_random"]), ("their\nrange", _ranges(last, f))]
+    shares += [("f less\nrandom", [_signed(x) for x in difference(last, f)]), ("f of\nbase", last[f"{f}_base"])]
+    shares += [("f at\ncontent", last[f"{f}_content"]), ("random\nthere", last[f"{f}_content_random"])]
+    said = f".\n Beside random weight changes of equal norm it is {verdict(last, f)}" if is_known(last, f) else ""
+    yield _site_table(f"Hidden states: {where}", last, shares, f" f: share of ΔH that is one constant row{said}")
+    others = []
+    for column, heading in ((rho, "ρ₁"), (f"{rho}_centred", "ρ₁ centred"), (ratio, "σ₂/σ₁")):
+        others.append((f"{heading}\n| random", _side_by_side(last[column], last[f"{column}_random"])))
+    cosines = _side_by_side(last[cosine], last[f"{cosine}_random"], last[f"{cosine}_base"])
+    others.append(("cosine\n| random | base", cosines))
+    yield _site_table("", last, others, " cosine: mean cosine of a row with the mean of the others\n")
+
+
+def _site_table(title: str, last: pd.DataFrame, columns: Sequence[tuple[str, Any]], caption: str) -> Table:
     table = Table(
-        title=f"Hidden states: {where}", title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        caption=Text(caption),
     )
-    shown = shown_table(rows)
-    for heading in shown.columns:
-        justify: Literal["left", "right"] = "left" if heading == "site" else "right"
-        narrow = heading.replace(" ", "\n").replace("leave-", "leave-\n")  # the table fits 80 characters
-        table.add_column(narrow, justify=justify, no_wrap=True)
-    for line in shown.itertuples(index=False):
-        table.add_row(*line)
+    table.caption_justify = "left"
+    table.add_column("site", no_wrap=True)
+    for heading, _ in columns:
+        table.add_column(heading, justify="right", no_wrap=True)
+    cells = [[x if isinstance(x, str) else number_or_dash(x) for x in values] for _, values in columns]
+    for site, *line in zip(last["site"], *cells, strict=True):
+        table.add_row(site, *line)
     return table
+
+
+def number_or_dash(value: float) -> str:
+    """Three decimals, or – for what is not known.
+
+    >>> number_or_dash(0.1234), number_or_dash(float("nan"))
+    ('0.123', '–')
+    """
+    return "–" if value != value else f"{value:.3f}".replace("-", "−")
+
+
+def _signed(value: float) -> str:
+    return "–" if value != value else as_text(value, "+.3f")
+
+
+def _side_by_side(*columns: pd.Series) -> list[str]:
+    """Figures of a site in one cell, without the zero before the point: the table fits 80 characters."""
+    return [" | ".join(number_or_dash(x).replace("0.", ".") for x in row) for row in zip(*columns, strict=True)]
+
+
+def _ranges(last: pd.DataFrame, column: str) -> list[str]:
+    ends = zip(last[f"{column}_random_low"], last[f"{column}_random_high"], strict=True)
+    return ["–" if low != low else f"{low:.2f} … {high:.2f}" for low, high in ends]
 
 
 def behaviour_table(rows: Sequence[LeadRow]) -> Table:

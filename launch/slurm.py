@@ -10,6 +10,7 @@ from signal import SIGUSR1
 
 from omegaconf import DictConfig
 
+from analysis.runs import start_of
 from launch.resuming import check_same_run
 from launch.run_folder import is_first_process
 from tiltmeter.checkpoint_files import newest_valid
@@ -40,7 +41,8 @@ def checkpoint_of_this_job(config: DictConfig) -> Path | None:
     """
     if int(os.environ.get("SLURM_RESTART_COUNT", "0")) == 0 or (job := job_id()) is None:
         return None
-    for file in sorted(Path(config.runs_root, config.name).glob(f"*/{_JOB_FILE}"), reverse=True):
+    files = Path(config.runs_root, config.name).glob(f"*/{_JOB_FILE}")
+    for file in sorted(files, key=lambda file: start_of(file.parent), reverse=True):
         if file.read_text(encoding="utf-8") == job:
             checkpoint, _ = newest_valid(file.parent / "checkpoints", contents=is_first_process())
             if checkpoint is not None and _is_same(checkpoint, config):

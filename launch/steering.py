@@ -13,7 +13,6 @@ from analysis.steering_sweep import SteeringSweep, Sweep
 from analysis.steering_vectors import describe
 from analysis.sweep_table import Rows, SweepTable
 from launch.screen import console
-from tiltmeter.errors import UserError
 from tiltmeter.files import write_text
 from tiltmeter.steering_vector import save_vectors
 
@@ -42,17 +41,16 @@ def sweep_into(
 
     Raises:
         UserError: options that don't fit the models, or a table of other settings.
+        FailedWrite: a full disk …; what the table holds by then is gone on with.
     """
     sweep = asked.plan(checkpoints)
     for note in [*asked.notes, *sweep.made.notes]:
         console().print(escape(note))
-    try:
-        table = SweepTable(tables, sweep.settings, restart=asked.restart)
-        save_vectors(tables.parent / "vectors" / VECTORS_FILE, {f"{s}/{n}": v for (n, s), v in sweep.vectors.items()})
-        write_text(tables / "steering_vectors.csv", describe(sweep.made).to_csv(index=False, lineterminator="\n"))
-        open_units = _fill(table, sweep, goes_on_with)
-    except OSError as error:
-        raise UserError(f"{tables}: cannot be written ({error.strerror or error}); check the folder") from error
+    table = SweepTable(tables, sweep.settings, restart=asked.restart)
+    named = {f"{v.site}/{name}" + (f"_{draw}" if draw else ""): v for name, draw, v in sweep.made.named()}
+    save_vectors(tables.parent / "vectors" / VECTORS_FILE, named)
+    write_text(tables / "steering_vectors.csv", describe(sweep.made).to_csv(index=False, lineterminator="\n"))
+    open_units = _fill(table, sweep, goes_on_with)
     section = steering_section_of(tables)
     missing = [name for rows in open_units for name in rows.missing]
     return Swept(section, {name: missing.count(name) for name in missing}) if section else None

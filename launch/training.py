@@ -3,7 +3,7 @@
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from callbacks.generation_metrics import GenerationMetrics
 from callbacks.observation import report_failed_write
 from callbacks.preemption import Preemption
 from callbacks.random_state import RandomState
+from callbacks.scoring import forget_steps_ahead
 from callbacks.truthfulqa_metrics import TruthfulQAMetrics
 from datamodules.records import PreferenceSource
 from launch.agreement import agreement
@@ -37,16 +38,24 @@ from launch.resuming import (
     find_checkpoint,
     settings_sha256,
 )
-from launch.run_folder import export_model, is_first_process, keep_base, kept_base, new_run_dir, write_config
+from launch.run_folder import (
+    claim_folder,
+    export_model,
+    is_first_process,
+    keep_base,
+    kept_base,
+    on_first_process,
+    write_config,
+)
 from launch.run_lock import RunLock, check_writable
-from launch.screen import behaviour_table, console, data_table, geometry_table, quiet_libraries, result_table
+from launch.screen import behaviour_table, console, data_table, geometry_tables, quiet_libraries, result_table
 from launch.slurm import checkpoint_of_this_job, note_job, requeued_when_asked
 from launch.wandb_logger import RunLogger, close_wandb, open_wandb
 from launch.wandb_media import WandbMedia
 from lightning_modules.checkpoint_io import CommittedCheckpointIO
 from lightning_modules.dpo import DPOModule
-from tiltmeter.checkpoint_files import verify
-from tiltmeter.scoring.behaviour_table import BehaviourTables
+from tiltmeter.checkpoint_files import newest_valid, verify
+from tiltmeter.errors import FailedWrite, NumericalStop, UserError
 from tiltmeter.scoring.judge_scorer import JudgeScorer
 
 
@@ -57,7 +66,7 @@ def train(config: DictConfig) -> Path:
 
     def forget() -> None:
         for folder in created:  # a run that never took a step leaves nothing behind; one that did loses nothing
-            if not (folder / "metrics.csv").exists():
+            if not any((folder / name).exists() for name in ("metrics.csv", "checkpoints", "aligned")):
                 shutil.rmtree(folder, ignore_errors=True)
 
     with one_line_errors(debug=config.debug, clean_up=forget), requeued_when_asked(), ExitStack() as held:
@@ -71,7 +80,9 @@ def _train(config: DictConfig, created: list[Path], held: ExitStack) -> Path:
     root = Path(config.runs_root)
     checkpoint, resumed = _checkpoint_to_resume(config, root, held)
     _say(screen, resumed)
-    run_dir = checkpoint.parent.parent if checkpoint else new_run_dir(root, config.name)
+    run_dir = (
+        checkpoint.parent.parent if checkpoint else root / config.name
+    )  # below it, once the first process has claimed it
     check_writable(run_dir, key="runs_root")
     config.run_dir = str(run_dir)
     watching = watching_callbacks(config)
@@ -82,35 +93,43 @@ def _train(config: DictConfig, created: list[Path], held: ExitStack) -> Path:
         check_same_model(checkpoint, config)
     _say(screen, start_scorers(watching, parts.data.source))
     screen.print(data_table(parts.data, parts.data.labels))
-    _say(screen, _settle_base(config, parts, run_dir))
+    _say(screen, _settle_base(config, parts, checkpoint))
     seed_everything(config.seed, verbose=False)
     _attach(parts, root)
 
     if is_first and checkpoint is None:
-        run_dir.mkdir(parents=True, exist_ok=True)  # two runs started in the same second find the same name
-        held.enter_context(RunLock(run_dir))
-        created.append(run_dir)
+        run_dir = _claim(run_dir, created, held)
+        config.run_dir = str(run_dir)
 
     def begin(trainer: Trainer) -> None:
         """Everything that is written before the first step; nothing can refuse the run any more."""
-        if trainer.is_global_zero:
-            _say(screen, _begin(config, run_dir, parts, checkpoint, trainer))
+
+        def write() -> None:
+            with nothing_was_started():
+                _say(screen, _begin(config, run_dir, parts, checkpoint, trainer))
+
+        on_first_process(write, trainer)
         parts.module.throughput.start()
 
     accepted = Acceptance(begin)
     agreed = agreement(config, parts.data, trains="the run", resumes=checkpoint is not None)
     trainer = make_trainer(config, [accepted, agreed, *watching], [])
     started = time.perf_counter()
-    trainer.fit(
-        parts.module, datamodule=parts.data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True
-    )
-    accepted.accept(trainer)  # no step was left to take
-    seconds = time.perf_counter() - started
-    run_dir = Path(trainer.strategy.broadcast(str(run_dir)))
-    _keep(run_dir, parts, trainer)
+    with what_is_kept(run_dir):
+        trainer.fit(
+            parts.module, datamodule=parts.data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True
+        )
+        accepted.accept(trainer)  # no step was left to take
+        seconds = time.perf_counter() - started
+        run_dir = Path(trainer.strategy.broadcast(str(run_dir)))
+        _keep(run_dir, parts, trainer)
     for logger in trainer.loggers:
         if isinstance(logger, RunLogger):
             close_wandb(logger)
+    with what_is_kept(run_dir):
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsCSV):
+                logger.finish()
     for table in closing_tables(run_dir, parts, trainer, seconds) if trainer.is_global_zero else ():
         screen.print(table)
     screen.print(f"Run: {run_dir}\nNext: python analyze.py run={run_dir}", soft_wrap=True)
@@ -122,14 +141,32 @@ def _say(screen: Console, lines: Iterable[str]) -> None:
         screen.print(line, soft_wrap=True)
 
 
-def _settle_base(config: DictConfig, parts: Parts, run_dir: Path) -> Iterator[str]:
+def _settle_base(config: DictConfig, parts: Parts, checkpoint: Path | None) -> Iterator[str]:
     """The model that training starts from: a run that goes on has kept its own, others find, train or are given one."""
-    if kept := kept_base(run_dir, parts.model):
+    if checkpoint is not None and (kept := kept_base(checkpoint.parent.parent, parts.model)):
         parts.model = kept
         yield f"Base: found in {kept.name_or_path}"
     elif config.base is not None:
         parts.model, line = find_or_train_base(config, parts.model, parts.tokenizer, parts.data)
         yield line
+
+
+def _claim(parent: Path, created: list[Path], held: ExitStack) -> Path:
+    """A new run's folder, empty and locked."""
+    with nothing_was_started():
+        run_dir = claim_folder(parent)
+        created.append(run_dir)
+        held.enter_context(RunLock(run_dir))
+        return run_dir
+
+
+@contextmanager
+def nothing_was_started() -> Iterator[None]:
+    """A write that fails before the first step is wrong input: a folder without room or permission."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"runs_root: {error}; nothing was started; make room or choose another folder") from error
 
 
 def _attach(parts: Parts, root: Path) -> None:
@@ -159,8 +196,8 @@ def _checkpoint_to_resume(config: DictConfig, root: Path, held: ExitStack) -> tu
 def _begin(config: DictConfig, run_dir: Path, parts: Parts, checkpoint: Path | None, trainer: Trainer) -> Iterator[str]:
     """Write what a run's folder holds from its start on, and open its loggers; yields lines about it."""
     if checkpoint is not None:
+        forget_steps_ahead(trainer)
         yield from clean_up(checkpoint.parent)
-        BehaviourTables(run_dir / "report" / "tables").forget_after(trainer.global_step)
     write_config(run_dir, config)
     note_job(run_dir)
     write_provenance(run_dir, parts)
@@ -177,14 +214,28 @@ def closing_tables(run_dir: Path, parts: Parts, trainer: Trainer, seconds: float
     yield result_table(result_rows(parts, trainer, seconds))
     if behaviour := behaviour_of(run_dir):
         yield behaviour_table(behaviour)
-    if geometry := geometry_of(run_dir):
-        yield geometry_table(geometry)
+    yield from geometry_tables(geometry_of(run_dir))
+
+
+@contextmanager
+def what_is_kept(run_dir: Path) -> Iterator[None]:
+    """Say after a numerical stop or a failed write what there still is of the run, and how it goes on."""
+    try:
+        yield
+    except (NumericalStop, FailedWrite) as error:
+        saved, _ = newest_valid(run_dir / "checkpoints", contents=False)
+        kept = ["aligned/"] if (run_dir / "aligned").is_dir() else []
+        if saved is not None:
+            kept.append(f"the checkpoint after step {verify(saved, contents=False).step}; go on with ckpt_path={saved}")
+        line = f"{error}. Kept in {run_dir}: {' and '.join(kept) or 'no checkpoint, none had been saved'}"
+        if isinstance(error, NumericalStop):
+            raise NumericalStop(line) from error
+        raise FailedWrite(error.path, error.reason, f"{line}; make room first") from error
 
 
 def _keep(run_dir: Path, parts: Parts, trainer: Trainer) -> None:
     """What makes the folder a finished run; every process calls this, the first one writes."""
-    if trainer.is_global_zero:
-        write_results(run_dir, parts)
+    on_first_process(lambda: write_results(run_dir, parts), trainer)
     export_model(parts.module, parts.tokenizer, run_dir / "aligned", trainer, record=partial(record_kept, run_dir))
 
 

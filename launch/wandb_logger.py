@@ -1,8 +1,12 @@
 """Weights & Biases: online when logged in, else offline; never a prompt for a key, never a failure because of it."""
 
 import os
+import ssl
+import urllib.error
+import urllib.request
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +32,8 @@ SELDOM_PLOTTED = (
 _SUMMARIES = {"val/rewards/accuracies": "max,last", "val/loss": "min,last", "alarm/*": "max"}
 """What the runs table shows of a metric, where the last value is not what one looks for."""
 _OBSERVATION = ("mean_cosine/in_sample/", "shift_share/delta/", "projection/delta/")
+_REACH_SECONDS = 10.0
+"""How long a server may take to answer before the run is kept offline."""
 Mode = Literal["auto", "online", "offline", "disabled"]
 
 
@@ -85,16 +91,46 @@ def open_wandb(
     if chosen == "disabled":
         return None, "W&B: disabled; metrics.csv has everything"
     reason = "not logged in, or WANDB_MODE says so"
+    if chosen == "online" and (silence := _no_answer()):
+        chosen, reason = "offline", silence
+    known = id_of(run_dir)
     for attempt in dict.fromkeys((chosen, "offline")):
         try:
-            return _open(run_dir, config, name, group, attempt, project, entity, tags, why_offline=reason)
+            return _open(run_dir, known, config, name, group, attempt, project, entity, tags, why_offline=reason)
         except Exception as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            _forget_attempt()
     return None, f"W&B: not available ({reason}); metrics.csv has everything"
+
+
+def _no_answer() -> str | None:
+    """Why W&B's server can't be reached, found out in seconds; None: it answers, whatever it says."""
+    try:
+        import wandb  # slow to import, and absent is no failure
+
+        address = wandb.setup().settings.base_url
+        with urllib.request.urlopen(address, timeout=_REACH_SECONDS):  # through the environment's proxies
+            return None
+    except urllib.error.HTTPError:
+        return None
+    except (OSError, ValueError) as error:  # a certificate that only W&B knows of is an answer
+        why = getattr(error, "reason", error)
+        return None if isinstance(why, ssl.SSLError) else f"no answer from {address}: {why}"
+    except Exception:  # what is wrong with W&B itself is said when it is opened
+        return None
+
+
+def _forget_attempt() -> None:
+    """End W&B's own process, which would hold a failed start's id as one in use."""
+    with suppress(Exception):
+        import wandb
+
+        wandb.teardown()
 
 
 def _open(
     run_dir: Path,
+    known: str | None,
     config: Mapping[str, Any],
     name: str,
     group: str,
@@ -110,7 +146,7 @@ def _open(
     settings = wandb.Settings(init_timeout=30, finish_timeout=300, silent=True, save_code=False, console="off")
     run = wandb.init(
         dir=str(run_dir),
-        id=id_of(run_dir),
+        id=known,
         resume="allow" if mode == "online" else None,  # offline, W&B has nothing to look it up in
         config=dict(config),
         name=name,

@@ -169,8 +169,13 @@ class LogProbModule(ModelBuilding):
             metrics["throughput/saved_prompt_share"] = step.n_prompt_tokens / n_unshared
         self.log_dict(metrics | self.throughput.end_of_step(step, self.device), batch_size=step.n_pairs)
 
+    def on_train_end(self) -> None:
+        """Weights that went wrong in the last steps, too few for the guard to stop, are no result."""
+        self.check_weights()
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say which token ids the run was trained on; leave out weights that LoRA doesn't train."""
+        """Say which token ids the run was trained on; leave out weights that LoRA doesn't train; refuse those gone wrong."""
+        self.check_weights()
         checkpoint["data_digests"] = self._data_digests()
         checkpoint["step_guard"] = self.guard.state_dict()
         if self.lora is not None and self.device_mesh is None:

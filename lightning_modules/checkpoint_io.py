@@ -13,7 +13,7 @@ from lightning.fabric.utilities.load import _METADATA_FILENAME
 from torch.distributed.checkpoint.api import CheckpointException
 
 from tiltmeter.checkpoint_files import commit, prune
-from tiltmeter.errors import UserError
+from tiltmeter.errors import FailedWrite, UserError
 from tiltmeter.shards import check_shards
 
 
@@ -28,10 +28,10 @@ class CommittedCheckpointIO(CheckpointIO):
         on_failure: told which checkpoint could not be saved, and why; called on the first process.
     """
 
-    def __init__(self, made_by: Mapping[str, Any], *, on_failure: Callable[[Path, OSError], object]) -> None:
+    def __init__(self, made_by: Mapping[str, Any], *, on_failure: Callable[[Path, FailedWrite], object]) -> None:
         self.made_by = made_by
         self.on_failure = on_failure
-        self.failure: OSError | None = None
+        self.failure: FailedWrite | None = None
         """Why the last save failed; None: it didn't. Known on the first process, for shards on all."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
@@ -40,17 +40,22 @@ class CommittedCheckpointIO(CheckpointIO):
 
     def save_shards(self, write: Callable[[Path], object], path: Path, *, step: int) -> None:
         """A folder of shards; every process calls this, ``write`` begins with a message from the first to the others."""
-        self._save(path, write, step=step)
+
+        def write_all(partial: Path) -> None:
+            try:
+                write(partial)
+            except CheckpointException as error:  # told to all processes alike, and no Exception
+                raise next(iter(error.failures.values()))[0] from error
+
+        self._save(path, write_all, step=step)
 
     def _save(self, link: Path, write: Callable[[Path], object], *, step: int) -> None:
         rank, world_size = _rank_and_world_size()
         self.failure = None
         try:
             commit(link, write, step=step, world_size=world_size, made_by=self.made_by, is_first=rank == 0)
-        except OSError as error:
+        except FailedWrite as error:
             self.failure = error
-        except CheckpointException as error:  # of shards, on all processes alike
-            self.failure = _only_os_errors(error)
         if self.failure is not None and rank == 0:
             self.on_failure(link, self.failure)
 
@@ -110,17 +115,6 @@ def only_plain(path: Path) -> Iterator[None]:
             f"ckpt_path: {path} was not read, since it is damaged or holds more than tensors and plain values ({reason}); "
             "choose another checkpoint"
         ) from error
-
-
-def _only_os_errors(error: CheckpointException) -> OSError:
-    """The first of the processes' failures, when all of them are the disk's."""
-    causes = [cause for cause, _ in error.failures.values()]
-    for cause in causes:
-        if not isinstance(cause, OSError):
-            raise error
-    first = causes[0]
-    assert isinstance(first, OSError)
-    return first
 
 
 def _rank_and_world_size() -> tuple[int, int]:

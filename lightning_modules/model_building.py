@@ -19,6 +19,7 @@ from lightning_modules.policy import (
     shard,
 )
 from lightning_modules.schedule import check_number
+from lightning_modules.weight_guard import check_weights, squared_norm
 from tiltmeter.cpu_linear import onednn_is_faster, use_fast_linear
 from tiltmeter.lora import check_adapters, check_lora, insert_adapters, reads_weights
 from tiltmeter.sharded_weights import EmptyModel
@@ -48,6 +49,7 @@ class ModelBuilding(PairMetrics):
         self.freeze_embeddings, self.chunk_tokens, self.lora = freeze_embeddings, chunk_tokens, lora
         self.activation_checkpointing, self.compile_blocks = activation_checkpointing, compile_blocks
         self.policy: Policy | None = None
+        self._norm_before = math.nan
         self._build_model: PolicyBuilder | None = None
         self._build_empty: EmptyBuilder = lambda: None
 
@@ -95,7 +97,20 @@ class ModelBuilding(PairMetrics):
         elif onednn_is_faster():
             use_fast_linear(model)
         self.policy = policy
+        self._norm_before = self._weight_norm()
         self.policy.train()  # no dropout anywhere; train mode only lets activation checkpointing work
+
+    def check_weights(self) -> None:
+        """Refuse trained weights that are not finite or exploded, LoRA's adapters likewise; every process must call this.
+
+        Raises:
+            NumericalStop: they are.
+        """
+        check_weights(self._weight_norm(), before=self._norm_before, step=self.trainer.global_step)
+
+    def _weight_norm(self) -> float:
+        total = squared_norm(p for p in self.trained_policy.parameters() if p.requires_grad)
+        return math.sqrt(float(total if self.device_mesh is None else self._reduce(total)))
 
     def _empty_model(self) -> EmptyModel | None:
         """None where the model has to be made whole: adapters that begin from its weights, or it can't be made empty."""

@@ -71,7 +71,7 @@ class PairMetrics(LightningModule):
             raise NumericalStop(
                 f"step {self.trainer.global_step}: the loss of every held-out pair is not finite "
                 f"({some([record.pair_id for record in self.data.splits['val'].records])}), so the weights are of no use any "
-                f"more. The last checkpoint is as it was. {CURE}"
+                f"more. {CURE}"
             )
         self.validation_table = table[:, :-1].masked_fill(table[:, -1:] == 0, torch.nan).cpu()
         self.validated_at_step = self.trainer.global_step

@@ -81,8 +81,7 @@ class StepGuard:
         said = f"step {step}: {reason}{pairs if n_in_a_row else ''}"
         if n_in_a_row > self.max_skipped_steps:
             raise NumericalStop(
-                f"{said}, {n_in_a_row} in a row (module.max_skipped_steps={self.max_skipped_steps}). The last checkpoint is as it "
-                f"was. {CURE}"
+                f"{said}, {n_in_a_row} in a row (module.max_skipped_steps={self.max_skipped_steps}). {CURE}"
             )
         return f"{said}; skipped, nothing was updated"
 

@@ -13,7 +13,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
 from launch.configuration import CONF, prepare_overrides
-from tests.processes import ROOT, Running, ranks, run_script, wait_for_all
+from tests.processes import HANGS, ROOT, Running, ranks, run_script, wait_for_all
 
 TINY = (
     "model.architecture.hidden_size=32",
@@ -30,8 +30,8 @@ TINY = (
 
 def run_train(
     *arguments: str,
-    timeout: float = 240,
-    environment: Mapping[str, str] | None = None,
+    timeout: float = HANGS,
+    environment: Mapping[str, str | None] | None = None,
     before: Callable[[], object] | None = None,
 ) -> CompletedProcess[str]:
     """``python train.py …`` with output captured; see :class:`tests.processes.Running`."""
@@ -40,7 +40,7 @@ def run_train(
 
 def run_train_on_two(
     *arguments: str,
-    timeout: float = 240,
+    timeout: float = HANGS,
     environment: Mapping[str, str] | None = None,
     before_second: Callable[[], object] | None = None,
 ) -> list[CompletedProcess[str]]:
@@ -72,7 +72,7 @@ def _first_of(ended: Sequence[CompletedProcess[str]]) -> CompletedProcess[str]:
     return first
 
 
-def run_train_by_torchrun(*arguments: str, timeout: float = 240) -> CompletedProcess[str]:
+def run_train_by_torchrun(*arguments: str, timeout: float = HANGS) -> CompletedProcess[str]:
     """``torchrun --standalone --nproc_per_node=2 train.py …`` with output captured."""
     command = [
         sys.executable,
@@ -88,7 +88,7 @@ def run_train_by_torchrun(*arguments: str, timeout: float = 240) -> CompletedPro
     )
 
 
-def run_train_by_srun(*arguments: str, timeout: float = 240) -> CompletedProcess[str]:
+def run_train_by_srun(*arguments: str, timeout: float = HANGS) -> CompletedProcess[str]:
     """Two tasks of one node, with the variables that SLURM gives each; the output and the exit code of the first."""
     job = {
         "SLURM_JOB_ID": str(os.getpid()),

@@ -28,6 +28,8 @@ from tiltmeter.files import sha256_of
 
 ROOT = Path(__file__).resolve().parent.parent
 N_RANKS = 2
+HANGS = 3600.0
+"""Seconds after which a process or a thread hangs; however busy the machine is, nothing of the suite takes so long."""
 PRELOADED = (
     "launch.training",
     "launch.analyzing",
@@ -128,7 +130,7 @@ def run_script(
     before: Callable[[], object] | None = None,
     folder: Path | None = None,
     environment: Mapping[str, str | None] | None = None,
-    timeout: float = 240,
+    timeout: float = HANGS,
 ) -> CompletedProcess[str]:
     """``python SCRIPT …`` to its end, with output captured; see :class:`Running`."""
     return Running(script, *arguments, before=before, folder=folder, environment=environment).wait(timeout)
@@ -138,7 +140,7 @@ def run_on_ranks(
     function: Callable[..., object],
     *arguments: Any,
     environment: Mapping[str, str] | None = None,
-    timeout: float = 240,
+    timeout: float = HANGS,
 ) -> list[CompletedProcess[str]]:
     """Call ``function(rank, *arguments)`` in two processes, to the end of both; see :class:`Forked` and :func:`wait_for_all`."""
     started = [

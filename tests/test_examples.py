@@ -20,7 +20,7 @@ IN_HUGGING_FACE = {"layer_00": 1, "layer_01": 2, "final_post_norm": 3}
 
 
 def run_example(name: str, folder: Path) -> str:
-    done = run_script(f"examples/{name}", str(folder), timeout=120)
+    done = run_script(f"examples/{name}", str(folder))
     assert done.returncode == 0, done.stderr
     return done.stdout
 

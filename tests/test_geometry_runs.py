@@ -65,6 +65,8 @@ def test_two_processes_log_the_geometry_of_one(trainer: str, single: Path) -> No
     assert {"direction_settled", "direction_cosine", "update_norm"} <= families
     run = train(single.parents[1], f"trainer={trainer}", *TWO_PROCESSES)
     together = geometry(run)
+    if trainer == "fsdp":  # whose weights are in pieces: random ones are left to analyze.py
+        alone = {key: value for key, value in alone.items() if "random_update" not in key[1]}
     assert together.keys() == alone.keys()
     for key, value in alone.items():
         assert together[key] == pytest.approx(value, rel=1e-6, abs=1e-6), key
@@ -87,7 +89,8 @@ def test_stored_snapshots_say_what_was_logged(single: Path) -> None:
     assert set(reader.names) == {BASE, *steps_of}
     assert len(steps_of) > 1
     base = reader.load(BASE)
-    sites = [point.site for point in reader.points]
+    assert {point.position for point in reader.points} == {"prompt_last", "content"}
+    sites = [point.site for point in reader.points if point.position == "prompt_last"]
     assert sites == ["layer_00", "final_pre_norm", "final_post_norm"]
     for name, steps in steps_of.items():
         policy = reader.load(name)

@@ -89,7 +89,9 @@ def test_metric_names_are_those_of_the_contract(finished: tuple[Path, str]) -> N
     sites = ("layer_00", "final_pre_norm", "final_post_norm")
     expected |= {f"projection/{of}/{site}" for of in ("base", "policy", "delta") for site in sites}
     spectra = {f"spectral_entropy/{of}/{kind}" for of in ("delta", "policy", "base") for kind in ("energy", "singular")}
-    spectra |= {f"{what}/delta" for what in ("effective_rank", "top1_energy", "shift_share", "sigma_ratio")}
+    spectra |= {f"{what}/delta" for what in ("top1_energy", "shift_share", "sigma_ratio")}
+    spectra |= {f"effective_rank/delta/{kind}" for kind in ("energy", "singular")}
+    spectra |= {"shift_share/random_update", "shift_share/delta/content", "shift_share/base/content"}
     spectra |= {"mean_cosine/in_sample", "mean_cosine/leave_one_out", "top1_energy/delta_centred"}
     expected |= {f"{name}/{site}" for name in spectra for site in sites}
     expected |= {"projection/share_grown", "hyperplane/share_preferred"}

@@ -13,6 +13,8 @@ from typing import Any
 from google.protobuf.message import DecodeError
 from wandb.proto.wandb_internal_pb2 import Record
 
+from tests.processes import HANGS
+
 _HEADER_BYTES, _BLOCK, _CHUNK_HEADER = 7, 32768, 7
 _FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
 
@@ -37,7 +39,7 @@ def read_records(path: Path) -> Iterator[Record]:
             yield record
 
 
-def wait_until_written(path: Path, *, seconds: float = 30.0) -> None:
+def wait_until_written(path: Path, *, seconds: float = HANGS) -> None:
     """Until a finished run's file ends with its exit record: W&B's own process writes the last block after ``finish``."""
     for _ in range(int(seconds / 0.1)):
         try:

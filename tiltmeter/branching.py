@@ -47,7 +47,7 @@ def generate_branches(
     decoding: Decoding,
     *,
     site: str,
-    shifts: Float[Tensor, "branch d_model"],
+    shifts: Float[Tensor, "*prompt branch d_model"],
     keys: Sequence[str] | None = None,
     tokens: BranchTokens = "new",
     tokens_per_batch: int = 16384,
@@ -57,7 +57,7 @@ def generate_branches(
     Args:
         model: as for :func:`tiltmeter.generation.generate`; its attention is another one meanwhile.
         site: where (:mod:`tiltmeter.layers`).
-        shifts: what is added in each branch, λ v; zeros for the model as it is.
+        shifts: what is added in each branch, λ v, to all prompts or to each its own; zeros for the model as it is.
         keys: names of the prompts, which choose their random streams; None: their number.
         tokens: which; see the module's head.
         tokens_per_batch: rows × (prompt + branches × completion) that are held together, at most.
@@ -69,21 +69,23 @@ def generate_branches(
         UserError: as :func:`tiltmeter.generation.generate`; shifts of another width or not finite; a family whose attention
             can't be changed.
     """
-    check_site_and_width(model, site, shifts.shape[1])
-    Intervention(site, shifts, tokens="new")  # checks its arguments
+    check_site_and_width(model, site, shifts.shape[-1])
+    Intervention(site, shifts.flatten(0, -2), tokens="new")  # checks its arguments
+    shifts = shifts.expand(len(prompts), *shifts.shape[-2:])
+    n, n_branches = decoding.n_samples, shifts.shape[1]
     jobs = make_jobs(model, tokenizer, prompts, decoding, keys)
-    held = replace(decoding, max_new_tokens=decoding.max_new_tokens * len(shifts))
+    held = replace(decoding, max_new_tokens=decoding.max_new_tokens * n_branches)
     ends = end_ids(model, tokenizer)
     found: dict[int, list[Completion]] = {}
     with ready_to_generate(model), fast_linear(model):
         for batch in cut_into_batches(jobs, held, tokens_per_batch, None):
-            said = _BatchOfBranches(model, batch, decoding, ends, site, shifts, tokens).complete()
+            own = shifts[[job.place // n for job in batch]]
+            said = _BatchOfBranches(model, batch, decoding, ends, site, own, tokens).complete()
             for job, branches in zip(batch, said.tolist(), strict=True):
                 found[job.place] = [read_completion(ids, ends, tokenizer, decoding.stop) for ids in branches]
-    n = decoding.n_samples
     return [
         [[found[prompt * n + sample][branch] for sample in range(n)] for prompt in range(len(prompts))]
-        for branch in range(len(shifts))
+        for branch in range(n_branches)
     ]
 
 
@@ -100,7 +102,7 @@ class _BatchOfBranches:
         decoding: Decoding,
         ends: Sequence[int],
         site: str,
-        shifts: Float[Tensor, "branch d_model"],
+        shifts: Float[Tensor, "row branch d_model"],
         tokens: BranchTokens,
     ) -> None:
         self.model, self.jobs, self.decoding, self.site = model, jobs, decoding, site
@@ -111,8 +113,8 @@ class _BatchOfBranches:
         self.ends = torch.tensor(ends, device=model.device)
         self.samplers = [GumbelSampling([job.stream], decoding.temperature, decoding.top_p) for job in jobs]
         self.rows = torch.arange(len(jobs), device=model.device)
-        self.branches = torch.arange(len(shifts), device=model.device)
-        self.ended = torch.zeros(len(jobs), len(shifts), dtype=torch.bool, device=model.device)
+        self.branches = torch.arange(shifts.shape[1], device=model.device)
+        self.ended = torch.zeros(len(jobs), shifts.shape[1], dtype=torch.bool, device=model.device)
 
     def complete(self) -> Int[Tensor, "row branch token"]:
         """The tokens that every branch says; behind an end token, end tokens."""
@@ -177,7 +179,7 @@ class _BatchOfBranches:
             return tokens
         cache.select(rows, branches)
         self.rows, self.branches = self.rows[rows], self.branches[branches]
-        self.ended, self.shifts = self.ended[rows][:, branches], self.shifts[branches]
+        self.ended, self.shifts = self.ended[rows][:, branches], self.shifts[rows][:, branches]
         self.samplers = [self.samplers[row] for row in rows.tolist()]
         return tokens[rows][:, branches]
 

@@ -84,6 +84,7 @@ def read_hidden_states(
     *,
     sites: str | Sequence[str],
     positions: Sequence[Position],
+    content: Sequence[int | None] | None = None,
     dtype: torch.dtype | None = None,
 ) -> dict[ReadPoint, HiddenStates]:
     """Hidden states of a batch at every site and position: one backbone pass without gradients, no unembedding.
@@ -93,12 +94,13 @@ def read_hidden_states(
     Args:
         sites: ``"all"``, a site or several.
         positions: see :mod:`tiltmeter.positions`.
+        content: see :func:`tiltmeter.positions.readings`.
         dtype: of the result; None: that of the hidden states.
 
     Raises:
         UserError: as :func:`capture` and :func:`tiltmeter.positions.readings`.
     """
-    wanted = {position: readings(batch, position) for position in positions}
+    wanted = {position: readings(batch, position, content=content) for position in positions}
     with torch.no_grad(), capture(model, sites, wanted, dtype=dtype) as captured:
         run_backbone(model, batch)
     return {

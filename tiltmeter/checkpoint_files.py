@@ -18,7 +18,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from tiltmeter.files import sha256_of
+from tiltmeter.files import sha256_of, writing
 
 MANIFEST = ".manifest.json"
 _PARTIAL = ".partial-"
@@ -65,19 +65,21 @@ def commit(
         is_first: this is the first process.
 
     Raises:
-        OSError: a full disk, no permission … Nothing new is left then.
+        FailedWrite: a full disk, no permission … Nothing new is left then.
     """
     partial = link.with_name(_PARTIAL + link.name)
-    if is_first:
-        link.parent.mkdir(parents=True, exist_ok=True)
-        _remove(partial)
     try:
-        write(partial)
-        if is_first:
-            _publish(partial, link, step=step, world_size=world_size, made_by=dict(made_by))
+        with writing(link):
+            if is_first:
+                link.parent.mkdir(parents=True, exist_ok=True)
+                _remove(partial)
+            write(partial)
+            if is_first:
+                _publish(partial, link, step=step, world_size=world_size, made_by=dict(made_by))
     finally:
         if is_first:
-            _remove(partial)
+            with suppress(OSError):
+                _remove(partial)
 
 
 def _publish(partial: Path, link: Path, *, step: int, world_size: int, made_by: dict[str, Any]) -> None:
@@ -91,8 +93,12 @@ def _publish(partial: Path, link: Path, *, step: int, world_size: int, made_by: 
     )
     for path in [*_files_of(partial), *(path for path in partial.rglob("*") if path.is_dir()), partial]:
         _sync(path)
-    _write_manifest(data, manifest)
-    partial.rename(data)  # the commit
+    try:
+        _write_manifest(data, manifest)
+        partial.rename(data)  # the commit
+    except OSError:
+        _manifest_of(data).unlink(missing_ok=True)
+        raise
     _sync(data.parent)
     point(link, data)
     prune(data.parent)

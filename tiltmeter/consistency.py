@@ -4,11 +4,14 @@
 leaving it out, or taking the mean from the other half, has null 0. A row or a mean of zeros has no direction: NaN.
 """
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from tiltmeter.stats.jackknife import COSINE, Interval, jackknife_interval, jackknife_intervals
 
 
 class SplitHalf(NamedTuple):
@@ -83,12 +86,7 @@ def split_half(updates: Float[Tensor, "row d_model"], *, n_splits: int = 20, see
         ValueError: fewer than two rows.
     """
     updates = at_least_two_rows(updates, name="split_half")
-    n = len(updates)
-    halves = torch.zeros(n_splits, n, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(seed)
-    for half in halves:
-        half[torch.randperm(n, generator=generator)[: n // 2]] = 1.0
-    halves = halves.to(updates.device)
+    halves = _halves(len(updates), n_splits, seed).to(updates.device)
     return split_half_of_gram(updates @ updates.T, halves, torch.ones_like(halves))
 
 
@@ -109,3 +107,74 @@ def split_half_of_gram(
     other = torch.where(halves == 1, sums[1] / lengths[1], sums[0] / lengths[0])
     between = (sums[1] * signs * halves).sum(1) / (lengths[0] * lengths[1])[:, 0]
     return SplitHalf(signs * other / norms, between)
+
+
+def shift_shares_of_gram(
+    gram: Float[Tensor, "row row"],
+) -> Callable[[Float[Tensor, "resample row"]], Float[Tensor, " resample"]]:
+    """f = N‖v*‖²/‖ΔH‖² of rows that count as much as given weights, for :func:`~tiltmeter.stats.jackknife.jackknife_interval`.
+
+    f is 1/N + (1 − 1/N) f̂ of the unbiased f̂ = Σ_{i≠j} ⟨δ_i, δ_j⟩ / ((N − 1) Σ‖δ_i‖²), so an interval of one gives the other's.
+    Of unit rows it is R², their squared resultant length.
+
+    Args:
+        gram: X Xᵀ of the rows, float64.
+
+    >>> shift_shares_of_gram(torch.eye(2, dtype=torch.float64))(torch.ones(1, 2, dtype=torch.float64)).tolist()
+    [0.5]
+    """
+    return lambda w: (w @ gram * w).sum(1) / (w.sum(1) * (w @ gram.diagonal()))
+
+
+def mean_cosine_intervals(
+    updates: Float[Tensor, "row d_model"], clusters: Sequence[str], *, n_splits: int = 20, seed: int = 0
+) -> dict[str, Interval]:
+    """Mean cosines with v*, ``in_sample``, ``leave_one_out`` and ``split_half``, over rows, with 95 % intervals over clusters.
+
+    v* is taken anew without each cluster: held fixed, what all rows share of its error would be missing from the interval. It
+    needs Gram matrices alone.
+
+    Args:
+        updates: all with a direction.
+        clusters: a name for each row; rows of one prompt share it.
+        n_splits, seed: of the random halves, as :func:`split_half`.
+
+    Raises:
+        ValueError: fewer than two rows.
+    """
+    updates = at_least_two_rows(updates, name="mean_cosine_intervals").cpu()
+    gram = updates @ updates.T
+    squares, halves = gram.diagonal(), _halves(len(updates), n_splits, seed)
+
+    def of_all(weights: Tensor) -> Tensor:
+        sums = weights @ gram
+        length = (sums * weights).sum(1, keepdim=True)
+        with_row = sums / length.clamp(min=0).sqrt()
+        others = length - weights * (2 * sums - squares)
+        without_row = (sums - weights * squares) / others.clamp(min=0).sqrt()
+        means = [(weights * x / squares.sqrt()).sum(1) / weights.sum(1) for x in (with_row, without_row)]
+        return torch.stack(means, dim=1)
+
+    def of_halves(weights: Tensor) -> Tensor:
+        total = torch.zeros_like(weights)
+        for half in halves:
+            parts = [weights * half, weights * (1 - half)]
+            sums = [part @ gram for part in parts]
+            units = [
+                s / (s * part).sum(1, keepdim=True).clamp(min=0).sqrt() for s, part in zip(sums, parts, strict=True)
+            ]
+            total += torch.where(half == 1, units[1], units[0])
+        return (weights * total / squares.sqrt()).sum(1) / weights.sum(1) / len(halves)
+
+    in_sample, leave_one_out = jackknife_intervals(of_all, clusters, second_order=True, scale=COSINE)
+    split = jackknife_interval(of_halves, clusters, scale=COSINE)
+    return {"in_sample": in_sample, "leave_one_out": leave_one_out, "split_half": split}
+
+
+def _halves(n_rows: int, n_splits: int, seed: int) -> Float[Tensor, "split row"]:
+    """1 for rows of the first half, of several random splits."""
+    halves = torch.zeros(n_splits, n_rows, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    for half in halves:
+        half[torch.randperm(n_rows, generator=generator)[: n_rows // 2]] = 1.0
+    return halves

@@ -1,11 +1,13 @@
 """Vectors that steering should not work with as well as with v*: what is specific to a direction is what they don't do (C15).
 
 Each control has the norm of the vector that it stands beside, in float64, since a longer vector does more whatever its
-direction, and comes with a sentence that says what it is. Those of other runs (SFT's v*, v* of shuffled labels) and v̄ are
-brought to that norm by :func:`norm_matched`.
+direction, and comes with a sentence that says what it is. :func:`norm_matched` brings any other vector to that norm. Random
+vectors take a seed a draw (:func:`draw_seeds`), so that no two sites or kinds share a direction and further draws leave the
+first ones as they are.
 """
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,9 +15,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tiltmeter.layers import Unembedding
-
-N_RANDOM = 20
-"""Random vectors of a kind (METHOD C15): enough that the largest of them is a 95 % bound."""
 
 
 class Control(NamedTuple):
@@ -39,7 +38,7 @@ def norm_matched(
     >>> norm_matched(torch.tensor([[0.0, 2.0]]), torch.tensor([3.0, 4.0]), provenance="SFT's v*")
     Control(vectors=tensor([[0., 5.]], dtype=torch.float64), provenance="SFT's v*, at norm 5")
     """
-    exact, norm = vectors.to(torch.float64), like.to(torch.float64).norm()
+    exact, norm = vectors.detach().to(torch.float64), like.detach().to(torch.float64).norm()
     norms = exact.norm(dim=1)
     for name, found in (("like", norm[None]), ("vectors", norms)):
         if not (found.isfinite() & (found > 0)).all():
@@ -47,24 +46,35 @@ def norm_matched(
     return Control(exact / norms[:, None] * norm, f"{provenance}, at norm {float(norm):.6g}")
 
 
-def random_vectors(like: Float[Tensor, " d_model"], n: int = N_RANDOM, *, seed: int = 0) -> Control:
-    """Directions uniform on the sphere, at the norm of ``like``.
+def draw_seeds(n: int, *, kind: str, site: str, seed: int = 0) -> list[int]:
+    """Seeds of n draws of a kind of random vector at a site: 63 bits of the SHA-256 of all four.
+
+    >>> draw_seeds(2, kind="random", site="layer_00")[1] == draw_seeds(9, kind="random", site="layer_00")[1]
+    True
+    >>> draw_seeds(1, kind="random", site="layer_00") == draw_seeds(1, kind="random", site="layer_01")
+    False
+    """
+    names = (f"{seed}/{kind}/{site}/{i}".encode() for i in range(n))
+    return [int.from_bytes(hashlib.sha256(name).digest()[:8]) >> 1 for name in names]
+
+
+def random_vectors(like: Float[Tensor, " d_model"], seeds: Sequence[int]) -> Control:
+    """Directions uniform on the sphere, one a seed, at the norm of ``like``.
 
     Raises:
         ValueError: ``like`` is zero or not finite.
     """
-    return norm_matched(
-        _normal(n, len(like), seed, like), like, provenance=f"random, uniform on the sphere, seed {seed}"
-    )
+    return norm_matched(_normal(seeds, len(like), like), like, provenance="random, uniform on the sphere")
 
 
 def random_in_span(
-    like: Float[Tensor, " d_model"], directions: Float[Tensor, "k d_model"], n: int = N_RANDOM, *, seed: int = 0
+    like: Float[Tensor, " d_model"], directions: Float[Tensor, "k d_model"], seeds: Sequence[int]
 ) -> Control:
     """Directions uniform on the sphere of a subspace, such as that of the leading principal components of the states.
 
     Args:
         directions: any basis of it (:func:`tiltmeter.directions.principal_directions`); its rows need not be orthonormal.
+        seeds: one a draw.
 
     Raises:
         ValueError: the directions are linearly dependent, or ``like`` is zero or not finite.
@@ -74,12 +84,12 @@ def random_in_span(
     sizes = triangle.diagonal().abs()
     if len(exact) > exact.shape[1] or not (sizes > 1e-10 * exact.norm(dim=1)).all():
         raise ValueError(f"controls: expected linearly independent directions, got {len(exact)} that are not")
-    drawn = _normal(n, len(exact), seed, like) @ basis.T
-    return norm_matched(drawn, like, provenance=f"random in the span of {len(exact)} directions, seed {seed}")
+    drawn = _normal(seeds, len(exact), like) @ basis.T
+    return norm_matched(drawn, like, provenance=f"random in the span of {len(exact)} directions")
 
 
 def covariance_matched(
-    like: Float[Tensor, " d_model"], rows: Float[Tensor, "row d_model"], n: int = N_RANDOM, *, seed: int = 0
+    like: Float[Tensor, " d_model"], rows: Float[Tensor, "row d_model"], seeds: Sequence[int]
 ) -> Control:
     """Directions of normal vectors with the covariance of the rows: random, yet where hidden states do vary.
 
@@ -88,27 +98,31 @@ def covariance_matched(
     Raises:
         ValueError: fewer than two rows, equal rows, or ``like`` is zero or not finite.
     """
-    if len(rows) < 2:
-        raise ValueError(f"controls: expected at least two rows, got {len(rows)}")
-    exact = rows.to(torch.float64)
-    drawn = _normal(n, len(rows), seed, rows) @ (exact - exact.mean(0)) / (len(rows) - 1) ** 0.5
-    return norm_matched(drawn, like, provenance=f"random with the covariance of {len(rows)} rows, seed {seed}")
+    exact = _centred(rows)
+    drawn = _normal(seeds, len(rows), rows) @ exact / (len(rows) - 1) ** 0.5
+    return norm_matched(drawn, like, provenance=f"random with the covariance of {len(rows)} rows")
 
 
-def covariance_matched_from_scatter(
-    like: Float[Tensor, " d_model"], scatter: Float[Tensor, "d_model d_model"], n: int = N_RANDOM, *, seed: int = 0
+def unrelated_contrasts(
+    like: Float[Tensor, " d_model"], rows: Float[Tensor, "row d_model"], seeds: Sequence[int]
 ) -> Control:
-    """The same from a covariance matrix up to scale, once rows are gone (:meth:`tiltmeter.moments.RowMoments.scatter`).
+    """Differences of the means of two random halves of the rows: contrasts as they are made for steering, of nothing.
+
+    Args:
+        rows: states of prompts that have nothing to do with the preference; of an odd number one is left out of each draw.
+        seeds: one a draw.
 
     Raises:
-        ValueError: the matrix is zero or not finite, or ``like`` is.
+        ValueError: fewer than two rows, equal rows, or ``like`` is zero or not finite.
     """
-    exact = scatter.to(torch.float64)
-    if not exact.isfinite().all():
-        raise ValueError("controls: expected a finite scatter matrix")
-    values, vectors = torch.linalg.eigh(exact)
-    drawn = _normal(n, len(exact), seed, exact) * values.clamp(min=0).sqrt() @ vectors.T
-    return norm_matched(drawn, like, provenance=f"random with a given covariance, seed {seed}")
+    exact = _centred(rows)
+    half = len(rows) // 2
+    signs = torch.cat([torch.ones(half), -torch.ones(half), torch.zeros(len(rows) % 2)]).to(torch.float64)
+    orders = [torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    drawn = torch.stack([signs[order] for order in orders]).to(rows.device) @ exact / half
+    return norm_matched(
+        drawn, like, provenance=f"difference of the means of random halves of {len(rows)} unrelated prompts"
+    )
 
 
 def shuffled_layers(vectors: Mapping[str, Float[Tensor, " d_model"]], *, seed: int = 0) -> dict[str, Control]:
@@ -144,7 +158,14 @@ def logit_bias(head: Unembedding, v: Float[Tensor, " d_model"]) -> Control:
     return Control(bias[None], "logit bias W_U v")
 
 
-def _normal(n: int, width: int, seed: int, like: Tensor) -> Tensor:
+def _centred(rows: Tensor) -> Tensor:
+    if len(rows) < 2:
+        raise ValueError(f"controls: expected at least two rows, got {len(rows)}")
+    exact = rows.to(torch.float64)
+    return exact - exact.mean(0)
+
+
+def _normal(seeds: Sequence[int], width: int, like: Tensor) -> Tensor:
     """Drawn on the CPU, so that a seed means the same on every device."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n, width, generator=generator, dtype=torch.float64).to(like.device)
+    drawn = [torch.randn(width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds]
+    return torch.stack(drawn).to(like.device)

@@ -1,5 +1,6 @@
-"""What ends a program with one line: wrong input (exit code 2), missing scores (3), numbers gone wrong (4), a signal (143)."""
+"""What ends a program with one line: a failed write (code 1), wrong input (2), missing scores (3), bad numbers (4), a signal."""
 
+from pathlib import Path
 from signal import Signals
 
 
@@ -9,6 +10,24 @@ class UserError(ValueError):
     The message says what is wrong, what was expected, what was found and what to do, and starts with the configuration
     key or the file it is about: ``data.path: no such file: hh/test.jsonl (expected .jsonl, .jsonl.gz or a folder of them)``.
     """
+
+
+class FailedWrite(OSError):
+    """A file could not be written, whatever the library raised: one line, exit code 1.
+
+    Args:
+        path: the file or folder that is not there now, or as it was before.
+        reason: in the system's words, as far as they are known.
+        line: another message.
+    """
+
+    def __init__(self, path: Path, reason: str, line: str | None = None) -> None:
+        super().__init__(line or f"{path}: could not be written ({reason})")
+        self.path, self.reason, self.strerror = path, reason, reason
+
+    def __reduce__(self) -> tuple[type["FailedWrite"], tuple[Path, str, str]]:
+        """Sent from process to process as it is."""
+        return type(self), (self.path, self.reason, str(self))
 
 
 class NumericalStop(RuntimeError):

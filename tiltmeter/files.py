@@ -4,28 +4,84 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from tiltmeter.errors import FailedWrite, UserError
 
-def write_atomically(target: Path, write: Callable[[Path], object]) -> None:
+_NOT_THE_DISK = (UserError, TypeError, ValueError, LookupError, AttributeError, NameError, AssertionError, ImportError)
+"""Mistakes of a program or its user; all else that a writer raises is taken for a write that failed."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a write that fails into one kind of error, whatever the library's own is.
+
+    A full disk is an OSError to Python, a RuntimeError to ``torch.save``, a SafetensorError to safetensors and a bare
+    Exception to tokenizers.
+
+    Args:
+        path: what is written, to be named.
+
+    Raises:
+        FailedWrite: the reason, and how much room there is.
+    """
+    try:
+        yield
+    except FailedWrite as error:
+        raise FailedWrite(path, error.reason) from error
+    except _NOT_THE_DISK:
+        raise
+    except Exception as error:
+        raise FailedWrite(path, _reason(error, path)) from error
+
+
+def _reason(error: Exception, path: Path) -> str:
+    said = getattr(error, "strerror", None) or " ".join(str(error).split())[:160] or type(error).__name__
+    with suppress(OSError, StopIteration):
+        there = next(folder for folder in path.absolute().parents if folder.exists())
+        return f"{said}; {shutil.disk_usage(there).free / 2**20:.1f} MiB are free there"
+    return said
+
+
+def write_atomically(target: Path, write: Callable[[Path], object], *, keep_existing: bool = False) -> None:
     """Let ``write`` fill a temporary file or folder beside the target, then rename it.
 
-    The temporary name keeps the target's suffix, since writers look at it. A folder that is there already is replaced.
+    The temporary name keeps the target's suffix, since writers look at it, and is no other process's.
+
+    Args:
+        target: a folder that is there already is replaced.
+        write: fills the path that it is given.
+        keep_existing: a folder that somebody else made meanwhile stays instead: it was named after what it holds.
+
+    Raises:
+        FailedWrite: a full disk, no permission …; the target is as it was.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".partial-{os.getpid()}-{target.name}")
+    unique = f".partial-{uuid.uuid4().hex[:12]}"
+    temporary, replaced = (
+        target.with_name(f"{unique}-{target.name}"),
+        target.with_name(f"{unique}-replaced-{target.name}"),
+    )
     try:
-        write(temporary)
-        if target.is_dir():
-            shutil.rmtree(target)
-        temporary.replace(target)
+        with writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write(temporary)
+            if target.is_dir() and not keep_existing:
+                target.rename(replaced)  # never gone before the new one is whole
+            try:
+                temporary.replace(target)
+            except OSError:
+                if not (keep_existing and target.is_dir()):
+                    raise
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        else:
-            temporary.unlink(missing_ok=True)
+        for path in (temporary, replaced):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def sha256_of(path: Path) -> str:

@@ -6,6 +6,8 @@ With prompt ``x₁ … x_P``, responses ``y^w`` and ``y^l`` and h(t) the hidden 
 position           reading                                                      side
 ================== ============================================================ ==========================================
 ``prompt_last``    h(x_P), which predicts the first token of both responses     prompt, one a pair
+``content``        h(x_t), t drawn by a seed among the prompt's own tokens:     prompt, one a pair; none for a prompt
+                   those that not nearly all prompts hold                       that holds shared tokens alone
 ``diverge``        h(token before the first place k where y^w_k ≠ y^l_k): it    prompt, one a pair; none for a pair whose
                    predicts y^w_k and y^l_k and has seen neither                responses never differ (one begins the other)
 ``response_last``  h(last token of the response)                                chosen and rejected
@@ -15,8 +17,14 @@ position           reading                                                      
 
 Both layouts give the same readings: at ``diverge`` the context is shared, and the chosen row is read. Padding is never read,
 on either side, and neither are pairs of weight 0.
+
+At ``prompt_last`` the prompts of a template end in the same tokens, and states of equal tokens resemble one another in any
+model; ``content`` (:func:`content_tokens`) is what to hold such a figure against.
 """
 
+import hashlib
+import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
@@ -29,11 +37,13 @@ from torch import Tensor
 from tiltmeter.batch import CHOSEN, PROMPT, REJECTED, PreferenceBatch
 from tiltmeter.errors import UserError
 
-Position = Literal["prompt_last", "response_last", "response_mean", "diverge", "response_all"]
+Position = Literal["prompt_last", "content", "response_last", "response_mean", "diverge", "response_all"]
 POSITIONS: tuple[Position, ...] = get_args(Position)
 
 SIDE_NAMES = {PROMPT: "prompt", CHOSEN: "chosen", REJECTED: "rejected"}
 """Names of ``Readings.sides``: whose tokens were read; ``prompt``: what both responses have in common."""
+SHARED_BY = 0.95
+"""Share of the prompts that hold a token id from which on it is no content: of a template, of role markers, BOS."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,6 +127,31 @@ def check_position(position: str) -> Position:
     return position
 
 
+def content_tokens(prompts: Sequence[Sequence[int]], *, seed: int = 0) -> list[int | None]:
+    """The place of one content token in each prompt, drawn at random; None for a prompt that has none.
+
+    Content is a token whose id fewer than :data:`SHARED_BY` of all prompts hold: not BOS, role markers and the words of a
+    template, and not the prompt's last token. Only one prompt that was cut from the left may miss a marker, hence not "all".
+    The draw depends on the seed and on the prompt's own tokens alone: it is the same for both models, in every process, batch
+    and order, and for every pair of one prompt. Which tokens are shared depends on the set of prompts, so give all of them.
+
+    Args:
+        prompts: token ids of the prompt of every pair.
+        seed: of the draw.
+
+    >>> content_tokens([[1, 7, 5, 9], [1, 8, 9], [1, 9]])
+    [1, 1, None]
+    """
+    held = Counter(token for prompt in set(map(tuple, prompts)) for token in set(prompt))
+    n_needed = math.ceil(SHARED_BY * len(set(map(tuple, prompts))))
+    places: list[int | None] = []
+    for prompt in prompts:
+        own = [at for at, token in enumerate(prompt[:-1]) if held[token] < n_needed]
+        key = hashlib.sha256(f"{seed} {list(map(int, prompt))}".encode()).digest()
+        places.append(own[int.from_bytes(key[:8], "big") % len(own)] if own else None)
+    return places
+
+
 def divergence(batch: PreferenceBatch) -> Divergence:
     """The first place where chosen and rejected differ, for every real pair that has one.
 
@@ -140,11 +175,14 @@ def divergence(batch: PreferenceBatch) -> Divergence:
     return Divergence(*table.unbind(1))
 
 
-def readings(batch: PreferenceBatch, position: Position) -> Readings:
+def readings(batch: PreferenceBatch, position: Position, *, content: Sequence[int | None] | None = None) -> Readings:
     """The rows to read at a position, for every real pair of a batch.
 
+    Args:
+        content: for ``content``: the place in the prompt of each row of the data set (:func:`content_tokens`).
+
     Raises:
-        UserError: ``diverge`` on a batch without rejected responses.
+        UserError: ``diverge`` on a batch without rejected responses, or ``content`` without its places.
 
     >>> from tiltmeter.batch import TokenizedPair, collate_pairs
     >>> batch = collate_pairs([TokenizedPair([1, 5], [6, 2], [6, 8, 2])], pair_index=[40])
@@ -158,6 +196,13 @@ def readings(batch: PreferenceBatch, position: Position) -> Readings:
         found = divergence(batch)
         return _make(batch, found.rows.tolist(), [(pair, PROMPT) for pair in found.pairs.tolist()])
     held = _rows_by_pair_and_side(batch)
+    if position == "content":
+        if content is None:
+            raise UserError("positions: content needs the place of each prompt's content token (content_tokens)")
+        index = batch.pair_index.tolist()
+        places = [(pair, content[index[pair]]) for pair in _real_pairs(batch)]
+        found_rows = [held[pair, PROMPT][at] for pair, at in places if at is not None]
+        return _make(batch, found_rows, [(pair, PROMPT) for pair, at in places if at is not None])
     if position == "prompt_last":
         return _make(
             batch, [held[pair, PROMPT][-1] for pair in _real_pairs(batch)], [(p, PROMPT) for p in _real_pairs(batch)]

@@ -10,17 +10,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tiltmeter.batch import PreferenceBatch, TokenizedPair, collate_pairs
+from tiltmeter.batch import Layout, PreferenceBatch, TokenizedPair, collate_pairs
 from tiltmeter.capture import HiddenStates, ReadPoint, capture, join_hidden_states
 from tiltmeter.directions import mean_unembedding, token_preference_vectors
 from tiltmeter.errors import UserError
 from tiltmeter.layers import Unembedding, resolve_sites
 from tiltmeter.log_probs import run_backbone
-from tiltmeter.positions import Position, check_position, divergence, readings
+from tiltmeter.positions import Position, check_position, content_tokens, divergence, readings
 
-_BEFORE_THE_RESPONSES_PART = {"prompt_last", "diverge"}
-ONE_PER_SIDE: tuple[Position, ...] = ("prompt_last", "diverge", "response_last", "response_mean")
+_BEFORE_THE_RESPONSES_PART = {"prompt_last", "content", "diverge"}
+ONE_PER_SIDE: tuple[Position, ...] = ("prompt_last", "content", "diverge", "response_last", "response_mean")
 """Positions that a probe reads."""
+DEFAULT_POSITIONS: tuple[Position, ...] = ("prompt_last", "content", "diverge")
+"""Positions that are read where nothing else is asked for."""
 
 Forward = Callable[[PreferenceBatch], object]
 """Runs the model on a batch; what it returns is not looked at."""
@@ -33,9 +35,10 @@ class Probe:
         batches: the pairs, laid out; those of weight 0 are computed and not read.
         sites: ``all``, a site or several (:mod:`tiltmeter.layers`).
         positions: see :mod:`tiltmeter.positions`; at most one row a response.
+        prompts: token ids of the prompts of the whole data set, by ``pair_index``; ``content`` needs them.
 
     Raises:
-        UserError: no pairs, or an unknown position.
+        UserError: no pairs, an unknown position, or ``content`` without prompts.
     """
 
     def __init__(
@@ -43,7 +46,8 @@ class Probe:
         batches: Sequence[PreferenceBatch],
         *,
         sites: str | Sequence[str] = "all",
-        positions: Sequence[Position] = ("prompt_last", "diverge"),
+        positions: Sequence[Position] = DEFAULT_POSITIONS,
+        prompts: Sequence[Sequence[int]] | None = None,
     ) -> None:
         if not batches:
             raise UserError("probe: expected at least one held-out pair to read, got none; set datamodule.probe_pairs")
@@ -53,7 +57,8 @@ class Probe:
         self.batches = list(batches)
         self.sites = sites
         self.positions = tuple(positions)
-        self._wanted = [{position: readings(batch, position) for position in positions} for batch in self.batches]
+        content = None if prompts is None else content_tokens(prompts)
+        self._wanted = [{p: readings(batch, p, content=content) for p in positions} for batch in self.batches]
 
     @classmethod
     def of_pairs(
@@ -61,15 +66,16 @@ class Probe:
         pairs: Sequence[TokenizedPair],
         *,
         pairs_per_batch: int = 16,
+        layout: Layout = "shared_prefix",
         sites: str | Sequence[str] = "all",
-        positions: Sequence[Position] = ("prompt_last", "diverge"),
+        positions: Sequence[Position] = DEFAULT_POSITIONS,
     ) -> "Probe":
         """A probe for any training loop: pairs sorted by length, cut to what is read, in padded rows."""
         cut = [cut_pair(pair, positions) for pair in pairs]
         order = sorted(range(len(cut)), key=lambda row: sum(map(len, cut[row])))
         groups = [order[at : at + pairs_per_batch] for at in range(0, len(order), pairs_per_batch)]
-        batches = [collate_pairs([cut[row] for row in rows], pair_index=rows) for rows in groups]
-        return cls(batches, sites=sites, positions=positions)
+        batches = [collate_pairs([cut[row] for row in rows], pair_index=rows, layout=layout) for rows in groups]
+        return cls(batches, sites=sites, positions=positions, prompts=[pair.prompt_ids for pair in pairs])
 
     @torch.no_grad()
     def read(self, model: PreTrainedModel, forward: Forward | None = None) -> dict[ReadPoint, HiddenStates]:

@@ -7,8 +7,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tiltmeter.stats.bootstrap import Interval, cluster_mean_interval
 from tiltmeter.layers import Unembedding
+from tiltmeter.stats.jackknife import Interval, cluster_mean_interval
+from tiltmeter.stats.proportions import share_interval
 
 
 class ProjectionChange(NamedTuple):
@@ -58,9 +59,9 @@ def projection_change(
 
 
 def summarize_projections(
-    change: ProjectionChange, clusters: Sequence[str], *, level: float = 0.95, n_resamples: int = 2000, seed: int = 0
+    change: ProjectionChange, clusters: Sequence[str], *, level: float = 0.95
 ) -> ProjectionSummary:
-    """Means and paired bootstrap intervals over clusters; pairs whose v is zero have no projection and are left out.
+    """Means, and intervals over clusters of the paired change and of the share that grew; pairs whose v is zero are left out.
 
     Args:
         clusters: a name for each pair; pairs of one prompt share it.
@@ -73,13 +74,15 @@ def summarize_projections(
         raise ValueError(f"summarize_projections: expected {len(there)} cluster names, got {len(clusters)}")
     names = [name for name, kept in zip(clusters, there.tolist(), strict=True) if kept]
 
-    def interval(values: Tensor) -> Interval:
-        kept = values.cpu()[there].tolist()
-        return cluster_mean_interval(kept, names, level=level, n_resamples=n_resamples, seed=seed)
-
-    grown = (change.change > 0).to(torch.float64)
+    moved = change.change.cpu()[there]
+    grown = (moved > 0).to(torch.float64).tolist()
     base, policy = (float(values.cpu()[there].mean()) for values in (change.base, change.policy))
-    return ProjectionSummary(base, policy, interval(change.change), interval(grown))
+    return ProjectionSummary(
+        base,
+        policy,
+        cluster_mean_interval(moved.tolist(), names, level=level),
+        share_interval(grown, names, level=level),
+    )
 
 
 def logit_gaps(

@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tiltmeter.stats.bootstrap import Interval, cluster_intervals
+from tiltmeter.stats.jackknife import Interval, jackknife_intervals
+from tiltmeter.stats.proportions import pooled_share_interval
 
 Direction = Literal["interpolation", "inversion"]
 
@@ -204,10 +205,10 @@ class RecoveryMoments:
         n_tokens, kl_start, agree_start = self._sums[:3].clone()
         return RowSums(n_tokens, kl_start, agree_start, self._sums[3::2].clone(), self._sums[4::2].clone())
 
-    def summary(self, groups: Sequence[str], *, n_resamples: int = 2000, seed: int = 0) -> RecoverySummary:
-        """R, KL and agreement of the start and of every strength, with 95 % bootstrap intervals over prompts.
+    def summary(self, groups: Sequence[str]) -> RecoverySummary:
+        """R, KL and agreement of the start and of every strength, with 95 % intervals over prompts.
 
-        Each is a ratio of sums, so every token weighs the same; all are taken from the same resamples.
+        Each is a ratio of sums, so every token weighs the same.
 
         Args:
             groups: a name for each row; rows of one prompt share it.
@@ -224,16 +225,24 @@ class RecoveryMoments:
         is_defined = float(sums[:, 1].sum()) > self._rounding * float(sums[:, 0].sum())
 
         def figures(drawn: Tensor) -> Tensor:
-            """R, KL and agreement, each of the start and then of every strength."""
-            tokens, rest = (drawn @ sums).tensor_split([1], dim=1)
-            kl, agree = rest[:, 0::2], rest[:, 1::2]
+            """R and KL, each of the start and then of every strength."""
+            tokens, kl = (drawn @ torch.cat([sums[:, :1], sums[:, 1::2]], dim=1)).tensor_split([1], dim=1)
             recovery = 1 - kl / (kl[:, :1] if is_defined else math.nan)
-            return torch.cat([recovery, kl / tokens, agree / tokens], dim=1)
+            return torch.cat([recovery, kl / tokens], dim=1)
 
-        found = cluster_intervals(figures, names, n_resamples=n_resamples, seed=seed)
+        found = jackknife_intervals(figures, names)
+        tokens = sums[:, 0].tolist()
+        found += [_agreement(column, tokens, names) for column in sums[:, 2::2].T.tolist()]
         step = 1 + len(self.strengths)
         start, *steered = (
             Recovery(strength, found[i], found[step + i], found[2 * step + i], int(n_tokens.sum()), len(names))
             for i, strength in enumerate([0.0, *self.strengths])
         )
         return RecoverySummary(start, steered)
+
+
+def _agreement(agree: list[float], tokens: list[float], names: Sequence[str]) -> Interval:
+    """Share of tokens; NaN where a logit was."""
+    if any(map(math.isnan, agree)):
+        return Interval(math.nan, math.nan, math.nan)
+    return pooled_share_interval(agree, tokens, names)

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -125,7 +124,7 @@ class SnapshotWriter:
 
         Raises:
             ValueError: a position is missing at some site, or its rows are of other pairs there.
-            OSError: the disk is full or not writable; neither a half file nor a manifest entry is left.
+            FailedWrite: the disk is full or not writable; neither a half file nor a manifest entry is left.
             UserError: rows, sites or positions other than in the folder's earlier files, or a name that is not plain.
         """
         if not _NAME.fullmatch(name) or name.startswith("."):
@@ -143,10 +142,7 @@ class SnapshotWriter:
         digest: list[str] = []
 
         def write(temporary: Path) -> None:
-            try:
-                save_file(tensors, temporary)
-            except SafetensorError as error:  # how the library reports a failed write
-                raise OSError(f"{target}: {error}") from error
+            save_file(tensors, temporary)
             digest.append(sha256_of(temporary))
 
         write_atomically(target, write)

@@ -9,6 +9,7 @@ A matrix of zeros has no directions, and one with NaN or infinity no spectrum: e
 """
 
 import math
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 Distribution = Literal["energy", "singular"]
 
+_LEADING = 24
 _LARGE = 512
 """Width of a Gram matrix from which its top eigenvector is looked for alone."""
 
@@ -143,6 +145,34 @@ def sigma_ratio(sigma: Float[Tensor, " k"]) -> float:
     if len(scaled) < 2:
         return float(0 * scaled[0])
     return float(scaled.topk(2).values[1])
+
+
+def leading_energies_of_gram(
+    gram: Float[Tensor, "row row"],
+) -> Callable[[Float[Tensor, "resample row"]], Float[Tensor, "resample 2"]]:
+    """ρ₁ and (σ₂/σ₁)² of rows that count as much as given weights, for :func:`~tiltmeter.stats.jackknife.jackknife_intervals`.
+
+    Both are shares of energy. The eigenvalues are those within the span of the 24 first directions of all rows, which is exact
+    up to 24 rows; of more, leaving a row out changes what it misses to second order only. N weightings cost about 576 N² flops
+    and N eigenvalue problems of width 24.
+
+    Args:
+        gram: X Xᵀ of the rows, float64.
+
+    >>> rows = torch.diag(torch.tensor([2.0, 1.0], dtype=torch.float64))
+    >>> leading_energies_of_gram(rows @ rows.T)(torch.ones(1, 2, dtype=torch.float64)).round(decimals=6).tolist()
+    [[0.8, 0.25]]
+    """
+    eigenvalues, vectors = torch.linalg.eigh(gram)
+    scores = (vectors * eigenvalues.clamp(min=0).sqrt())[:, -_LEADING:]
+
+    def energies(weights: Tensor) -> Tensor:
+        within = (weights[:, :, None] * scores).mT @ scores
+        found = torch.linalg.eigvalsh(within).clamp(min=0)
+        first, second = found[:, -1], found[:, -2] if found.shape[1] > 1 else torch.zeros_like(found[:, 0])
+        return torch.stack([first / (weights @ gram.diagonal()), second / first], dim=1)
+
+    return energies
 
 
 def spectrum(sigma: Float[Tensor, " k"], *, n_rows: int, d_model: int) -> Spectrum:

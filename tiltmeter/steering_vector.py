@@ -15,12 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tiltmeter import consistency
-from tiltmeter.capture import ReadPoint
 from tiltmeter.errors import UserError
 from tiltmeter.files import write_atomically
 from tiltmeter.layers import site_depth
-from tiltmeter.positions import POSITIONS, check_position
-from tiltmeter.watching import place
+from tiltmeter.positions import check_position
+from tiltmeter.watching import split_name
 
 _METADATA_KEY = "steering_vectors"
 
@@ -158,7 +157,7 @@ def save_vectors(path: Path, vectors: Mapping[str, SteeringVector]) -> None:
     """Write vectors by name into one safetensors file, with all that is known about each; whole or not at all.
 
     Raises:
-        OSError: the disk is full or not writable.
+        FailedWrite: the disk is full or not writable.
     """
     known = {
         name: {"site": v.site, "made": v.made, "position": v.position, "provenance": dict(v.provenance)}
@@ -166,20 +165,13 @@ def save_vectors(path: Path, vectors: Mapping[str, SteeringVector]) -> None:
     }
     tensors = {name: v.values.detach().to("cpu", copy=True).contiguous() for name, v in vectors.items()}
     metadata = {_METADATA_KEY: json.dumps(known, sort_keys=True, ensure_ascii=False)}
-
-    def write(temporary: Path) -> None:
-        try:
-            save_file(tensors, temporary, metadata=metadata)
-        except SafetensorError as error:  # how the library reports a failed write
-            raise OSError(f"{path}: {error}") from error
-
-    write_atomically(path, write)
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 
 def load_vectors(path: Path) -> dict[str, SteeringVector]:
     """Vectors by name: of a file of :func:`save_vectors`, or of a run's ``vectors/steering.safetensors``.
 
-    A run's file names its tensors as :func:`tiltmeter.watching.place` does, ``<site>`` or ``<site>@<position>``, and says
+    A run's file names its tensors as :func:`tiltmeter.watching.place` does, ``<site>`` or ``<position>/<site>``, and says
     once for all of them how they were made.
 
     Raises:
@@ -214,9 +206,8 @@ def _is_plain(fact: object) -> bool:
 
 def _of_a_run(name: str, metadata: Mapping[str, str]) -> dict[str, Any]:
     """What the callback DirectionalConsistency says about a vector, in its name and in the file's metadata."""
-    site = name.partition("@")[0]
-    position = next((position for position in POSITIONS if place(ReadPoint(site, position)) == name), None)
-    if position is None or "what" not in metadata:
+    what, position, site = split_name(f"v*/{name}") or (name, None, name)
+    if what != "v*" or "what" not in metadata:
         raise KeyError(name)
     provenance = {key: x for key, x in metadata.items() if key not in ("what", "format")}
-    return {"site": site, "position": position, "made": metadata["what"], "provenance": provenance}
+    return {"site": site, "position": position or "prompt_last", "made": metadata["what"], "provenance": provenance}

@@ -7,7 +7,7 @@ Adding a vector at a site changes nothing before it, so what lies before is comp
 - ``layer_l``: one pass, then the blocks above l for each vector (:func:`sweep_cost`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any, NamedTuple, cast
 
@@ -31,6 +31,9 @@ from tiltmeter.log_probs import default_chunk_tokens, run_backbone, scale_and_ca
 from tiltmeter.steering import Intervention
 from tiltmeter.steering_vector import check_site_and_width
 
+_HIDDEN_AT_A_TIME = 2**25
+"""Numbers of hidden states that are held for all shifts together: 128 MB in float32."""
+
 
 class SteeredLogits(NamedTuple):
     """Logits of some targets of a batch under every shift."""
@@ -44,6 +47,19 @@ class SteeredLogits(NamedTuple):
         """log π(token | what is before it) of these targets, in nats."""
         ids = batch.target_ids[self.targets].expand(len(self.logits), -1)
         return self.logits.gather(-1, ids[..., None])[..., 0] - self.logits.logsumexp(-1)
+
+
+class SteeredSums(NamedTuple):
+    """What is left of the logits of some targets of a batch under every shift: numbers a target, in float64."""
+
+    log_probs: Float[Tensor, "shift target"]
+    """log π_steered(token | what is before it), nats."""
+    kl_from_goal: Float[Tensor, "shift target"]
+    """KL(goal ‖ steered), nats."""
+    kl_from_start: Float[Tensor, "shift target"]
+    """KL(unsteered ‖ steered), nats."""
+    targets: Int[Tensor, " target"]
+    """Which of the batch's targets these are."""
 
 
 class _Call(NamedTuple):
@@ -123,6 +139,103 @@ def steered_logits(
         if moves is not None:
             raw = raw + moves[:, None] * on[targets, None]
         yield SteeredLogits(scale_and_cap(raw, head), targets)
+
+
+@torch.no_grad()
+def steered_sums(
+    model: PreTrainedModel,
+    batch: PreferenceBatch,
+    *,
+    site: str,
+    shifts: Float[Tensor, "shift d_model"],
+    goal_logits: Callable[[Int[Tensor, " some"]], Float[Tensor, "some vocab"]],
+    tokens: str | Bool[Tensor, "row token"] = "all",
+    tokens_per_batch: int = 4096,
+) -> Iterator[SteeredSums]:
+    """Log-probs and KL divergences under many shifts, for when nobody needs the logits themselves: hundreds of random vectors.
+
+    At ``final_post_norm`` a shift is a bias b = W_U v on the logits, the same at every target, and with p = softmax(z)
+
+        logsumexp(z + b) = logsumexp(z) + log1p(Σ_j p_j expm1(b_j)),   KL(q ‖ steered) = KL(q ‖ p) − Σ_j q_j b_j + log1p(…),
+
+    so all targets and shifts are three matrix products. Elsewhere, and under a soft cap, :func:`steered_logits` are summed up.
+
+    Args:
+        goal_logits: of the model that KL is measured from, at some targets.
+        site, shifts, tokens, tokens_per_batch: as for :func:`steered_logits`.
+
+    Raises:
+        UserError, ValueError: as :func:`steered_logits`.
+    """
+    check_site_and_width(model, site, shifts.shape[1])
+    head = unembedding(model)
+    if site == FINAL_POST_NORM and head.soft_cap is None:
+        yield from _bias_sums(model, batch, shifts, goal_logits, _reached(batch, tokens))
+        return
+    held = max(1, _HIDDEN_AT_A_TIME // max(1, len(batch.target_ids) * shifts.shape[1]))
+    parts = []
+    for some in shifts.split(held):
+        with_none = torch.cat([torch.zeros_like(some[:1]), some])
+        found = steered_logits(
+            model, batch, site=site, shifts=with_none, tokens=tokens, tokens_per_batch=tokens_per_batch
+        )
+        sums = [_sums_of_logits(part, goal_logits(part.targets), batch) for part in found]
+        parts.append(SteeredSums(*(torch.cat(columns, dim=-1) for columns in zip(*sums, strict=True))))
+    log_probs, from_goal, from_start = (torch.cat(columns) for columns in list(zip(*parts, strict=True))[:3])
+    yield SteeredSums(log_probs, from_goal, from_start, parts[0].targets)
+
+
+def _sums_of_logits(part: SteeredLogits, goal: Float[Tensor, "target vocab"], batch: PreferenceBatch) -> SteeredSums:
+    """The first shift is none. Passes over the logits are what this costs, so there are few, in the logits' own precision."""
+    start, goal = (logits.double().log_softmax(-1) for logits in (part.logits[0], goal))
+    p, q = start.exp(), goal.exp()
+    between = (q * (goal - start)).sum(-1)
+    bias = part.logits[1:] - part.logits[0]  # small beside the logits, so that what they share costs no digits
+    ids = batch.target_ids[part.targets]
+    own = start.gather(1, ids[:, None])[:, 0] + bias.gather(-1, ids.expand(len(bias), -1)[..., None])[..., 0]
+    narrow = torch.stack([p, q], dim=-1).to(bias.dtype)
+    along = torch.einsum("stv,tvk->kst", bias, narrow).double()
+    change = torch.einsum("stv,tv->st", bias.expm1(), narrow[..., 0]).double()
+    normalizer = _log1p(change, lambda shift, target: (start[target] + bias[shift, target].double()).logsumexp(-1))
+    from_start, from_goal = normalizer - along
+    return SteeredSums(own - normalizer, between + from_goal, from_start, part.targets)
+
+
+def _bias_sums(
+    model: PreTrainedModel,
+    batch: PreferenceBatch,
+    shifts: Float[Tensor, "shift d_model"],
+    goal_logits: Callable[[Int[Tensor, " some"]], Float[Tensor, "some vocab"]],
+    reached: Bool[Tensor, "row token"],
+) -> Iterator[SteeredSums]:
+    head = unembedding(model)
+    with fast_linear(model):
+        hidden = run_backbone(model, batch).flatten(0, 1)[batch.target_rows]
+    wide = shifts.to(head.weight.device, torch.promote_types(head.weight.dtype, torch.float32))
+    bias = head.scale * linear(wide, head.weight.to(wide.dtype)).double()
+    grown = bias.expm1()
+    on = reached.flatten()[batch.target_rows]
+    at_a_time = max(1, default_chunk_tokens(len(head.weight)) // 4)  # float64, several at once
+    for targets in torch.arange(len(batch.target_ids), device=on.device).split(at_a_time):
+        start = scale_and_cap(linear(hidden[targets], head.weight, head.bias), head).double().log_softmax(-1)
+        goal = goal_logits(targets).double().log_softmax(-1)
+        p, q = start.exp(), goal.exp()
+        between = (q * (goal - start)).sum(-1)
+        normalizer = _log1p(grown @ p.T, lambda i, j, start=start: (start[j] + bias[i]).logsumexp(-1))  # type: ignore[misc]
+        ids = batch.target_ids[targets]
+        moved = normalizer - bias @ p.T, normalizer - bias @ q.T, bias[:, ids] - normalizer
+        from_start, from_goal, own = (torch.where(on[targets], x, 0.0) for x in moved)
+        yield SteeredSums(start.gather(1, ids[:, None])[:, 0] + own, between + from_goal, from_start, targets)
+
+
+def _log1p(
+    change: Float[Tensor, "shift target"], exactly: Callable[[int, int], Tensor]
+) -> Float[Tensor, "shift target"]:
+    """log1p of Σ_j p_j expm1(b_j); the few sums that overflow or come close to −1 are taken ``exactly``, one by one."""
+    found = change.log1p()
+    for shift, target in (~(change.isfinite() & (change > -0.99))).nonzero().tolist():
+        found[shift, target] = exactly(shift, target)
+    return found
 
 
 def _reached(batch: PreferenceBatch, tokens: str | Tensor) -> Bool[Tensor, "row token"]:

@@ -1,23 +1,24 @@
 """What an observation of the probe says, as flat metrics: pure functions from hidden states to names and numbers.
 
 Names follow one scheme, ``<what>/<of which matrix>/<site>``: sites as in :mod:`tiltmeter.layers`, matrices ``delta`` (the
-update ΔH = h_π − h_0), ``policy`` and ``base``, with ``_centred`` (and other variants) behind the matrix. Readings at another
-position than ``prompt_last`` carry it behind the site (``layer_03@response_last``), save that ``projection`` is always at
+update ΔH = h_π − h_0), ``policy``, ``base`` and ``random_update`` (what ΔH is after a random weight change of the same norm,
+:mod:`tiltmeter.weights.random_update`), with ``_centred`` (and other variants) behind the matrix. Readings at another position
+than ``prompt_last`` carry it before the site (``shift_share/delta/content/layer_03``), save that ``projection`` is always at
 ``diverge``, where v is defined.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 
 from jaxtyping import Float
 from torch import Tensor
 
 from tiltmeter.capture import HiddenStates, ReadPoint
-from tiltmeter.consistency import cosine, in_sample_cosines, leave_one_out_cosines
+from tiltmeter.consistency import cosine, in_sample_cosines, leave_one_out_cosines, split_half
 from tiltmeter.directions import steering_vector
-from tiltmeter.geometry import Variant, row_geometry
-from tiltmeter.layers import FINAL_POST_NORM, Unembedding
-from tiltmeter.stats.nulls import sign_flip_null
-from tiltmeter.positions import Position
+from tiltmeter.geometry import RowGeometry, Variant, in_own_span, row_geometry
+from tiltmeter.layers import FINAL_POST_NORM, FINAL_PRE_NORM, Unembedding
+from tiltmeter.positions import POSITIONS, Position
 from tiltmeter.probe import PreferenceDirections, matching_rows
 from tiltmeter.projections import (
     hyperplane_distances,
@@ -26,11 +27,13 @@ from tiltmeter.projections import (
     share_preferred,
     summarize_projections,
 )
+from tiltmeter.stats.nulls import sign_flip_null
 
 States = Mapping[ReadPoint, HiddenStates]
 Metrics = dict[str, float]
 
 _USUAL: Position = "prompt_last"
+_PLACED = re.compile(rf"(.+?)(?:/({'|'.join(POSITIONS)}))?/(layer_\d{{2,4}}|{FINAL_PRE_NORM}|{FINAL_POST_NORM})")
 N_FLIPS = 200
 """Sign flips behind the null bands logged while training."""
 
@@ -43,37 +46,71 @@ def spectral_metrics(
     ``shift_share`` is f, the share of the matrix that is one constant row; with it ``top1_energy`` ρ₁ and ``sigma_ratio``
     σ₂/σ₁ are not independent evidence, since ρ₁ ≥ f always. Figures without a direction (ΔH = 0) are left out.
     """
-    rows = dict(zip(("base", "policy"), matching_rows(base, policy, point), strict=True))
-    rows["delta"] = rows["policy"].double() - rows["base"].double()
+    before, after = matching_rows(base, policy, point)
+    if not len(before):
+        return {}
     metrics: Metrics = {}
-    for name, matrix in rows.items():
+    for name, matrix in {"base": before, "policy": after, "delta": after.double() - before.double()}.items():
         for variant in variants:
             of = name if variant == "raw" else f"{name}_{variant}"
-            found = row_geometry(matrix, variant)
-            s = found.spectrum
-            figures = {
-                f"spectral_entropy/{of}/energy": s.entropy_energy,
-                f"spectral_entropy/{of}/singular": s.entropy_singular,
-                f"normalized_entropy/{of}/energy": s.normalized_entropy_energy,
-                f"normalized_entropy/{of}/singular": s.normalized_entropy_singular,
-                f"effective_rank/{of}": s.effective_rank_energy,
-                f"participation_ratio/{of}": s.participation_ratio,
-                f"stable_rank/{of}": s.stable_rank,
-                f"top1_energy/{of}": s.top1_energy,
-                f"sigma_ratio/{of}": s.sigma_ratio,
-            }
-            if variant == "raw":
-                figures |= {f"shift_share/{of}": found.shift_share, f"top_direction_cosine/{of}": found.cos_top_mean}
+            figures = _spectral_figures(row_geometry(matrix, variant), of, with_mean=variant == "raw")
             metrics |= {f"{key}/{place(point)}": value for key, value in figures.items()}
-    norms = {"update_norm": rows["delta"], "state_norm": rows["base"].double()}
+    norms = {"update_norm": after.double() - before.double(), "state_norm": before.double()}
     metrics |= {f"{key}/{place(point)}": float(x.norm(dim=1).mean()) for key, x in norms.items()}
     return known(metrics)
+
+
+def _spectral_figures(found: RowGeometry, of: str, *, with_mean: bool) -> Metrics:
+    """Figures of one matrix under their names before the site; those about its mean row only where it was not taken out."""
+    s = found.spectrum
+    figures = {
+        f"spectral_entropy/{of}/energy": s.entropy_energy,
+        f"spectral_entropy/{of}/singular": s.entropy_singular,
+        f"normalized_entropy/{of}/energy": s.normalized_entropy_energy,
+        f"normalized_entropy/{of}/singular": s.normalized_entropy_singular,
+        f"effective_rank/{of}/energy": s.effective_rank_energy,
+        f"effective_rank/{of}/singular": s.effective_rank_singular,
+        f"participation_ratio/{of}": s.participation_ratio,
+        f"stable_rank/{of}": s.stable_rank,
+        f"top1_energy/{of}": s.top1_energy,
+        f"sigma_ratio/{of}": s.sigma_ratio,
+    }
+    if with_mean:
+        figures |= {f"shift_share/{of}": found.shift_share, f"top_direction_cosine/{of}": found.cos_top_mean}
+    return figures
+
+
+def random_update_figures(base: States, changed: States, point: ReadPoint) -> Metrics:
+    """The figures of ΔH after one random weight change, by their names before the site.
+
+    What :func:`spectral_metrics` says of ``delta`` and :func:`consistency_metrics` of the cosines, under ``random_update``; and
+    ``mean_cosine/split_half/random_update``.
+
+    Args:
+        changed: read under the changed weights.
+    """
+    before, after = matching_rows(base, changed, point)
+    updates = in_own_span(after.double() - before.double())
+    if len(updates) < 2 or not updates.any():
+        return {}
+    figures = {
+        "update_norm/random_update": float(updates.norm(dim=1).mean()),
+        "mean_cosine/in_sample/random_update": float(in_sample_cosines(updates).nanmean()),
+        "mean_cosine/leave_one_out/random_update": float(leave_one_out_cosines(updates).nanmean()),
+        "mean_cosine/split_half/random_update": float(split_half(updates).cosines.nanmean()),
+    }
+    figures |= _spectral_figures(row_geometry(updates), "random_update", with_mean=True)
+    return known(
+        figures | _spectral_figures(row_geometry(updates, "centred"), "random_update_centred", with_mean=False)
+    )
 
 
 def consistency_metrics(
     base: States, policy: States, point: ReadPoint, *, previous: Float[Tensor, " d_model"] | None = None
 ) -> Metrics:
     """Do all updates point the same way? Cosines with the mean update v*, in-sample and leave-one-out, with null bands.
+
+    ``mean_cosine/…/base`` is that of the base's own states with their mean: what alike tokens give without any update.
 
     Args:
         previous: v* of the observation before; gives ``direction_settled``, the cosine between the two.
@@ -86,6 +123,8 @@ def consistency_metrics(
     metrics = {
         f"mean_cosine/in_sample/{place(point)}": float(in_sample_cosines(updates).nanmean()),
         f"mean_cosine/leave_one_out/{place(point)}": float(leave_one_out_cosines(updates).nanmean()),
+        f"mean_cosine/in_sample/base/{place(point)}": float(in_sample_cosines(before).nanmean()),
+        f"mean_cosine/leave_one_out/base/{place(point)}": float(leave_one_out_cosines(before).nanmean()),
         f"mean_cosine/in_sample_null_high/{place(point)}": band["mean_cosine_in_sample"][1],
         f"mean_cosine/leave_one_out_null_high/{place(point)}": band["mean_cosine_leave_one_out"][1],
         f"shift_share/null_high/{place(point)}": band["shift_share"][1],
@@ -161,7 +200,7 @@ def observation_metrics(
             metrics |= projection_metrics(base, policy, point.site, directions, clusters=names, head=head)
         else:
             metrics |= spectral_metrics(base, policy, point)
-            before = None if previous is None else previous[point]
+            before = None if previous is None else previous.get(point)
             metrics |= consistency_metrics(base, policy, point, previous=before)
     return metrics
 
@@ -170,9 +209,19 @@ def place(point: ReadPoint) -> str:
     """How a site and position end a metric's name.
 
     >>> place(ReadPoint("layer_03", "prompt_last")), place(ReadPoint("layer_03", "diverge"))
-    ('layer_03', 'layer_03@diverge')
+    ('layer_03', 'diverge/layer_03')
     """
-    return point.site if point.position == _USUAL else f"{point.site}@{point.position}"
+    return point.site if point.position == _USUAL else f"{point.position}/{point.site}"
+
+
+def split_name(name: str) -> tuple[str, Position | None, str] | None:
+    """What a metric says, at which position and which site; position None: the usual one; None for a name without a site.
+
+    >>> split_name("shift_share/delta/content/layer_03"), split_name("update_norm/final_pre_norm"), split_name("train/loss")
+    (('shift_share/delta', 'content', 'layer_03'), ('update_norm', None, 'final_pre_norm'), None)
+    """
+    match = _PLACED.fullmatch(name)
+    return None if match is None else (match[1], match[2], match[3])  # type: ignore[return-value]
 
 
 def known(metrics: Metrics) -> Metrics:
@@ -181,8 +230,8 @@ def known(metrics: Metrics) -> Metrics:
 
 
 def steering_vectors(base: States, policy: States) -> dict[ReadPoint, Tensor]:
-    """v* at every site and position."""
-    return {point: steering_vector(*matching_rows(base, policy, point)) for point in policy}
+    """v* at every site and position that has rows."""
+    return {point: steering_vector(*matching_rows(base, policy, point)) for point in policy if len(policy[point].rows)}
 
 
 def states_to_tensors(states: States) -> dict[str, Tensor]:

@@ -10,8 +10,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tests.processes import HANGS
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-_SECONDS = 90.0
 _FLAGS = (
     "--headless",
     "--remote-debugging-pipe",
@@ -94,11 +95,11 @@ class Browser:
 
     def _receive(self) -> dict[str, Any]:
         """The next message; an event is kept."""
-        end = time.monotonic() + _SECONDS
+        end = time.monotonic() + HANGS
         while b"\0" not in self._buffer:
             ready, _, _ = select.select([self._read], [], [], max(0.0, end - time.monotonic()))
             chunk = os.read(self._read, 1 << 20) if ready else b""
-            assert chunk, f"{CHROMIUM} said nothing for {_SECONDS:.0f} s or ended"
+            assert chunk, f"{CHROMIUM} said nothing for {HANGS:.0f} s or ended"
             self._buffer += chunk
         text, _, self._buffer = self._buffer.partition(b"\0")
         message: dict[str, Any] = json.loads(text)

@@ -10,8 +10,8 @@ import torch
 
 from analysis.cosines import EDGES, N_SPLITS, SIDES, cosine_set
 from analysis.hidden_states import SECTIONS, Watched, hidden_state_section, hidden_state_sections, section_of_run
-from analysis.layer_curves import NULLS
-from analysis.observations import UPDATE, geometry_rows, latest, most_entropy, observed, updates
+from analysis.layer_curves import NULLS, geometry_table
+from analysis.observations import UPDATE, latest, most_entropy, observed, updates
 from analysis.report import Section
 from analysis.runs import open_run
 from analysis.stored_rows import latest_name
@@ -24,6 +24,10 @@ from tiltmeter.geometry import row_geometry
 from tiltmeter.layers import FINAL_POST_NORM, FINAL_PRE_NORM
 
 SITES = ["layer_00", "layer_01", FINAL_PRE_NORM, FINAL_POST_NORM]
+
+
+def table_of(rows: list[dict[str, float]]) -> pd.DataFrame:
+    return geometry_table(observed(pd.DataFrame(rows)))
 
 
 def sections_of(rows: list[dict[str, float]], snapshots: Path) -> dict[str, Section]:
@@ -61,9 +65,9 @@ def test_rows_of_several_callbacks_become_one_a_site_in_the_order_of_the_forward
 def test_the_table_has_what_was_computed_from_the_rows() -> None:
     base = planted.base_states()
     after = planted.moved(base, shift=0.4)
-    rows = geometry_rows(pd.DataFrame(planted.run_rows()))
-    assert [row.site for row in rows] == SITES
-    for row, point in zip(rows, base, strict=True):
+    table = table_of(planted.run_rows())
+    assert table["site"].tolist() == SITES
+    for row, point in zip(table.itertuples(), base, strict=True):
         update = after[point].rows.double() - base[point].rows.double()
         assert row.shift_share == pytest.approx(row_geometry(update).shift_share, abs=1e-12)
         assert row.top1_energy_centred == pytest.approx(row_geometry(update, "centred").spectrum.top1_energy, abs=1e-12)
@@ -71,7 +75,7 @@ def test_the_table_has_what_was_computed_from_the_rows() -> None:
 
 
 def test_a_run_without_a_probe_has_no_sections_and_no_table(tmp_path: Path) -> None:
-    assert geometry_rows(pd.DataFrame(dpo_rows())) == []
+    assert table_of(dpo_rows()).empty
     assert sections_of(dpo_rows(), tmp_path / "snapshots") == {}
 
 
@@ -96,7 +100,7 @@ def test_sentences_carry_the_numbers_of_the_run(drawn: dict[str, Section]) -> No
     table = drawn["geometry"].table
     shares = [round(100 * share) for share in table["shift_share"]]
     assert f"One constant shift is {min(shares)}\xa0% (layer 0) to {max(shares)}\xa0%" in drawn["geometry"].sentences[0]
-    assert "above its null at 4 of 4 sites" in drawn["geometry"].sentences[1]
+    assert "above its null at 4 of 4 sites" in drawn["geometry"].sentences[-1]
     assert drawn["projection"].sentences[0] == (
         "The projection onto v grows by 0.50 at the final norm’s output (95 % CI +0.30 … +0.70)"
     )
@@ -122,7 +126,7 @@ def test_an_update_that_shrinks_is_told_as_such(tmp_path: Path) -> None:
 def test_noise_is_not_above_its_null(tmp_path: Path) -> None:
     planted.write_snapshots(tmp_path / "snapshots", shifts=(0.0,))
     rows = planted.run_rows(shifts=(0.0,))
-    match = re.search(r"above its null at (\d) of 4 sites", one("geometry", rows, tmp_path).sentences[1])
+    match = re.search(r"above its null at (\d) of 4 sites", one("geometry", rows, tmp_path).sentences[-1])
     assert match is not None
     assert int(match[1]) <= 1
     assert ", inside its null " in one("cosines", rows, tmp_path / "snapshots").sentences[1]
@@ -167,7 +171,7 @@ def test_another_position_is_shown_when_the_usual_one_was_not_read(tmp_path: Pat
         {
             name
             if "/" not in name or name.startswith(("train", "val", "probe", "proj", "direction_c"))
-            else f"{name}@response_last": value
+            else "/".join([*name.split("/")[:-1], "response_last", name.split("/")[-1]]): value
             for name, value in row.items()
         }
         for row in planted.run_rows()
@@ -201,7 +205,7 @@ def test_cosines_are_those_of_the_stored_rows(snapshots: Path) -> None:
     found = Watched(pd.DataFrame(planted.run_rows()), snapshots).cosines
     assert found is not None
     assert (found.snapshot, found.site, found.position) == ("epoch=001", FINAL_POST_NORM, "prompt_last")
-    row = geometry_rows(pd.DataFrame(planted.run_rows()))[-1]
+    row = table_of(planted.run_rows()).iloc[-1]
     assert found.means["in_sample"].value == pytest.approx(row.mean_cosine_in_sample, abs=1e-6)
     assert found.means["leave_one_out"].value == pytest.approx(row.mean_cosine_leave_one_out, abs=1e-6)
     last = Watched(pd.DataFrame(planted.run_rows()), snapshots).rows

@@ -125,7 +125,8 @@ def test_memory_does_not_grow_with_the_number_of_pairs() -> None:
 
 
 def test_costs_are_one_pass_a_model_of_what_is_read(models: Checkpoints) -> None:
-    (cost,) = StateReading(n_pairs=4).costs(models)
+    cost, random = StateReading(n_pairs=4, n_random_updates=5).costs(models)
+    assert random.forwards == 1 + 2 * 5, "the base, and both forms"
     whole = sum(len(pair.ids.prompt_ids) for pair in models.pairs[:4])
     assert cost.forwards == 2
     assert 2 * whole < cost.tokens <= 2 * sum(len(part) for pair in models.pairs[:4] for part in pair.ids)

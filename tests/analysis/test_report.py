@@ -180,7 +180,7 @@ def test_the_command(
     make_run: Callable[..., Path], tmp_path: Path, arguments: list[str], code: int, words: str
 ) -> None:
     make_run()
-    done = run_script("analyze.py", *arguments, folder=tmp_path, timeout=120)
+    done = run_script("analyze.py", *arguments, folder=tmp_path)
     assert done.returncode == code, done.stderr
     said = done.stdout if code == 0 else done.stderr
     assert words in said

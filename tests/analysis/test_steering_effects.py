@@ -9,12 +9,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import t as student_t
 
 from analysis.figures import new_figure
 from analysis.steering_effects import (
     ABOVE,
     BELOW,
     COLLAPSED,
+    CONTROLS_COLLAPSED,
     EQUAL_KL,
     EQUAL_NORM,
     SAME,
@@ -34,24 +36,25 @@ def planted(*, better: float = 0.0, moves: float = 1.0, n_random: int = 4, seed:
     rng = np.random.default_rng(seed)
     difficulty = rng.uniform(5, 50, N)  # of a pair, shared by all vectors
     rows = []
-    for name in ["v*", *(f"random_{i + 1}" for i in range(n_random))]:
-        own, pace = (better, moves) if name == "v*" else (0.0, 1.0)
+    for draw in range(n_random + 1):
+        name = "random" if draw else "v*"
+        own, pace = (0.0, 1.0) if draw else (better, moves)
         noise = rng.normal(0, 0.02, N)
         for strength in LAMBDAS:
             kl = difficulty * (1 - strength * (0.1 + own + noise))
             odds = difficulty + strength * (1 + 10 * own + noise)
             away = (pace * strength) ** 2 * np.ones(N)
-            rows += [
-                ("interpolation", name, "layer_00", strength, f"p{i}", f"g{i // 2}", 10, kl[i], away[i], odds[i])
-                for i in range(N)
-            ]
+            where = "interpolation", name, draw, "layer_00"
+            rows += [(*where, strength, strength, f"p{i}", f"g{i // 2}", 10, kl[i], away[i], odds[i]) for i in range(N)]
     return pd.DataFrame(rows, columns=list(PAIR_COLUMNS))
 
 
-def text(share: float, *, unsteered: float = 0.0) -> pd.DataFrame:
+def text(share: float, *, unsteered: float = 0.0, p: float = 0.001, of: str = "v*") -> pd.DataFrame:
+    """Shares of degenerate completions, and the p-value of the exact test."""
+    found = [(0.0, "degeneration", unsteered), (1.0, "degeneration", share), (1.0, "degeneration_p", p)]
     rows = [
-        ("interpolation", "v*", "layer_00", strength, "degeneration", value, value - 0.25, value + 0.25, 8)
-        for strength, value in ((0.0, unsteered), (1.0, share))
+        ("interpolation", of, 0, "layer_00", strength, metric, value, math.nan, math.nan, 64)
+        for strength, metric, value in found
     ]
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
@@ -74,51 +77,62 @@ def test_a_planted_effect_is_found(better: float, verdict: str) -> None:
 
 
 def test_where_there_is_no_effect_most_are_not_distinguishable() -> None:
-    """95 % intervals over 20 prompts: about one verdict in twenty, or a little more, is wrong."""
+    """The error rate itself is that of tests/calibration."""
     verdicts = [one(steering_effects(planted(seed=seed), text(0.0), strength=1.0))["verdict"] for seed in range(12)]
     assert verdicts.count(SAME) >= 9
 
 
-def test_the_interval_is_that_of_a_loop_over_resamples() -> None:
+def test_the_interval_is_the_wider_of_a_further_draws_and_a_loop_over_resamples() -> None:
     """Whole prompts are drawn, the same for the vector and its controls; R is a ratio of sums."""
     pairs = planted(better=0.01)
     found = one(steering_effects(pairs, text(0.0), strength=1.0))
-    by = {key: part["kl"].to_numpy() for key, part in pairs.groupby(["vector", "lambda"])}
+    by = {key: part["kl"].to_numpy() for key, part in pairs.groupby(["draw", "lambda"])}
     prompts = pairs.drop_duplicates("pair_id")["prompt"].to_numpy()
     members = [np.flatnonzero(prompts == prompt) for prompt in np.unique(prompts)]
     rng = np.random.default_rng(5)
 
+    def recoveries(drawn: list[int]) -> np.ndarray:
+        start = by[0, 0.0][drawn].sum()
+        return np.array([1 - by[draw, 1.0][drawn].sum() / start for draw in range(5)])
+
     def difference(drawn: list[int]) -> float:
-        start = by["v*", 0.0][drawn].sum()
-        reached = [1 - by[f"random_{i + 1}", 1.0][drawn].sum() / start for i in range(4)]
-        return float(1 - by["v*", 1.0][drawn].sum() / start - np.mean(reached))
+        own, *random = recoveries(drawn)
+        return float(own - np.mean(random))
 
     draws = [
         difference([int(pair) for i in rng.integers(len(members), size=len(members)) for pair in members[i]])
         for _ in range(600)
     ]
-    assert found["difference"] == pytest.approx(difference(list(range(N))))
+    own, *random = recoveries(list(range(N)))
+    reach = student_t.ppf(0.975, 3) * np.std(random, ddof=1) * math.sqrt(1 + 1 / 4)
+    middle = own - np.mean(random)
+    assert found["difference"] == pytest.approx(middle)
     low, high = np.quantile(draws, [0.025, 0.975])
     width = high - low
-    assert found["ci_low"] == pytest.approx(low, abs=0.15 * width)
-    assert found["ci_high"] == pytest.approx(high, abs=0.15 * width)
+    assert found["ci_low"] == pytest.approx(min(low, middle - reach), abs=0.15 * width)
+    assert found["ci_high"] == pytest.approx(max(high, middle + reach), abs=0.15 * width)
+    assert (found["prediction_low"], found["prediction_high"]) == pytest.approx(
+        (np.mean(random) - reach, np.mean(random) + reach)
+    )
+    rank = 1 + sum(x >= own for x in random)
+    assert found["p_above"] == pytest.approx(rank / 5)
 
 
 def test_at_equal_kl_a_vector_that_moves_less_is_compared_with_shorter_random_ones() -> None:
-    """v moves the model half as far, (λ/2)²: random ones get there at KL ¼, a quarter of the way to λ = 1 by straight lines."""
+    """v moves the model half as far, (λ/2)²: random ones, whose KL is λ², get there at λ = ½, where they gain half as much."""
     effects = steering_effects(planted(moves=0.5), text(0.0), strength=1.0)
     found, at_norm = one(effects, "preference_odds", EQUAL_KL), one(effects, "preference_odds")
-    assert found["control_mean"] == pytest.approx(0.25 * at_norm["control_mean"])
-    assert found["value"] == at_norm["value"]
+    assert found["control_mean"] == pytest.approx(0.5 * at_norm["control_mean"])
+    assert found["value"] == pytest.approx(at_norm["value"])
     assert found["verdict"] == ABOVE
     assert found["difference"] > 10 * abs(at_norm["difference"])
 
 
 def test_what_random_vectors_never_reach_is_compared_where_they_get_to() -> None:
-    """v moves the model 81 times as far as they do at λ = 1, they get to 4 at λ = 2: there v is 4 / 81 of the way to λ = 1."""
+    """v moves the model 81 times as far as they do at λ = 1, they get to 4 at λ = 2: v is there at λ = √(4 / 81)."""
     effects = steering_effects(planted(moves=9.0), text(0.0), strength=1.0)
     found, at_norm = one(effects, "preference_odds", EQUAL_KL), one(effects, "preference_odds")
-    assert found["value"] == pytest.approx(4 / 81 * at_norm["value"])
+    assert found["value"] == pytest.approx(2 / 9 * at_norm["value"])
     assert found["control_mean"] == pytest.approx(2 * at_norm["control_mean"], rel=1e-6)
     assert found["kl_from_start"] == pytest.approx(4 / 10)
     assert at_norm["kl_from_start"] == pytest.approx(81 / 10)
@@ -135,13 +149,23 @@ def test_what_is_not_known_has_no_verdict() -> None:
 
 @pytest.mark.parametrize(
     ("share", "unsteered", "verdict"),
-    [(0.125, 0.0, COLLAPSED), (0.1, 0.0, ABOVE), (0.7, 0.5, ABOVE), (0.8, 0.5, COLLAPSED)],
+    [(0.125, 0.0, COLLAPSED), (0.1, 0.0, ABOVE), (0.8, 0.5, COLLAPSED)],
 )
 def test_broken_text_is_marked_and_not_compared(share: float, unsteered: float, verdict: str) -> None:
     found = one(steering_effects(planted(better=0.2), text(share, unsteered=unsteered), strength=1.0))
+    by_chance = steering_effects(planted(better=0.2), text(share, unsteered=unsteered, p=0.06), strength=1.0)
+    assert one(by_chance)["verdict"] == ABOVE
     assert found["verdict"] == verdict
     assert math.isnan(found["ci_low"]) == (verdict == COLLAPSED)
     assert (found["degeneration"], found["degeneration_unsteered"]) == (share, unsteered)
+
+
+def test_controls_whose_text_collapsed_are_compared_at_equal_kl_alone() -> None:
+    broken = pd.concat([text(0.0), text(0.5, of="random")])
+    effects = steering_effects(planted(better=0.2), broken, strength=1.0)
+    assert one(effects)["verdict"] == CONTROLS_COLLAPSED
+    assert math.isnan(one(effects)["ci_low"])
+    assert one(effects, "preference_odds", EQUAL_KL)["verdict"] == ABOVE
 
 
 def test_vectors_without_text_are_compared() -> None:

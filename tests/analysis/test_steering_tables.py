@@ -1,6 +1,7 @@
 """Tables of sweeps: λ = 0, resuming, settings that changed, damage, what is drawn from them; options that are refused."""
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from analysis.steering_directions import V_BAR, V_STAR, split_by_prompt
 from analysis.steering_panels import ceiling
 from analysis.steering_section import steering_section
 from analysis.steering_sweep import SteeringSweep
-from analysis.sweep_table import PAIRS, SETTINGS, TABLE, SweepTable, read_pairs, read_settings, read_sweep
+from analysis.sweep_table import COLUMNS, PAIRS, SETTINGS, TABLE, SweepTable, read_pairs, read_settings, read_sweep
 from tests.analysis.asked import checkpoints
 from tests.analysis.legible import assert_legible
 from tests.analysis.sweeps import Listener, make, make_small, run, values
@@ -42,18 +43,20 @@ def test_unsteered_rows_are_the_same_for_all_vectors(swept: SweepTable) -> None:
         for metric in ("kl", "top1_agreement"):
             found = values(of, metric, 0.0)
             assert found == pytest.approx([found[0]] * len(found), rel=1e-6)
-    assert set(table["vector"]) == {V_STAR, V_BAR, "random_1", "random_2"}
+    assert set(table["vector"]) == {V_STAR, V_BAR, "random"}
+    assert set(table[(table["vector"] == "random") & (table["metric"] == "recovery")]["draw"]) == {1, 2}
     assert set(table[table["vector"] == V_BAR]["site"]) == {FINAL_POST_NORM}
-    assert "random_2" not in set(table[table["metric"] == "degeneration"]["vector"]), "one random vector says something"
+    text = table[(table["metric"] == "degeneration") & (table["vector"] == "random")]
+    assert set(text["draw"]) == {0}, "draws share the prompts"
 
 
 def test_a_sweep_that_was_stopped_goes_on_to_the_same_table(asked_about: Checkpoints, tmp_path: Path) -> None:
     whole = run(make_small(asked_about), tmp_path / "whole")
     run(make_small(asked_about), tmp_path / "parts", n_units=4)
     with (tmp_path / "parts" / "sweep.csv").open("a") as file:
-        file.write("interpolation,v*,layer_00,0.5,reco")  # the process ended while it wrote
+        file.write("interpolation,v*,0,layer_00,0.5,reco")  # the process ended while it wrote
     with (tmp_path / "parts" / PAIRS).open("a") as file:
-        file.write("interpolation,v*,layer_00,0.5,memory/3,ab")
+        file.write("interpolation,v*,0,layer_00,0.5,2.5,memory/3,ab")
     parts = run(make_small(asked_about), tmp_path / "parts")
     for name in (TABLE, PAIRS):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -155,7 +158,7 @@ def test_the_section_is_drawn_from_the_tables_alone(swept: SweepTable) -> None:
     drawn = {line.get_color() for axes in section.figure.axes for line in axes.lines}
     assert not drawn & {COLOURS[arm] for arm in ("sft_chosen", "dpo_shuffled", "dpo_swapped")}, "a control's colour"
     assert len(section.sentences) == 7
-    assert "at λ = 1; the best of 2 random vectors" in section.sentences[0]
+    assert "at λ = 1; 95\u00a0% of random vectors there " in section.sentences[0]
     assert re.match(
         r"\d of 4 vectors and sites recover more than random ones when added; v\* at ", section.sentences[1]
     )
@@ -166,10 +169,10 @@ def test_the_section_is_drawn_from_the_tables_alone(swept: SweepTable) -> None:
     assert any("a logit bias, W_U v" in line for line in section.reading)
 
 
-@pytest.mark.parametrize("vector", [V_STAR, "random_1"])
+@pytest.mark.parametrize("vector", [V_STAR, "random"])
 def test_a_sweep_without_v_star_and_its_controls_yet_is_not_drawn(swept: SweepTable, vector: str) -> None:
     table, pairs = read_sweep(swept.path), read_pairs(swept.folder / PAIRS)
-    if vector == "random_1":
+    if vector == "random":
         table, pairs = (rows[~rows["vector"].str.startswith("random")] for rows in (table, pairs))
     else:
         table = table[(table["direction"] != "inversion")]
@@ -178,15 +181,15 @@ def test_a_sweep_without_v_star_and_its_controls_yet_is_not_drawn(swept: SweepTa
 
 def test_the_ceiling_is_the_first_strength_a_tenth_above_the_unsteered() -> None:
     rows = [
-        ("interpolation", V_STAR, "layer_00", x, "degeneration", y, y - 0.15, 1.0, 10)
-        for x, y in ((-1.0, 0.9), (0.0, 0.1), (1.0, 0.2), (2.0, 0.3), (3.0, 0.9))
+        ("interpolation", V_STAR, 0, "layer_00", x, metric, value, math.nan, math.nan, 64)
+        for x, y, p in ((-1.0, 0.9, 0.0), (0.0, 0.1, 1.0), (1.0, 0.2, 0.01), (2.0, 0.3, 0.01), (3.0, 0.9, 0.0))
+        for metric, value in (("degeneration", y), ("degeneration_p", p))
     ]
-    columns = ["direction", "vector", "site", "lambda", "metric", "value", "ci_low", "ci_high", "n"]
-    table = pd.DataFrame(rows, columns=columns)
+    table = pd.DataFrame(rows, columns=list(COLUMNS))
     assert ceiling(table, "interpolation", V_STAR, "layer_00") == 2.0
     assert ceiling(table[table["lambda"] < 2], "interpolation", V_STAR, "layer_00") is None
-    table.loc[table["lambda"] == 0, "value"] = 0.2  # broken anyway: 0.3 is within chance
-    assert ceiling(table, "interpolation", V_STAR, "layer_00") == 3.0
+    table.loc[(table["lambda"] == 2) & (table["metric"] == "degeneration_p"), "value"] = 0.2
+    assert ceiling(table, "interpolation", V_STAR, "layer_00") == 3.0, "what chance may do is no collapse"
 
 
 def test_zero_is_added_to_a_grid_without_it() -> None:

@@ -118,8 +118,15 @@ def test_the_figure_is_legible_and_its_section_whole(section: Section, n_layers:
     sources = [*sites, f"{RANDOM}1", OWN_LESS_OTHERS, OWN_LESS_RANDOM]
     table = pd.DataFrame([{"source": source, "site": site} for site in sites for source in sources])
     figures = [column for column in section.table if column not in table]
-    settings = {"n_estimation": 6, "n_test": 6, "n_random": 1, "position": "prompt_last", "aligned_change": 1.5}
-    drawn = transfer_section(table.assign(**dict.fromkeys(figures, -0.5)), settings)
+    settings = {
+        "n_estimation": 6,
+        "n_test": 6,
+        "n_random": {"layer_00": 1},
+        "position": "prompt_last",
+        "aligned_change": 1.5,
+    }
+    values = {name: "not distinguishable" if name.endswith("verdict") else -0.5 for name in figures}
+    drawn = transfer_section(table.assign(**values), settings)
     assert_legible(drawn)
     assert all((drawn.claim, drawn.interval, drawn.limits, drawn.headlines))
 

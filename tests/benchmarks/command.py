@@ -5,9 +5,9 @@ from subprocess import CompletedProcess
 from tests.processes import run_script
 
 
-def run_benchmark(name: str, *arguments: str, timeout: int = 240) -> CompletedProcess[str]:
+def run_benchmark(name: str, *arguments: str) -> CompletedProcess[str]:
     """``python benchmarks/NAME …`` with output captured."""
-    return run_script(f"benchmarks/{name}", *arguments, environment={"TILTMETER_SHARED": None}, timeout=timeout)
+    return run_script(f"benchmarks/{name}", *arguments, environment={"TILTMETER_SHARED": None})
 
 
 def result_of(output: str) -> dict[str, float]:

@@ -47,7 +47,7 @@ def test_quick_limit_ends_with_its_figure() -> None:
     assert done.returncode == 0, done.stderr
     result = result_of(done.stdout)
     assert list(result) == ["matmul_share", "share_of_torch_mm"]
-    assert 0.02 < result["matmul_share"] <= result["share_of_torch_mm"] < 1.5
+    assert 0 < result["matmul_share"] <= result["share_of_torch_mm"]
     for phase in ("collate", "mask", "forward: blocks", "forward: attention", "backward: head", "optimizer"):
         assert phase in done.stdout
 

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from tests.processes import HANGS
 from tiltmeter.scoring.scorer import Sample, Scores, mean_figure
 
 
@@ -55,5 +56,5 @@ class Held(Lengths):
     go: threading.Event = field(default_factory=threading.Event)
 
     def score(self, samples: Sequence[Sample]) -> Scores:
-        assert self.go.wait(30)
+        assert self.go.wait(HANGS)
         return super().score(samples)

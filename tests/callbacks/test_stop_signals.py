@@ -5,7 +5,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from callbacks import stop_signals
 from callbacks.stop_signals import SIGNALS, StopSignals
+from tests.processes import HANGS
 from tiltmeter.errors import Preempted
 
 
@@ -19,7 +21,10 @@ def signals() -> Iterator[StopSignals]:
     assert [signal.getsignal(number) for number in SIGNALS] == handlers
 
 
-def test_the_first_signal_is_kept_and_the_same_one_again_is_no_second(signals: StopSignals) -> None:
+def test_the_first_signal_is_kept_and_the_same_one_again_is_no_second(
+    signals: StopSignals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stop_signals, "SAME_SECONDS", HANGS)
     assert signals.code == 0
     signals.has_work = True
     for _ in range(2):
@@ -47,5 +52,5 @@ print("still here", flush=True)
 signal.raise_signal({number.value})
 print("never printed", flush=True)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=HANGS, check=False)
     assert (done.returncode, done.stdout) == (-number, "still here\n"), done.stderr

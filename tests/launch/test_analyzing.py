@@ -207,7 +207,7 @@ def test_a_judge_that_is_down_leaves_a_report_and_exit_code_3(tmp_path: Path, ru
         "judge.steps_file=null",
     )
     asking = (f"run={run}", "analysis=behaviour", *SMALL, *options)
-    done = run_script("analyze.py", *asking, folder=tmp_path, environment={"MY_KEY": CANARY}, timeout=120)
+    done = run_script("analyze.py", *asking, folder=tmp_path, environment={"MY_KEY": CANARY})
     assert done.returncode == 3, done.stderr
     assert "Traceback" not in done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("tiltmeter: ")]

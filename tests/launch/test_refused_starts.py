@@ -13,8 +13,9 @@ from tests.cli import logged, only_run, run_train
 from tests.processes import contents
 
 pytestmark = pytest.mark.slow
-RUN = ("data.n_prompts=60", "datamodule.val_pairs=8", "datamodule.probe_pairs=4", "datamodule.pairs_per_step=8") + (
-    "logger=csv", "callbacks=none", "trainer.max_steps=4", "last_checkpoint.every_n_train_steps=1", "checkpoint.save_top_k=0",
+RUN = (
+    "data.n_prompts=60", "datamodule.val_pairs=8", "datamodule.probe_pairs=4", "datamodule.pairs_per_step=8", "logger=csv",
+    "callbacks=none", "trainer.max_steps=4", "last_checkpoint.every_n_train_steps=1", "checkpoint.save_top_k=0",
 )  # fmt: skip
 
 
@@ -61,7 +62,18 @@ def earlier(run: Path) -> str:
         (("judge=local", "judge.judge.model=/nowhere", "callbacks=behaviour"), "no such folder: /nowhere"),
         (("trainer=fsdp", "trainer.accelerator=cpu", "trainer.precision=32-true"), "is one file, which a sharded run"),
     ],
-    ids=["settings", "order", "data", "probe", "fewer steps", "reference", "states", "completions", "judge", "strategy"],
+    ids=[
+        "settings",
+        "order",
+        "data",
+        "probe",
+        "fewer steps",
+        "reference",
+        "states",
+        "completions",
+        "judge",
+        "strategy",
+    ],
 )
 def test_a_refused_resume_changes_nothing(options: tuple[str, ...], reason: str, root: Path, run: Path) -> None:
     before = contents(run)

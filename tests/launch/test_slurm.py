@@ -70,7 +70,7 @@ def test_a_job_started_again_finds_its_newest_run_of_these_settings(
         ("2026-01-04", "77", other, True),
         ("2026-01-05", "78", config, True),
     ):
-        run = tmp_path / "runs" / "x" / day
+        run = tmp_path / "runs" / "x" / f"{day}_00-00-00"
         run.mkdir(parents=True)
         write_config(run, made_with)
         monkeypatch.setenv("SLURM_JOB_ID", job)
@@ -85,7 +85,7 @@ def test_a_job_started_again_finds_its_newest_run_of_these_settings(
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert (
         checkpoint_of_this_job(config)
-        == tmp_path / "runs" / "x" / "2026-01-02" / "checkpoints" / "last-step=000003.ckpt"
+        == tmp_path / "runs" / "x" / "2026-01-02_00-00-00" / "checkpoints" / "last-step=000003.ckpt"
     )
     monkeypatch.setenv("SLURM_JOB_ID", "79")
     assert checkpoint_of_this_job(config) is None

@@ -26,6 +26,7 @@ def test_wandb_is_asked_to_go_on_with_it(tmp_path: Path, monkeypatch: pytest.Mon
         raise RuntimeError("no server here")
 
     monkeypatch.setattr(wandb, "init", init)
+    monkeypatch.setattr("launch.wandb_logger._no_answer", lambda: None)
     (tmp_path / "wandb" / "run-20260101_090000-first111").mkdir(parents=True)
     logger, _ = open_wandb(run_dir=tmp_path, config={}, name="n", group="g", mode="online")
     assert logger is None

@@ -23,7 +23,7 @@ from tiltmeter.capture import (
 from tiltmeter.errors import UserError
 from tiltmeter.layers import all_sites, backbone, decoder_blocks, final_norm, unembedding
 from tiltmeter.log_probs import sequence_log_probs
-from tiltmeter.positions import POSITIONS, Position, Readings, readings
+from tiltmeter.positions import POSITIONS, Position, Readings, content_tokens, readings
 
 EVERYWHERE = (*all_sites(LAYERS), f"layer_{LAYERS - 1:02d}")
 LAYOUTS: tuple[Layout, ...] = ("shared_prefix", "concatenated")
@@ -94,10 +94,11 @@ def test_sites_are_hidden_states_of_hugging_face_at_real_tokens(family: str, lef
 def test_readings_do_not_depend_on_layout_padding_or_batch(family: str) -> None:
     model = make_model(family, torch.float64, "eager")
     pairs = random_pairs(4, seed=3)
+    content = content_tokens([pair.prompt_ids for pair in pairs])
 
     def read(chosen: Sequence[TokenizedPair], layout: Layout) -> dict[ReadPoint, Tensor]:
-        batch = collate_pairs(chosen, pair_index=range(len(chosen)), layout=layout)
-        found = read_hidden_states(model, batch, sites="all", positions=POSITIONS)
+        batch = collate_pairs(chosen, pair_index=[pairs.index(pair) for pair in chosen], layout=layout)
+        found = read_hidden_states(model, batch, sites="all", positions=POSITIONS, content=content)
         return {point: states.rows for point, states in found.items()}
 
     shared = read(pairs, "shared_prefix")
@@ -112,10 +113,11 @@ def test_readings_do_not_depend_on_layout_padding_or_batch(family: str) -> None:
 
 def test_joined_batches_give_the_same_rows_however_they_were_cut(llama: PreTrainedModel) -> None:
     pairs = random_pairs(5, seed=1)
+    content = content_tokens([pair.prompt_ids for pair in pairs])
 
     def read(order: list[int]) -> dict[ReadPoint, HiddenStates]:
         batch = collate_pairs([pairs[i] for i in order], pair_index=order)
-        return read_hidden_states(llama, batch, sites="all", positions=POSITIONS)
+        return read_hidden_states(llama, batch, sites="all", positions=POSITIONS, content=content)
 
     whole = join_hidden_states([read([0, 1, 2, 3, 4])])
     pieces = join_hidden_states([read([3, 1]), read([4]), read([2, 0])])

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.processes import ROOT
+from tests.processes import HANGS, ROOT
 from tests.tiltmeter.interrupted_saves import CONTENT, save, write_file, write_folder
 from tiltmeter.checkpoint_files import (
     MANIFEST,
@@ -154,7 +154,7 @@ def test_f6_killed_before_any_of_its_calls_a_save_leaves_a_valid_newest_one(
     for step in (3, 6):
         save(start, step, write=write)
     command = [sys.executable, "-m", "tests.tiltmeter.interrupted_saves", str(start), write.__name__]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=60)
+    subprocess.run(command, cwd=ROOT, check=True, timeout=HANGS)
     folders = sorted(tmp_path.glob("killed-*"), key=lambda path: int(path.name.partition("-")[2]))
     assert len(folders) > 15
     steps = []

@@ -1,6 +1,5 @@
 import re
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -175,10 +174,8 @@ def refused(spec: CausalLM) -> str:
     return str(caught.value)
 
 
-def test_a_hub_id_without_network_is_one_clear_line_and_quick() -> None:
-    started = time.perf_counter()
+def test_a_hub_id_without_network_is_one_clear_line() -> None:
     message = refused(CausalLM(name_or_path="nobody/nothing-of-this-name"))
-    assert time.perf_counter() - started < 5
     assert message.startswith("model.tokenizer: cannot load nobody/nothing-of-this-name from the Hugging Face hub")
     with pytest.raises(UserError, match=r"model\.name_or_path: cannot load nobody/nothing-of-this-name from"):
         CausalLM(name_or_path="nobody/nothing-of-this-name").build(make_tokenizer())

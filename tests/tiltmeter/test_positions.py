@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from tests.tiny_models import VOCAB, padded_left
+from tests.tiny_models import BOS, VOCAB, padded_left
 from tiltmeter.batch import (
     CHOSEN,
     LAYOUTS,
@@ -19,7 +19,7 @@ from tiltmeter.batch import (
     collate_pairs,
 )
 from tiltmeter.errors import UserError
-from tiltmeter.positions import POSITIONS, Position, check_position, divergence, readings
+from tiltmeter.positions import POSITIONS, Position, check_position, content_tokens, divergence, readings
 
 PAIRS = [
     TokenizedPair([1, 5, 9], [6, 2], [7, 8, 2]),  # part at once
@@ -77,8 +77,13 @@ def test_divergence_is_the_first_differing_token_of_both_sides(layout: Layout) -
     assert found.rejected_ids.tolist() == [7, 9]
 
 
-def tokens_and_places(batch: PreferenceBatch, position: Position) -> list[tuple[int, ...]]:
-    found = readings(batch, position)
+def places(pairs: list[TokenizedPair]) -> list[int | None]:
+    """Of the content tokens, by the pair_index of :func:`batch_of`."""
+    return [None] * 100 + content_tokens([pair.prompt_ids for pair in pairs])
+
+
+def tokens_and_places(batch: PreferenceBatch, position: Position, content: list[int | None]) -> list[tuple[int, ...]]:
+    found = readings(batch, position, content=content)
     owner = torch.arange(len(found)) if found.reading_of_row is None else found.reading_of_row
     columns = (found.pair_index[owner], found.sides[owner], batch.input_ids.flatten()[found.rows])
     return list(zip(*(c.tolist() for c in (*columns, batch.position_ids.flatten()[found.rows])), strict=True))
@@ -90,10 +95,11 @@ def test_both_layouts_and_both_paddings_read_the_same_tokens_in_the_same_order(
 ) -> None:
     batches = [batch_of(pairs, layout) for layout in ("shared_prefix", "concatenated")]
     batches += [padded_left(batch) for batch in batches]
-    expected = tokens_and_places(batches[0], position)
+    content = places(pairs)
+    expected = tokens_and_places(batches[0], position, content)
     for batch in batches:
-        assert tokens_and_places(batch, position) == expected
-        assert not (batch.segments.flatten()[readings(batch, position).rows] == PAD).any()
+        assert tokens_and_places(batch, position, content) == expected
+        assert not (batch.segments.flatten()[readings(batch, position, content=content).rows] == PAD).any()
 
 
 @given(pair_lists, st.sampled_from(LAYOUTS), st.randoms(use_true_random=False))
@@ -103,7 +109,7 @@ def test_pairs_that_only_fill_a_schedule_are_not_read(
     weights = [float(random.random() < 0.5) for _ in pairs]
     real = [100 + i for i, weight in enumerate(weights) if weight]
     for position in POSITIONS:
-        if position != "diverge":
+        if position not in ("diverge", "content"):
             found = readings(batch_of(pairs, layout, weights), position)
             assert sorted(set(found.pair_index.tolist())) == real
 
@@ -143,6 +149,53 @@ def test_what_cannot_be_read_is_refused() -> None:
     assert set(readings(alone, "response_mean").sides.tolist()) == {CHOSEN}
     with pytest.raises(UserError, match=r"positions: expected one of prompt_last, .* got 'first'"):
         check_position("first")
+
+
+def test_content_is_read_at_the_drawn_token_of_each_prompt_that_has_one() -> None:
+    content: list[int | None] = [None] * 100 + [1, None, 0]
+    for layout, rows in (("shared_prefix", [1, 16]), ("concatenated", [1, 12])):
+        found = readings(batch_of(PAIRS, layout), "content", content=content)  # type: ignore[arg-type]
+        assert found.rows.tolist() == rows
+        assert found.pair_index.tolist() == [100, 102]
+        assert found.sides.tolist() == [PROMPT, PROMPT]
+    with pytest.raises(UserError, match="content needs the place of each prompt's content token"):
+        readings(batch_of(PAIRS, "shared_prefix"), "content")
+
+
+TEMPLATE = ([BOS, 5, 6], [7, 8])
+PROMPTS = [[*TEMPLATE[0], *words, *TEMPLATE[1]] for words in ([20], [21, 22], [23, 24, 25], [26, 5, 27, 20])]
+"""Planted: BOS, markers and a template around words of their own; marker 5 also stands among the words."""
+
+
+def test_content_is_never_a_token_that_all_prompts_share_nor_the_last() -> None:
+    for seed in range(40):
+        for prompt, place in zip(PROMPTS, content_tokens(PROMPTS, seed=seed), strict=True):
+            assert place is not None
+            assert prompt[place] >= 20
+    assert content_tokens([[BOS, 5, 20], [BOS, 5, 21]]) == [None, None], "their own token is the last"
+    assert content_tokens([PROMPTS[0], PROMPTS[0]]) == [None, None], "one prompt twice shares all with itself"
+
+
+def test_every_content_token_is_drawn_by_some_seed_and_one_seed_draws_the_same_again() -> None:
+    drawn = [content_tokens(PROMPTS, seed=seed) for seed in range(200)]
+    assert {found[2] for found in drawn} == {3, 4, 5}
+    shares = [sum(found[2] == place for found in drawn) / 200 for place in (3, 4, 5)]
+    assert all(0.2 < share < 0.47 for share in shares)
+    assert drawn[7] == content_tokens(PROMPTS, seed=7)
+
+
+def test_content_depends_on_the_prompt_alone_not_on_its_place_or_number() -> None:
+    whole = content_tokens(PROMPTS)
+    order = [2, 0, 3, 1, 0]
+    assert content_tokens([PROMPTS[i] for i in order]) == [whole[i] for i in order]
+
+
+def test_a_prompt_that_lost_its_markers_to_truncation_makes_them_no_content() -> None:
+    many = [[BOS, 5, 20 + i, 7] for i in range(39)]
+    found = content_tokens([*many, [60, 61, 62]])
+    assert [prompt[place] for prompt, place in zip(many, found, strict=False) if place is not None] == list(
+        range(20, 59)
+    )
 
 
 def test_a_batch_without_a_reading_gives_an_empty_one() -> None:

@@ -73,7 +73,8 @@ def test_the_start_recovers_nothing_and_the_goal_everything(direction: Direction
     assert tuple(zero.recovery) == pytest.approx((0, 0, 0), abs=1e-12)
     assert tuple(one.recovery) == pytest.approx((1, 1, 1), abs=1e-12)
     assert tuple(one.kl) == pytest.approx((0, 0, 0), abs=1e-12)
-    assert tuple(one.agreement) == (1, 1, 1)
+    assert one.agreement.value == one.agreement.high == 1
+    assert one.agreement.low == pytest.approx(0.025 ** (1 / 5)), "five prompts that all agree are no certainty"
     assert 0 < half.recovery.value < 1
     assert beyond.recovery.value < 1
     assert start == zero

@@ -131,11 +131,11 @@ def test_a_file_gives_back_what_went_in(tmp_path: Path) -> None:
 def test_the_file_that_training_writes_is_read(tmp_path: Path) -> None:
     path = tmp_path / "steering.safetensors"
     metadata = {"what": "v*, mean of h_policy - h_base over the probe's pairs", "n_rows": "64", "steps_taken": "120"}
-    save_file({"layer_00": torch.ones(3), "layer_00@diverge": torch.zeros(3)}, path, metadata=metadata)
+    save_file({"layer_00": torch.ones(3), "diverge/layer_00": torch.zeros(3)}, path, metadata=metadata)
     found = load_vectors(path)
     assert {name: (v.site, v.position) for name, v in found.items()} == {
         "layer_00": ("layer_00", "prompt_last"),
-        "layer_00@diverge": ("layer_00", "diverge"),
+        "diverge/layer_00": ("layer_00", "diverge"),
     }
     v = found["layer_00"]
     assert v.made == metadata["what"]
@@ -166,7 +166,7 @@ def test_the_file_of_the_callback_itself_is_read(tmp_path: Path, monkeypatch: py
     [
         ({"layer_00": torch.ones(3)}, {}, "expected steering vectors and how they were made, found something else"),
         ({"lm_head.weight": torch.ones(3, 3)}, {"format": "pt"}, "expected steering vectors"),
-        ({"layer_00@nowhere": torch.ones(3)}, {"what": "v*"}, "expected steering vectors"),
+        ({"nowhere/layer_00": torch.ones(3)}, {"what": "v*"}, "expected steering vectors"),
         ({"layer_00": torch.ones(3, 3)}, {"what": "v*"}, "layer_00: expected one row of float32"),
         ({"layer_00": torch.full((3,), math.nan)}, {"what": "v*"}, "layer_00: expected finite values"),
         ({"a": torch.ones(3)}, {"steering_vectors": "{"}, "expected steering vectors"),

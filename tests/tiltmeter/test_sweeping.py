@@ -16,7 +16,7 @@ from tiltmeter.layers import FINAL_POST_NORM, FINAL_PRE_NORM, all_sites, decoder
 from tiltmeter.log_probs import model_inputs
 from tiltmeter.packing import use_packed_attention
 from tiltmeter.steering import Intervention, steer
-from tiltmeter.sweeping import steered_logits, sweep_cost
+from tiltmeter.sweeping import SteeredSums, steered_logits, steered_sums, sweep_cost
 
 DEPTH = 3
 SITES = (*all_sites(DEPTH), f"layer_{DEPTH - 1:02d}")
@@ -193,3 +193,31 @@ def test_tokens_that_do_not_exist_are_refused() -> None:
         log_probs(model, batch, site="layer_00", shifts=make_shifts(), tokens="nwe")
     with pytest.raises(ValueError, match=r"a mask of \[1, 2\]"):
         log_probs(model, batch, site="layer_00", shifts=make_shifts(), tokens=torch.ones(1, 2, dtype=torch.bool))
+
+
+def summed(model: PreTrainedModel, batch: PreferenceBatch, goal: Tensor, **options: Any) -> SteeredSums:
+    parts = list(steered_sums(model, batch, goal_logits=lambda some: goal[some], **options))
+    return SteeredSums(*(torch.cat(columns, dim=-1) for columns in zip(*parts, strict=True)))
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 60.0], ids=["small", "usual", "far"])
+@pytest.mark.parametrize("site", [FINAL_POST_NORM, FINAL_PRE_NORM, "layer_00"])
+@pytest.mark.parametrize(("family", "dtype"), [("llama", torch.float64), ("cohere", torch.float32), ("gemma2", None)])
+def test_sums_are_those_of_the_logits(
+    family: str, dtype: torch.dtype | None, site: str, size: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Log-probs and KL by log_softmax of each vector's logits in float64; far vectors leave next to nothing of what was likely."""
+    monkeypatch.setattr("tiltmeter.sweeping._HIDDEN_AT_A_TIME", 2 * WIDTH * 60)
+    model, batch = make(family, dtype or torch.float32), make_batch(4)
+    shifts = (size * make_shifts()).to(dtype or torch.float32)
+    goal = 3 * torch.randn(len(batch.target_ids), model.config.vocab_size, generator=torch.Generator().manual_seed(4))
+    found = summed(model, batch, goal, site=site, shifts=shifts, tokens="new")
+    logits = together(model, batch, site=site, shifts=shifts, tokens="new").double().log_softmax(-1)
+    q, p = goal.double().log_softmax(-1), logits[2]
+    exact = dtype == torch.float64
+    close = {"rtol": 1e-9, "atol": 1e-9} if exact else {"rtol": 1e-4, "atol": 2e-5}
+    ids = batch.target_ids.expand(len(shifts), -1)[..., None]
+    assert_close(found.log_probs, logits.gather(-1, ids)[..., 0], **close)
+    assert_close(found.kl_from_goal, (q.exp() * (q - logits)).sum(-1), **close)
+    assert_close(found.kl_from_start, (p.exp() * (p - logits)).sum(-1), **close)
+    assert found.targets.tolist() == list(range(len(batch.target_ids)))

@@ -1,41 +1,82 @@
-"""Text that is broken whatever it says: empty, cut off, or the same words again and again."""
+"""Text that is broken whatever it says: empty, cut off, or the same words, characters or tokens again and again."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Hashable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Literal
 
 from tiltmeter.errors import UserError
 from tiltmeter.generation import Completion
 from tiltmeter.scoring.scorer import Sample, Scores, mean_figure
 
-NGRAM = 4
+Rule = Literal["words", "characters", "tokens"]
+NGRAMS: Mapping[Rule, int] = MappingProxyType({"words": 4, "characters": 20, "tokens": 8})
+"""Length of the n-grams that are counted, long enough that ordinary text hardly repeats one (docs/scorers.md has the shares)."""
+
+_SPACELESS = (  # Thai, Lao, Tibetan, Burmese, Khmer, kana, Han
+    r"\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f"
+    r"\U00020000-\U0003ffff"
+)
+_CHARACTER = re.compile(f"[{_SPACELESS}]")
+_WORD = re.compile(rf"[{_SPACELESS}]|[^\s{_SPACELESS}]+")
 
 
-def repeated_share(text: str, *, n: int = NGRAM) -> float:
-    """Share of a text's n-grams of words that were there before: 1 − distinct / all, 0 … 1; 0 where there are none.
+def repeated_ngrams(units: Sequence[Hashable], n: int) -> float:
+    """Share of the n-grams of a sequence that were there before: 1 − distinct / all, 0 … 1; 0 where there are none.
 
-    Words are what stands between white space, in lower case (Welleck et al. 2020, arXiv 1908.04319, ``seq-rep-n``, over words
-    instead of tokens, so that models with other tokenizers compare). A text without spaces is one word and never repeats.
+    ``seq-rep-n`` of Welleck et al. 2020 (arXiv 1908.04319).
 
-    >>> repeated_share("no no no no no no")
+    >>> repeated_ngrams("aaaaaa", 4)
     0.6666666666666667
-    >>> repeated_share("Rain falls on the roof.")
-    0.0
     """
-    words = text.lower().split()
-    grams = list(zip(*(words[at:] for at in range(n)), strict=False))
+    grams = list(zip(*(units[at:] for at in range(n)), strict=False))
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def repeated_shares(text: str, ids: Sequence[int] = ()) -> dict[Rule, float]:
+    """Share of n-grams that were there before, by what they are made of; lengths: :data:`NGRAMS`.
+
+    - ``words``: what stands between white space, in lower case; in scripts without spaces every character is one, and where
+      most are, n is doubled, since a word has about two.
+    - ``characters``: in lower case, any white space one space.
+    - ``tokens``: the model's own.
+
+    Args:
+        ids: token ids; empty: not known, share 0.
+    """
+    words = _WORD.findall(text.lower())
+    n_spaceless = sum(_CHARACTER.match(word) is not None for word in words)
+    n = NGRAMS["words"] * (2 if 2 * n_spaceless > len(words) else 1)
+    return {
+        "words": repeated_ngrams(words, n),
+        "characters": repeated_ngrams(" ".join(text.lower().split()), NGRAMS["characters"]),
+        "tokens": repeated_ngrams(ids, NGRAMS["tokens"]),
+    }
+
+
+def repeated_share(text: str, ids: Sequence[int] = ()) -> float:
+    """Largest of :func:`repeated_shares`: how much of a text is repetition, whatever its script, 0 … 1.
+
+    >>> repeated_share("no no no no no no"), repeated_share("Rain falls on the roof."), repeated_share("No.")
+    (0.6666666666666667, 0.0, 0.0)
+    >>> round(repeated_share("!" * 200), 2), round(repeated_share("的" * 50), 2), round(repeated_share("<unk>" * 40), 2)
+    (0.99, 0.98, 0.97)
+    """
+    return max(repeated_shares(text, ids).values())
 
 
 class DegenerationScorer:
     """Figures of both models: ``degeneration`` and what it is made of.
 
-    - ``degeneration``: share of completions that are empty or repeat more than ``max_repetition`` of their 4-grams.
-    - ``repetition_4gram``: mean share of repeated 4-grams, see :func:`repeated_share`.
+    - ``degeneration``: share of completions that are empty or, by any rule, repeat more than ``max_repetition`` of their n-grams.
+    - ``degeneration_words``, ``…_characters``, ``…_tokens``: share of completions at which that rule fired, see
+      :func:`repeated_shares`; a completion can break several.
+    - ``repetition_4gram``: mean share of repeated n-grams of words.
     - ``empty``, ``cut``: share of completions without anything to read, and of those cut at the token limit.
     - ``length``: mean length in tokens, the end-of-sequence token not counted.
 
     Args:
-        max_repetition: share of repeated 4-grams above which a completion counts as degenerate, 0 … 1.
+        max_repetition: share of repeated n-grams above which a completion counts as degenerate, 0 … 1.
     """
 
     is_slow = False
@@ -44,7 +85,7 @@ class DegenerationScorer:
         if not 0 <= max_repetition <= 1:
             raise UserError(f"degeneration.max_repetition: expected a share from 0 to 1, got {max_repetition}")
         self.max_repetition = max_repetition
-        self.name = f"degeneration max_repetition={max_repetition:g}"
+        self.name = f"degeneration max_repetition={max_repetition:g} words, characters, tokens"
 
     def start(self) -> None:
         """Nothing is needed."""
@@ -58,14 +99,18 @@ class DegenerationScorer:
             for name in _FIGURES:
                 values = [row[name] for row in rows]
                 scores.columns[f"{name}/{of}"] = values
-                scores.figures.append(mean_figure(name, of, values, samples, scorer=self.name))
+                scores.figures.append(
+                    mean_figure(name, of, values, samples, scorer=self.name, is_share=name != "length")
+                )
         return scores
 
     def _figures(self, completion: Completion) -> dict[str, float]:
-        repetition = repeated_share(completion.text)
+        shares = repeated_shares(completion.text, completion.ids[: completion.n_tokens])
+        fired = [share > self.max_repetition for share in shares.values()]
         found = (
-            completion.is_empty or repetition > self.max_repetition,
-            repetition,
+            completion.is_empty or any(fired),
+            *fired,
+            shares["words"],
             completion.is_empty,
             completion.is_cut,
             completion.n_tokens,
@@ -73,4 +118,4 @@ class DegenerationScorer:
         return dict(zip(_FIGURES, map(float, found), strict=True))
 
 
-_FIGURES = ("degeneration", "repetition_4gram", "empty", "cut", "length")
+_FIGURES = ("degeneration", *(f"degeneration_{rule}" for rule in NGRAMS), "repetition_4gram", "empty", "cut", "length")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tiltmeter.errors import UserError
+from tiltmeter.errors import FailedWrite, UserError
 from tiltmeter.files import write_json
 from tiltmeter.scoring.answers import Answer, reminded
 from tiltmeter.scoring.judge import Judge, Question
@@ -63,7 +63,10 @@ class EvaluationSteps:
             return
         self._ask(lacking)
         if self._file is not None and any(criterion in self.found for criterion in lacking):
-            write_json(self._file, self._stored | {name: self._record(name) for name in self.found})
+            try:
+                write_json(self._file, self._stored | {name: self._record(name) for name in self.found})
+            except FailedWrite as error:
+                warnings.warn(f"geval: {error}; evaluation steps are asked for again next time", stacklevel=3)
         for criterion in lacking:
             if criterion in self.missing:
                 why = self.missing[criterion]

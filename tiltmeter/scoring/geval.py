@@ -125,7 +125,7 @@ class GEvalScorer:
             means = [sum(values) / len(values) for values in zip(*columns, strict=True)]  # NaN if one is missing
             scorer = f"{self.name}, mean of {', '.join(self.criteria)}"
             scores.figures.append(
-                mean_figure(name, side, means, samples, scorer=scorer, max_missing=self.max_missing_rate)
+                mean_figure(name, side, means, samples, scorer=scorer, is_share=True, max_missing=self.max_missing_rate)
             )
         return scores
 
@@ -154,9 +154,23 @@ class GEvalScorer:
             low = [mass if math.isnan(mass) else float(mass < LOW_MASS) for mass in masses]
             scores.figures.extend(
                 [
-                    mean_figure(name, side, values[side], samples, scorer=scorer, max_missing=self.max_missing_rate),
                     mean_figure(
-                        f"{self.prefix}_low_mass/{criterion}", side, low, samples, scorer=scorer, max_missing=1.0
+                        name,
+                        side,
+                        values[side],
+                        samples,
+                        scorer=scorer,
+                        is_share=True,
+                        max_missing=self.max_missing_rate,
+                    ),
+                    mean_figure(
+                        f"{self.prefix}_low_mass/{criterion}",
+                        side,
+                        low,
+                        samples,
+                        scorer=scorer,
+                        is_share=True,
+                        max_missing=1.0,
                     ),
                     *missing_figures(name, side, [answer.failure for answer in found], scorer=scorer),
                 ]

@@ -121,7 +121,9 @@ class WinRateScorer:
         for side, said in replies.items():
             empty = [float(reply.is_empty) for reply in said]
             scores.figures.append(
-                mean_figure(f"{self.prefix}_empty", side, empty, samples, scorer="no text but white space")
+                mean_figure(
+                    f"{self.prefix}_empty", side, empty, samples, scorer="no text but white space", is_share=True
+                )
             )
         return scores
 
@@ -145,7 +147,9 @@ class WinRateScorer:
 
         def share(figure: str, of: Sequence[tuple[float, Sample]], *, max_missing: float) -> None:
             shares, whose = [value for value, _ in of], [sample for _, sample in of]
-            scores.figures.append(mean_figure(figure, "both", shares, whose, scorer=self.name, max_missing=max_missing))
+            scores.figures.append(
+                mean_figure(figure, "both", shares, whose, scorer=self.name, is_share=True, max_missing=max_missing)
+            )
 
         pairs = list(zip(verdicts, samples, strict=True))
         asked = [(verdict, sample) for verdict, sample in pairs if verdict.judgements]

@@ -16,9 +16,9 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.text import SacreBLEUScore
 
-from tiltmeter.stats.bootstrap import Interval, cluster_interval
 from tiltmeter.errors import UserError
 from tiltmeter.scoring.scorer import MAX_MISSING_SHARE, Figure, Sample, Scores, mean_figure
+from tiltmeter.stats.jackknife import Interval, jackknife_interval
 
 BLEU_SIGNATURE = f"bleu|nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|torchmetrics:{torchmetrics.__version__}"
 """As sacrebleu writes it; the last part names the code that counts."""
@@ -172,7 +172,9 @@ class OverlapScorer:
             for name in _ROUGE:
                 values = [getattr(rouge, name) for rouge in found]
                 scores.columns[f"{name}{suffix}/{of}"] = values
-                scores.figures.append(mean_figure(name + suffix, of, values, samples, scorer=ROUGE_SIGNATURE))
+                scores.figures.append(
+                    mean_figure(name + suffix, of, values, samples, scorer=ROUGE_SIGNATURE, is_share=True)
+                )
         return scores
 
     def _bleu(
@@ -189,7 +191,7 @@ class OverlapScorer:
         if rows and n_missing <= MAX_MISSING_SHARE * len(samples):
             counts = bleu_counts([said[row] for row in rows], [references[row] for row in rows])
             groups = [samples[row].group for row in rows]
-            interval = cluster_interval(lambda weights: bleu_of_counts(weights @ counts), groups)
+            interval = jackknife_interval(lambda weights: bleu_of_counts(weights @ counts), groups)
         return Figure(name, of, *interval, len(rows), n_missing, BLEU_SIGNATURE)
 
 

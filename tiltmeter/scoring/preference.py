@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from tiltmeter.stats.bootstrap import cluster_interval
 from tiltmeter.errors import UserError
 from tiltmeter.scoring.scorer import MAX_MISSING_SHARE, Figure, Scores, grouped_mean_figure
+from tiltmeter.stats.jackknife import jackknife_interval
 
 SCORER = "implicit reward"
 
@@ -64,15 +64,21 @@ def preference_scores(
         "logp_drift_chosen": list(drift_chosen),
         "logp_drift_rejected": list(drift_rejected),
     }
-    figures = [grouped_mean_figure(name, "both", column, groups, scorer=SCORER) for name, column in columns.items()]
-    for source in sorted(set(labels)) if len(set(labels)) > 1 else []:
-        rows = [i for i, label in enumerate(labels) if label == source]
-        figures += [
-            grouped_mean_figure(
-                f"{name}/{source}", "both", [column[i] for i in rows], [groups[i] for i in rows], scorer=SCORER
-            )
-            for name, column in columns.items()
-        ]
+    parts = {"": list(range(n))}
+    if len(set(labels)) > 1:
+        parts |= {f"/{s}": [i for i, label in enumerate(labels) if label == s] for s in sorted(set(labels))}
+    figures = [
+        grouped_mean_figure(
+            name + suffix,
+            "both",
+            [column[i] for i in rows],
+            [groups[i] for i in rows],
+            scorer=SCORER,
+            is_share=name in ("preference_accuracy", "preference_ties"),
+        )
+        for suffix, rows in parts.items()
+        for name, column in columns.items()
+    ]
     return Scores(figures, columns)
 
 
@@ -127,7 +133,7 @@ def kl_figures(
     if not counted or n_missing > MAX_MISSING_SHARE * len(differences):
         return [whole, Figure("kl_per_token", "both", math.nan, math.nan, math.nan, len(counted), n_missing, scorer)]
     sums, counts = (torch.tensor([one[i] for one in counted], dtype=torch.float64) for i in range(2))
-    interval = cluster_interval(lambda drawn: drawn @ sums / (drawn @ counts), [group for _, _, group in counted])
+    interval = jackknife_interval(lambda drawn: drawn @ sums / (drawn @ counts), [group for _, _, group in counted])
     return [whole, Figure("kl_per_token", "both", *interval, len(counted), n_missing, scorer)]
 
 

@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tiltmeter.stats.bootstrap import cluster_interval
 from tiltmeter.scoring.scorer import MAX_MISSING_SHARE, Figure, Scores, Side, grouped_mean_figure
+from tiltmeter.stats.jackknife import jackknife_interval
 
 SCORER = "teacher-forced log-probs"
 
@@ -113,6 +113,6 @@ def perplexity_figure(
     if not read or n_missing > MAX_MISSING_SHARE * len(log_probs):
         return Figure("perplexity", of, math.nan, math.nan, math.nan, len(read), n_missing, SCORER)
     sums, counts = (torch.tensor([one[i] for one in read], dtype=torch.float64) for i in range(2))
-    nats = cluster_interval(lambda drawn: -(drawn @ sums) / (drawn @ counts), [group for _, _, group in read])
+    nats = jackknife_interval(lambda drawn: -(drawn @ sums) / (drawn @ counts), [group for _, _, group in read])
     value, low, high = torch.tensor(nats, dtype=torch.float64).exp().tolist()
     return Figure("perplexity", of, value, low, high, len(read), n_missing, SCORER)

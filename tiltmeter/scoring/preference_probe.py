@@ -17,8 +17,9 @@ from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyp
 from sklearn.model_selection import GroupKFold  # type: ignore[import-untyped]
 from torch import Tensor
 
-from tiltmeter.stats.bootstrap import Interval, cluster_mean_interval
 from tiltmeter.scoring.scorer import MAX_MISSING_SHARE, Figure, Side
+from tiltmeter.stats.jackknife import Interval
+from tiltmeter.stats.proportions import share_interval
 
 N_FOLDS = 5
 N_FLIPS = 50
@@ -72,7 +73,7 @@ def preference_probe(
     splits = list(GroupKFold(n_folds, shuffle=True, random_state=seed).split(rows, groups=groups))
     rng = np.random.default_rng(seed)
     hits = _out_of_fold(rows, splits, rng)
-    accuracy = cluster_mean_interval(hits.astype(float).tolist(), groups)
+    accuracy = share_interval(hits.astype(float).tolist(), groups)
     flips = np.array(
         [_out_of_fold(rows * rng.choice([-1.0, 1.0], (len(rows), 1)), splits, rng).mean() for _ in range(n_flips)]
     )

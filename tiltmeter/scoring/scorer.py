@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
-from tiltmeter.stats.bootstrap import cluster_mean_interval
 from tiltmeter.generation import Completion
+from tiltmeter.stats.jackknife import cluster_mean_interval
+from tiltmeter.stats.proportions import share_interval
 
 Side = Literal["policy", "base", "both"]
 SCORED_STEP = "behaviour/of_steps_taken"
@@ -30,7 +31,7 @@ class Sample:
     base: Completion
     policy: Completion
     group: str
-    """Samples of equal group (prompt) are drawn together when intervals are resampled."""
+    """Samples of equal group (prompt) are not independent: intervals are over groups."""
     index: int = 0
     """Which of several completions of the prompt, from 0."""
     attributes: Mapping[str, str | int | float | bool] = field(default_factory=dict)
@@ -96,19 +97,22 @@ def mean_figure(
     samples: Sequence[Sample],
     *,
     scorer: str,
+    is_share: bool = False,
     max_missing: float | None = None,
 ) -> Figure:
-    """Mean over the samples that have a score (not NaN), with a bootstrap interval over prompts.
+    """Mean over the samples that have a score (not NaN), with a 95 % interval over prompts.
 
     Args:
         values: one a sample.
+        is_share: whether values lie in 0 … 1 (yes or no, a tie as half, a probability): :func:`share_interval` is then the
+            interval, else :func:`cluster_mean_interval`.
         max_missing: share of missing scores above which the figure is NaN; None: :data:`MAX_MISSING_SHARE`.
 
     >>> mean_figure("toxicity", "policy", [math.nan], [Sample("a", "", "", *[Completion("", 0, False)] * 2, "a")], scorer="x").value
     nan
     """
     groups = [sample.group for sample in samples]
-    return grouped_mean_figure(name, of, values, groups, scorer=scorer, max_missing=max_missing)
+    return grouped_mean_figure(name, of, values, groups, scorer=scorer, is_share=is_share, max_missing=max_missing)
 
 
 def grouped_mean_figure(
@@ -118,6 +122,7 @@ def grouped_mean_figure(
     groups: Sequence[str],
     *,
     scorer: str,
+    is_share: bool = False,
     max_missing: float | None = None,
 ) -> Figure:
     """:func:`mean_figure` of values that come with the name of their group alone: pairs, or questions of a benchmark."""
@@ -126,7 +131,8 @@ def grouped_mean_figure(
     n_missing = len(values) - len(scored)
     if not scored or n_missing > limit * len(values):
         return Figure(name, of, math.nan, math.nan, math.nan, len(scored), n_missing, scorer)
-    interval = cluster_mean_interval([value for value, _ in scored], [group for _, group in scored])
+    interval_of = share_interval if is_share else cluster_mean_interval
+    interval = interval_of([value for value, _ in scored], [group for _, group in scored])
     return Figure(name, of, *interval, len(scored), n_missing, scorer)
 
 

@@ -174,7 +174,10 @@ class TruthfulQA:
         groups = [question.question for question in self.questions]
         n_cut = sum(asked.n_cut)
         scorer = self.name + (f", {n_cut} prompts cut on the left" if n_cut else "")
-        figures = [grouped_mean_figure(name, of, values, groups, scorer=scorer) for name, values in columns.items()]
+        figures = [
+            grouped_mean_figure(name, of, values, groups, scorer=scorer, is_share=True)
+            for name, values in columns.items()
+        ]
         return Scores(figures, columns | {f"truthfulqa_prompt_cut{self._suffix}": [float(n) for n in asked.n_cut]})
 
     @property

@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tiltmeter.stats.bootstrap import Interval, cluster_interval, cluster_mean_interval
 from tiltmeter.scoring.scorer import MAX_MISSING_SHARE, Figure
+from tiltmeter.stats.jackknife import LOG_ODDS, Interval, cluster_mean_interval, jackknife_interval
+from tiltmeter.stats.proportions import share_interval
 
 LENGTH_EFFECT_VARIANCE = 10.0
 """Of the normal prior of the length effect, in squared log-odds. Wide, it only keeps the effect finite where longer always wins."""
@@ -28,7 +29,7 @@ def win_rate_figures(
     scorer: str,
     max_missing: float = MAX_MISSING_SHARE,
 ) -> list[Figure]:
-    """All figures of one comparison, with 95 % intervals by bootstrap over prompts.
+    """All figures of one comparison, with 95 % intervals over prompts.
 
     ============================ ====================================================================
     ``<name>``                   (wins + ties / 2) / verdicts
@@ -39,7 +40,7 @@ def win_rate_figures(
 
     Args:
         verdicts: 1 the candidate is better, 0.5 tie, 0 worse, NaN missing.
-        clusters: prompt of each; verdicts on one prompt are drawn together.
+        clusters: prompt of each; verdicts on one prompt are not independent.
         length_differences: candidate less opponent, in any unit.
         max_missing: share of missing verdicts above which figures of verdicts are NaN.
 
@@ -63,9 +64,7 @@ def win_rate_figures(
     differences = np.asarray(length_differences, dtype=np.float64)
     enough = n > 0 and n_missing <= max_missing * len(y)
     shares = {"": y[valid]} | {f"_{what}": (y[valid] == worth) * 1.0 for what, worth in _OUTCOMES.items()}
-    found = {
-        end: cluster_mean_interval(values.tolist(), kept) if enough else _NOTHING for end, values in shares.items()
-    }
+    found = {end: share_interval(values.tolist(), kept) if enough else _NOTHING for end, values in shares.items()}
     found["_length_controlled"] = (
         length_controlled(y[valid].tolist(), kept, differences[valid].tolist()) if enough else _NOTHING
     )
@@ -81,8 +80,8 @@ def length_controlled(
 
     Δ is the length difference, s its standard deviation, a tie half a win. The form of AlpacaEval's length control
     (arXiv 2404.04475) without its term for how hard each instruction is, which is known for its own instructions only.
-    b₁ has a normal prior of variance :data:`LENGTH_EFFECT_VARIANCE`, b₀ none; everything, s too, is taken anew in each
-    resample.
+    b₁ has a normal prior of variance :data:`LENGTH_EFFECT_VARIANCE`, b₀ none; everything, s too, is taken anew
+    where a prompt is left out for the interval.
 
     Returns:
         NaN where one side is longer in every pair: equal lengths were then never seen, only guessed at.
@@ -96,7 +95,9 @@ def length_controlled(
     estimate = partial(_equal_length_win_rates, y, delta)
     if math.isnan(float(estimate(torch.ones(1, len(y), dtype=torch.float64))[0])):
         return _NOTHING
-    return cluster_interval(estimate, clusters)
+    if len(set(verdicts)) == 1:  # nothing that length could explain
+        return share_interval(verdicts, clusters)
+    return jackknife_interval(estimate, clusters, scale=LOG_ODDS)
 
 
 def _equal_length_win_rates(

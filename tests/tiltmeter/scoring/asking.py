@@ -14,7 +14,7 @@ def question(text: str = "Is it good?", **changes: Any) -> Question:
 
 def judge(stub: StubEndpoint, *, waits: list[float] | None = None, **arguments: Any) -> EndpointJudge:
     """A judge that waits for nothing, and notes in ``waits`` how long it would have waited."""
-    made = EndpointJudge("stub", **{"base_url": stub.base_url, "allow_local": True, "time_limit": 20.0} | arguments)
+    made = EndpointJudge("stub", **{"base_url": stub.base_url, "allow_local": True, "time_limit": 600.0} | arguments)
 
     async def note(seconds: float) -> None:
         if waits is not None:

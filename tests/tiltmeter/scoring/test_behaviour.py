@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
+from tests.processes import HANGS
 from tests.tiltmeter.test_generation import make_prompts, spelling
 from tests.tiny_models import make_model
 from tiltmeter.errors import UserError
@@ -41,7 +42,7 @@ class Waits:
     def start(self) -> None: ...
 
     def score(self, samples: Sequence[Sample]) -> Scores:
-        self.go.wait(20)
+        self.go.wait(HANGS)
         self.seen.append(len(samples))
         return Scores([figure("slow", float(len(samples)))])
 
@@ -98,7 +99,7 @@ def test_slow_scorers_answer_in_order_and_never_hold_anyone_up() -> None:
     assert beside.take() == []
     assert beside.wait(0.05) == 2
     slow.go.set()
-    assert beside.wait(20.0) == 0
+    assert beside.wait(HANGS) == 0
     assert [(s.step, s.scores.figures[0].value) for s in beside.take()] == [(0, 1.0), (9, 2.0)]
     assert beside.take() == []
 

@@ -2,13 +2,13 @@
 
 import re
 import threading
-import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
 import pytest
 
+from tests.processes import HANGS
 from tests.tiltmeter.scoring.asking import echo, judge, question
 from tests.tiltmeter.scoring.stub_endpoint import (
     Fault,
@@ -127,20 +127,22 @@ def test_nobody_there() -> None:
 
 def test_a_slow_answer_is_a_timeout_and_counts_as_spent() -> None:
     with StubEndpoint(always=slow(30)) as stub:
-        asked = judge(stub, request_timeout=0.1, max_retries=1)
-        assert asked.ask([question()]) == [Reply(failure="timeout", reason="no answer within 0.1 s")]
+        asked = judge(stub, request_timeout=1.0, max_retries=1)
+        assert asked.ask([question()]) == [Reply(failure="timeout", reason="no answer within 1 s")]
         assert len(stub.requests) == 2
         assert asked.usage.prompt_tokens > 2 * len("Is it good?")
 
 
 def test_after_the_time_limit_there_is_what_there_is() -> None:
-    with StubEndpoint(echo, faults=[None, None], always=slow(60)) as stub:
-        asked = judge(stub, time_limit=0.7, concurrency=2)
-        replies = asked.ask([question(str(i)) for i in range(6)])
-        assert [reply.failure for reply in replies].count("timeout") == 4
+    for limit in (0.7, 7.0, 70.0):  # the first is enough for two answers where the machine does nothing else
+        with StubEndpoint(echo, faults=[None, None], always=slow(HANGS)) as stub:
+            replies = judge(stub, time_limit=limit, concurrency=2).ask([question(str(i)) for i in range(6)])
         for i, reply in enumerate(replies):
             assert reply.failure == "timeout" or reply.texts == (f"about {i}",)
         assert {reply.reason for reply in replies if reply.failure} == {"not answered within judge.time_limit"}
+        if (n_late := [reply.failure for reply in replies].count("timeout")) == 4:
+            break
+    assert n_late == 4
 
 
 def test_samples_that_came_before_a_failure_are_kept() -> None:
@@ -158,9 +160,7 @@ def test_an_answer_without_words_is_a_failure_with_its_cause() -> None:
 def test_a_name_look_up_that_hangs_does_not_hold_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
     released = threading.Event()
     with StubEndpoint() as stub:
-        monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: released.wait(30) and [])
-        before = time.monotonic()
+        monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: released.wait(HANGS) and [])
         (reply,) = judge(stub, time_limit=0.2).ask([question()])
         assert reply.failure == "timeout"
-        assert time.monotonic() - before < 15
         released.set()

@@ -75,7 +75,11 @@ def test_the_key_is_sent_and_shown_nowhere(
     shown = []
     with StubEndpoint(lambda messages, params: f"4 {CANARY}", always=FAULTS[name]()) as stub:
         asked = judge(
-            stub, api_key_env="JUDGE_KEY", cache=str(tmp_path / "c.sqlite"), request_timeout=0.2, max_retries=1
+            stub,
+            api_key_env="JUDGE_KEY",
+            cache=str(tmp_path / "c.sqlite"),
+            request_timeout=0.2 if name == "slow" else 60.0,
+            max_retries=1,
         )
         try:
             asked.start(want_probabilities=True)

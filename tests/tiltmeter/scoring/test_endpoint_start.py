@@ -136,7 +136,7 @@ def test_who_is_down_is_warned_of_quickly_and_asked_again_later(fault: Fault) ->
         with pytest.warns(UserWarning, match=re.escape(f"judge {asked.name} did not answer")):
             asked.start(want_probabilities=True)
         assert len(stub.requests) <= 2
-        stub.always = None
+        stub.always, asked.request_timeout = None, 60.0
         assert asked.ask([question()]) == [Reply(("4",))]
 
 

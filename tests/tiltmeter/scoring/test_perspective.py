@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from tests.processes import HANGS
 from tests.text_samples import figure, samples_of
 from tiltmeter.errors import UserError
 from tiltmeter.scoring.perspective import MAX_CHARACTERS, PerspectiveToxicity
@@ -175,11 +176,11 @@ def test_a_service_out_of_reach_is_one_line(service: Service) -> None:
 
 
 def test_requests_end_at_the_limits_of_time(service: Service) -> None:
-    with pytest.warns(UserWarning, match="2 of 3 texts have no score: 2 × over time_limit_s=0.2"):
-        scores = service.scorer(qps=1.0, time_limit_s=0.2).score_texts(["one", "two", "three"])
+    with pytest.warns(UserWarning, match="2 of 3 texts have no score: 2 × over time_limit_s=60"):
+        scores = service.scorer(qps=0.01, time_limit_s=60.0).score_texts(["one", "two", "three"])
     assert [math.isnan(score.value) for score in scores] == [False, True, True]
     hang = threading.Event()
-    service.answer = lambda text: scored(0.5) if hang.wait(5) else scored(0.1)
+    service.answer = lambda text: scored(0.5) if hang.wait(HANGS) else scored(0.1)
     with pytest.warns(UserWarning, match="no usable answer from the service"):
         assert math.isnan(service.scorer(timeout_s=0.05).score_texts(["slow"])[0].value)
     hang.set()

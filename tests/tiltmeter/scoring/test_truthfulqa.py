@@ -208,5 +208,7 @@ def test_a_real_model_on_real_questions_is_scored_as_by_the_harness(
     scores = score(TruthfulQA(str(path), limit=n_questions), model, tokenizer)
     expected = score_all(model, tokenizer, json.loads(path.read_text(encoding="utf-8"))[:n_questions])
     assert scores.columns["truthfulqa_mc1_zero_shot"] == expected["mc1"]
-    assert scores.columns["truthfulqa_mc2_zero_shot"] == pytest.approx(expected["mc2"], abs=1e-5)
+    assert scores.columns["truthfulqa_mc2_zero_shot"] == pytest.approx(
+        expected["mc2"], abs=2e-5
+    )  # float32, by the processor
     assert 0 < np.mean(expected["mc1"]) < 1

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from tiltmeter.consistency import in_sample_cosines, leave_one_out_cosines, split_half
+from tiltmeter.spectra import singular_values
 from tiltmeter.stats.nulls import (
     bbp_eigenvalue,
     bbp_overlap,
@@ -19,7 +20,6 @@ from tiltmeter.stats.nulls import (
     signal_rank,
     split_half_null,
 )
-from tiltmeter.spectra import singular_values
 
 
 def noise(n: int, d: int, seed: int = 0) -> Tensor:

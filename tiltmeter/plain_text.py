@@ -1,0 +1,48 @@
+"""What is printed where the terminal's encoding lacks a character: the marks of tables and messages have plain forms."""
+
+import codecs
+import sys
+import unicodedata
+
+_MARKS = {
+    **dict(zip("–−—‑·•…×→’‘“”‹›‖⟨⟩≈√█━", "----.*~x>''\"\"<>|<>~v#-", strict=True)),
+    **dict(zip("ΔΣδβγεθλπρσαℓ∂∇", "DSdbgehlprsaldV", strict=True)),
+    **{"≤": "<=", "≥": ">=", "±": "+-", "∞": "inf"},
+}
+"""One column where it can be, so that tables stay straight."""
+_HANDLER = "tiltmeter.plain"
+
+
+def allow_any_encoding() -> None:
+    """Let standard output and errors take every text: what their encoding lacks is printed plainly instead of raising."""
+    codecs.register_error(_HANDLER, _plain)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors=_HANDLER)
+
+
+def plain(text: str) -> str:
+    r"""ASCII for a text: marks in their plain form, digits of any height, everything else escaped, so that a path is never another.
+
+    >>> plain("ΔH² = 0.1 … 0.3 – ü 的")
+    'DH2 = 0.1 ~ 0.3 - \\xfc \\u7684'
+    """
+    return "".join(map(_plain_character, text))
+
+
+def _plain_character(character: str) -> str:
+    if character.isascii():
+        return character
+    kind = unicodedata.category(character)
+    if kind == "Mn":  # a bar or hat over the letter before it
+        return ""
+    small = unicodedata.normalize("NFKD", character) if kind in ("No", "Lm") else ""
+    if len(small) == 1 and small.isascii():
+        return small
+    return _MARKS.get(character, character.encode("ascii", "backslashreplace").decode("ascii"))
+
+
+def _plain(error: UnicodeError) -> tuple[str | bytes, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return plain(error.object[error.start : error.end]), error.end
