@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from rich import get_console
 
@@ -12,8 +13,8 @@ from tiltmeter.errors import UserError
 from tiltmeter.files import sha256_of, write_json
 
 PROVENANCE = "provenance.json"
-FILES = "files_sha256"
-"""Its key: path from the run folder → sha256."""
+FILES, DATA = "files_sha256", "data_sha256"
+"""Its keys: path from the run folder → sha256 of a file; split → sha256 of its token ids."""
 _LARGE = 2**30
 
 
@@ -29,23 +30,35 @@ def hashes_of(folder: Path, name: str | None = None) -> dict[str, str]:
     return {f"{name or folder.name}/{path.relative_to(folder).as_posix()}": digest for path, digest in found.items()}
 
 
-def kept_hashes(run_dir: Path) -> dict[str, str]:
-    """What a run's provenance.json says of its models' files; nothing where there is none, or an older one."""
+def read_provenance(run_dir: Path) -> dict[str, Any]:
+    """A run's provenance.json; empty where there is none.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    path = run_dir / PROVENANCE
     try:
-        found = json.loads((run_dir / PROVENANCE).read_text(encoding="utf-8")).get(FILES, {})
-        return {str(name): str(digest) for name, digest in found.items()}
+        said = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{run_dir / PROVENANCE}: damaged ({str(error)[:80]}); restore it, or remove it") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: damaged ({str(error)[:80]}); restore it, or remove it") from error
+    if not isinstance(said, dict) or not all(isinstance(said.get(key, {}), dict) for key in (FILES, DATA)):
+        raise UserError(f"{path}: damaged (expected a table, and tables of sha256 in it); restore it, or remove it")
+    return said
+
+
+def kept_hashes(run_dir: Path) -> dict[str, str]:
+    """What a run's provenance.json says of its models' files; nothing where there is none, or an older one."""
+    found: dict[str, str] = read_provenance(run_dir).get(FILES, {})
+    return found
 
 
 def record_kept(run_dir: Path, folder: Path, name: str) -> None:
     """Write into a run's provenance.json what a model's folder holds, before it gets the name that it is opened by."""
-    path = run_dir / PROVENANCE
-    said = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    others = {file: digest for file, digest in kept_hashes(run_dir).items() if file.partition("/")[0] != name}
-    write_json(path, {**said, FILES: others | hashes_of(folder, name)})
+    said = read_provenance(run_dir)
+    others = {file: digest for file, digest in said.get(FILES, {}).items() if file.partition("/")[0] != name}
+    write_json(run_dir / PROVENANCE, {**said, FILES: others | hashes_of(folder, name)})
 
 
 def check_kept(folder: Path) -> None:

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from analysis.kept_models import check_kept, record_kept
+from analysis.runs import source_of_base
 from lightning_modules.base import LogProbModule
 from tiltmeter.errors import FailedWrite, UserError
 from tiltmeter.files import copy_file, write_atomically, write_json, write_text
@@ -145,16 +146,17 @@ def keep_base(run_dir: Path, model: CausalLM, tokenizer: PreTrainedTokenizerBase
 
 
 def kept_base(run_dir: Path, model: CausalLM) -> CausalLM | None:
-    """The starting model as a run that goes on has kept it; None for one on the hub, or where nothing was kept yet.
+    """The starting model as a run that goes on has kept it, one on the hub at its commit; None: nothing was kept yet.
 
     Raises:
         UserError: it was changed since.
     """
-    folder = run_dir / BASE
-    if not (folder / "config.json").is_file():
+    if not (run_dir / BASE).is_dir():
         return None
-    check_kept(folder)
-    return CausalLM(str(folder), dtype=model.dtype, attn_implementation=model.attn_implementation)
+    if is_first_process():
+        check_kept(run_dir / BASE)
+    name, revision = source_of_base(run_dir / BASE)
+    return CausalLM(name, revision=revision, dtype=model.dtype, attn_implementation=model.attn_implementation)
 
 
 def is_first_process() -> bool:
