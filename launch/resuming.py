@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from analysis.kept_models import PROVENANCE, kept_hashes
+from analysis.kept_models import DATA, kept_hashes, read_provenance
 from analysis.runs import start_of
 from datamodules.preference import PreferenceDataModule
 from launch.run_folder import is_first_process
@@ -36,7 +36,7 @@ _TAKES_EFFECT = {
     "predict_prompt loss beta label_smoothing gamma_beta_ratio activation_checkpointing compile_blocks",
     "datamodule": "max_length max_response_length truncation text_format train_pairs val_pairs probe_pairs labels split_seed "
     "layout packed",
-    "model": "name_or_path",
+    "model": "name_or_path attn_implementation",
 }
 """What ``allow_config_change`` lets a run that goes on take over, from its next step on; those of the data and the model's place
 as long as token ids and weights are the same. Nothing else could be in force: it is in the weights, the reference or the order
@@ -98,7 +98,7 @@ def check_same_run(checkpoint: Path, config: DictConfig) -> list[str]:
     """Refuse to resume under settings that would make it another run, unless ``allow_config_change`` is set.
 
     Returns:
-        what differs, a line a setting.
+        what differs and will be in force, a line a setting.
 
     Raises:
         UserError: settings differ, or nobody knows the old ones.
@@ -136,7 +136,7 @@ def check_same_run(checkpoint: Path, config: DictConfig) -> list[str]:
             *({k: v for k, v in _flat(s).items() if k in _MAY_CHANGE_INSIDE} for s in (before, now))
         )
     ]
-    return [f"Changed: {line}" for line in changed + only_cut]
+    return changed + only_cut
 
 
 def check_same_data(checkpoint: Path, data: PreferenceDataModule) -> None:
@@ -145,11 +145,9 @@ def check_same_data(checkpoint: Path, data: PreferenceDataModule) -> None:
     Raises:
         UserError: a split is another one; says which.
     """
-    path = checkpoint.parent.parent / PROVENANCE
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))["data_sha256"].items()
-    except (OSError, ValueError, KeyError, AttributeError):  # the checkpoint itself says so too, of what is trained on
-        return
+    before = (
+        read_provenance(checkpoint.parent.parent).get(DATA, {}).items()
+    )  # the checkpoint says so too, of what is trained on
     if changed := [name for name, digest in before if name not in data.splits or data.digest(name) != digest]:
         raise UserError(
             f"ckpt_path: {checkpoint} was trained on other data or another tokenisation (other token ids: {', '.join(changed)}); "
@@ -174,6 +172,19 @@ def check_same_model(checkpoint: Path, config: DictConfig) -> None:
         raise UserError(
             f"ckpt_path: a run that goes on can't change model.name_or_path (was {before}, now {now}), whose weights aren't those "
             "that the run started from; resume with the old settings, or start a new run"
+        )
+
+
+def check_step_is_left(changed: list[str]) -> None:
+    """Refuse changed settings that no step is left to be taken under.
+
+    Raises:
+        UserError: there are some.
+    """
+    if lasting := [line for line in changed if line.partition(" ")[0] not in _MAY_CHANGE_INSIDE]:
+        raise UserError(
+            f"ckpt_path: the checkpoint is behind the last step, which leaves none to take under {_some(lasting)}; set "
+            "trainer.max_epochs or trainer.max_steps to more, or resume with the old settings"
         )
 
 

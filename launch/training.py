@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from analysis.kept_models import record_kept
+from analysis.kept_models import check_kept, record_kept
 from callbacks.acceptance import Acceptance
 from callbacks.generation_metrics import GenerationMetrics
 from callbacks.observation import report_failed_write
@@ -34,6 +34,7 @@ from launch.resuming import (
     check_same_data,
     check_same_model,
     check_same_run,
+    check_step_is_left,
     clean_up,
     find_checkpoint,
     settings_sha256,
@@ -78,8 +79,8 @@ def _train(config: DictConfig, created: list[Path], held: ExitStack) -> Path:
     is_first = is_first_process()
     screen = console(enabled=is_first)
     root = Path(config.runs_root)
-    checkpoint, resumed = _checkpoint_to_resume(config, root, held)
-    _say(screen, resumed)
+    checkpoint, found, changed = _checkpoint_to_resume(config, root, held)
+    _say(screen, [*found, *(f"Changed: {line}" for line in changed)])
     run_dir = (
         checkpoint.parent.parent if checkpoint else root / config.name
     )  # below it, once the first process has claimed it
@@ -106,7 +107,7 @@ def _train(config: DictConfig, created: list[Path], held: ExitStack) -> Path:
 
         def write() -> None:
             with nothing_was_started():
-                _say(screen, _begin(config, run_dir, parts, checkpoint, trainer))
+                _say(screen, _begin(config, run_dir, parts, checkpoint, changed, trainer))
 
         on_first_process(write, trainer)
         parts.module.throughput.start()
@@ -149,6 +150,8 @@ def _settle_base(config: DictConfig, parts: Parts, checkpoint: Path | None) -> I
     elif config.base is not None:
         parts.model, line = find_or_train_base(config, parts.model, parts.tokenizer, parts.data)
         yield line
+    elif is_first_process() and (given := Path(str(parts.model.name_or_path))).is_dir():
+        check_kept(given)  # a run's own aligned/ …
 
 
 def _claim(parent: Path, created: list[Path], held: ExitStack) -> Path:
@@ -177,30 +180,34 @@ def _attach(parts: Parts, root: Path) -> None:
         parts.module.reference_cache_dir = root / "cache" / "reference"
 
 
-def _checkpoint_to_resume(config: DictConfig, root: Path, held: ExitStack) -> tuple[Path | None, list[str]]:
-    """The checkpoint, once its run folder is locked, and what was found on the way."""
+def _checkpoint_to_resume(config: DictConfig, root: Path, held: ExitStack) -> tuple[Path | None, list[str], list[str]]:
+    """The checkpoint, once its run folder is locked, what was found on the way, and the settings that are changed."""
     checkpoint, lines = checkpoint_of_this_job(config), list[str]()
     if checkpoint is None and config.ckpt_path is None:
-        return None, []
+        return None, [], []
     if checkpoint is None:
         checkpoint, lines = find_checkpoint(config.ckpt_path, root, config.name)
-    lines += check_same_run(checkpoint, config)
+    changed = check_same_run(checkpoint, config)
     if is_first_process():
         for folder in (checkpoint.parent.parent, checkpoint.parent):
             check_writable(folder, key="ckpt_path")
         lock = held.enter_context(RunLock(checkpoint.parent.parent))
         lines += [f"Lock taken over: {lock.taken_over} is gone"] if lock.taken_over else []
-    return checkpoint, [*lines, f"Resuming: {checkpoint}"]
+    return checkpoint, [*lines, f"Resuming: {checkpoint}"], changed
 
 
-def _begin(config: DictConfig, run_dir: Path, parts: Parts, checkpoint: Path | None, trainer: Trainer) -> Iterator[str]:
+def _begin(
+    config: DictConfig, run_dir: Path, parts: Parts, checkpoint: Path | None, changed: list[str], trainer: Trainer
+) -> Iterator[str]:
     """Write what a run's folder holds from its start on, and open its loggers; yields lines about it."""
+    if trainer.state.finished:
+        check_step_is_left(changed)
     if checkpoint is not None:
         forget_steps_ahead(trainer)
         yield from clean_up(checkpoint.parent)
     write_config(run_dir, config)
     note_job(run_dir)
-    write_provenance(run_dir, parts)
+    write_provenance(run_dir, parts, step=trainer.global_step, changed=changed)
     keep_base(run_dir, parts.model, parts.tokenizer, parts.model_revision)
     trainer.loggers, line = _open_loggers(config, run_dir, parts, checkpoint)
     trainer.callbacks.extend(  # type: ignore[attr-defined]

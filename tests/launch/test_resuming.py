@@ -1,18 +1,30 @@
 """F7, F25 and F33 before anything starts: which checkpoint is taken, under which settings, and what is only data."""
 
 import os
+from inspect import signature
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from datamodules.preference import PreferenceDataModule
 from launch.configuration import CONF
-from launch.resuming import SETTINGS, check_same_run, find_checkpoint, settings_sha256
+from launch.resuming import SETTINGS, check_same_run, check_step_is_left, find_checkpoint, settings_sha256
 from launch.run_folder import write_config
+from lightning_modules.base import LogProbModule
+from lightning_modules.dpo import DPOModule
+from lightning_modules.sft import SFTModule
 from tests.tiltmeter.interrupted_saves import write_file
 from tiltmeter.checkpoint_files import commit
 from tiltmeter.errors import UserError
+from tiltmeter.models import CausalLM
+
+IN_WEIGHTS_OR_ORDER = {
+    "module.freeze_embeddings", "module.lora", "datamodule.pairs_per_step", "datamodule.bucket_steps", "datamodule.seed",
+    "model.revision", "model.init", "model.architecture", "model.tokenizer", "model.vocab_size", "model.dtype",
+}  # fmt: skip
+"""A run that goes on can't change them: what it did under them is in its weights, its reference or the order of its steps."""
 
 
 def composed(*overrides: str) -> DictConfig:
@@ -83,7 +95,42 @@ def test_f25_other_settings_are_refused_with_all_that_differs_and_allowed_when_a
         check_same_run(checkpoint, composed(*other))
     assert all(line in str(refused.value) for line in (*said, "allow_config_change=true"))
     lines = check_same_run(checkpoint, composed(*other, "allow_config_change=true"))
-    assert set(lines) == {f"Changed: {said[0]}", f"Changed: module.learning_rate {said[1]}"}
+    assert set(lines) == {said[0], f"module.learning_rate {said[1]}"}
+
+
+def test_every_option_of_a_run_is_taken_over_or_refused_by_name(tmp_path: Path) -> None:
+    config = composed("allow_config_change=true")
+    (checkpoint,) = saved(tmp_path, 3, config=config)
+    write_config(tmp_path, config)
+    parts = {
+        "module": (DPOModule, SFTModule, LogProbModule),
+        "datamodule": (PreferenceDataModule,),
+        "model": (CausalLM,),
+    }
+    names = {
+        f"{group}.{name}" for group, kinds in parts.items() for kind in kinds for name in signature(kind).parameters
+    }
+    names -= {"module.options", "datamodule.source"}
+    refused = {}
+    for name in names:
+        changed = config.copy()
+        OmegaConf.update(changed, name, "other", force_add=True)
+        try:
+            (line,) = check_same_run(checkpoint, changed)
+        except UserError as error:
+            refused[name] = str(error)
+        else:
+            assert line.startswith(f"{name} was ")
+    assert all(f"a run that goes on can't change {name} was" in said for name, said in refused.items())
+    assert refused.keys() == IN_WEIGHTS_OR_ORDER
+
+
+def test_settings_that_no_step_is_left_for_are_refused_unless_they_only_cut_the_work() -> None:
+    check_step_is_left(["datamodule.num_workers was 0, now 2"])
+    with pytest.raises(
+        UserError, match=r"leaves none to take under module.beta was 0.1, now 0.2; set trainer.max_epochs"
+    ):
+        check_step_is_left(["module.beta was 0.1, now 0.2", "datamodule.num_workers was 0, now 2"])
 
 
 def test_a_config_that_was_edited_afterwards_is_not_what_the_checkpoint_was_made_under(tmp_path: Path) -> None:
