@@ -1,15 +1,19 @@
 """A start that is refused, for whatever reason and however late it is known, leaves every byte of the run folder as it was."""
 
 import re
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from analysis.kept_models import read_provenance
 from tests.analysis.asked import save_model
 from tests.cli import logged, only_run, run_train
+from tests.faults.faults import no_room_for
 from tests.processes import contents
 
 pytestmark = pytest.mark.slow
@@ -60,6 +64,10 @@ def earlier(run: Path) -> str:
         (("callbacks=geometry",), "this checkpoint holds no hidden states of the base model"),
         (("callbacks=behaviour",), "this checkpoint holds no completions of the base model"),
         (("judge=local", "judge.judge.model=/nowhere", "callbacks=behaviour"), "no such folder: /nowhere"),
+        (
+            ("ckpt_path=last", "module.learning_rate=1e-5", "allow_config_change=true"),
+            "none to take under module.learning_rate was",
+        ),
         (("trainer=fsdp", "trainer.accelerator=cpu", "trainer.precision=32-true"), "is one file, which a sharded run"),
     ],
     ids=[
@@ -72,12 +80,13 @@ def earlier(run: Path) -> str:
         "states",
         "completions",
         "judge",
+        "no step left",
         "strategy",
     ],
 )
 def test_a_refused_resume_changes_nothing(options: tuple[str, ...], reason: str, root: Path, run: Path) -> None:
     before = contents(run)
-    code, _, said = train(root, earlier(run), *options)
+    code, _, said = train(root, earlier(run), *options)  # the last word on an option counts
     assert code == 2, said
     (line,) = said.strip().splitlines()
     assert re.search(reason, line), line
@@ -107,11 +116,28 @@ def test_after_refusals_the_right_resume_goes_on_and_only_then_cleans_up(root: P
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     assert config["module"]["learning_rate"] == 1e-5
     assert len(logged(run, "train/loss")) == 4
+    assert logged(run, "train/learning_rate")[-1] <= 1e-5 < logged(run, "train/learning_rate")[-2]
+    (change,) = read_provenance(run)["changed_settings"]
+    assert change["after_step"] == 3
+    assert [line.partition(" ")[0] for line in change["settings"]] == ["module.learning_rate", "module.weight_decay"]
+    assert {path.stat().st_nlink for path in run.rglob("*") if path.is_file()} == {1}
     assert all(torch.equal(value, base[name]) for name, value in load_file(run / "base" / "model.safetensors").items())
 
 
-def test_a_new_run_that_is_refused_leaves_no_folder(root: Path, run: Path) -> None:
-    before = {path.name for path in run.parent.iterdir()}
-    code, _, said = train(root, "callbacks=geometry", "datamodule.probe_pairs=0")
+@pytest.mark.parametrize(
+    ("options", "before", "reason"),
+    [
+        (("callbacks=geometry", "datamodule.probe_pairs=0"), None, "expected held-out pairs to probe"),
+        ((), partial(no_room_for, "config.yaml"), "config.yaml: could not be written .*; nothing was started"),
+        ((), partial(no_room_for, "base"), "base: could not be written .*; nothing was started"),
+    ],
+    ids=["probe", "configuration", "base"],
+)
+def test_a_new_run_that_is_refused_leaves_no_folder(
+    options: tuple[str, ...], before: Any, reason: str, root: Path, run: Path
+) -> None:
+    there = {path.name for path in run.parent.iterdir()}
+    code, _, said = train(root, *options, before=before)
     assert code == 2, said
-    assert {path.name for path in run.parent.iterdir()} == before
+    assert re.search(reason, said), said
+    assert {path.name for path in run.parent.iterdir()} == there
