@@ -110,14 +110,14 @@ def check_same_run(checkpoint: Path, config: DictConfig) -> list[str]:
         raise UserError(
             f"ckpt_path: cannot read {saved}, which says how the run was started ({type(error).__name__})"
         ) from error
-    now = OmegaConf.to_container(config, resolve=True)
+    now: Any = OmegaConf.to_container(config, resolve=True)
     changed = _differences(_lasting(before), _lasting(now))
     if fixed := [line for line in changed if not _takes_effect(line.partition(" ")[0])]:
         raise UserError(
             f"ckpt_path: a run that goes on can't change {_some(fixed)}; resume with the old settings, or start a new run"
         )
     manifest = verify(checkpoint, contents=False)
-    max_steps = config.trainer.get("max_steps", -1)
+    max_steps = now.get("trainer", {}).get("max_steps", -1)
     if 0 <= max_steps < manifest.step:
         raise UserError(
             f"trainer.max_steps={max_steps}: {checkpoint} has taken {manifest.step} steps already; set it to more, or start a new "
