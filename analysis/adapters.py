@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
+from analysis.kept_models import check_kept
 from tiltmeter.errors import UserError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -58,6 +59,7 @@ def check_adapter(folder: Path, *, base: str) -> LoraConfig:
     Raises:
         UserError: no LoRA adapter, one of another base, or one with options that are not merely weights.
     """
+    check_kept(folder)
     path = folder / CONFIG
     try:
         raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from analysis.kept_models import check_kept
 from tiltmeter.errors import UserError
 from tiltmeter.model_files import Part, find_fault, reason_of
 from tiltmeter.models import choose_attention
@@ -58,8 +59,11 @@ def load_model(
         attn_implementation: ``sdpa`` or ``eager``; None: :func:`tiltmeter.models.choose_attention`.
 
     Raises:
-        UserError: missing, damaged, weights that are not safetensors or not all there, or a tokenizer larger than the vocabulary.
+        UserError: missing, damaged, changed since a run wrote it, weights that are not safetensors or not all there, or a
+            tokenizer larger than the vocabulary.
     """
+    if Path(where).is_dir():
+        check_kept(Path(where))
     safe = _safe(where, revision)
     tokenizer = load_tokenizer(where, revision=revision)
     kernel = choose_attention(load_config(where, revision=revision), attn_implementation)

@@ -49,20 +49,8 @@ class Run:
 
     @property
     def base_source(self) -> tuple[str, str | None]:
-        """Where the model before training can be loaded from, and its revision: base/ itself, or what it points to.
-
-        Raises:
-            UserError: neither; names the file.
-        """
-        if (self.base / "config.json").is_file():
-            return str(self.base), None
-        path = self.base / "pointer.json"
-        try:
-            pointer = json.loads(path.read_text(encoding="utf-8"))
-            name, revision = pointer["name"], pointer["revision"]
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path}: expected name and revision of the base model ({error}); restore it") from error
-        return str(name), None if revision is None else str(revision)
+        """Where the model before training can be loaded from, and its revision: see :func:`source_of_base`."""
+        return source_of_base(self.base)
 
     @property
     def report(self) -> Path:
@@ -106,6 +94,23 @@ def find_run(run: str, runs_root: Path) -> Path:
     if not finished:
         raise UserError(f"run=last: no finished run below {runs_root}; train one first: python train.py")
     return max(finished, key=start_of)
+
+
+def source_of_base(folder: Path) -> tuple[str, str | None]:
+    """Where a run's model before training can be loaded from, and its revision: base/ itself, or what it points to.
+
+    Raises:
+        UserError: neither; names the file.
+    """
+    if (folder / "config.json").is_file():
+        return str(folder), None
+    path = folder / "pointer.json"
+    try:
+        pointer = json.loads(path.read_text(encoding="utf-8"))
+        name, revision = pointer["name"], pointer["revision"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: expected name and revision of the base model ({error}); restore it") from error
+    return str(name), None if revision is None else str(revision)
 
 
 def start_of(folder: Path) -> tuple[datetime, int]:

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from analysis.kept_models import check_kept
 from tiltmeter.errors import UserError
 
 _NAMES = ("lm_head.weight", "embed_out.weight", "model.embed_tokens.weight", "transformer.wte.weight")
@@ -25,6 +26,7 @@ def unembedding_rows(folder: Path, token_ids: Sequence[int]) -> Float[Tensor, "t
     found = _in_parts(folder / _INDEX) if (folder / _INDEX).is_file() else _in_one_file(folder / _ONE_FILE)
     if found is None:
         return None
+    check_kept(folder)
     path, name = found
     wanted = sorted(set(token_ids))
     try:

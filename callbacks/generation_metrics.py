@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from callbacks.completions import as_plain, from_plain, gather_completions, prompts_of
 from callbacks.observation import data_of
 from callbacks.schedule import Scheduled
-from callbacks.scoring import Scoring, forget_steps_ahead
+from callbacks.scoring import Scoring
 from tiltmeter.errors import UserError
 from tiltmeter.generation import Decoding
 from tiltmeter.scoring.behaviour import Completions, pair_up
@@ -64,7 +64,6 @@ class GenerationMetrics(Scheduled):
                 "callbacks: this checkpoint holds no completions of the base model by this decoding and of as many prompts; resume "
                 "with the callbacks and decoding that the run was started with, or with callbacks=none"
             )
-        forget_steps_ahead(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:  # noqa: D102
         super().on_train_batch_end(trainer, *args, **kwargs)

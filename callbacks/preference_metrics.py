@@ -5,17 +5,12 @@ from typing import Any, cast
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.observation import data_of
-from callbacks.scoring import forget_steps_ahead, record_figures
+from callbacks.scoring import record_figures
 from tiltmeter.scoring.preference import preference_scores_of_validation
 
 
 class PreferenceMetrics(Callback):
     """Logs ``behaviour/preference_accuracy``, ties, margin and log-prob drift after every validation of a preference run."""
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Every row of a resumed run stands once in the table."""
-        if trainer.global_step:
-            forget_steps_ahead(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Score what the validation found; pairs that it left out (``trainer.limit_val_batches``) are left out here too."""

@@ -6,7 +6,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from callbacks.observation import Observation, data_of
 from callbacks.observer import Observer
-from callbacks.scoring import forget_steps_ahead, record_figures
+from callbacks.scoring import record_figures
 from tiltmeter.batch import CHOSEN
 from tiltmeter.positions import Position
 from tiltmeter.scoring.preference_probe import probe_figures
@@ -28,11 +28,6 @@ class PreferenceProbe(Observer):
         every_n_steps: int | None = None,
     ) -> None:
         super().__init__(sites=sites, positions=(position,), every_n_steps=every_n_steps)
-
-    def on_resume(self, trainer: Trainer, module: LightningModule) -> None:
-        """As other observers; and every row stands once in the table."""
-        super().on_resume(trainer, module)
-        forget_steps_ahead(trainer)
 
     def on_observation(self, trainer: Trainer, module: LightningModule, seen: Observation) -> None:
         """Fit and score."""

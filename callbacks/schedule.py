@@ -30,7 +30,7 @@ class Scheduled(Callback):
         raise NotImplementedError
 
     def on_resume(self, trainer: Trainer, module: LightningModule) -> None:
-        """Called instead of the first look when the run goes on from a checkpoint."""
+        """Called instead of the first look when a run goes on: may refuse to, and writes nothing yet."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The base model, before the first step."""

@@ -71,7 +71,7 @@ def record_figures(trainer: Trainer, figures: list[Figure]) -> None:
 
 
 def forget_steps_ahead(trainer: Trainer) -> None:
-    """Drop what was scored at steps that a resumed run will take again."""
+    """Drop what was scored at steps that a resumed run will take again, once it is accepted."""
     if trainer.is_global_zero:
         _tables_of(trainer).forget_after(trainer.global_step)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from callbacks.observation import data_of
 from callbacks.schedule import Scheduled
-from callbacks.scoring import forget_steps_ahead, record_figures
+from callbacks.scoring import record_figures
 from tiltmeter.scoring.truthfulqa import TruthfulQA
 
 
@@ -54,7 +54,3 @@ class TruthfulQAMetrics(Scheduled):
             )
         if trainer.is_global_zero:
             record_figures(trainer, scores.figures)
-
-    def on_resume(self, trainer: Trainer, module: LightningModule) -> None:
-        """Every row stands once in the table."""
-        forget_steps_ahead(trainer)

@@ -11,17 +11,19 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedTokenizerBase
 
+from analysis.kept_models import FILES, check_files, hashes_of
 from callbacks.preemption import Preemption
 from callbacks.progress import TrainingProgress
 from datamodules.preference import PreferenceDataModule
 from launch.agreement import agreement
 from launch.metrics_csv import MetricsCSV
-from launch.run_folder import export_model, on_first_process
+from launch.run_folder import export_model, is_first_process, on_first_process
 from lightning_modules.sft import SFTModule
+from tiltmeter.errors import UserError
 from tiltmeter.files import write_atomically, write_json
 from tiltmeter.models import CausalLM
 
-_FORMAT = 1
+_FORMAT, _MADE_FROM = 1, "made_from.json"
 """Part of the key; raise it when the same settings would give another base."""
 _LIMITS = ("max_epochs", "max_steps")
 _NOT_LEARNED_FROM = (
@@ -57,6 +59,8 @@ def find_or_train_base(
     given_labels, data.labels = data.labels, "given"  # a control changes what DPO sees, never the base it starts from
     folder = base_folder(config, model, tokenizer, data)
     found = (folder / "config.json").is_file()
+    if found and is_first_process():
+        _check(folder)
     if not found:
         _train_base(config, model, tokenizer, data, folder)
     data.labels = given_labels
@@ -92,14 +96,31 @@ def _train_base(
     run_seed, data.seed = data.seed, seed
     trainer.fit(module, datamodule=data)
     data.seed = run_seed
-    export_model(module, tokenizer, folder, trainer, keep_existing=True)
 
-    def say_where_from() -> None:
-        write_json(folder / "made_from.json", {"base": OmegaConf.to_container(config.base, resolve=True)})
+    def record(whole: Path, name: str) -> None:
+        made_from = {"base": OmegaConf.to_container(config.base, resolve=True), FILES: hashes_of(whole, name)}
+        write_json(whole / _MADE_FROM, made_from)
+
+    def keep_log() -> None:
         if log.exists():
             write_atomically(folder / "metrics.csv", lambda path: log.replace(path))
 
-    on_first_process(say_where_from, trainer)
+    export_model(module, tokenizer, folder, trainer, record=record, keep_existing=True)
+    on_first_process(keep_log, trainer)
+
+
+def _check(folder: Path) -> None:
+    """Raises UserError: a base that was found is not as it was made."""
+    path = folder / _MADE_FROM
+    try:
+        expected = json.loads(path.read_text(encoding="utf-8")).get(FILES, {})
+    except FileNotFoundError:  # of an earlier version
+        return
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{path}: damaged ({str(error)[:80]}); remove {folder} to have the base trained again"
+        ) from error
+    check_files(folder.parent, expected, said_by=path, cure=f"remove {folder} to have the base trained again")
 
 
 def _trainer_options(config: DictConfig) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import io
 import math
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from lightning.pytorch import Trainer
 
 from analysis.behaviour_words import LeadRow, lead_rows
 from analysis.hidden_states import Watched
+from analysis.kept_models import DATA, FILES, PROVENANCE, read_provenance
 from analysis.layer_curves import geometry_table
 from analysis.probe_pairs import PROMPTS_FILE, ProbePair
 from launch.parts import Parts
@@ -22,6 +24,8 @@ from tiltmeter.files import write_json, write_text
 from tiltmeter.scoring.behaviour_table import FIGURES, read_table
 from tiltmeter.stats.proportions import share_interval
 
+CHANGES = "changed_settings"
+"""Key of provenance.json: config.yaml holds the settings of a run's last steps, this says from which step on."""
 _PACKAGES = ("torch", "lightning", "transformers", "tokenizers", "hydra-core", "wandb", "safetensors")
 
 
@@ -30,7 +34,7 @@ def provenance(parts: Parts) -> dict[str, Any]:
     return {
         "git_commit": git_commit(),
         "versions": versions(),
-        "data_sha256": {name: parts.data.digest(name) for name in parts.data.splits},
+        DATA: {name: parts.data.digest(name) for name in parts.data.splits},
         "data_sources": {report.source: report.location for report in parts.data.reports},
         "model_revision": parts.model_revision,
     }
@@ -55,9 +59,21 @@ def git_commit() -> str | None:
         return None
 
 
+def write_provenance(run_dir: Path, parts: Parts, *, step: int, changed: Sequence[str]) -> None:
+    """provenance.json; what it says of models that are there already, and of settings that were changed before, stays.
+
+    Args:
+        step: optimizer steps that were taken under the settings of before.
+        changed: what is another setting from there on, a line each.
+    """
+    before = read_provenance(run_dir)
+    changes = [entry for entry in before.get(CHANGES, []) if entry["after_step"] < step]
+    changes += [{"after_step": step, "settings": list(changed)}] if changed else []
+    write_json(run_dir / PROVENANCE, provenance(parts) | {FILES: before.get(FILES, {}), CHANGES: changes})
+
+
 def write_results(run_dir: Path, parts: Parts) -> None:
-    """provenance.json, held_out.csv (the last validation, a row a pair) and probe_prompts.json (pairs to be asked again)."""
-    write_json(run_dir / "provenance.json", provenance(parts))
+    """held_out.csv (the last validation, a row a pair) and probe_prompts.json (pairs to be asked again)."""
     write_json(run_dir / PROMPTS_FILE, _probe_pairs(parts))
     if parts.module.validation_table is not None:
         write_text(run_dir / "held_out.csv", _held_out_table(parts, parts.module.validation_table))

@@ -9,10 +9,13 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
+from analysis.kept_models import DATA, kept_hashes, read_provenance
 from analysis.runs import start_of
+from datamodules.preference import PreferenceDataModule
 from launch.run_folder import is_first_process
 from tiltmeter.checkpoint_files import DamagedCheckpoint, data_of, newest_valid, remove_unfinished, target_of, verify
 from tiltmeter.errors import UserError
+from tiltmeter.files import sha256_of
 
 SETTINGS = "settings_sha256"
 """In manifests: hash of the settings that make a run what it is."""
@@ -28,7 +31,18 @@ _MAY_CHANGE = {"run_dir", "runs_root", "ckpt_path", "allow_config_change", "debu
     "last_checkpoint",
 }
 _MAY_CHANGE_INSIDE = {"datamodule.num_workers", "datamodule.tokens_per_micro_batch", "module.chunk_tokens"}
-_STAYS_INSIDE = {"trainer.precision"}
+_STAYS_INSIDE = {"trainer.precision": "32-true", "trainer.limit_train_batches": 1.0, "trainer.overfit_batches": 0.0}
+"""With Lightning's defaults, where a trainer's file leaves them out."""
+_TAKES_EFFECT = {
+    "module": "learning_rate weight_decay betas warmup_share schedule gradient_clip_norm max_skipped_steps spike_sigmas "
+    "predict_prompt loss beta label_smoothing gamma_beta_ratio activation_checkpointing compile_blocks",
+    "datamodule": "max_length max_response_length truncation text_format chat_date train_pairs val_pairs probe_pairs labels split_seed "
+    "layout packed",
+    "model": "name_or_path attn_implementation",
+}
+"""What ``allow_config_change`` lets a run that goes on take over, from its next step on; those of the data and the model's place
+as long as token ids and weights are the same. Nothing else could be in force: it is in the weights, the reference or the order
+of the steps that were taken."""
 _N_SHOWN = 8
 
 
@@ -103,21 +117,31 @@ def check_same_run(checkpoint: Path, config: DictConfig) -> list[str]:
     """Refuse to resume under settings that would make it another run, unless ``allow_config_change`` is set.
 
     Returns:
-        what differs, a line a setting.
+        what differs and will be in force, a line a setting.
 
     Raises:
         UserError: settings differ, or nobody knows the old ones.
     """
     saved, before = checkpoint.parent.parent / "config.yaml", _settings_of(checkpoint)
-    now = OmegaConf.to_container(config, resolve=True)
+    now: Any = OmegaConf.to_container(config, resolve=True)
     changed = _differences(_lasting(before), _lasting(now))
-    if not changed and verify(checkpoint, contents=False).made_by.get(SETTINGS) != settings_sha256(config):
+    if fixed := [line for line in changed if not _takes_effect(line.partition(" ")[0])]:
+        raise UserError(
+            f"ckpt_path: a run that goes on can't change {_some(fixed)}; resume with the old settings, or start a new run"
+        )
+    manifest = verify(checkpoint, contents=False)
+    max_steps = now.get("trainer", {}).get("max_steps", -1)
+    if 0 <= max_steps < manifest.step:
+        raise UserError(
+            f"trainer.max_steps={max_steps}: {checkpoint} has taken {manifest.step} steps already; set it to more, or start a new "
+            "run"
+        )
+    if not changed and manifest.made_by.get(SETTINGS) != settings_sha256(config):
         changed = [f"{saved} is not what {checkpoint.name} was made under"]
     if changed and not config.allow_config_change:
-        more = f" and {len(changed) - _N_SHOWN} more" if len(changed) > _N_SHOWN else ""
         raise UserError(
-            f"ckpt_path: these settings would make it another run: {'; '.join(changed[:_N_SHOWN])}{more}; resume with the old "
-            "ones, or with allow_config_change=true"
+            f"ckpt_path: these settings would make it another run: {_some(changed)}; resume with the old ones, or with "
+            "allow_config_change=true"
         )
     only_cut = [
         f"{line} (the same steps; sums in another order, losses equal to about 1e-5)"
@@ -125,13 +149,71 @@ def check_same_run(checkpoint: Path, config: DictConfig) -> list[str]:
             *({k: v for k, v in _flat(s).items() if k in _MAY_CHANGE_INSIDE} for s in (before, now))
         )
     ]
-    return [f"Changed: {line}" for line in changed + only_cut]
+    return changed + only_cut
+
+
+def check_same_data(checkpoint: Path, data: PreferenceDataModule) -> None:
+    """Refuse token ids that aren't those that the run has trained on, before any model is touched.
+
+    Raises:
+        UserError: a split is another one; says which.
+    """
+    before = (
+        read_provenance(checkpoint.parent.parent).get(DATA, {}).items()
+    )  # the checkpoint says so too, of what is trained on
+    if changed := [name for name, digest in before if name not in data.splits or data.digest(name) != digest]:
+        raise UserError(
+            f"ckpt_path: {checkpoint} was trained on other data or another tokenisation (other token ids: {', '.join(changed)}); "
+            "resume with the same data options"
+        )
+
+
+def check_same_model(checkpoint: Path, config: DictConfig) -> None:
+    """Refuse a starting model of another name, unless its weights are those that the run started from.
+
+    Raises:
+        UserError: they aren't, or can't be compared.
+    """
+    run_dir, now = checkpoint.parent.parent, config.model.get("name_or_path")
+    before = _settings_of(checkpoint)["model"].get("name_or_path")
+    if before == now:
+        return
+    kept = {name: digest for name, digest in kept_hashes(run_dir).items() if name.startswith("base/")}
+    expected = {Path(name).name: digest for name, digest in kept.items() if name.endswith(".safetensors")}
+    found = {path.name: sha256_of(path) for path in Path(str(now)).glob("*.safetensors")}
+    if not found or found != expected:
+        raise UserError(
+            f"ckpt_path: a run that goes on can't change model.name_or_path (was {before}, now {now}), whose weights aren't those "
+            "that the run started from; resume with the old settings, or start a new run"
+        )
+
+
+def check_step_is_left(changed: list[str]) -> None:
+    """Refuse changed settings that no step is left to be taken under.
+
+    Raises:
+        UserError: there are some.
+    """
+    if lasting := [line for line in changed if line.partition(" ")[0] not in _MAY_CHANGE_INSIDE]:
+        raise UserError(
+            f"ckpt_path: the checkpoint is behind the last step, which leaves none to take under {_some(lasting)}; set "
+            "trainer.max_epochs or trainer.max_steps to more, or resume with the old settings"
+        )
 
 
 def settings_sha256(config: DictConfig) -> str:
     """Hash of the settings that may not change when a run goes on."""
     lasting = _lasting(OmegaConf.to_container(config, resolve=True))
     return hashlib.sha256(json.dumps(lasting, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _takes_effect(key: str) -> bool:
+    group, _, name = key.partition(".")
+    return group in ("arm", "data", "decoding") or name.partition(".")[0] in _TAKES_EFFECT.get(group, "").split()
+
+
+def _some(changes: list[str]) -> str:
+    return "; ".join(changes[:_N_SHOWN]) + (f" and {len(changes) - _N_SHOWN} more" if len(changes) > _N_SHOWN else "")
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -146,7 +228,7 @@ def _lasting(settings: Any) -> dict[str, Any]:
     flat = _flat(settings)
     if flat.get("datamodule.text_format") != "chat_template" or flat.get(f"datamodule.{CHAT_DATE}") is None:
         flat.pop(f"datamodule.{CHAT_DATE}", None)  # of no effect
-    return {"trainer.precision": "32-true"} | {  # Lightning's default, where a trainer's file leaves it out
+    return _STAYS_INSIDE | {
         key: value
         for key, value in flat.items()
         if (key.split(".")[0] not in _MAY_CHANGE or key in _STAYS_INSIDE) and key not in _MAY_CHANGE_INSIDE

@@ -1,6 +1,5 @@
 """The run folder of DESIGN §4: where it is, and what is written into it, each file whole or not at all."""
 
-import os
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,12 +15,15 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from analysis.kept_models import check_kept, record_kept
+from analysis.runs import source_of_base
 from lightning_modules.base import LogProbModule
 from tiltmeter.errors import FailedWrite, UserError
-from tiltmeter.files import write_atomically, write_json, write_text
+from tiltmeter.files import copy_file, write_atomically, write_json, write_text
 from tiltmeter.lora import ADAPTER, add_lora, merged_state
 from tiltmeter.models import CausalLM
 
+BASE = "base"
 T = TypeVar("T")
 
 
@@ -46,12 +48,17 @@ def write_config(run_dir: Path, config: DictConfig) -> None:
     write_text(run_dir / "config.yaml", text)
 
 
+Record = Callable[[Path, str], object]
+"""Told a folder that is whole, and the name that it will have; what it writes is there before anybody finds the folder."""
+
+
 def export_model(
     module: LogProbModule,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     trainer: Trainer,
     *,
+    record: Record,
     keep_existing: bool = False,
 ) -> str | None:
     """Write plain safetensors, configuration and tokenizer; every process must call this, the first one writes.
@@ -72,7 +79,7 @@ def export_model(
     def export() -> str | None:
         whole, tensors = model, state
         if module.lora is not None:
-            _export_adapters(model, state, folder.with_name("adapter"))
+            _export_adapters(model, state, folder.with_name("adapter"), record)
             try:
                 whole = module.build_model()
                 add_lora(whole, module.lora)
@@ -84,6 +91,7 @@ def export_model(
         def write(temporary: Path) -> None:
             whole.save_pretrained(temporary, state_dict=tensors, safe_serialization=True)
             tokenizer.save_pretrained(temporary)
+            record(temporary, folder.name)
 
         write_atomically(folder, write, keep_existing=keep_existing)
         return None
@@ -95,14 +103,14 @@ def on_first_process(write: Callable[[], T], trainer: Trainer) -> T | None:
     """Let the first process write while the others wait, and return what it returned, there alone; where it fails, all end alike.
 
     Raises:
-        FailedWrite: it failed.
+        FailedWrite, UserError: it failed.
     """
-    failure: FailedWrite | None = None
+    failure: FailedWrite | UserError | None = None
     written = None
     if trainer.is_global_zero:
         try:
             written = write()
-        except FailedWrite as error:
+        except (FailedWrite, UserError) as error:
             failure = error
     failure = trainer.strategy.broadcast(failure)
     if failure is not None:
@@ -110,40 +118,55 @@ def on_first_process(write: Callable[[], T], trainer: Trainer) -> T | None:
     return written
 
 
-def _export_adapters(model: PreTrainedModel, state: dict[str, Tensor], folder: Path) -> None:
+def _export_adapters(model: PreTrainedModel, state: dict[str, Tensor], folder: Path, record: Record) -> None:
     """What peft reads, to be put on ``base/``; it names its base only when that is on the hub."""
     name = model.config._name_or_path
     model.peft_config[ADAPTER].base_model_name_or_path = None if Path(name).is_dir() else name
-    write_atomically(folder, lambda temporary: model.save_pretrained(temporary, state_dict=state))
+
+    def write(temporary: Path) -> None:
+        model.save_pretrained(temporary, state_dict=state)
+        record(temporary, folder.name)
+
+    write_atomically(folder, write)
 
 
-def keep_base(run_dir: Path, model: CausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
-    """``base/``: the starting model itself, or a pointer when it is on the hub."""
-    source = Path(str(model.name_or_path))
-    if not source.is_dir():
-        write_json(run_dir / "base" / "pointer.json", {"name": model.name_or_path, "revision": model.revision})
+def keep_base(run_dir: Path, model: CausalLM, tokenizer: PreTrainedTokenizerBase, revision: str | None) -> None:
+    """``base/``: a copy of the starting model, or a pointer when it is on the hub; one that is there already stays.
+
+    Args:
+        revision: the commit of one on the hub.
+    """
+    folder = run_dir / BASE
+    if folder.is_dir():
         return
+    source = Path(str(model.name_or_path))
 
     def write(temporary: Path) -> None:
         temporary.mkdir()
-        for file in source.iterdir():
-            if file.is_file() and file.suffix in (".json", ".safetensors", ".txt", ".jinja", ".model"):
-                _link_or_copy(file, temporary / file.name)
-        tokenizer.save_pretrained(temporary)
-
-    write_atomically(run_dir / "base", write)
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    """Weights are large and never rewritten in place, so they are hard-linked where the file system allows."""
-    if source.suffix == ".safetensors":
-        try:
-            os.link(source.resolve(), target)
-        except OSError:
-            pass
+        if source.is_dir():
+            for file in source.iterdir():
+                if file.is_file() and file.suffix in (".json", ".safetensors", ".txt", ".jinja", ".model"):
+                    copy_file(file, temporary / file.name)
+            tokenizer.save_pretrained(temporary)
         else:
-            return
-    shutil.copy2(source, target)
+            write_json(temporary / "pointer.json", {"name": model.name_or_path, "revision": revision})
+        record_kept(run_dir, temporary, folder.name)
+
+    write_atomically(folder, write)
+
+
+def kept_base(run_dir: Path, model: CausalLM) -> CausalLM | None:
+    """The starting model as a run that goes on has kept it, one on the hub at its commit; None: nothing was kept yet.
+
+    Raises:
+        UserError: it was changed since.
+    """
+    if not (run_dir / BASE).is_dir():
+        return None
+    if is_first_process():
+        check_kept(run_dir / BASE)
+    name, revision = source_of_base(run_dir / BASE)
+    return CausalLM(name, revision=revision, dtype=model.dtype, attn_implementation=model.attn_implementation)
 
 
 def is_first_process() -> bool:

@@ -2,8 +2,9 @@
 
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 from hydra.utils import instantiate
@@ -13,10 +14,13 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
+from analysis.kept_models import check_kept, record_kept
+from callbacks.acceptance import Acceptance
 from callbacks.generation_metrics import GenerationMetrics
 from callbacks.observation import report_failed_write
 from callbacks.preemption import Preemption
 from callbacks.random_state import RandomState
+from callbacks.scoring import forget_steps_ahead
 from callbacks.truthfulqa_metrics import TruthfulQAMetrics
 from datamodules.records import PreferenceSource
 from launch.agreement import agreement
@@ -24,9 +28,27 @@ from launch.base_model import find_or_train_base, progress_callbacks
 from launch.command import one_line_errors
 from launch.metrics_csv import MetricsCSV
 from launch.parts import Parts, build_parts, check_length, check_options
-from launch.results import behaviour_of, geometry_of, provenance, result_rows, versions, write_results
-from launch.resuming import SETTINGS, check_same_run, clean_up, find_checkpoint, keep_chat_date, settings_sha256
-from launch.run_folder import claim_folder, export_model, is_first_process, keep_base, on_first_process, write_config
+from launch.results import behaviour_of, geometry_of, provenance, result_rows, versions, write_provenance, write_results
+from launch.resuming import (
+    SETTINGS,
+    check_same_data,
+    check_same_model,
+    check_same_run,
+    check_step_is_left,
+    clean_up,
+    find_checkpoint,
+    keep_chat_date,
+    settings_sha256,
+)
+from launch.run_folder import (
+    claim_folder,
+    export_model,
+    is_first_process,
+    keep_base,
+    kept_base,
+    on_first_process,
+    write_config,
+)
 from launch.run_lock import RunLock, check_writable
 from launch.screen import behaviour_table, console, data_table, geometry_tables, quiet_libraries, result_table
 from launch.slurm import checkpoint_of_this_job, note_job, requeued_when_asked
@@ -60,7 +82,8 @@ def _train(config: DictConfig, created: list[Path], held: ExitStack) -> Path:
     is_first = is_first_process()
     screen = console(enabled=is_first)
     root = Path(config.runs_root)
-    checkpoint = _checkpoint_to_resume(config, root, held, screen)
+    checkpoint, found, changed = _checkpoint_to_resume(config, root, held)
+    _say(screen, [*found, *(f"Changed: {line}" for line in changed)])
     run_dir = (
         checkpoint.parent.parent if checkpoint else root / config.name
     )  # below it, once the first process has claimed it
@@ -70,37 +93,47 @@ def _train(config: DictConfig, created: list[Path], held: ExitStack) -> Path:
     planned = make_trainer(config, watching, [])  # options that only a trainer can judge, before a base is trained
     parts = build_parts(config)
     check_length(planned, parts.data)
-    for line in start_scorers(watching, parts.data.source):
-        screen.print(line, soft_wrap=True)
+    if checkpoint is not None:
+        check_same_data(checkpoint, parts.data)
+        check_same_model(checkpoint, config)
+    _say(screen, start_scorers(watching, parts.data.source))
     screen.print(data_table(parts.data, parts.data.labels))
-    if config.base is not None:
-        parts.model, line = find_or_train_base(config, parts.model, parts.tokenizer, parts.data)
-        screen.print(line, soft_wrap=True)
-    _say_unmerged(screen, "will be", _why_not_merged(parts))
+    _say(screen, _settle_base(config, parts, checkpoint))
+    _say(screen, _unmerged("will be", _why_not_merged(parts)))
     seed_everything(config.seed, verbose=False)
     _attach(parts, root)
 
-    loggers: list[Logger] = []
-    if is_first:
-        run_dir = _begin(run_dir, config, created, held, resumes=checkpoint is not None)
-        loggers, line = _open_loggers(config, run_dir, parts, checkpoint)
-        screen.print(line, soft_wrap=True)
-    trainer = make_trainer(
-        config, [agreement(config, parts.data, trains="the run", resumes=checkpoint is not None), *watching], loggers
-    )
+    if is_first and checkpoint is None:
+        run_dir = _claim(run_dir, created, held)
+        config.run_dir = str(run_dir)
+
+    def begin(trainer: Trainer) -> None:
+        """Everything that is written before the first step; nothing can refuse the run any more."""
+
+        def write() -> None:
+            with nothing_was_started():
+                _say(screen, _begin(config, run_dir, parts, checkpoint, changed, trainer))
+
+        on_first_process(write, trainer)
+        parts.module.throughput.start()
+
+    accepted = Acceptance(begin)
+    agreed = agreement(config, parts.data, trains="the run", resumes=checkpoint is not None)
+    trainer = make_trainer(config, [accepted, agreed, *watching], [])
     started = time.perf_counter()
     with what_is_kept(run_dir):
         trainer.fit(
             parts.module, datamodule=parts.data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True
         )
+        accepted.accept(trainer)  # no step was left to take
         seconds = time.perf_counter() - started
         run_dir = Path(trainer.strategy.broadcast(str(run_dir)))
-        _say_unmerged(screen, "is", _keep(run_dir, parts, trainer))
-    for logger in loggers:
+        _say(screen, _unmerged("is", _keep(run_dir, parts, trainer)))
+    for logger in trainer.loggers:
         if isinstance(logger, RunLogger):
             close_wandb(logger)
     with what_is_kept(run_dir):
-        for logger in loggers:
+        for logger in trainer.loggers:
             if isinstance(logger, MetricsCSV):
                 logger.finish()
     for table in closing_tables(run_dir, parts, trainer, seconds) if trainer.is_global_zero else ():
@@ -109,19 +142,39 @@ def _train(config: DictConfig, created: list[Path], held: ExitStack) -> Path:
     return run_dir
 
 
-def _begin(run_dir: Path, config: DictConfig, created: list[Path], held: ExitStack, *, resumes: bool) -> Path:
-    """The run folder, claimed and locked unless the run goes on in it, with the configuration written."""
+def _say(screen: Console, lines: Iterable[str]) -> None:
+    for line in lines:
+        screen.print(line, soft_wrap=True, markup=False)
+
+
+def _settle_base(config: DictConfig, parts: Parts, checkpoint: Path | None) -> Iterator[str]:
+    """The model that training starts from: a run that goes on has kept its own, others find, train or are given one."""
+    if checkpoint is not None and (kept := kept_base(checkpoint.parent.parent, parts.model)):
+        parts.model = kept
+        yield f"Base: found in {kept.name_or_path}"
+    elif config.base is not None:
+        parts.model, line = find_or_train_base(config, parts.model, parts.tokenizer, parts.data)
+        yield line
+    elif is_first_process() and (given := Path(str(parts.model.name_or_path))).is_dir():
+        check_kept(given)  # a run's own aligned/ …
+
+
+def _claim(parent: Path, created: list[Path], held: ExitStack) -> Path:
+    """A new run's folder, empty and locked."""
+    with nothing_was_started():
+        run_dir = claim_folder(parent)
+        created.append(run_dir)
+        held.enter_context(RunLock(run_dir))
+        return run_dir
+
+
+@contextmanager
+def nothing_was_started() -> Iterator[None]:
+    """A write that fails before the first step is wrong input: a folder without room or permission."""
     try:
-        if not resumes:
-            run_dir = claim_folder(run_dir)
-            created.append(run_dir)
-            config.run_dir = str(run_dir)
-            held.enter_context(RunLock(run_dir))
-        write_config(run_dir, config)
-        note_job(run_dir)
+        yield
     except OSError as error:
         raise UserError(f"runs_root: {error}; nothing was started; make room or choose another folder") from error
-    return run_dir
 
 
 def _attach(parts: Parts, root: Path) -> None:
@@ -139,29 +192,45 @@ def _why_not_merged(parts: Parts) -> str | None:
     return why_not_merged(parts.model.build_on_meta(parts.tokenizer), parts.module.lora)
 
 
-def _say_unmerged(screen: Console, tense: str, reason: str | None) -> None:
-    if reason is not None:
-        screen.print(f"LoRA: adapter/ {tense} the result, without aligned/: {reason}", soft_wrap=True, markup=False)
+def _unmerged(tense: str, reason: str | None) -> list[str]:
+    return [] if reason is None else [f"LoRA: adapter/ {tense} the result, without aligned/: {reason}"]
 
 
-def _checkpoint_to_resume(config: DictConfig, root: Path, held: ExitStack, screen: Console) -> Path | None:
-    """The checkpoint, once its run folder is locked and cleaned up; says what was found on the way."""
+def _checkpoint_to_resume(config: DictConfig, root: Path, held: ExitStack) -> tuple[Path | None, list[str], list[str]]:
+    """The checkpoint, once its run folder is locked, what was found on the way, and the settings that are changed."""
     checkpoint, lines = checkpoint_of_this_job(config), list[str]()
     if checkpoint is None and config.ckpt_path is None:
-        return None
+        return None, [], []
     if checkpoint is None:
         checkpoint, lines = find_checkpoint(config.ckpt_path, root, config.name)
     keep_chat_date(checkpoint, config)
-    lines += check_same_run(checkpoint, config)
+    changed = check_same_run(checkpoint, config)
     if is_first_process():
         for folder in (checkpoint.parent.parent, checkpoint.parent):
             check_writable(folder, key="ckpt_path")
         lock = held.enter_context(RunLock(checkpoint.parent.parent))
         lines += [f"Lock taken over: {lock.taken_over} is gone"] if lock.taken_over else []
-        lines += clean_up(checkpoint.parent)
-    for line in [*lines, f"Resuming: {checkpoint}"]:
-        screen.print(line, soft_wrap=True)
-    return checkpoint
+    return checkpoint, [*lines, f"Resuming: {checkpoint}"], changed
+
+
+def _begin(
+    config: DictConfig, run_dir: Path, parts: Parts, checkpoint: Path | None, changed: list[str], trainer: Trainer
+) -> Iterator[str]:
+    """Write what a run's folder holds from its start on, and open its loggers; yields lines about it."""
+    if trainer.state.finished:
+        check_step_is_left(changed)
+    if checkpoint is not None:
+        forget_steps_ahead(trainer)
+        yield from clean_up(checkpoint.parent)
+    write_config(run_dir, config)
+    note_job(run_dir)
+    write_provenance(run_dir, parts, step=trainer.global_step, changed=changed)
+    keep_base(run_dir, parts.model, parts.tokenizer, parts.model_revision)
+    trainer.loggers, line = _open_loggers(config, run_dir, parts, checkpoint)
+    trainer.callbacks.extend(  # type: ignore[attr-defined]
+        WandbMedia(logger, run_dir) for logger in trainer.loggers if isinstance(logger, RunLogger)
+    )
+    yield line
 
 
 def closing_tables(run_dir: Path, parts: Parts, trainer: Trainer, seconds: float) -> Iterator[Table]:
@@ -191,13 +260,9 @@ def what_is_kept(run_dir: Path) -> Iterator[None]:
 
 def _keep(run_dir: Path, parts: Parts, trainer: Trainer) -> str | None:
     """What makes the folder a finished run; every process calls this, the first one writes. As :func:`export_model` returns."""
-
-    def keep() -> None:
-        keep_base(run_dir, parts.model, parts.tokenizer)
-        write_results(run_dir, parts)
-
-    on_first_process(keep, trainer)
-    return export_model(parts.module, parts.tokenizer, run_dir / "aligned", trainer)
+    on_first_process(lambda: write_results(run_dir, parts), trainer)
+    record = partial(record_kept, run_dir)
+    return export_model(parts.module, parts.tokenizer, run_dir / "aligned", trainer, record=record)
 
 
 def _open_loggers(config: DictConfig, run_dir: Path, parts: Parts, checkpoint: Path | None) -> tuple[list[Logger], str]:
@@ -239,7 +304,6 @@ def make_trainer(config: DictConfig, watching: Sequence[Callback], loggers: list
         last = instantiate(config.last_checkpoint)
         callbacks += [instantiate(config.checkpoint), last]
     callbacks += [Preemption(last), *watching, RandomState()]
-    callbacks += [WandbMedia(logger, Path(config.run_dir)) for logger in loggers if isinstance(logger, RunLogger)]
     trainer: Trainer = instantiate(
         config.trainer,
         logger=loggers or False,

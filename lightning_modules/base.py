@@ -18,7 +18,7 @@ from lightning_modules.schedule import (
     Schedule,
     check_number,
     learning_rate_factor,
-    set_rate_of_next_step,
+    set_options_of_next_step,
     steps_of_fit,
 )
 from lightning_modules.step_guard import StepGuard
@@ -120,11 +120,11 @@ class LogProbModule(ModelBuilding):
         return steps_of_fit(self.trainer, self.data.steps_per_epoch)
 
     def on_train_start(self) -> None:
-        """Set the rate of the first step, which a checkpoint of a shorter schedule restores as that one's end; start the clock."""
+        """Put this run's options in force, where a checkpoint has restored the optimizer's of before; start the clock."""
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         assert not isinstance(optimizer, list)
         assert isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR)
-        set_rate_of_next_step(optimizer.optimizer, scheduler)
+        set_options_of_next_step(optimizer.optimizer, scheduler)
         self.throughput.start()
 
     def on_validation_end(self) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lightning_modules.checkpoint_io import CommittedCheckpointIO, check_sharded, only_plain
+from tiltmeter.errors import UserError
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -35,7 +36,10 @@ class FSDP2Strategy(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Looked through first: PyTorch would run whatever a folder of shards asks for."""
         path = Path(self.broadcast(checkpoint_path))
-        if path.is_dir():
-            check_sharded(path)
+        if not path.is_dir():
+            raise UserError(
+                f"ckpt_path: {path} is one file, which a sharded run doesn't read; resume with the trainer it was started with"
+            )
+        check_sharded(path)
         with only_plain(path):
             return super().load_checkpoint(path, weights_only)

@@ -46,8 +46,11 @@ def steps_of_fit(trainer: Trainer, steps_per_epoch: int) -> int:
     return int(min(by_epochs, by_steps))
 
 
-def set_rate_of_next_step(optimizer: Optimizer, scheduler: LambdaLR) -> None:
-    """The rate as the schedule has it now: a checkpoint of a shorter schedule restores that one's end."""
+def set_options_of_next_step(optimizer: Optimizer, scheduler: LambdaLR) -> None:
+    """Its own options, and the rate as the schedule has it now: a checkpoint restores those that it was saved under."""
+    for group in optimizer.param_groups:
+        group |= {**optimizer.defaults, "initial_lr": optimizer.defaults["lr"]}
+    scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
     scheduler._last_lr = [base * scheduler.lr_lambdas[0](scheduler.last_epoch) for base in scheduler.base_lrs]
     for group, rate in zip(optimizer.param_groups, scheduler._last_lr, strict=True):
         group["lr"] = rate

@@ -24,6 +24,9 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.rank_zero import _get_rank, rank_zero_only
 
+from launch.run_lock import LOCK
+from tiltmeter.files import sha256_of
+
 ROOT = Path(__file__).resolve().parent.parent
 N_RANKS = 2
 HANGS = 3600.0
@@ -172,6 +175,17 @@ def wait_for_all(started: Sequence[Forked], timeout: float) -> list[CompletedPro
     if late is not None:
         raise late
     return ended
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Every file and link of a folder: its path, and the sha256 of its bytes or what it points to.
+
+    A lock's file is not opened: to close it again would free the lock, where this process holds it.
+    """
+    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
+    links = {name: str(path.readlink()) for name, path in found.items() if path.is_symlink()}
+    files = {name: path for name, path in found.items() if path.is_file() and name not in links}
+    return links | {name: "" if path.name == LOCK else sha256_of(path) for name, path in files.items()}
 
 
 def codes(ended: Sequence[CompletedProcess[str]]) -> list[int]:

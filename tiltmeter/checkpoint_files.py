@@ -18,7 +18,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from tiltmeter.files import writing
+from tiltmeter.files import sha256_of, writing
 
 MANIFEST = ".manifest.json"
 _PARTIAL = ".partial-"
@@ -253,8 +253,7 @@ def _describe(data: Path, name: str) -> dict[str, dict[str, Any]]:
     """``Manifest.files`` of a file or folder as it is now, under the name that it has or will have."""
 
     def describe(file: Path) -> dict[str, Any]:
-        with file.open("rb") as stream:
-            return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+        return {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
 
     files = _files_of(data)
     with ThreadPoolExecutor() as threads:  # shards side by side: hashing lets other threads run

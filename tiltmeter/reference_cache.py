@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from tiltmeter.batch import TokenizedPair
-from tiltmeter.files import write_atomically, write_json
+from tiltmeter.files import sha256_of, write_atomically, write_json
 
 _TABLE, _MANIFEST = "log_probs.safetensors", "manifest.json"
 _FORMAT = 2
@@ -165,7 +165,7 @@ class ReferenceCache:
             "computed_in": torch.tensor([where for _, where in rows.values()], dtype=torch.int64).reshape(-1, 3),
         }
         write_atomically(self.folder / _TABLE, lambda path: save_file(tensors, path))
-        manifest = {"format": _FORMAT, "n_rows": len(rows), "sha256": _file_hash(self.folder / _TABLE)}
+        manifest = {"format": _FORMAT, "n_rows": len(rows), "sha256": sha256_of(self.folder / _TABLE)}
         write_json(self.folder / _MANIFEST, {**manifest, "depends_on": dict(self.depends_on)})
 
     def _read(self) -> tuple[dict[str, Tensor] | None, str]:
@@ -174,14 +174,10 @@ class ReferenceCache:
             return None, ""
         try:
             said = json.loads(manifest.read_text(encoding="utf-8"))
-            if said["sha256"] != _file_hash(table):
+            if said["sha256"] != sha256_of(table):
                 return None, f"{table} does not match its manifest"
             if said["depends_on"] != dict(self.depends_on) or said["format"] != _FORMAT:
                 return None, f"{table} was made for another model or format"
             return load_file(table), ""
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             return None, f"{self.folder} is damaged ({type(error).__name__})"
-
-
-def _file_hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -9,7 +9,6 @@ A file holds one [N, d] tensor per site and position, named ``<site>/<position>`
 ``epoch − base`` is the update matrix. The manifest is written last: a file that it doesn't list was not finished.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from tiltmeter.capture import HiddenStates, ReadPoint
 from tiltmeter.errors import UserError
-from tiltmeter.files import write_atomically, write_json
+from tiltmeter.files import sha256_of, write_atomically, write_json
 from tiltmeter.positions import POSITIONS, SIDE_NAMES, Position, check_position
 
 FORMAT = 1
@@ -144,7 +143,7 @@ class SnapshotWriter:
 
         def write(temporary: Path) -> None:
             save_file(tensors, temporary)
-            digest.append(_sha256(temporary))
+            digest.append(sha256_of(temporary))
 
         write_atomically(target, write)
         manifest.files[target.name] = digest[0]
@@ -206,7 +205,7 @@ class SnapshotReader:
             raise UserError(
                 f"snapshots: {path}: listed in {MANIFEST} but missing; restore it or take the snapshot again"
             )
-        if _sha256(path) != self.manifest.files[file]:
+        if sha256_of(path) != self.manifest.files[file]:
             raise UserError(
                 f"snapshots: {path}: damaged (its sha256 is not that of {MANIFEST}); restore it from a copy"
             )
@@ -225,11 +224,6 @@ def epoch_name(epoch: int) -> str:
 
 def _key(point: ReadPoint) -> str:
     return f"{point.site}/{point.position}"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_manifest(folder: Path) -> Manifest:

@@ -11,7 +11,9 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from peft import LoraConfig
 
+from callbacks.acceptance import Acceptance
 from callbacks.generation_metrics import GenerationMetrics
+from callbacks.scoring import forget_steps_ahead
 from lightning_modules.base import LogProbModule
 from lightning_modules.sft import SFTModule
 from tests.callbacks.scorers import Fails, Held, Lengths, Missing
@@ -243,7 +245,7 @@ def test_a_resumed_run_compares_with_the_first_base_and_has_each_row_once(tmp_pa
     checkpoint, first = checkpointed(tmp_path, [asking(decoding=SAMPLED)])
     lost = watch(tmp_path, [asking(decoding=SAMPLED, every_n_steps=1)], module=dpo(schedule="constant"), max_epochs=2)
     assert steps_of(lost)[-1] == 6
-    resumed = resume(tmp_path, [asking(decoding=SAMPLED)], checkpoint)
+    resumed = resume(tmp_path, [Acceptance(forget_steps_ahead), asking(decoding=SAMPLED)], checkpoint)
     whole = watch(tmp_path / "whole", [asking(decoding=SAMPLED)], module=dpo(schedule="constant"), max_epochs=2)
     assert steps_of(first) + steps_of(resumed) == [0, 3, 6]
     assert resumed.logger.of("behaviour/characters")[-1] == whole.logger.of("behaviour/characters")[-1]

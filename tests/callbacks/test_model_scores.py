@@ -11,9 +11,11 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold
 
+from callbacks.acceptance import Acceptance
 from callbacks.hidden_state_snapshot import HiddenStateSnapshot
 from callbacks.preference_metrics import PreferenceMetrics
 from callbacks.preference_probe import PreferenceProbe
+from callbacks.scoring import forget_steps_ahead
 from callbacks.truthfulqa_metrics import TruthfulQAMetrics
 from datamodules.preference import PreferenceDataModule
 from datamodules.records import LoadReport, PreferencePair
@@ -180,6 +182,7 @@ def test_rows_of_steps_that_are_taken_again_are_dropped(
 
     def go(every: int | None, checkpoint: str | None = None) -> Watched:
         watchers = [
+            Acceptance(forget_steps_ahead),
             TruthfulQAMetrics(questions=TruthfulQA(str(questions)), every_n_steps=every),
             PreferenceProbe(every_n_steps=every),
             PreferenceMetrics(),

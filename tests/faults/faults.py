@@ -64,6 +64,18 @@ def full_disk(step: int) -> None:
     torch.save = failing  # type: ignore[assignment]
 
 
+def no_room_for(name: str) -> None:
+    """The disk is full when a file or folder of this name would be whole."""
+    replace = Path.replace
+
+    def failing(self: Path, target: Any) -> Path:
+        if Path(target).name == name:
+            raise OSError(28, "No space left on device", str(target))
+        return replace(self, target)
+
+    Path.replace = failing  # type: ignore[method-assign,assignment]
+
+
 def broken_wandb(step: int) -> None:
     """W&B refuses every row from ``step`` steps on and can't finish."""
     import wandb

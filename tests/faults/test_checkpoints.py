@@ -11,6 +11,7 @@ import torch
 from launch.run_lock import RunLock
 from tests.cli import TINY, logged, metrics_of, only_run, run_train
 from tests.faults.faults import full_disk
+from tests.processes import contents
 from tiltmeter.checkpoint_files import commit, verify
 
 pytestmark = pytest.mark.slow
@@ -44,13 +45,11 @@ def run(root: Path, started: CompletedProcess[str]) -> Path:
 
 def refused(root: Path, run: Path, *arguments: str) -> str:
     """The one line of a run that was refused, which changed nothing."""
-    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    before = contents(run)
     ended = run_train(*RUN, f"runs_root={root}", *arguments)
     assert ended.returncode == 2, ended.stderr
     (line,) = ended.stderr.strip().splitlines()
-    assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path != run} == {
-        path: time for path, time in before.items() if path != run
-    }
+    assert contents(run) == before
     return line
 
 

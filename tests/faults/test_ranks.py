@@ -7,6 +7,7 @@ import pytest
 
 from tests.cli import TINY, composed, run_train
 from tests.processes import codes, run_on_ranks
+from tiltmeter.files import write_text
 
 pytestmark = pytest.mark.slow
 JOB = (*TINY, "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true")
@@ -32,7 +33,8 @@ def start_differently(rank: int, folder: Path) -> None:
         PreferenceDataModule.load = load_one_less if other == "data" else load  # type: ignore[method-assign]
         launch.agreement.code_digest = (lambda: "sha256 another") if other == "code" else digest
         if other == "checkpoint":
-            launch.training._checkpoint_to_resume = lambda *_: folder / "run" / "checkpoints" / "last.ckpt"
+            write_text(folder / "run" / "config.yaml", "model: {}\n")
+            launch.training._checkpoint_to_resume = lambda *_: (folder / "run" / "checkpoints" / "last.ckpt", [], [])
         options = ["module.beta=0.2"] if other == "options" else []
         options += ["datamodule.pairs_per_step=1"] if what == "too few pairs" else []
         with pytest.raises(SystemExit) as ended:

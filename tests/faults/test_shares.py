@@ -11,6 +11,7 @@ from hydra.utils import instantiate
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from callbacks.acceptance import Acceptance
 from callbacks.agreement import Agreement
 from callbacks.preemption import Preemption
 from callbacks.progress import TrainingProgress
@@ -40,7 +41,7 @@ def every_callback(folder: Path) -> list[Callback]:
     named = [instantiate(node) for node in config.callbacks.values()]
     alarms = [TrainingAlarms(window=2) if isinstance(callback, TrainingAlarms) else callback for callback in named]
     last = ModelCheckpoint(folder / "checkpoints", filename="last", enable_version_counter=False)
-    return [*alarms, Preemption(last), Agreement(lambda: {"data": "the same"}), RandomState(), last]
+    return [Acceptance(str), *alarms, Preemption(last), Agreement(lambda: {"data": "the same"}), RandomState(), last]
 
 
 def train(folder: Path, **options: Any) -> None:

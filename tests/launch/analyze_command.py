@@ -11,6 +11,7 @@ from omegaconf import open_dict
 from launch.analyzing import analyze
 from launch.command import one_line_errors
 from launch.configuration import CONF, prepare_overrides
+from tests.processes import contents
 from tiltmeter.errors import UserError
 
 
@@ -27,9 +28,9 @@ def ask(tmp_path: Path, *arguments: str) -> Path | None:
 
 
 def refused(tmp_path: Path, *arguments: str) -> str:
-    before = {path for path in tmp_path.rglob("*") if path.is_file()}
+    before = contents(tmp_path)
     with pytest.raises((UserError, SystemExit)) as caught, one_line_errors(debug=True):
         ask(tmp_path, *arguments)
-    assert {path for path in tmp_path.rglob("*") if path.is_file()} == before, "something was written"
+    assert contents(tmp_path) == before, "something was written"
     assert "\n" not in str(caught.value)
     return str(caught.value)

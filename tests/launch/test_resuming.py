@@ -2,20 +2,38 @@
 
 import os
 from contextlib import ExitStack
+from inspect import signature
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from datamodules.preference import PreferenceDataModule
 from launch.configuration import CONF
-from launch.resuming import SETTINGS, check_same_run, find_checkpoint, keep_chat_date, settings_sha256
+from launch.resuming import (
+    SETTINGS,
+    check_same_run,
+    check_step_is_left,
+    find_checkpoint,
+    keep_chat_date,
+    settings_sha256,
+)
 from launch.run_folder import write_config
-from launch.screen import console
 from launch.training import _checkpoint_to_resume
+from lightning_modules.base import LogProbModule
+from lightning_modules.dpo import DPOModule
+from lightning_modules.sft import SFTModule
 from tests.tiltmeter.interrupted_saves import write_file
 from tiltmeter.checkpoint_files import commit
 from tiltmeter.errors import UserError
+from tiltmeter.models import CausalLM
+
+IN_WEIGHTS_OR_ORDER = {
+    "module.freeze_embeddings", "module.lora", "datamodule.pairs_per_step", "datamodule.bucket_steps", "datamodule.seed",
+    "model.revision", "model.init", "model.architecture", "model.tokenizer", "model.vocab_size", "model.dtype",
+}  # fmt: skip
+"""A run that goes on can't change them: what it did under them is in its weights, its reference or the order of its steps."""
 
 
 def composed(*overrides: str) -> DictConfig:
@@ -78,14 +96,50 @@ def test_f25_other_settings_are_refused_with_all_that_differs_and_allowed_when_a
     write_config(tmp_path, config)
     free = ("trainer.max_epochs=7", "logger=csv", "callbacks=none", "trainer=ddp", "++trainer.precision=32-true")
     assert check_same_run(checkpoint, composed(*free)) == []
-    other = ("++module.beta=0.5", "seed=4", "++trainer.precision=64-true")
+    other, said = (
+        ("++module.beta=0.5", "module.learning_rate=1e-3"),
+        ("module.beta was None, now 0.5", "was 0.0003, now 0.001"),
+    )
     with pytest.raises(UserError) as refused:
         check_same_run(checkpoint, composed(*other))
-    for line in ("module.beta was None, now 0.5", "seed was 0, now 4", "trainer.precision was 32-true, now 64-true"):
-        assert line in str(refused.value)
-    assert "allow_config_change=true" in str(refused.value)
+    assert all(line in str(refused.value) for line in (*said, "allow_config_change=true"))
     lines = check_same_run(checkpoint, composed(*other, "allow_config_change=true"))
-    assert "Changed: module.beta was None, now 0.5" in lines
+    assert set(lines) == {said[0], f"module.learning_rate {said[1]}"}
+
+
+def test_every_option_of_a_run_is_taken_over_or_refused_by_name(tmp_path: Path) -> None:
+    config = composed("allow_config_change=true")
+    (checkpoint,) = saved(tmp_path, 3, config=config)
+    write_config(tmp_path, config)
+    parts = {
+        "module": (DPOModule, SFTModule, LogProbModule),
+        "datamodule": (PreferenceDataModule,),
+        "model": (CausalLM,),
+    }
+    names = {
+        f"{group}.{name}" for group, kinds in parts.items() for kind in kinds for name in signature(kind).parameters
+    }
+    names -= {"module.options", "datamodule.source", "datamodule.chat_date"}  # of the last: the tests of dates
+    refused = {}
+    for name in names:
+        changed = config.copy()
+        OmegaConf.update(changed, name, "other", force_add=True)
+        try:
+            (line,) = check_same_run(checkpoint, changed)
+        except UserError as error:
+            refused[name] = str(error)
+        else:
+            assert line.startswith(f"{name} was ")
+    assert all(f"a run that goes on can't change {name} was" in said for name, said in refused.items())
+    assert refused.keys() == IN_WEIGHTS_OR_ORDER
+
+
+def test_settings_that_no_step_is_left_for_are_refused_unless_they_only_cut_the_work() -> None:
+    check_step_is_left(["datamodule.num_workers was 0, now 2"])
+    with pytest.raises(
+        UserError, match=r"leaves none to take under module.beta was 0.1, now 0.2; set trainer.max_epochs"
+    ):
+        check_step_is_left(["module.beta was 0.1, now 0.2", "datamodule.num_workers was 0, now 2"])
 
 
 def test_a_config_that_was_edited_afterwards_is_not_what_the_checkpoint_was_made_under(tmp_path: Path) -> None:
@@ -124,7 +178,7 @@ def test_a_run_that_goes_on_another_day_keeps_the_date_of_its_chat_template(
 ) -> None:
     later = on("2024-07-06", monkeypatch, "ckpt_path=last")
     with ExitStack() as held:
-        assert _checkpoint_to_resume(later, tmp_path, held, console(enabled=False)) == of_friday
+        assert _checkpoint_to_resume(later, tmp_path, held)[0] == of_friday
     assert later.datamodule.chat_date == later.chat_date == "2024-07-05"
 
 
