@@ -119,7 +119,7 @@ def test_every_option_of_a_run_is_taken_over_or_refused_by_name(tmp_path: Path) 
     names = {
         f"{group}.{name}" for group, kinds in parts.items() for kind in kinds for name in signature(kind).parameters
     }
-    names -= {"module.options", "datamodule.source", "datamodule.chat_date"}  # of the last: the tests of dates
+    names -= {"module.options", "datamodule.source", "datamodule.chat_date"}  # dates: below
     refused = {}
     for name in names:
         changed = config.copy()
