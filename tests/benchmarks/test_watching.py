@@ -46,7 +46,7 @@ def test_both_sides_are_the_experiment_and_differ_in_callbacks_alone() -> None:
     assert not plain.callbacks
     watched.callbacks = plain.callbacks
     assert watched == plain
-    assert (plain.name, plain.datamodule.train_pairs, plain.datamodule.probe_pairs) == ("tiny_hh", 1150, 80)
+    assert (plain.name, plain.datamodule.train_pairs, plain.datamodule.probe_pairs) == ("tiny_hh", 1150, 128)
     assert plain.trainer.val_check_interval == 0.5
 
 
