@@ -1,6 +1,6 @@
 """The scoring half of GenerationMetrics, on the first process: quick scorers now, slow ones beside training, all of it kept."""
 
-import warnings
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -52,10 +52,9 @@ class Scoring:
     def finish(self, trainer: Trainer, *, wait_seconds: float) -> None:
         """Wait for slow scorers, so long at most."""
         if n_late := self._beside.wait(wait_seconds):
-            warnings.warn(
+            logging.getLogger(__name__).warning(
                 f"behaviour: {n_late} sets of samples were not judged within {wait_seconds:.0f} s of the end of training; "
-                "analyze.py run=… analysis=behaviour scores them again",
-                stacklevel=2,
+                "analyze.py run=… analysis=behaviour scores them again"
             )
         self.collect(trainer)
 

@@ -1,5 +1,6 @@
 """A judge behind a real HTTP server while a model trains: its scores arrive late, and whatever it does, training ends well."""
 
+import logging
 import math
 import warnings
 from pathlib import Path
@@ -59,7 +60,18 @@ class Judged(NamedTuple):
 
     watched: Watched
     said: list[str]
-    """Warnings."""
+    """Warnings, of either kind."""
+
+
+class Heard(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
 
 
 def run(folder: Path, judged: JudgeScorer, *first: Callback, wait_seconds: float = HANGS) -> Judged:
@@ -67,6 +79,7 @@ def run(folder: Path, judged: JudgeScorer, *first: Callback, wait_seconds: float
     scorers = {"judge": judged, "degeneration": DegenerationScorer()}
     decoding = Decoding(max_new_tokens=6, temperature=1.0)
     asking = GenerationMetrics(scorers=scorers, decoding=decoding, n_prompts=N_PROMPTS, wait_seconds=wait_seconds)
+    logging.getLogger().addHandler(heard := Heard())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         watched = watch(folder, [*first, asking])
@@ -74,7 +87,8 @@ def run(folder: Path, judged: JudgeScorer, *first: Callback, wait_seconds: float
             if isinstance(callback, Breaks):
                 callback.stub.stop_waiting()
         asking.scoring._beside.wait(HANGS)  # no thread outlives its test
-    return Judged(watched, [str(warning.message) for warning in caught])
+    logging.getLogger().removeHandler(heard)
+    return Judged(watched, [*heard.lines, *(str(warning.message) for warning in caught)])
 
 
 class Breaks(Callback):

@@ -48,7 +48,7 @@ def test_a_misspelt_argument_is_one_line_with_the_nearest_match(argument: str, w
     assert all(word in message for word in words), message
 
 
-@pytest.mark.parametrize("value", ["x/last-step=000011.ckpt", "new (1)/a", "it's", "größe", "#1", "a{b", "~/x"])
+@pytest.mark.parametrize("value", ["x/last-step=000011.ckpt", "new (1)/a", "it's", "größe", "#1", "a{b"])
 def test_a_value_outside_hydra_s_grammar_is_refused_with_a_form_that_works(value: str) -> None:
     with pytest.raises(UserError, match="quote it: ") as caught:
         prepare_overrides([f"ckpt_path={value}"], config_name="train")

@@ -1,8 +1,8 @@
 """Two models, the same prompts, every scorer: what generation during training and afterwards have in common."""
 
+import logging
 import threading
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -138,12 +138,15 @@ class ScoringBeside:
             thread.start()
 
     def take(self) -> list[Scored]:
-        """What was finished since the last call, the oldest first; warns of what scorers had to say."""
+        """What was finished since the last call, the oldest first; logs what scorers had to say.
+
+        Logged, not warned: the filters of warnings belong to all threads, and libraries of the scorers' thread change them.
+        """
         with self._lock:
             done, self._done = self._done, []
         done.sort(key=lambda scored: scored.step)
         for text in (text for scored in done for text in scored.notices):
-            warnings.warn(text, stacklevel=2)
+            logging.getLogger(__name__).warning(text)
         return done
 
     def wait(self, seconds: float) -> int:

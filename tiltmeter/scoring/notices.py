@@ -18,7 +18,7 @@ def notice(text: str) -> None:
 
 @contextmanager
 def kept_notices() -> Iterator[list[str]]:
-    """Keep what this thread has to say, for another one that warns of it: library code there may just be ignoring all warnings."""
+    """Keep what this thread has to say, for another one that logs it: library code there may just be ignoring all warnings."""
     kept: list[str] = []
     token = _kept.set(kept)
     try:
