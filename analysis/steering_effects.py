@@ -69,6 +69,10 @@ class _Sums(NamedTuple):
     def zero(self) -> int:
         return self.strengths.index(0.0)
 
+    def of(self, draws: list[int]) -> "_Sums":
+        """Some of the draws."""
+        return self._replace(**{name: getattr(self, name)[:, draws] for name in self._fields[2:]})
+
     def at_norm(self, norm: float) -> int | None:
         """Which strength adds something as long; None: none does."""
         return next((i for i, x in enumerate(self.norms) if math.isclose(x, norm, rel_tol=1e-4, abs_tol=1e-12)), None)
@@ -115,6 +119,38 @@ def steering_effects(pairs: pd.DataFrame, sweep: pd.DataFrame, *, strength: floa
                         screened = screened or CONTROLS_COLLAPSED
                     rows.append(known | _compare(cell, vector, kind, metric, equal, strength, screened))
     return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def random_among_random(pairs: pd.DataFrame) -> pd.DataFrame:
+    """How often a random vector is called above or below the others of its kind: the real error rate of :func:`steering_effects`.
+
+    Args:
+        pairs: :func:`analysis.sweep_table.read_pairs`.
+
+    Returns:
+        a row for each direction, site, random kind, comparison and length above 0 (``lambda`` is the random vectors' own), with the
+        shares of ``n`` draws whose verdict is ``above`` and ``below``, each draw judged against all others.
+    """
+    rows: list[dict[str, Any]] = []
+    for (direction, site), part in pairs.groupby(["direction", "site"], sort=False):
+        cell = _cell_of(part)
+        for kind, drawn in ((name, cell.by_vector[name]) for name in RANDOM_KINDS if name in cell.by_vector):
+            n = drawn.kl.shape[1]
+            for strength in (x for x in drawn.strengths if x > 0):
+                for metric, equal in _COMPARED:
+                    verdicts = [
+                        _compare(
+                            cell._replace(
+                                by_vector={"one": drawn.of([i]), kind: drawn.of([j for j in range(n) if j != i])}
+                            ),
+                            *("one", kind, metric, equal, strength, None),
+                        )["verdict"]
+                        for i in range(n)
+                    ]
+                    known = {"direction": direction, "site": site, "control": kind, "lambda": strength}
+                    known |= {"metric": metric, "equal": equal, "n": n}
+                    rows.append(known | {"above": verdicts.count(ABOVE) / n, "below": verdicts.count(BELOW) / n})
+    return pd.DataFrame(rows)
 
 
 def text_of(sweep: pd.DataFrame, direction: str, vector: str, site: str, strength: float) -> Text:

@@ -22,6 +22,7 @@ from analysis.steering_effects import (
     SAME,
     UNKNOWN,
     interpolate,
+    random_among_random,
     steering_effects,
 )
 from analysis.steering_panels import draw_effects
@@ -198,3 +199,21 @@ def test_interpolation_is_numpys_where_curves_grow(steps: list[float], at: float
     y = np.sin(x)
     found = float(interpolate(torch.tensor(x)[None], torch.tensor(y)[None], torch.tensor([at], dtype=torch.float64)))
     assert math.isnan(found) if at > x[-1] else found == pytest.approx(float(np.interp(at, x, y)), abs=1e-12)
+
+
+def test_each_random_vector_is_judged_as_a_vector_of_a_run_is() -> None:
+    pairs = planted(n_random=3)
+    pairs = pairs[pairs["lambda"].isin((0.0, 1.0))]
+    pairs.loc[(pairs["vector"] == "random") & (pairs["draw"] == 1) & (pairs["lambda"] > 0), "kl"] *= 0.5
+    found = random_among_random(pairs).set_index(["metric", "equal", "lambda"])
+    called: dict[tuple[str, str, float], list[str]] = {}
+    drawn = pairs[pairs["vector"] == "random"]
+    for draw in sorted(drawn["draw"].unique()):
+        asked = drawn.assign(vector=drawn["vector"].where(drawn["draw"] != draw, "v*"))
+        for row in steering_effects(asked, text(0.0), strength=1.0).itertuples():
+            called.setdefault((row.metric, row.equal, 1.0), []).append(row.verdict)
+    assert set(found.index) == set(called)
+    for key, verdicts in called.items():
+        shares = [verdicts.count(side) / len(verdicts) for side in (ABOVE, BELOW)]
+        assert found.loc[key, ["above", "below"]].tolist() == shares, key
+    assert found["above"].max() > 0, "else this test could not fail"
