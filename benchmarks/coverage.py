@@ -24,10 +24,10 @@ import torch
 from scipy.special import stdtrit
 from torch import Tensor
 
-from analysis.figures import COLOURS, house_style, new_figure, set_titles
-from tiltmeter.consistency import mean_cosine_intervals, shift_shares_of_gram
-from tiltmeter.energy_distance import energy_kernel
-from tiltmeter.spectra import leading_energies_of_gram
+from analysis.report.style import COLOURS, house_style, new_figure, set_titles
+from tiltmeter.geometry.consistency import mean_cosine_intervals, shift_shares_of_gram
+from tiltmeter.geometry.energy_distance import energy_kernel
+from tiltmeter.geometry.spectra import leading_energies_of_gram
 from tiltmeter.stats.among_random import SAME, among_random
 from tiltmeter.stats.jackknife import (
     COSINE,

@@ -28,9 +28,9 @@ from benchmarks.workload import (
     random_order,
     sorted_order,
 )
-from tiltmeter.cpu_linear import onednn_is_faster
 from tiltmeter.errors import UserError
-from tiltmeter.log_probs import default_chunk_tokens
+from tiltmeter.models.cpu_linear import onednn_is_faster
+from tiltmeter.pairs.log_probs import default_chunk_tokens
 from tiltmeter.threads import usable_cores
 
 OURS, TRL, TRL_SORTED = "tiltmeter", "TRL", "TRL, pairs sorted by length"

@@ -6,8 +6,8 @@ from torch.nn import functional as F
 
 from benchmarks.common import Message, peak_memory_mb, synchronizer
 from benchmarks.worker import Channel, Turns
-from tiltmeter.layers import Unembedding
-from tiltmeter.log_probs import token_log_probs
+from tiltmeter.models.layers import Unembedding
+from tiltmeter.pairs.log_probs import token_log_probs
 
 
 def work(settings: Message, channel: Channel) -> Message:

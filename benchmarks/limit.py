@@ -34,9 +34,9 @@ from benchmarks.side_tiltmeter import fit, make_data, make_module, padding_share
 from benchmarks.workload import SHAPES, Settings, load_pairs, n_useful, prepare, random_order
 from datamodules.step_dataset import StepDataset
 from lightning_modules.dpo import DPOModule
-from tiltmeter import log_probs
-from tiltmeter.batch import TokenizedPair
-from tiltmeter.layers import decoder_blocks, unembedding
+from tiltmeter.models.layers import decoder_blocks, unembedding
+from tiltmeter.pairs import log_probs
+from tiltmeter.pairs.batch import TokenizedPair
 
 WARMUP_STEPS = 2
 KINDS = {

@@ -1,4 +1,4 @@
-"""What one observation costs without its forward pass: rows streamed through ``tiltmeter.moments``, then all spectra."""
+"""What one observation costs without its forward pass: rows streamed through ``tiltmeter.geometry.moments``, then all spectra."""
 
 import time
 from dataclasses import asdict, dataclass
@@ -9,8 +9,8 @@ from torch import Tensor
 
 from benchmarks.common import Message, forget_peak_memory, peak_memory_mb, resident_memory_mb
 from benchmarks.worker import Channel, Turns
-from tiltmeter.geometry import Variant
-from tiltmeter.moments import MATRICES, UpdateMoments
+from tiltmeter.geometry.moments import MATRICES, UpdateMoments
+from tiltmeter.geometry.rows import Variant
 
 ROWS_AT_A_TIME = 512
 VARIANTS: tuple[Variant, ...] = ("raw", "centred")

@@ -14,8 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from analysis.steering_effects import random_among_random
-from analysis.sweep_table import read_pairs
+from analysis.controls.c15_random_vectors import random_among_random
+from analysis.steering.table import read_pairs
 
 NOMINAL = 0.025
 

@@ -19,7 +19,7 @@ from benchmarks import common
 FLOAT32, BFLOAT16, FLOAT64 = 4, 2, 8
 ADAM_STATE = 2 * FLOAT32
 LOGITS = 128 * 2**20
-"""Bytes of a chunk of float32 logits at most (tiltmeter.log_probs.default_chunk_tokens)."""
+"""Bytes of a chunk of float32 logits at most (tiltmeter.pairs.log_probs.default_chunk_tokens)."""
 
 
 class Shape(NamedTuple):

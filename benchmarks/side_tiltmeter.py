@@ -34,10 +34,9 @@ from lightning_modules import base
 from lightning_modules.dpo import DPOModule
 from lightning_modules.pair_metrics import PairResults
 from lightning_modules.policy import Policy
-from tiltmeter import cpu_linear
-from tiltmeter.batch import PreferenceBatch, StepBatch, TokenizedPair
-from tiltmeter.log_probs import model_inputs, sum_by_sequence
-from tiltmeter.models import SPECIAL_TOKENS
+from tiltmeter.models.causal_lm import SPECIAL_TOKENS, cpu_linear
+from tiltmeter.pairs.batch import PreferenceBatch, StepBatch, TokenizedPair
+from tiltmeter.pairs.log_probs import model_inputs, sum_by_sequence
 
 
 class AllLogits(Policy):

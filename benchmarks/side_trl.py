@@ -16,9 +16,9 @@ from trl import DPOConfig, DPOTrainer
 from benchmarks.common import Message, peak_memory_mb, synchronizer
 from benchmarks.worker import Channel, Turns
 from benchmarks.workload import BETA, Settings, build_model, load_pairs, random_order, sorted_order
-from tiltmeter.batch import TokenizedPair
-from tiltmeter.layers import embedding_parameters
-from tiltmeter.models import SPECIAL_TOKENS
+from tiltmeter.models.causal_lm import SPECIAL_TOKENS
+from tiltmeter.models.layers import embedding_parameters
+from tiltmeter.pairs.batch import TokenizedPair
 
 
 class PretokenizedDPO(DPOTrainer):

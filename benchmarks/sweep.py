@@ -31,13 +31,13 @@ from transformers.utils.logging import disable_progress_bar
 
 from benchmarks import common, workload
 from benchmarks.common import Spread
-from tiltmeter.batch import PreferenceBatch, TokenizedPair, collate_pairs
-from tiltmeter.branching import generate_branches
-from tiltmeter.cpu_linear import fast_linear
-from tiltmeter.generation import Decoding
-from tiltmeter.layers import FINAL_POST_NORM, FINAL_PRE_NORM, layer_site
-from tiltmeter.log_probs import model_inputs, run_backbone
-from tiltmeter.sweeping import steered_logits, sweep_cost
+from tiltmeter.models.cpu_linear import fast_linear
+from tiltmeter.models.generation import Decoding
+from tiltmeter.models.layers import FINAL_POST_NORM, FINAL_PRE_NORM, layer_site
+from tiltmeter.pairs.batch import PreferenceBatch, TokenizedPair, collate_pairs
+from tiltmeter.pairs.branching import generate_branches
+from tiltmeter.pairs.log_probs import model_inputs, run_backbone
+from tiltmeter.steering.sweep_logits import steered_logits, sweep_cost
 
 PACKAGE = "steering-vectors==0.12.2"
 SMALL = workload.Shape(

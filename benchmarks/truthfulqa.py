@@ -33,7 +33,7 @@ from benchmarks.common import Spread
 from benchmarks.workload import HHLengths
 from datamodules.tokenization import train_bpe_tokenizer
 from tests import harness, stories260k
-from tiltmeter.models import CausalLM
+from tiltmeter.models.causal_lm import CausalLM
 from tiltmeter.scoring.multiple_choice import TOKENS_PER_BATCH
 from tiltmeter.scoring.truthfulqa import TruthfulQA
 from tiltmeter.scoring.truthfulqa_data import TruthfulQuestion, read_preset

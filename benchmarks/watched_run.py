@@ -30,7 +30,7 @@ from launch.metrics_csv import MetricsCSV
 from launch.parts import Parts, build_parts
 from launch.training import make_trainer, watching_callbacks
 from lightning_modules.dpo import DPOModule
-from tiltmeter.probe import Probe
+from tiltmeter.states.probe_set import Probe
 
 HOOKS = ("on_train_start", "on_train_batch_start", "on_train_batch_end", "on_train_epoch_end", "on_save_checkpoint")
 PROBE, GRADIENTS = "forward passes over the probe", "gradients, inside backward passes"
@@ -167,7 +167,10 @@ def work(settings: Message, channel: Channel) -> Message:
     quiet()
     settled = RunSettings(**settings)
     config = composed(settled)
-    config.model = {"_target_": "tiltmeter.models.CausalLM", "name_or_path": str(Path(settled.folder) / "model")}
+    config.model = {
+        "_target_": "tiltmeter.models.causal_lm.CausalLM",
+        "name_or_path": str(Path(settled.folder) / "model"),
+    }
     config.base = None
     parts = build_parts(config)
     assert isinstance(parts.module, DPOModule)

@@ -16,8 +16,8 @@ from datamodules.hh import AnthropicHH
 from datamodules.records import LoadReport, Message, PreferencePair, transcript
 from datamodules.sampler import epoch_order
 from datamodules.tokenization import PairTokenizer, train_bpe_tokenizer
-from tiltmeter.batch import TokenizedPair
 from tiltmeter.errors import UserError
+from tiltmeter.pairs.batch import TokenizedPair
 
 MAX_LENGTH = 512
 BETA = 0.1

@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from callbacks.observation import data_of
 from datamodules.preference import PreferenceDataModule
 from tiltmeter.errors import UserError
-from tiltmeter.generation import Completion, Decoding
+from tiltmeter.models.generation import Completion, Decoding
 from tiltmeter.scoring.behaviour import Completions, Prompt, complete, one_a_group
 
 

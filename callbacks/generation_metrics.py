@@ -11,7 +11,7 @@ from callbacks.observation import data_of
 from callbacks.schedule import Scheduled
 from callbacks.scoring import Scoring
 from tiltmeter.errors import UserError
-from tiltmeter.generation import Decoding
+from tiltmeter.models.generation import Decoding
 from tiltmeter.scoring.behaviour import Completions, pair_up
 from tiltmeter.scoring.scorer import Scorer
 

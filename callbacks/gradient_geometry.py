@@ -9,13 +9,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from callbacks.observation import ProbeSession, log, model_of
-from tiltmeter.batch import PreferenceBatch, StepBatch
-from tiltmeter.capture import ReadPoint, capture_gradients
-from tiltmeter.directions import sequence_preference_vectors
 from tiltmeter.errors import UserError
-from tiltmeter.gradients import GradientMoments, rows_that_predict
-from tiltmeter.layers import FINAL_POST_NORM
-from tiltmeter.watching import known
+from tiltmeter.geometry.directions import sequence_preference_vectors
+from tiltmeter.geometry.gradients import GradientMoments, rows_that_predict
+from tiltmeter.models.layers import FINAL_POST_NORM
+from tiltmeter.pairs.batch import PreferenceBatch, StepBatch
+from tiltmeter.states.capture import ReadPoint, capture_gradients
+from tiltmeter.states.observed_metrics import known
 
 _STEERING = ReadPoint(FINAL_POST_NORM, "prompt_last")
 

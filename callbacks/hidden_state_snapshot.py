@@ -7,11 +7,11 @@ from lightning.pytorch import LightningModule, Trainer
 
 from callbacks.observation import Observation, data_of, report_failed_write
 from callbacks.observer import Observer
-from tiltmeter.snapshots import BASE, SnapshotWriter, check_dtype, epoch_name
+from tiltmeter.states.snapshots import BASE, SnapshotWriter, check_dtype, epoch_name
 
 
 class HiddenStateSnapshot(Observer):
-    """Writes ``snapshots/`` of the run folder; :class:`tiltmeter.snapshots.SnapshotReader` reads it.
+    """Writes ``snapshots/`` of the run folder; :class:`tiltmeter.states.snapshots.SnapshotReader` reads it.
 
     A full disk raises the alarm ``alarm/snapshot`` and training goes on.
 

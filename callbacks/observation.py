@@ -14,13 +14,13 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from datamodules.preference import PreferenceDataModule
-from tiltmeter.batch import REJECTED, PreferenceBatch
-from tiltmeter.capture import HiddenStates, ReadPoint
 from tiltmeter.errors import UserError
-from tiltmeter.layers import Unembedding, resolve_sites, unembedding
-from tiltmeter.positions import Position, check_position
-from tiltmeter.probe import PreferenceDirections, Probe, cut_pair
-from tiltmeter.watching import Metrics, states_from_tensors, states_to_tensors, steering_vectors
+from tiltmeter.models.layers import Unembedding, resolve_sites, unembedding
+from tiltmeter.pairs.batch import REJECTED, PreferenceBatch
+from tiltmeter.states.capture import HiddenStates, ReadPoint
+from tiltmeter.states.observed_metrics import Metrics, states_from_tensors, states_to_tensors, steering_vectors
+from tiltmeter.states.positions import Position, check_position
+from tiltmeter.states.probe_set import PreferenceDirections, Probe, cut_pair
 
 States = dict[ReadPoint, HiddenStates]
 _BASE, _STEERING = "probe_base", "probe_steering"

@@ -7,9 +7,9 @@ from lightning.pytorch import LightningModule, Trainer
 
 from callbacks.observation import Observation, ProbeSession
 from callbacks.schedule import Scheduled
-from tiltmeter.capture import ReadPoint
-from tiltmeter.layers import resolve_sites
-from tiltmeter.positions import Position, check_position
+from tiltmeter.models.layers import resolve_sites
+from tiltmeter.states.capture import ReadPoint
+from tiltmeter.states.positions import Position, check_position
 
 
 class Observer(Scheduled):
@@ -17,7 +17,7 @@ class Observer(Scheduled):
 
     Args:
         sites: ``all``, a site or several (``final_post_norm``, ``final_pre_norm``, ``layer_07``).
-        positions: which tokens' hidden states (:mod:`tiltmeter.positions`).
+        positions: which tokens' hidden states (:mod:`tiltmeter.states.positions`).
         every_n_steps: see :class:`~callbacks.schedule.Scheduled`.
     """
 

@@ -7,9 +7,9 @@ from lightning.pytorch import LightningModule, Trainer
 from callbacks.observation import Observation, data_of
 from callbacks.observer import Observer
 from callbacks.scoring import record_figures
-from tiltmeter.batch import CHOSEN
-from tiltmeter.positions import Position
+from tiltmeter.pairs.batch import CHOSEN
 from tiltmeter.scoring.preference_probe import probe_figures
+from tiltmeter.states.positions import Position
 
 
 class PreferenceProbe(Observer):

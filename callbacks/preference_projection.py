@@ -6,7 +6,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from callbacks.observation import Observation, ProbeSession, data_of, log
 from callbacks.observer import Observer
-from tiltmeter.watching import Metrics, projection_metrics
+from tiltmeter.states.observed_metrics import Metrics, projection_metrics
 
 
 class PreferenceProjection(Observer):

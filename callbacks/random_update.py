@@ -9,10 +9,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from callbacks.observation import data_of, log, model_of, report_failed_write
-from tiltmeter.cpu_linear import onednn_is_faster, use_fast_linear
-from tiltmeter.lora import insert_adapters, merged_state
-from tiltmeter.positions import Position, check_position
-from tiltmeter.probe import Probe
+from tiltmeter.models.cpu_linear import onednn_is_faster, use_fast_linear
+from tiltmeter.models.lora import insert_adapters, merged_state
+from tiltmeter.states.positions import Position, check_position
+from tiltmeter.states.probe_set import Probe
 from tiltmeter.weights.random_update import FORMS, N_DRAWS, Form, check_draws, read_random_updates
 
 

@@ -8,8 +8,8 @@ from lightning.pytorch import LightningModule, Trainer
 from callbacks.observation import Observation, log
 from callbacks.observer import Observer
 from tiltmeter.errors import UserError
-from tiltmeter.geometry import Variant
-from tiltmeter.watching import Metrics, spectral_metrics
+from tiltmeter.geometry.rows import Variant
+from tiltmeter.states.observed_metrics import Metrics, spectral_metrics
 
 
 class SpectralEntropy(Observer):

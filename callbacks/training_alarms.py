@@ -7,8 +7,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from callbacks.observation import log
-from tiltmeter.batch import StepBatch
 from tiltmeter.errors import NumericalStop
+from tiltmeter.pairs.batch import StepBatch
 
 _ALARMS = ("chosen_logp_drop", "accuracy_saturation", "length_ratio")
 _MEANS = {"train/logps/chosen": "chosen_logp_drop", "train/rewards/accuracies": "accuracy_saturation"}

@@ -15,10 +15,10 @@ from datamodules.sampler import StepPlan, StepSampler
 from datamodules.splits import LabelControl, Split, control_labels, count_repeats, split_by_group
 from datamodules.step_dataset import StepDataset, leave_stopping_to_the_trainer
 from datamodules.tokenization import PairTokenizer, TextFormat, TokenizationReport, Truncation
-from tiltmeter.batch import Layout, StepBatch, TokenizedPair, packed_length, row_length
-from tiltmeter.chat import prints_date
 from tiltmeter.errors import UserError
-from tiltmeter.reference_cache import hash_pairs
+from tiltmeter.pairs.batch import Layout, StepBatch, TokenizedPair, packed_length, row_length
+from tiltmeter.pairs.chat import prints_date
+from tiltmeter.pairs.reference_cache import hash_pairs
 
 Objective = Literal["preference", "chosen"]
 PairLayout = Literal["shared_prefix", "concatenated"]
@@ -41,7 +41,7 @@ class TokenizedSplit:
 class PreferenceDataModule(LightningDataModule):
     """Preference pairs from one source, split by prompt, tokenised, laid out as optimizer steps.
 
-    A batch is a whole optimizer step (:class:`~tiltmeter.batch.StepBatch`); the module splits it into micro-batches
+    A batch is a whole optimizer step (:class:`~tiltmeter.pairs.batch.StepBatch`); the module splits it into micro-batches
     itself, so gradients are exact means over pairs whatever the split.
 
     Args:

@@ -7,8 +7,8 @@ from typing import Literal
 import numpy as np
 
 from datamodules.records import PreferencePair
-from tiltmeter.batch import TokenizedPair
 from tiltmeter.errors import UserError
+from tiltmeter.pairs.batch import TokenizedPair
 
 Split = Literal["train", "val", "probe"]
 LabelControl = Literal["given", "swapped", "shuffled"]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from torch.utils.data import Dataset
 
 from datamodules.sampler import StepPlan
-from tiltmeter.batch import Layout, StepBatch, TokenizedPair, collate_pairs
+from tiltmeter.pairs.batch import Layout, StepBatch, TokenizedPair, collate_pairs
 
 
 class StepDataset(Dataset[StepBatch]):

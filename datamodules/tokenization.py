@@ -12,9 +12,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from datamodules.records import Message, PreferencePair
-from tiltmeter.batch import TokenizedPair
-from tiltmeter.chat import as_date, render_chat
 from tiltmeter.errors import UserError
+from tiltmeter.pairs.batch import TokenizedPair
+from tiltmeter.pairs.chat import as_date, render_chat
 
 Truncation = Literal["keep_end", "drop", "error"]
 TextFormat = Literal["transcript", "chat_template"]

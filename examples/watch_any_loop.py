@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from tiltmeter.batch import TokenizedPair, collate_pairs
-from tiltmeter.layers import embedding_parameters, unembedding
-from tiltmeter.log_probs import sequence_log_probs
-from tiltmeter.preference_losses import PairLogProbs, make_preference_loss
-from tiltmeter.probe import PreferenceDirections, Probe
-from tiltmeter.snapshots import BASE, SnapshotWriter, epoch_name
-from tiltmeter.watching import Metrics, observation_metrics, steering_vectors
+from tiltmeter.models.layers import embedding_parameters, unembedding
+from tiltmeter.pairs.batch import TokenizedPair, collate_pairs
+from tiltmeter.pairs.log_probs import sequence_log_probs
+from tiltmeter.pairs.preference_losses import PairLogProbs, make_preference_loss
+from tiltmeter.states.observed_metrics import Metrics, observation_metrics, steering_vectors
+from tiltmeter.states.probe_set import PreferenceDirections, Probe
+from tiltmeter.states.snapshots import BASE, SnapshotWriter, epoch_name
 
 VOCAB, EPOCHS, STEPS_PER_EPOCH = 64, 3, 4
 

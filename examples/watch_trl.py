@@ -17,12 +17,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Printer
 from trl import DPOConfig, DPOTrainer
 
 from datamodules.tokenization import train_bpe_tokenizer
-from tiltmeter.batch import TokenizedPair
-from tiltmeter.capture import HiddenStates, ReadPoint
-from tiltmeter.layers import unembedding
-from tiltmeter.probe import PreferenceDirections, Probe
-from tiltmeter.snapshots import BASE, SnapshotWriter, epoch_name
-from tiltmeter.watching import observation_metrics, steering_vectors
+from tiltmeter.models.layers import unembedding
+from tiltmeter.pairs.batch import TokenizedPair
+from tiltmeter.states.capture import HiddenStates, ReadPoint
+from tiltmeter.states.observed_metrics import observation_metrics, steering_vectors
+from tiltmeter.states.probe_set import PreferenceDirections, Probe
+from tiltmeter.states.snapshots import BASE, SnapshotWriter, epoch_name
 
 
 class WatchHiddenStates(TrainerCallback):

@@ -10,17 +10,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import ListConfig
 
-from analysis.behaviour_by_step import NAME as BEHAVIOUR_BY_STEP
-from analysis.behaviour_by_step import behaviour_by_step_section, behaviour_of_run
-from analysis.behaviour_section import NAME as BEHAVIOUR
-from analysis.gradient_field_section import NAME as GRADIENT_FIELD
-from analysis.hidden_states import SECTIONS as HIDDEN_STATES
-from analysis.read_states import OVER_STEPS
-from analysis.report import Section
-from analysis.runs import Run
-from analysis.steering_section import NAME as STEERING
-from analysis.training_curves import training_section
-from analysis.transfer_section import NAME as TRANSFER
+from analysis.behaviour.by_step import NAME as BEHAVIOUR_BY_STEP
+from analysis.behaviour.by_step import behaviour_by_step_section, behaviour_of_run
+from analysis.behaviour.section import NAME as BEHAVIOUR
+from analysis.figures.fig1b_section import NAME as GRADIENT_FIELD
+from analysis.figures.fig2_steering import NAME as STEERING
+from analysis.figures.hidden_states import SECTIONS as HIDDEN_STATES
+from analysis.figures.training import training_section
+from analysis.open.read_states import OVER_STEPS
+from analysis.open.runs import Run
+from analysis.report.page import Section
+from analysis.steering.transfer_section import NAME as TRANSFER
 from tiltmeter.errors import UserError
 
 ALL = "all"

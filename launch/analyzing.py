@@ -10,13 +10,13 @@ from typing import NamedTuple
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from analysis.checkpoints import Checkpoints, HeldOutPairs, checkpoints_of_run
-from analysis.hidden_states import BESIDE_RANDOM, SECTIONS, Watched, hidden_state_section
-from analysis.read_states import READ_NOW, ReadNow, StateReading
-from analysis.report import Attempts, Section, write_report
-from analysis.runs import Run, find_run, open_run
-from analysis.samples import Samples, compare_samples, samples_of_models
-from analysis.subject import Subject, subject_of_checkpoints, subject_of_run
+from analysis.figures.hidden_states import BESIDE_RANDOM, SECTIONS, Watched, hidden_state_section
+from analysis.open.checkpoints import Checkpoints, HeldOutPairs, checkpoints_of_run
+from analysis.open.read_states import READ_NOW, ReadNow, StateReading
+from analysis.open.runs import Run, find_run, open_run
+from analysis.open.subject import Subject, subject_of_checkpoints, subject_of_run
+from analysis.report.page import Attempts, Section, write_report
+from analysis.report.samples import Samples, compare_samples, samples_of_models
 from launch.analyses import (
     ASKED,
     NEED_A_RUN,
@@ -33,10 +33,10 @@ from launch.run_folder import claim_folder
 from launch.run_lock import check_writable
 from launch.screen import console
 from launch.wandb_report import check_upload, upload_report
-from tiltmeter.chat import as_date
 from tiltmeter.commands import command, setting
 from tiltmeter.errors import IncompleteEvaluation, UserError
-from tiltmeter.models import KERNELS
+from tiltmeter.models.causal_lm import KERNELS
+from tiltmeter.pairs.chat import as_date
 
 
 class Wanted(NamedTuple):

@@ -5,20 +5,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from analysis.behaviour import Behaviour
-from analysis.behaviour_section import behaviour_section
-from analysis.checkpoints import Checkpoints
-from analysis.costs import Cost
-from analysis.report import Section
-from analysis.samples import Samples, samples_of
-from analysis.steering_section import steering_section_of
-from analysis.steering_sweep import SteeringSweep
-from analysis.sweep_costs import sweep_costs
-from analysis.sweep_table import OtherSettings
+from analysis.behaviour.asked import Behaviour
+from analysis.behaviour.section import behaviour_section
+from analysis.figures.fig2_steering import steering_section_of
+from analysis.open.checkpoints import Checkpoints
+from analysis.report.costs import Cost
+from analysis.report.page import Section
+from analysis.report.samples import Samples, samples_of
+from analysis.steering.costs import sweep_costs
+from analysis.steering.sweep import SteeringSweep
+from analysis.steering.table import OtherSettings
 from launch.screen import FittingTable, console
 from launch.steering import sweep_into
 from tiltmeter.errors import FailedWrite, Unsupported, UserError
-from tiltmeter.verification import best_layout
+from tiltmeter.pairs.verification import best_layout
 
 
 class Asked(NamedTuple):

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedTokenizerBase
 
-from analysis.kept_models import FILES, check_files, hashes_of
+from analysis.open.kept_models import FILES, check_files, hashes_of
 from callbacks.preemption import Preemption
 from callbacks.progress import TrainingProgress
 from datamodules.preference import PreferenceDataModule
@@ -21,7 +21,7 @@ from launch.run_folder import export_model, is_first_process, on_first_process
 from lightning_modules.sft import SFTModule
 from tiltmeter.errors import UserError
 from tiltmeter.files import write_atomically, write_json
-from tiltmeter.models import CausalLM
+from tiltmeter.models.causal_lm import CausalLM
 
 _FORMAT, _MADE_FROM = 1, "made_from.json"
 """Part of the key; raise it when the same settings would give another base."""

@@ -22,9 +22,9 @@ from launch.configuration import CONF, check_config, expand_home
 from launch.wandb_logger import Mode
 from lightning_modules.base import LogProbModule
 from lightning_modules.schedule import steps_of_fit
-from tiltmeter.chat import as_date
 from tiltmeter.errors import UserError
-from tiltmeter.models import CausalLM
+from tiltmeter.models.causal_lm import CausalLM
+from tiltmeter.pairs.chat import as_date
 
 _PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "64-true", "32", "64")
 _UNUSED: tuple[tuple[str, Any, str], ...] = (

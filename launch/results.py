@@ -14,11 +14,11 @@ import pandas as pd
 import torch
 from lightning.pytorch import Trainer
 
-from analysis.behaviour_words import LeadRow, lead_rows
-from analysis.hidden_states import Watched
-from analysis.kept_models import DATA, FILES, PROVENANCE, read_provenance
-from analysis.layer_curves import geometry_table
-from analysis.probe_pairs import PROMPTS_FILE, ProbePair
+from analysis.behaviour.words import LeadRow, lead_rows
+from analysis.figures.hidden_states import Watched
+from analysis.figures.layer_curves import geometry_table
+from analysis.open.kept_models import DATA, FILES, PROVENANCE, read_provenance
+from analysis.open.probe_pairs import PROMPTS_FILE, ProbePair
 from launch.parts import Parts
 from tiltmeter.files import write_json, write_text
 from tiltmeter.scoring.behaviour_table import FIGURES, read_table

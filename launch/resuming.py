@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from analysis.kept_models import DATA, kept_hashes, read_provenance
-from analysis.runs import start_of
+from analysis.open.kept_models import DATA, kept_hashes, read_provenance
+from analysis.open.runs import start_of
 from datamodules.preference import PreferenceDataModule
 from launch.run_folder import is_first_process
 from tiltmeter.checkpoint_files import DamagedCheckpoint, data_of, newest_valid, remove_unfinished, target_of, verify

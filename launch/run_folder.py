@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from analysis.kept_models import check_kept, record_kept
-from analysis.runs import source_of_base
+from analysis.open.kept_models import check_kept, record_kept
+from analysis.open.runs import source_of_base
 from lightning_modules.base import LogProbModule
 from tiltmeter.errors import FailedWrite, UserError
 from tiltmeter.files import copy_file, write_atomically, write_json, write_text
-from tiltmeter.lora import ADAPTER, add_lora, merged_state
-from tiltmeter.models import CausalLM
+from tiltmeter.models.causal_lm import CausalLM
+from tiltmeter.models.lora import ADAPTER, add_lora, merged_state
 
 BASE = "base"
 T = TypeVar("T")

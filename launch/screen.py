@@ -13,9 +13,9 @@ from rich.table import Table
 from rich.text import Text
 from transformers.utils.logging import disable_progress_bar
 
-from analysis.behaviour_words import LeadRow, as_counts, has_interval, number
-from analysis.random_updates import difference, is_known, verdict
-from analysis.site_axes import as_text
+from analysis.behaviour.words import LeadRow, as_counts, has_interval, number
+from analysis.controls.c08_random_weights import difference, is_known, verdict
+from analysis.report.site_axes import as_text
 from datamodules.preference import PreferenceDataModule
 from datamodules.records import LoadReport
 
@@ -127,7 +127,7 @@ def geometry_tables(last: pd.DataFrame) -> Iterator[Table]:
     """What training did to hidden states, a line a site: f beside its controls, then other figures beside random weights.
 
     Args:
-        last: :func:`analysis.layer_curves.geometry_table`; empty: no tables.
+        last: :func:`analysis.figures.layer_curves.geometry_table`; empty: no tables.
     """
     if last.empty:
         return

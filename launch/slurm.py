@@ -10,7 +10,7 @@ from signal import SIGUSR1
 
 from omegaconf import DictConfig
 
-from analysis.runs import start_of
+from analysis.open.runs import start_of
 from launch.resuming import check_same_run
 from launch.run_folder import is_first_process
 from tiltmeter.checkpoint_files import newest_valid

@@ -5,15 +5,15 @@ from pathlib import Path
 
 from rich.progress import track
 
-from analysis.checkpoints import Checkpoints
-from analysis.report import Section
-from analysis.steering_section import VECTORS_FILE, steering_section_of
-from analysis.steering_sweep import SteeringSweep, Sweep
-from analysis.steering_vectors import describe
-from analysis.sweep_table import Rows, SweepTable
+from analysis.figures.fig2_steering import VECTORS_FILE, steering_section_of
+from analysis.open.checkpoints import Checkpoints
+from analysis.report.page import Section
+from analysis.steering.sweep import SteeringSweep, Sweep
+from analysis.steering.table import Rows, SweepTable
+from analysis.steering.vectors import describe
 from launch.screen import console
 from tiltmeter.files import write_text
-from tiltmeter.steering_vector import save_vectors
+from tiltmeter.steering.vector import save_vectors
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from analysis.kept_models import check_kept, record_kept
+from analysis.open.kept_models import check_kept, record_kept
 from callbacks.acceptance import Acceptance
 from callbacks.generation_metrics import GenerationMetrics
 from callbacks.observation import report_failed_write
@@ -59,8 +59,8 @@ from lightning_modules.dpo import DPOModule
 from tiltmeter.checkpoint_files import newest_valid, verify
 from tiltmeter.commands import command, setting
 from tiltmeter.errors import FailedWrite, NumericalStop, UserError
-from tiltmeter.lora import why_not_merged
-from tiltmeter.scoring.judge_scorer import JudgeScorer
+from tiltmeter.judges.judge_scorer import JudgeScorer
+from tiltmeter.models.lora import why_not_merged
 
 
 def train(config: DictConfig) -> Path:

@@ -14,8 +14,8 @@ from typing import Any, Literal
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import WandbLogger
 
-from analysis.observations import STEPS_TAKEN
-from analysis.wandb_login import is_logged_in
+from analysis.open.observations import STEPS_TAKEN
+from analysis.report.wandb_login import is_logged_in
 from tiltmeter.scoring.scorer import SCORED_STEP
 
 STEP_AXIS = "trainer/global_step"

@@ -10,9 +10,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
 from safetensors import safe_open
 
-from analysis.cosines import EDGES
-from analysis.figures import png_bytes
-from analysis.hidden_states import WHILE_TRAINING, Watched, hidden_state_sections
+from analysis.figures.fig3_cosines import EDGES
+from analysis.figures.hidden_states import WHILE_TRAINING, Watched, hidden_state_sections
+from analysis.report.style import png_bytes
 from launch.wandb_logger import STEP_AXIS, RunLogger
 from tiltmeter.scoring.behaviour_table import SAMPLES, read_table
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from PIL import Image
 
-from analysis.figures import png_bytes
-from analysis.report import Section
-from analysis.runs import Run
+from analysis.open.runs import Run
+from analysis.report.page import Section
+from analysis.report.style import png_bytes
 from launch.wandb_logger import STEP_AXIS, choose_mode, id_of
 from tiltmeter.errors import UserError
 

@@ -23,8 +23,8 @@ from lightning_modules.schedule import (
 )
 from lightning_modules.step_guard import StepGuard
 from lightning_modules.throughput import Throughput
-from tiltmeter.batch import StepBatch
 from tiltmeter.errors import UserError
+from tiltmeter.pairs.batch import StepBatch
 
 _DIGESTED: tuple[Split, ...] = ("train", "val")
 

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from tiltmeter.checkpoint_files import commit, prune
 from tiltmeter.errors import FailedWrite, UserError
-from tiltmeter.shards import check_shards
+from tiltmeter.models.shards import check_shards
 
 
 class CommittedCheckpointIO(CheckpointIO):

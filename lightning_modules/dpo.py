@@ -16,11 +16,11 @@ from datamodules.splits import Split
 from lightning_modules.base import LogProbModule
 from lightning_modules.pair_metrics import PairResults
 from lightning_modules.reference import MicroBatches, cached_reference
-from tiltmeter.batch import PreferenceBatch, StepBatch
 from tiltmeter.errors import UserError
-from tiltmeter.lora import adapters_disabled, plain_state
-from tiltmeter.preference_losses import PAIR_METRICS, PairLogProbs, make_preference_loss
-from tiltmeter.reference_cache import ReferenceCache, forward_identity, hash_weights
+from tiltmeter.models.lora import adapters_disabled, plain_state
+from tiltmeter.pairs.batch import PreferenceBatch, StepBatch
+from tiltmeter.pairs.preference_losses import PAIR_METRICS, PairLogProbs, make_preference_loss
+from tiltmeter.pairs.reference_cache import ReferenceCache, forward_identity, hash_weights
 
 
 class DPOModule(LogProbModule):
@@ -31,7 +31,7 @@ class DPOModule(LogProbModule):
     and a resumed run never takes its trained weights for the reference.
 
     Args:
-        loss: a name of :data:`~tiltmeter.preference_losses.PREFERENCE_LOSSES`.
+        loss: a name of :data:`~tiltmeter.pairs.preference_losses.PREFERENCE_LOSSES`.
         beta, label_smoothing, gamma_beta_ratio: options of the loss; null takes its default, one that the loss does
             not have is refused.
         learning_rate and the rest: see :class:`~lightning_modules.base.LogProbModule`.

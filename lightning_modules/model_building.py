@@ -20,10 +20,10 @@ from lightning_modules.policy import (
 )
 from lightning_modules.schedule import check_number
 from lightning_modules.weight_guard import check_weights, squared_norm
-from tiltmeter.cpu_linear import onednn_is_faster, use_fast_linear
-from tiltmeter.lora import check_adapters, check_lora, insert_adapters, reads_weights
-from tiltmeter.sharded_weights import EmptyModel
-from tiltmeter.verification import settle_packing, verify_layout, verify_no_randomness
+from tiltmeter.models.cpu_linear import onednn_is_faster, use_fast_linear
+from tiltmeter.models.lora import check_adapters, check_lora, insert_adapters, reads_weights
+from tiltmeter.models.sharded_weights import EmptyModel
+from tiltmeter.pairs.verification import settle_packing, verify_layout, verify_no_randomness
 
 
 class ModelBuilding(PairMetrics):

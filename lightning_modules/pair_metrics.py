@@ -11,8 +11,8 @@ from torch import Tensor
 from datamodules.preference import PreferenceDataModule
 from datamodules.splits import Split
 from lightning_modules.step_guard import CURE, some
-from tiltmeter.batch import PreferenceBatch, StepBatch
 from tiltmeter.errors import NumericalStop
+from tiltmeter.pairs.batch import PreferenceBatch, StepBatch
 
 
 class PairResults(NamedTuple):

@@ -11,11 +11,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from transformers import PreTrainedModel
 
-from tiltmeter.batch import PreferenceBatch
 from tiltmeter.errors import UserError
-from tiltmeter.layers import decoder_blocks, embedding_parameters
-from tiltmeter.log_probs import sequence_log_probs
-from tiltmeter.sharded_weights import EmptyModel
+from tiltmeter.models.layers import decoder_blocks, embedding_parameters
+from tiltmeter.models.sharded_weights import EmptyModel
+from tiltmeter.pairs.batch import PreferenceBatch
+from tiltmeter.pairs.log_probs import sequence_log_probs
 
 PolicyBuilder = Callable[[], PreTrainedModel]
 EmptyBuilder = Callable[[], EmptyModel | None]

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tiltmeter.batch import TokenizedPair
-from tiltmeter.reference_cache import Kept, ReferenceCache, hash_pairs
+from tiltmeter.pairs.batch import TokenizedPair
+from tiltmeter.pairs.reference_cache import Kept, ReferenceCache, hash_pairs
 
 N_CHECKED = 8
 """Rows of the cache, about, that every run recomputes before it believes the others."""

@@ -9,7 +9,7 @@ from datamodules.preference import Objective
 from datamodules.splits import Split
 from lightning_modules.base import LogProbModule
 from lightning_modules.pair_metrics import PairResults
-from tiltmeter.batch import PreferenceBatch, StepBatch
+from tiltmeter.pairs.batch import PreferenceBatch, StepBatch
 
 
 class SFTModule(LogProbModule):

@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from tiltmeter.batch import StepBatch
+from tiltmeter.pairs.batch import StepBatch
 
 
 class Throughput:

@@ -16,16 +16,16 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from analysis.checkpoints import HeldOutPairs
-from analysis.read_states import StateReading
+from analysis.open.checkpoints import HeldOutPairs
+from analysis.open.read_states import StateReading
 from datamodules.preference import PreferenceDataModule
 from lightning_modules.dpo import DPOModule
 from tests.tiny_models import MemorySource, make_tokenizer, reference_log_probs
-from tiltmeter.batch import TokenizedPair, collate_pairs
 from tiltmeter.errors import UserError
-from tiltmeter.log_probs import sequence_log_probs
-from tiltmeter.lora import add_lora, merged_state, why_not_merged
-from tiltmeter.models import CausalLM
+from tiltmeter.models.causal_lm import CausalLM
+from tiltmeter.models.lora import add_lora, merged_state, why_not_merged
+from tiltmeter.pairs.batch import TokenizedPair, collate_pairs
+from tiltmeter.pairs.log_probs import sequence_log_probs
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "families.md"
 TOLERANCE = 1e-6

@@ -9,8 +9,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from analysis.checkpoints import checkpoints_of_run
-from analysis.runs import open_run
+from analysis.open.checkpoints import checkpoints_of_run
+from analysis.open.runs import open_run
 from launch.training import train
 from tests.analysis.asked import save_model
 from tests.cli import TINY, composed, metrics_of, only_run, run_train
@@ -91,7 +91,7 @@ def test_where_adapters_cannot_be_merged_they_are_the_result_and_the_run_ends_we
     def endless(*_arguments: Any, **_options: Any) -> None:
         raise RecursionError("maximum recursion depth exceeded")
 
-    for name in ("tiltmeter.lora._merge_in_place", "peft.tuners.lora.Linear.merge"):
+    for name in ("tiltmeter.models.lora._merge_in_place", "peft.tuners.lora.Linear.merge"):
         monkeypatch.setattr(name, endless)
     said = "\n\nHuman: Hi {}\n\nAssistant: {}."
     rows = [json.dumps({"chosen": said.format(i, "yes"), "rejected": said.format(i, "no")}) for i in range(20)]

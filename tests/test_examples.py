@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tests.processes import ROOT, run_script
-from tiltmeter.batch import TokenizedPair
-from tiltmeter.snapshots import SnapshotReader
+from tiltmeter.pairs.batch import TokenizedPair
+from tiltmeter.states.snapshots import SnapshotReader
 
 LAYERS = 3
 IN_HUGGING_FACE = {"layer_00": 1, "layer_01": 2, "final_post_norm": 3}

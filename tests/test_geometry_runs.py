@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tests.cli import TINY, metrics_of, run_train, run_train_together
-from tiltmeter.capture import ReadPoint
-from tiltmeter.snapshots import BASE, SnapshotReader
+from tiltmeter.states.capture import ReadPoint
+from tiltmeter.states.snapshots import BASE, SnapshotReader
 
 pytestmark = pytest.mark.slow
 

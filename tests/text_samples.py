@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from tiltmeter.generation import Completion
+from tiltmeter.models.generation import Completion
 from tiltmeter.scoring.scorer import Figure, Sample, Scores
 
 

@@ -15,9 +15,9 @@ from datamodules.preference import PreferenceDataModule
 from datamodules.records import LoadReport, Message, PreferencePair, transcript
 from datamodules.tokenization import train_bpe_tokenizer
 from lightning_modules.base import LogProbModule
-from tiltmeter.batch import PAD as PAD_SEGMENT
-from tiltmeter.batch import PreferenceBatch, TokenizedPair
-from tiltmeter.models import CausalLM
+from tiltmeter.models.causal_lm import CausalLM
+from tiltmeter.pairs.batch import PAD as PAD_SEGMENT
+from tiltmeter.pairs.batch import PreferenceBatch, TokenizedPair
 
 VOCAB, WIDTH, LAYERS, HEADS = 64, 32, 2, 4
 PAD, BOS, EOS = 0, 1, 2

@@ -4,9 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from analysis.checkpoints import Checkpoints
-from analysis.models import LoadedModel
-from analysis.probe_pairs import ProbePair
+from analysis.open.checkpoints import Checkpoints
+from analysis.open.models import LoadedModel
+from analysis.open.probe_pairs import ProbePair
 from datamodules.tokenization import PairTokenizer
 from tests.tiny_models import MemorySource, make_model, make_tokenizer
 

@@ -18,7 +18,7 @@ CONFIG: dict[str, Any] = {
     "name": "fake",
     "arm": "dpo",
     "seed": 7,
-    "model": {"_target_": "tiltmeter.models.CausalLM", "name_or_path": "someone/model"},
+    "model": {"_target_": "tiltmeter.models.causal_lm.CausalLM", "name_or_path": "someone/model"},
     "data": {"_target_": "datamodules.synthetic.SyntheticWorld", "n_prompts": 50, "label_noise": 0.1},
     "module": {"_target_": "lightning_modules.dpo.DPOModule", "learning_rate": 0.0005},
 }

@@ -5,8 +5,8 @@ from itertools import combinations
 from matplotlib.axes import Axes
 from matplotlib.text import Text
 
-from analysis.figures import house_style
-from analysis.report import Section
+from analysis.report.page import Section
+from analysis.report.style import house_style
 
 
 def assert_legible(section: Section) -> None:

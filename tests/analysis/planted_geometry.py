@@ -7,15 +7,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from analysis.hidden_states import Watched
-from analysis.stored_rows import StoredRows
+from analysis.figures.hidden_states import Watched
+from analysis.open.stored_rows import StoredRows
 from tests.analysis.conftest import dpo_rows
-from tiltmeter.batch import PROMPT
-from tiltmeter.capture import HiddenStates, ReadPoint
 from tiltmeter.files import write_json
-from tiltmeter.layers import FINAL_POST_NORM, all_sites
-from tiltmeter.snapshots import BASE, SnapshotWriter
-from tiltmeter.watching import consistency_metrics, spectral_metrics
+from tiltmeter.models.layers import FINAL_POST_NORM, all_sites
+from tiltmeter.pairs.batch import PROMPT
+from tiltmeter.states.capture import HiddenStates, ReadPoint
+from tiltmeter.states.observed_metrics import consistency_metrics, spectral_metrics
+from tiltmeter.states.snapshots import BASE, SnapshotWriter
 
 N_PAIRS, WIDTH = 24, 16
 N_PARTING = 20

@@ -6,10 +6,10 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.checkpoints import Checkpoints
-from analysis.steering_sweep import SteeringSweep, Sweep
-from analysis.sweep_table import Rows, SweepTable
-from tiltmeter.generation import Decoding
+from analysis.open.checkpoints import Checkpoints
+from analysis.steering.sweep import SteeringSweep, Sweep
+from analysis.steering.table import Rows, SweepTable
+from tiltmeter.models.generation import Decoding
 from tiltmeter.scoring.degeneration import DegenerationScorer
 from tiltmeter.scoring.scorer import Sample, Scores
 

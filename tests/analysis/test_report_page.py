@@ -6,18 +6,18 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from analysis.hidden_states import SECTIONS, Watched, hidden_state_sections
-from analysis.observations import UPDATE
-from analysis.probe_pairs import ProbePair
-from analysis.report import write_report
-from analysis.runs import Run, open_run
-from analysis.samples import Continuation, Sample, Samples, Span
-from analysis.subject import subject_of_run
-from analysis.training_curves import training_section
+from analysis.figures.hidden_states import SECTIONS, Watched, hidden_state_sections
+from analysis.figures.training import training_section
+from analysis.open.observations import UPDATE
+from analysis.open.probe_pairs import ProbePair
+from analysis.open.runs import Run, open_run
+from analysis.open.subject import subject_of_run
+from analysis.report.page import write_report
+from analysis.report.samples import Continuation, Sample, Samples, Span
 from tests.analysis import planted_geometry as planted
 from tests.analysis.browser import CHROMIUM, Browser
 from tests.analysis.conftest import write_run
-from tiltmeter.batch import TokenizedPair
+from tiltmeter.pairs.batch import TokenizedPair
 
 pytestmark = pytest.mark.slow
 WITH_CHROMIUM = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")

@@ -9,18 +9,18 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from analysis.checkpoints import Checkpoints
-from analysis.figures import COLOURS
-from analysis.steering_directions import V_BAR, V_STAR, split_by_prompt
-from analysis.steering_panels import ceiling
-from analysis.steering_section import steering_section
-from analysis.steering_sweep import SteeringSweep
-from analysis.sweep_table import COLUMNS, PAIRS, SETTINGS, TABLE, SweepTable, read_pairs, read_settings, read_sweep
+from analysis.figures.fig2_panels import ceiling
+from analysis.figures.fig2_steering import steering_section
+from analysis.open.checkpoints import Checkpoints
+from analysis.report.style import COLOURS
+from analysis.steering.directions import V_BAR, V_STAR, split_by_prompt
+from analysis.steering.sweep import SteeringSweep
+from analysis.steering.table import COLUMNS, PAIRS, SETTINGS, TABLE, SweepTable, read_pairs, read_settings, read_sweep
 from tests.analysis.asked import checkpoints
 from tests.analysis.legible import assert_legible
 from tests.analysis.sweeps import Listener, make, make_small, run, values
 from tiltmeter.errors import UserError
-from tiltmeter.layers import FINAL_POST_NORM
+from tiltmeter.models.layers import FINAL_POST_NORM
 from tiltmeter.scoring.degeneration import DegenerationScorer
 from tiltmeter.scoring.scorer import Sample, Scores
 

@@ -4,10 +4,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from analysis.hidden_states import Watched, hidden_state_section
+from analysis.figures.hidden_states import Watched, hidden_state_section
 from tests.analysis import planted_geometry as planted
 from tiltmeter.errors import UserError
-from tiltmeter.snapshots import BASE, SnapshotWriter
+from tiltmeter.states.snapshots import BASE, SnapshotWriter
 
 STORED = ("entropy_controls", "singular_values", "signal_rank", "consistency", "clouds", "preference_plane")
 

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.limit import kind_of, useful_flops
 from tests.benchmarks.command import result_of, run_benchmark
 from tests.tiny_models import LAYERS, VOCAB, WIDTH, make_model
-from tiltmeter.batch import TokenizedPair
+from tiltmeter.pairs.batch import TokenizedPair
 
 PAIR = TokenizedPair([3] * 3, [4] * 2, [5] * 1)
 

@@ -13,9 +13,9 @@ from benchmarks.scaling import ADAM_STATE, FLOAT32, Plan, Shape, memory, sent, w
 from lightning_modules.ddp_strategy import InPlaceDDPStrategy
 from lightning_modules.policy import Policy, freeze_embeddings
 from tests.tiny_models import make_model, random_pairs
-from tiltmeter.batch import collate_pairs
-from tiltmeter.lora import add_lora
-from tiltmeter.moments import UpdateMoments
+from tiltmeter.geometry.moments import UpdateMoments
+from tiltmeter.models.lora import add_lora
+from tiltmeter.pairs.batch import collate_pairs
 
 SMALL = Shape("small", width=32, inner=64, layers=2, vocab=64, kv_width=16)
 

@@ -8,7 +8,7 @@ from benchmarks.observation_cost import N_SPECTRA, Case, decompose, held_mb, str
 from benchmarks.watched_run import RunSettings, Stopwatch, composed, turn_lengths
 from benchmarks.watching import FULL_CASES, LAYERS, cost_row
 from tests.benchmarks.command import result_of, run_benchmark
-from tiltmeter.moments import UpdateMoments
+from tiltmeter.geometry.moments import UpdateMoments
 
 
 @pytest.mark.slow

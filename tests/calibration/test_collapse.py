@@ -5,8 +5,8 @@ import inspect
 import numpy as np
 import pytest
 
-from analysis.steering_effects import Text
-from analysis.steering_sweep import SteeringSweep
+from analysis.controls.c15_random_vectors import Text
+from analysis.steering.sweep import SteeringSweep
 from tests.calibration.coverage import monte_carlo_band
 from tiltmeter.stats.paired import more_often
 

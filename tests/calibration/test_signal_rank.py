@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.calibration.coverage import Z, monte_carlo_band
-from tiltmeter.spectra import singular_values
+from tiltmeter.geometry.spectra import singular_values
 from tiltmeter.stats import nulls
 from tiltmeter.stats.nulls import signal_rank_correlated, signal_rank_white
 

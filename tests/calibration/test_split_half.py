@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from tests.calibration.coverage import monte_carlo_band
-from tiltmeter.consistency import split_half
+from tiltmeter.geometry.consistency import split_half
 from tiltmeter.stats.nulls import split_half_null
 
 pytestmark = pytest.mark.slow

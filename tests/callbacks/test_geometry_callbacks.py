@@ -24,8 +24,8 @@ from tests.callbacks.memory_logger import MemoryLogger
 from tests.callbacks.watched import dpo, probe_data, watch
 from tests.tiny_models import fit, lightning_warnings, make_data
 from tiltmeter.errors import UserError
-from tiltmeter.snapshots import SnapshotReader
-from tiltmeter.watching import place
+from tiltmeter.states.observed_metrics import place
+from tiltmeter.states.snapshots import SnapshotReader
 
 pytestmark = lightning_warnings
 SITES = ("layer_00", "final_pre_norm", "final_post_norm")
@@ -236,7 +236,7 @@ def test_a_full_disk_raises_an_alarm_and_training_goes_on(tmp_path: Path, monkey
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tiltmeter.snapshots.save_file", full)
+    monkeypatch.setattr("tiltmeter.states.snapshots.save_file", full)
     with pytest.warns(
         UserWarning, match=r"snapshots: could not be written \(No space left on device; .* MiB are free there\)"
     ):

@@ -27,11 +27,11 @@ from tests.tiltmeter.scoring.stub_endpoint import (
 )
 from tests.tiny_models import lightning_warnings
 from tiltmeter.errors import UserError
-from tiltmeter.generation import Decoding
+from tiltmeter.judges.judge import ChatMessage, Question
+from tiltmeter.judges.judge_scorer import JudgeScorer
+from tiltmeter.models.generation import Decoding
 from tiltmeter.scoring.behaviour_table import FIGURES, SAMPLES, read_table
 from tiltmeter.scoring.degeneration import DegenerationScorer
-from tiltmeter.scoring.judge import ChatMessage, Question
-from tiltmeter.scoring.judge_scorer import JudgeScorer
 from tiltmeter.scoring.scorer import SCORED_STEP
 
 pytestmark = lightning_warnings

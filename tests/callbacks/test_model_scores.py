@@ -23,13 +23,13 @@ from lightning_modules.sft import SFTModule
 from tests.callbacks.watched import Watched, dpo, probe_data, watch
 from tests.harness import score_all
 from tests.tiny_models import MemorySource, lightning_warnings, make_tokenizer
-from tiltmeter.capture import ReadPoint
 from tiltmeter.errors import UserError
 from tiltmeter.scoring.behaviour_table import FIGURES, read_table
 from tiltmeter.scoring.preference_probe import probe_figures
 from tiltmeter.scoring.scorer import Figure
 from tiltmeter.scoring.truthfulqa import TruthfulQA
-from tiltmeter.snapshots import SnapshotReader
+from tiltmeter.states.capture import ReadPoint
+from tiltmeter.states.snapshots import SnapshotReader
 
 pytestmark = lightning_warnings
 QUESTIONS: list[dict[str, Any]] = [

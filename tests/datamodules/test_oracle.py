@@ -8,7 +8,7 @@ import pytest
 from datamodules.oracle import PlantedOracle
 from datamodules.synthetic import SyntheticWorld
 from tiltmeter.errors import UserError
-from tiltmeter.generation import Completion
+from tiltmeter.models.generation import Completion
 from tiltmeter.scoring.scorer import Sample
 
 

@@ -15,8 +15,8 @@ from datamodules.tokenization import PairTokenizer, SegmentEncoder, train_bpe_to
 from launch.screen import data_table
 from tests.stories260k import read_tokenizer
 from tests.tiny_models import MemorySource
-from tiltmeter.batch import TokenizedPair
 from tiltmeter.errors import UserError
+from tiltmeter.pairs.batch import TokenizedPair
 
 CHATML = (
     "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}</s>\n{% endfor %}"

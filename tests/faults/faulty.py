@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from datamodules.splits import Split
 from lightning_modules.base import LogProbModule
 from lightning_modules.pair_metrics import PairResults
-from tiltmeter.batch import PreferenceBatch
+from tiltmeter.pairs.batch import PreferenceBatch
 
 
 class SignalInStep(Callback_):

@@ -9,10 +9,10 @@ from torch.testing import assert_close
 
 from lightning_modules.policy import checkpoint_activations
 from tests.tiny_models import make_model, random_pairs
-from tiltmeter.batch import collate_pairs
-from tiltmeter.capture import capture, capture_gradients, read_hidden_states
-from tiltmeter.layers import backbone, decoder_blocks
-from tiltmeter.positions import readings
+from tiltmeter.models.layers import backbone, decoder_blocks
+from tiltmeter.pairs.batch import collate_pairs
+from tiltmeter.states.capture import capture, capture_gradients, read_hidden_states
+from tiltmeter.states.positions import readings
 
 
 def numbers_alive() -> int:

@@ -7,8 +7,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from analysis import checkpoints
-from analysis.read_states import READ_NOW, StateReading
+from analysis.open import checkpoints
+from analysis.open.read_states import READ_NOW, StateReading
 from tests.analysis import asked
 from tests.analysis import planted_behaviour as planted
 from tests.analysis import planted_geometry as geometry

@@ -7,7 +7,7 @@ import pytest
 from launch.base_model import base_folder
 from tests.cli import TINY, composed
 from tests.tiny_models import ARCHITECTURES, make_data
-from tiltmeter.models import CausalLM
+from tiltmeter.models.causal_lm import CausalLM
 
 
 def folder(*options: str) -> Path:

@@ -8,19 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.analysis.test_adapters import write_adapter
 
-from analysis.adapters import WEIGHTS, check_adapter
-from analysis.kept_models import PROVENANCE, read_provenance, record_kept
-from analysis.models import load_model
-from analysis.stored_head import unembedding_rows
+from analysis.open.adapters import WEIGHTS, check_adapter
+from analysis.open.kept_models import PROVENANCE, read_provenance, record_kept
+from analysis.open.models import load_model
+from analysis.open.stored_head import unembedding_rows
 from launch.base_model import _MADE_FROM, _check
 from launch.run_folder import keep_base, kept_base
 from tests.analysis.asked import TOKENIZER, save_model
-from tests.analysis.test_adapters import write_adapter
 from tests.processes import contents
 from tiltmeter.errors import UserError
 from tiltmeter.files import copy_file, sha256_of, write_json
-from tiltmeter.models import CausalLM
+from tiltmeter.models.causal_lm import CausalLM
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 OPENERS: dict[str, Callable[[Path], object]] = {

@@ -10,7 +10,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from analysis.kept_models import read_provenance
+from analysis.open.kept_models import read_provenance
 from tests.analysis.asked import save_model
 from tests.cli import logged, only_run, run_train
 from tests.faults.faults import no_room_for

@@ -27,7 +27,7 @@ from lightning_modules.sft import SFTModule
 from tests.tiltmeter.interrupted_saves import write_file
 from tiltmeter.checkpoint_files import commit
 from tiltmeter.errors import UserError
-from tiltmeter.models import CausalLM
+from tiltmeter.models.causal_lm import CausalLM
 
 IN_WEIGHTS_OR_ORDER = {
     "module.freeze_embeddings", "module.lora", "datamodule.pairs_per_step", "datamodule.bucket_steps", "datamodule.seed",

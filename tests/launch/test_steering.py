@@ -8,13 +8,13 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from analysis.steering_section import NAME as STEERING
+from analysis.figures.fig2_steering import NAME as STEERING
 from tests.analysis import asked
 from tests.launch.analyze_command import ask
 from tests.processes import run_script
 from tiltmeter.errors import IncompleteEvaluation, UserError
 from tiltmeter.scoring.degeneration import DegenerationScorer
-from tiltmeter.steering_vector import SteeringVector, load_vectors, save_vectors
+from tiltmeter.steering.vector import SteeringVector, load_vectors, save_vectors
 
 SWEEP = (
     "analysis=steering_sweep",
@@ -52,7 +52,7 @@ def test_a_run_is_swept_and_its_report_shows_the_sweep(
     assert set(vectors) == {f"final_post_norm/{name}" for name in ("v*", "v_bar", "random_1")}
     assert vectors["final_post_norm/v*"].provenance["aligned"] == str(run / "aligned")
     assert pd.read_csv(table.with_name("steering_vectors.csv"))["cosine_with_v_star"][0] == pytest.approx(1)
-    monkeypatch.setattr("analysis.report.save_figure", already_saved)
+    monkeypatch.setattr("analysis.report.page.save_figure", already_saved)
     ask(tmp_path, "run=last", *SWEEP)
     assert table.read_bytes() == before
     assert "going on, 14 of 14 parts" in " ".join(capsys.readouterr().out.split())

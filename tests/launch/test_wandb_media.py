@@ -11,8 +11,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from safetensors.torch import save_file
 
-from analysis.cosines import EDGES, SIDES
-from analysis.hidden_states import WHILE_TRAINING
+from analysis.figures.fig3_cosines import EDGES, SIDES
+from analysis.figures.hidden_states import WHILE_TRAINING
 from launch.metrics_csv import MetricsCSV
 from launch.wandb_logger import RunLogger, close_wandb, open_wandb
 from launch.wandb_media import WandbMedia

@@ -7,11 +7,11 @@ import pandas as pd
 import pytest
 import yaml
 
-from analysis.report import Section, write_report
-from analysis.runs import Run, open_run
-from analysis.samples import Samples
-from analysis.subject import subject_of_run
-from analysis.training_curves import training_section
+from analysis.figures.training import training_section
+from analysis.open.runs import Run, open_run
+from analysis.open.subject import subject_of_run
+from analysis.report.page import Section, write_report
+from analysis.report.samples import Samples
 from launch import wandb_report as module
 from launch.wandb_report import check_upload, copy_without_paths, upload_report, without_paths
 from tests.analysis.conftest import CONFIG, dpo_rows

@@ -14,8 +14,8 @@ from lightning_modules.dpo import DPOModule
 from lightning_modules.pair_metrics import PairResults
 from lightning_modules.sft import SFTModule
 from tests.tiny_models import fit, lightning_warnings, make_data
-from tiltmeter.batch import PreferenceBatch
-from tiltmeter.layers import embedding_parameters
+from tiltmeter.models.layers import embedding_parameters
+from tiltmeter.pairs.batch import PreferenceBatch
 
 pytestmark = lightning_warnings
 BUDGETS = {"one micro-batch": 10**6, "ragged": 150, "one pair each": 1}

@@ -12,10 +12,10 @@ from torch.testing import assert_close
 
 from lightning_modules.dpo import DPOModule
 from tests.tiny_models import fit, largest_difference, lightning_warnings, make_data, make_model, random_pairs
-from tiltmeter.batch import collate_pairs
 from tiltmeter.errors import UserError
-from tiltmeter.log_probs import sequence_log_probs
-from tiltmeter.lora import adapters_disabled, add_lora, merged_state
+from tiltmeter.models.lora import adapters_disabled, add_lora, merged_state
+from tiltmeter.pairs.batch import collate_pairs
+from tiltmeter.pairs.log_probs import sequence_log_probs
 
 pytestmark = lightning_warnings
 

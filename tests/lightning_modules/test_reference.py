@@ -9,8 +9,8 @@ from torch import Tensor
 from lightning_modules.dpo import DPOModule
 from lightning_modules.reference import MicroBatches, cached_reference
 from tests.tiny_models import ARCHITECTURES, fit, lightning_warnings, make_data
-from tiltmeter.batch import TokenizedPair
-from tiltmeter.reference_cache import ReferenceCache
+from tiltmeter.pairs.batch import TokenizedPair
+from tiltmeter.pairs.reference_cache import ReferenceCache
 
 PAIRS = [TokenizedPair([1, i], [i, 2], [i + 1, 3, 2]) for i in range(20)]
 TRUTH = -torch.arange(40, dtype=torch.float64).reshape(20, 2)

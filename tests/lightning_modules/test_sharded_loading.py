@@ -21,11 +21,11 @@ from benchmarks.scaling import Plan, Shape, sent
 from lightning_modules.policy import Policy, freeze_embeddings, shard
 from tests.processes import codes, run_on_ranks
 from tests.tiny_models import make_model, make_tokenizer, random_pairs
-from tiltmeter.batch import PreferenceBatch, collate_pairs
-from tiltmeter.lora import add_lora, check_adapters, insert_adapters, plain_state
-from tiltmeter.models import CausalLM
-from tiltmeter.reference_cache import hash_weights
-from tiltmeter.verification import settle_packing
+from tiltmeter.models.causal_lm import CausalLM
+from tiltmeter.models.lora import add_lora, check_adapters, insert_adapters, plain_state
+from tiltmeter.pairs.batch import PreferenceBatch, collate_pairs
+from tiltmeter.pairs.reference_cache import hash_weights
+from tiltmeter.pairs.verification import settle_packing
 
 pytestmark = pytest.mark.slow
 LARGE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 24, "vocab_size": 300}

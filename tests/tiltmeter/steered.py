@@ -7,9 +7,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tests.tiny_models import BOS, LAYERS, PAD, VOCAB, WIDTH, make_model
-from tiltmeter.capture import capture
-from tiltmeter.layers import all_sites, backbone, decoder_blocks, final_norm
-from tiltmeter.positions import Readings
+from tiltmeter.models.layers import all_sites, backbone, decoder_blocks, final_norm
+from tiltmeter.states.capture import capture
+from tiltmeter.states.positions import Readings
 
 SITES = all_sites(LAYERS)
 

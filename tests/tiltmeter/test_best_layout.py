@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from tests.tiny_models import make_model, random_pairs
-from tiltmeter.batch import TokenizedPair
-from tiltmeter.verification import best_layout
+from tiltmeter.pairs.batch import TokenizedPair
+from tiltmeter.pairs.verification import best_layout
 
 BLOOM = {"hidden_size": 32, "n_layer": 2, "n_head": 4}
 

@@ -11,8 +11,15 @@ from transformers import AutoConfig, GPT2Config, PreTrainedTokenizerFast
 from lightning_modules.policy import freeze_embeddings
 from tests.tiny_models import ARCHITECTURES, FAMILIES, LAYERS, VOCAB, WIDTH, make_model, make_tokenizer
 from tiltmeter.errors import UserError
-from tiltmeter.layers import Unembedding, backbone, decoder_blocks, embedding_parameters, sliding_window, unembedding
-from tiltmeter.models import CausalLM, choose_attention, without_dropout
+from tiltmeter.models.causal_lm import CausalLM, choose_attention, without_dropout
+from tiltmeter.models.layers import (
+    Unembedding,
+    backbone,
+    decoder_blocks,
+    embedding_parameters,
+    sliding_window,
+    unembedding,
+)
 
 ALL = tuple(ARCHITECTURES)
 LLAMA = {"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2} | {
@@ -187,7 +194,7 @@ def test_a_gated_model_is_one_line_that_says_how_to_get_it(monkeypatch: pytest.M
             "You are trying to access a gated repo.\nMake sure to have access to it at https://huggingface.co/x/y."
         )
 
-    monkeypatch.setattr("tiltmeter.models.AutoConfig.from_pretrained", gated)
+    monkeypatch.setattr("tiltmeter.models.causal_lm.AutoConfig.from_pretrained", gated)
     with pytest.raises(
         UserError, match=r"cannot load x/y from .* \(You are trying to access a gated repo\.\); .*hf auth login"
     ) as told:

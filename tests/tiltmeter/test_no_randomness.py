@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tests.tiny_models import ARCHITECTURES, make_model
 from tiltmeter.errors import UserError
-from tiltmeter.verification import verify_no_randomness
+from tiltmeter.pairs.verification import verify_no_randomness
 
 MIXTRAL = ARCHITECTURES["mistral"] | {"num_local_experts": 4, "num_experts_per_tok": 2}
 

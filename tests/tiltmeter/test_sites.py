@@ -5,7 +5,7 @@ from torch.testing import assert_close
 
 from tests.tiny_models import ARCHITECTURES, LAYERS, make_model
 from tiltmeter.errors import UserError
-from tiltmeter.layers import all_sites, backbone, final_norm, layer_site, resolve_sites, site_depth, unembedding
+from tiltmeter.models.layers import all_sites, backbone, final_norm, layer_site, resolve_sites, site_depth, unembedding
 
 
 @pytest.mark.parametrize("family", ARCHITECTURES)

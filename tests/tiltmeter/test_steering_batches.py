@@ -9,13 +9,13 @@ from torch.testing import assert_close
 
 from tests.tiltmeter.steered import STRONG, direction, prompts, states_of
 from tests.tiny_models import make_model, make_tokenizer, random_pairs
-from tiltmeter.batch import PAD as PAD_SEGMENT
-from tiltmeter.batch import PROMPT, Layout, collate_pairs
-from tiltmeter.generation import Decoding, generate
-from tiltmeter.layers import backbone
-from tiltmeter.log_probs import run_backbone, sequence_log_probs
-from tiltmeter.packing import use_packed_attention
-from tiltmeter.steering import Intervention, steer
+from tiltmeter.models.generation import Decoding, generate
+from tiltmeter.models.layers import backbone
+from tiltmeter.pairs.batch import PAD as PAD_SEGMENT
+from tiltmeter.pairs.batch import PROMPT, Layout, collate_pairs
+from tiltmeter.pairs.log_probs import run_backbone, sequence_log_probs
+from tiltmeter.pairs.packing import use_packed_attention
+from tiltmeter.steering.intervene import Intervention, steer
 
 
 @pytest.mark.parametrize("left", [True, False])

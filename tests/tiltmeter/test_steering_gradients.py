@@ -5,9 +5,9 @@ from torch.testing import assert_close
 
 from tests.tiltmeter.steered import ids_of, model_of, noise
 from tests.tiny_models import WIDTH, make_model
-from tiltmeter.layers import backbone, final_norm
-from tiltmeter.steering import Intervention, steer
-from tiltmeter.steering_operators import OPERATORS, Operator
+from tiltmeter.models.layers import backbone, final_norm
+from tiltmeter.steering.intervene import Intervention, steer
+from tiltmeter.steering.operators import OPERATORS, Operator
 
 
 def test_gradients_reach_vectors_and_coefficients() -> None:

@@ -8,11 +8,11 @@ from torch.testing import assert_close
 
 from tests.tiltmeter.steered import ids_of, model_of, n_hooks, noise
 from tests.tiny_models import WIDTH, make_model
-from tiltmeter.capture import capture
 from tiltmeter.errors import UserError
-from tiltmeter.layers import backbone, decoder_blocks, final_norm
-from tiltmeter.positions import Readings
-from tiltmeter.steering import Intervention, steer
+from tiltmeter.models.layers import backbone, decoder_blocks, final_norm
+from tiltmeter.states.capture import capture
+from tiltmeter.states.positions import Readings
+from tiltmeter.steering.intervene import Intervention, steer
 
 
 def test_nothing_is_written_in_place() -> None:

@@ -9,8 +9,8 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel, Static
 
 from tests.tiltmeter.steered import SITES, STRONG, direction, prompts
 from tests.tiny_models import EOS, LAYERS, PAD, make_model
-from tiltmeter.layers import backbone
-from tiltmeter.steering import Intervention, steer
+from tiltmeter.models.layers import backbone
+from tiltmeter.steering.intervene import Intervention, steer
 
 N_NEW = 7
 

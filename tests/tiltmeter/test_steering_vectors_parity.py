@@ -9,11 +9,11 @@ from torch.testing import assert_close
 from transformers import PreTrainedModel
 
 from tests.tiny_models import WIDTH, make_model, random_pairs
-from tiltmeter.batch import PreferenceBatch, collate_pairs
-from tiltmeter.layers import layer_site
-from tiltmeter.log_probs import model_inputs
-from tiltmeter.steering import Intervention, steer
-from tiltmeter.sweeping import steered_logits
+from tiltmeter.models.layers import layer_site
+from tiltmeter.pairs.batch import PreferenceBatch, collate_pairs
+from tiltmeter.pairs.log_probs import model_inputs
+from tiltmeter.steering.intervene import Intervention, steer
+from tiltmeter.steering.sweep_logits import steered_logits
 
 peer = pytest.importorskip(
     "steering_vectors",

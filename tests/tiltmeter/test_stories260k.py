@@ -13,9 +13,9 @@ from torch.testing import assert_close
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tests import stories260k
-from tiltmeter.batch import TokenizedPair, collate_pairs
-from tiltmeter.log_probs import sequence_log_probs
-from tiltmeter.models import CausalLM
+from tiltmeter.models.causal_lm import CausalLM
+from tiltmeter.pairs.batch import TokenizedPair, collate_pairs
+from tiltmeter.pairs.log_probs import sequence_log_probs
 
 
 class Stories(NamedTuple):

@@ -12,7 +12,7 @@ from tests.processes import HANGS, ROOT
 from tiltmeter.threads import settle_threads, usable_cores
 
 WAITING = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
-COMMANDS = ["train.py", "analyze.py", "analysis/dashboard.py"] + [
+COMMANDS = ["train.py", "analyze.py", "analysis/report/dashboard.py"] + [
     str(path.relative_to(ROOT))
     for path in sorted((ROOT / "benchmarks").glob("*.py"))
     if "__main__" in path.read_text(encoding="utf-8") and path.name != "worker.py"  # which inherits its environment

@@ -21,9 +21,9 @@ from datamodules.splits import Split
 from lightning_modules.dpo import DPOModule
 from lightning_modules.pair_metrics import PairResults
 from tests.tiny_models import fit, largest_difference, make_data, make_model, make_tokenizer, random_pairs
-from tiltmeter.batch import Layout, PreferenceBatch, TokenizedPair, collate_pairs
-from tiltmeter.log_probs import sequence_log_probs
-from tiltmeter.preference_losses import PairLogProbs, make_preference_loss
+from tiltmeter.pairs.batch import Layout, PreferenceBatch, TokenizedPair, collate_pairs
+from tiltmeter.pairs.log_probs import sequence_log_probs
+from tiltmeter.pairs.preference_losses import PairLogProbs, make_preference_loss
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tiltmeter.generation import Completion, Decoding, count_batches, generate
+from tiltmeter.models.generation import Completion, Decoding, count_batches, generate
 from tiltmeter.scoring.notices import kept_notices, notice
 from tiltmeter.scoring.scorer import Sample, Scorer, Scores
 

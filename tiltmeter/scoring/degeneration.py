@@ -6,7 +6,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from tiltmeter.errors import UserError
-from tiltmeter.generation import Completion
+from tiltmeter.models.generation import Completion
 from tiltmeter.scoring.scorer import Sample, Scores, mean_figure
 
 Rule = Literal["words", "characters", "tokens"]

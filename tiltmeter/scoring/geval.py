@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 from tiltmeter.errors import UserError
-from tiltmeter.scoring.answers import LOW_MASS, Answer, ask_choices, checked_prefix, missing_figures, warn_of_missing
-from tiltmeter.scoring.evaluation_steps import EvaluationSteps
-from tiltmeter.scoring.judge import Judge, Question
-from tiltmeter.scoring.judge_prompts import SCORE, resolve_criteria
-from tiltmeter.scoring.local_judge import LocalJudge
+from tiltmeter.judges.answers import LOW_MASS, Answer, ask_choices, checked_prefix, missing_figures, warn_of_missing
+from tiltmeter.judges.evaluation_steps import EvaluationSteps
+from tiltmeter.judges.judge import Judge, Question
+from tiltmeter.judges.local_judge import LocalJudge
+from tiltmeter.judges.prompts import SCORE, resolve_criteria
 from tiltmeter.scoring.scorer import MAX_MISSING_SHARE, Sample, Scores, Side, mean_figure
 
 ScoreMode = Literal["logprob", "sample", "integer"]
@@ -41,7 +41,7 @@ class GEvalScorer:
 
     Args:
         judge: who rates.
-        criteria: a name of :data:`~tiltmeter.scoring.judge_prompts.CRITERIA`, several, or names with texts of your own.
+        criteria: a name of :data:`~tiltmeter.judges.prompts.CRITERIA`, several, or names with texts of your own.
         score_mode: see above.
         n_samples: answers a reply, for ``sample``.
         temperature: of these answers.

@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 from tiltmeter.errors import UserError
-from tiltmeter.generation import Completion
-from tiltmeter.scoring.answers import LOW_MASS, checked_prefix, missing_figures, warn_of_missing
-from tiltmeter.scoring.judge import Judge
-from tiltmeter.scoring.judge_prompts import digest, resolve_criteria
-from tiltmeter.scoring.local_judge import LocalJudge
+from tiltmeter.judges.answers import LOW_MASS, checked_prefix, missing_figures, warn_of_missing
+from tiltmeter.judges.judge import Judge
+from tiltmeter.judges.local_judge import LocalJudge
+from tiltmeter.judges.prompts import digest, resolve_criteria
+from tiltmeter.models.generation import Completion
 from tiltmeter.scoring.pairwise import PRESETS, Comparison, Verdict, VerdictMode, compare
 from tiltmeter.scoring.scorer import MAX_MISSING_SHARE, Sample, Scores, Side, mean_figure
 from tiltmeter.scoring.win_rate import win_rate_figures
@@ -35,7 +35,7 @@ class WinRateScorer:
         judge: who compares.
         against: whom the policy is compared with.
         preset: ``plain`` (one letter, ties allowed) or ``hh_dpo`` (a sentence first, no ties).
-        criterion: a name of :data:`~tiltmeter.scoring.judge_prompts.CRITERIA`, or one name with a text of your own.
+        criterion: a name of :data:`~tiltmeter.judges.prompts.CRITERIA`, or one name with a text of your own.
         verdict_mode: ``logprob`` takes the likeliest letter at the first token, ``text`` the letter on the last line.
         seed: of the order in which the two orders are asked, and of the markers around what is judged.
         max_missing_rate: share of missing verdicts above which a figure is NaN.

@@ -1,6 +1,6 @@
 """Log-likelihoods of several answers to one prompt: each prompt runs once, and many of them share a forward pass.
 
-Answers behind an equal context are one document (:mod:`tiltmeter.packing`): its tokens are computed once, each answer sees
+Answers behind an equal context are one document (:mod:`tiltmeter.pairs.packing`): its tokens are computed once, each answer sees
 the context and itself. Where a model's attention can't be packed, every answer is a padded row of its own; the numbers are
 the same. The last token of an answer is only predicted, so it never enters the model: contexts may be as long as the
 model's limit.
@@ -17,18 +17,18 @@ from jaxtyping import Float64
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tiltmeter.batch import CHOSEN, PAD, PROMPT, PreferenceBatch
 from tiltmeter.errors import UserError
-from tiltmeter.layers import sliding_window
-from tiltmeter.log_probs import sequence_log_probs
-from tiltmeter.packing import PACKED_ATTENTION, Packing
-from tiltmeter.verification import settle_packing
+from tiltmeter.models.layers import sliding_window
+from tiltmeter.pairs.batch import CHOSEN, PAD, PROMPT, PreferenceBatch
+from tiltmeter.pairs.log_probs import sequence_log_probs
+from tiltmeter.pairs.packing import PACKED_ATTENTION, Packing
+from tiltmeter.pairs.verification import settle_packing
 
 TOKENS_PER_BATCH = 4096
 """Tokens of a forward pass, padding included, unless something else is asked for."""
 
 Forward = Callable[[PreferenceBatch], Tensor]
-"""A batch to the summed log-probs of its sequences, as :func:`~tiltmeter.log_probs.sequence_log_probs` of a model, or the
+"""A batch to the summed log-probs of its sequences, as :func:`~tiltmeter.pairs.log_probs.sequence_log_probs` of a model, or the
 wrapper of a sharded one around it."""
 
 
@@ -123,7 +123,7 @@ def choice_log_probs(
     Args:
         tokens_per_batch: tokens of a forward pass, padding included; an answer with its context that is longer runs alone.
         packed: documents behind one another in one row; None: where the model can, as
-            :func:`~tiltmeter.verification.settle_packing` finds (the model then keeps its packed attention).
+            :func:`~tiltmeter.pairs.verification.settle_packing` finds (the model then keeps its packed attention).
         forward: runs a batch in the model's stead: the module that DDP or FSDP wrapped around it. ``packed`` None then means:
             if the model has been prepared for it, since nothing but ``forward`` may run the model.
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from random import Random
 from typing import Literal, NamedTuple
 
-from tiltmeter.scoring.answers import Answer, ask_choices
-from tiltmeter.scoring.judge import Failure, Judge, Question
-from tiltmeter.scoring.judge_prompts import COMPARE, COMPARE_HH_DPO, PromptTemplate
+from tiltmeter.judges.answers import Answer, ask_choices
+from tiltmeter.judges.judge import Failure, Judge, Question
+from tiltmeter.judges.prompts import COMPARE, COMPARE_HH_DPO, PromptTemplate
 
 VerdictMode = Literal["logprob", "text"]
 
@@ -53,7 +53,7 @@ class Judgement(NamedTuple):
     value: float
     """1 the candidate is better, 0.5 tie, 0 worse, NaN missing."""
     mass: float
-    """Weight of all choices together (:class:`~tiltmeter.scoring.answers.Answer`)."""
+    """Weight of all choices together (:class:`~tiltmeter.judges.answers.Answer`)."""
     failure: Failure | None
     reason: str
 

@@ -88,7 +88,8 @@ def preference_scores_of_validation(
     """:func:`preference_scores` from what a validation yields of every pair (``held_out.csv``): Δ = reward / β.
 
     Args:
-        table: ``rewards/chosen`` and ``rewards/rejected`` (:data:`~tiltmeter.preference_losses.PAIR_METRICS`), a value a pair.
+        table: ``rewards/chosen`` and ``rewards/rejected``, a value a pair
+            (:data:`~tiltmeter.pairs.preference_losses.PAIR_METRICS`).
 
     Raises:
         UserError: a column is missing.

@@ -121,8 +121,8 @@ def probe_direction(differences: Float[Tensor, "pair d_model"], *, seed: int = 0
     """Weights u of the same probe on all pairs, in log-odds per unit of activation: P(chosen is preferred) = σ(⟨u, d⟩), float64.
 
     The scaling that the fit uses is taken back out, so u acts on hidden states as they are. As a vector to steer with, its norm
-    says nothing about a fitting strength (:func:`tiltmeter.controls.norm_matched`). A probe is made for reading, not for writing:
-    it weighs quiet dimensions up, where :func:`tiltmeter.directions.difference_of_means` does not.
+    says nothing about a fitting strength (:func:`tiltmeter.steering.controls.norm_matched`). A probe is made for reading, not for
+    writing: it weighs quiet dimensions up, where :func:`tiltmeter.geometry.directions.difference_of_means` does not.
 
     Args:
         differences: h_chosen − h_rejected, one row a pair, all finite.

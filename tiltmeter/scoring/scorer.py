@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
-from tiltmeter.generation import Completion
+from tiltmeter.models.generation import Completion
 from tiltmeter.stats.jackknife import cluster_mean_interval
 from tiltmeter.stats.proportions import share_interval
 

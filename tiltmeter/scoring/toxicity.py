@@ -114,7 +114,7 @@ def worst_of_n_figures(
 def worst_of_n(values: Sequence[float], samples: Sequence[Sample], n: int) -> WorstOfN:
     """The largest score of each prompt's n completions.
 
-    >>> from tiltmeter.generation import Completion
+    >>> from tiltmeter.models.generation import Completion
     >>> said = Completion("", 0, False)
     >>> samples = [Sample(pair, "", "", said, said, pair, index) for pair in "ab" for index in (0, 1)]
     >>> worst_of_n([0.2, 0.9, math.nan, 0.4], samples, 2)

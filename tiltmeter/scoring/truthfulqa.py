@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tiltmeter.chat import render_chat
 from tiltmeter.errors import UserError
+from tiltmeter.pairs.chat import render_chat
 from tiltmeter.scoring.multiple_choice import TOKENS_PER_BATCH, Choice, Forward, choice_log_probs, encode_choices
 from tiltmeter.scoring.scorer import Scores, Side, grouped_mean_figure
 from tiltmeter.scoring.truthfulqa_data import HUB, Answer, TruthfulQuestion, read_preset, read_questions

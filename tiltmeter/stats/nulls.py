@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tiltmeter.consistency import at_least_two_rows, random_halves, split_half_of_gram
-from tiltmeter.geometry import unit_rows
-from tiltmeter.spectra import singular_values
+from tiltmeter.geometry.consistency import at_least_two_rows, random_halves, split_half_of_gram
+from tiltmeter.geometry.rows import unit_rows
+from tiltmeter.geometry.spectra import singular_values
 
 _FLIPS_AT_A_TIME = 256
 _NUMBERS_AT_A_TIME = 2_000_000
@@ -82,7 +82,7 @@ class SplitHalfNull(NamedTuple):
 def split_half_null(
     updates: Float[Tensor, "row d_model"], *, n_flips: int = 500, n_splits: int = 20, seed: int = 0
 ) -> SplitHalfNull:
-    """Null of the mean over ``n_splits`` splits that :func:`tiltmeter.consistency.split_half` of the same arguments has.
+    """Null of the mean over ``n_splits`` splits that :func:`tiltmeter.geometry.consistency.split_half` of the same arguments has.
 
     Each flip is split like the rows themselves, by the same halves, so that the observed mean is one more draw of this null
     when the rows are symmetric noise. A single split a flip would make the null wider than what it stands beside.

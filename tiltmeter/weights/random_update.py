@@ -22,14 +22,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tiltmeter.batch import TokenizedPair
-from tiltmeter.capture import ReadPoint
 from tiltmeter.errors import UserError
 from tiltmeter.files import write_json
-from tiltmeter.positions import Position
-from tiltmeter.probe import Probe
-from tiltmeter.reference_cache import hash_pairs, hash_weights
-from tiltmeter.watching import Metrics, place, random_update_figures
+from tiltmeter.pairs.batch import TokenizedPair
+from tiltmeter.pairs.reference_cache import hash_pairs, hash_weights
+from tiltmeter.states.capture import ReadPoint
+from tiltmeter.states.observed_metrics import Metrics, place, random_update_figures
+from tiltmeter.states.positions import Position
+from tiltmeter.states.probe_set import Probe
 
 Form = Literal["gaussian", "rotated"]
 FORMS: tuple[Form, ...] = get_args(Form)
@@ -108,7 +108,7 @@ class Draw(NamedTuple):
     position: Position
     site: str
     figures: Metrics
-    """Under the names of :func:`tiltmeter.watching.random_update_figures`."""
+    """Under the names of :func:`tiltmeter.states.observed_metrics.random_update_figures`."""
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from dataclasses import replace
 from typing import Any
 
 from tests.tiltmeter.scoring.stub_endpoint import StubEndpoint
-from tiltmeter.scoring.endpoint_judge import EndpointJudge
-from tiltmeter.scoring.judge import ChatMessage, Question
+from tiltmeter.judges.endpoint_judge import EndpointJudge
+from tiltmeter.judges.judge import ChatMessage, Question
 
 
 def question(text: str = "Is it good?", **changes: Any) -> Question:

@@ -4,8 +4,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from tiltmeter.generation import Completion
-from tiltmeter.scoring.judge import Question, Reply
+from tiltmeter.judges.judge import Question, Reply
+from tiltmeter.models.generation import Completion
 from tiltmeter.scoring.scorer import Sample
 
 MARKED = re.compile(r"<<<([\w ]+?) ([0-9a-f]{16})>>>\n(.*?)\n?<<<end of \1 \2>>>", re.DOTALL)

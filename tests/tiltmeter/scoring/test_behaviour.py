@@ -10,12 +10,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from tests.tiltmeter.test_generation import make_prompts, spelling
 
 from tests.processes import HANGS
-from tests.tiltmeter.test_generation import make_prompts, spelling
 from tests.tiny_models import make_model
 from tiltmeter.errors import UserError
-from tiltmeter.generation import Completion, Decoding
+from tiltmeter.models.generation import Completion, Decoding
 from tiltmeter.scoring.behaviour import Prompt, ScoringBeside, complete, pair_up, score_all
 from tiltmeter.scoring.behaviour_table import BehaviourTables, read_table
 from tiltmeter.scoring.scorer import Figure, Sample, Scores, as_metrics, mean_figure

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.text_samples import figure, said, sample, samples_of
 from tiltmeter.errors import UserError
-from tiltmeter.generation import Completion
+from tiltmeter.models.generation import Completion
 from tiltmeter.scoring.degeneration import NGRAMS, DegenerationScorer, repeated_ngrams, repeated_share, repeated_shares
 from tiltmeter.scoring.scorer import Sample
 

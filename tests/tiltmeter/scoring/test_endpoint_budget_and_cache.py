@@ -6,8 +6,8 @@ import pytest
 
 from tests.tiltmeter.scoring.asking import judge, question
 from tests.tiltmeter.scoring.stub_endpoint import StubEndpoint, slow, status
-from tiltmeter.scoring.endpoint_judge import EndpointJudge
-from tiltmeter.scoring.judge import ChatMessage
+from tiltmeter.judges.endpoint_judge import EndpointJudge
+from tiltmeter.judges.judge import ChatMessage
 
 
 def test_cached_answers_need_no_endpoint_and_no_budget(tmp_path: Any) -> None:

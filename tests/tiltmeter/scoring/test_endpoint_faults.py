@@ -21,9 +21,9 @@ from tests.tiltmeter.scoring.stub_endpoint import (
     status,
     truncated,
 )
-from tiltmeter.scoring.endpoint_client import GIVE_UP_AFTER
-from tiltmeter.scoring.endpoint_judge import EndpointJudge
-from tiltmeter.scoring.judge import Reply
+from tiltmeter.judges.endpoint_client import GIVE_UP_AFTER
+from tiltmeter.judges.endpoint_judge import EndpointJudge
+from tiltmeter.judges.judge import Reply
 
 PASSING: dict[str, Callable[[], Fault]] = {
     "429": lambda: status(429),

@@ -20,7 +20,7 @@ from tests.tiltmeter.scoring.stub_endpoint import (
     truncated,
 )
 from tiltmeter.errors import UserError
-from tiltmeter.scoring.endpoint_judge import EndpointJudge
+from tiltmeter.judges.endpoint_judge import EndpointJudge
 
 CANARY = "canary/0123456789+AbCdEf"
 

@@ -18,8 +18,8 @@ from tests.tiltmeter.scoring.stub_endpoint import (
     status,
 )
 from tiltmeter.errors import UserError
-from tiltmeter.scoring.endpoint_judge import EndpointJudge
-from tiltmeter.scoring.judge import Reply
+from tiltmeter.judges.endpoint_judge import EndpointJudge
+from tiltmeter.judges.judge import Reply
 
 
 @pytest.mark.parametrize("want_probabilities", [True, False])

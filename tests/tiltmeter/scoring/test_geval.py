@@ -8,9 +8,9 @@ import pytest
 
 from tests.tiltmeter.scoring.fake_judge import FakeJudge, answered, honest, is_about_steps, material, sample, steps
 from tiltmeter.errors import UserError
+from tiltmeter.judges.judge import Question, Reply
+from tiltmeter.judges.prompts import STEPS
 from tiltmeter.scoring.geval import GEvalScorer
-from tiltmeter.scoring.judge import Question, Reply
-from tiltmeter.scoring.judge_prompts import STEPS
 from tiltmeter.scoring.scorer import Figure, Sample, Scores
 
 STEP_LIST = ["Read it.", "Rate it."]

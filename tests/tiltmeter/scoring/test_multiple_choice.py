@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from tests.tiny_models import VOCAB, largest_difference, make_model, make_tokenizer
-from tiltmeter.batch import PAD, PreferenceBatch
 from tiltmeter.errors import UserError
-from tiltmeter.log_probs import sequence_log_probs
-from tiltmeter.packing import PACKED_ATTENTION
+from tiltmeter.pairs.batch import PAD, PreferenceBatch
+from tiltmeter.pairs.log_probs import sequence_log_probs
+from tiltmeter.pairs.packing import PACKED_ATTENTION
 from tiltmeter.scoring.multiple_choice import Choice, Document, choice_log_probs, collate_choices, encode_choices
 
 ATTENTION = {"gemma2": "eager"}  # its soft cap needs it, so that nothing can be packed

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tiltmeter.errors import UserError
-from tiltmeter.preference_losses import PairLogProbs
+from tiltmeter.pairs.preference_losses import PairLogProbs
 from tiltmeter.scoring.preference import kl_figures, preference_scores, preference_scores_of_validation
 from tiltmeter.scoring.scorer import Figure, Scores
 

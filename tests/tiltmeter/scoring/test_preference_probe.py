@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tiltmeter.consistency import cosine
+from tiltmeter.geometry.consistency import cosine
 from tiltmeter.scoring import preference_probe as module
 from tiltmeter.scoring.preference_probe import preference_probe, probe_direction, probe_figures
 

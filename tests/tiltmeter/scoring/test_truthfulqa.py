@@ -17,7 +17,7 @@ from tests.harness import score_all
 from tests.tiltmeter.scoring.questions import PRESET, ROWS, stand_in_preset, write
 from tests.tiny_models import make_model, make_tokenizer
 from tiltmeter.errors import UserError
-from tiltmeter.models import CausalLM
+from tiltmeter.models.causal_lm import CausalLM
 from tiltmeter.scoring.scorer import Scores
 from tiltmeter.scoring.truthfulqa import TruthfulQA, picks_truth, truth_mass
 

@@ -7,8 +7,13 @@ import pytest
 import torch
 from scipy.stats import t as student
 
-from tiltmeter.consistency import in_sample_cosines, leave_one_out_cosines, mean_cosine_intervals, shift_shares_of_gram
-from tiltmeter.spectra import leading_energies_of_gram, singular_values
+from tiltmeter.geometry.consistency import (
+    in_sample_cosines,
+    leave_one_out_cosines,
+    mean_cosine_intervals,
+    shift_shares_of_gram,
+)
+from tiltmeter.geometry.spectra import leading_energies_of_gram, singular_values
 from tiltmeter.stats.jackknife import (
     COSINE,
     LINEAR,

@@ -6,8 +6,8 @@ from scipy.stats import kstest
 from torch import Tensor
 from torch.testing import assert_close
 
-from tiltmeter.consistency import in_sample_cosines, leave_one_out_cosines, split_half
-from tiltmeter.spectra import singular_values
+from tiltmeter.geometry.consistency import in_sample_cosines, leave_one_out_cosines, split_half
+from tiltmeter.geometry.spectra import singular_values
 from tiltmeter.stats.nulls import (
     bbp_eigenvalue,
     bbp_overlap,

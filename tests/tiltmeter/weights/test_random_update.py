@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from tests.tiny_models import make_model, random_pairs
 from tiltmeter.errors import UserError
-from tiltmeter.probe import Probe
+from tiltmeter.states.probe_set import Probe
 from tiltmeter.weights.random_update import (
     FILE,
     FORMS,

@@ -1,0 +1,1 @@
+"""What two models say, scored and put into words."""

@@ -1,0 +1,177 @@
+"""What the model said while it trained, by every scorer that was asked: curves over steps, and the table of start and end."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import pandas as pd
+from matplotlib.axes import Axes
+
+from analysis.behaviour.reading import CLAIM, INTERVAL, LIMITS, reading_of
+from analysis.behaviour.words import (
+    MEASURES,
+    VS_CHOSEN,
+    WIN_RATES,
+    Measure,
+    Point,
+    before,
+    change,
+    check_table,
+    has,
+    headlines_of,
+    interval_of,
+    last_point,
+    measure_of,
+    measures_of,
+    rows_of,
+    shown_behaviour,
+    side_of,
+    why_no_number,
+)
+from analysis.open.runs import Run
+from analysis.report.page import Section
+from analysis.report.site_axes import as_text
+from analysis.report.style import COLOURS, EndLabel, house_style, label_ends, mark_level, new_figure, set_titles
+from tiltmeter.errors import UserError
+from tiltmeter.models.generation import Decoding
+from tiltmeter.scoring.behaviour_table import FIGURES, SAMPLES, read_table
+
+NAME = "behaviour_by_step"
+_GENERATED_BY = "callbacks.generation_metrics.GenerationMetrics"
+_MOST_UNKNOWN = 3
+"""Panels for figures that are not among those that lead."""
+_LEAST_HEIGHT = 0.1
+"""Of an axis that begins at 0, so that curves at 0 don't lie in the middle."""
+Panel = Callable[[Axes, pd.DataFrame], str]
+
+
+def behaviour_of_run(run: Run) -> Section:
+    """The section ``behaviour_by_step`` of a finished run.
+
+    Raises:
+        UserError: it scored nothing, or its table is damaged.
+    """
+    found = behaviour_by_step_section(run)
+    if found is None:
+        raise UserError(
+            f"analysis={NAME}: {run.folder} has no scores of generated text (expected a run trained with callbacks=standard, "
+            "behaviour or full); analysis=behaviour scores its models now"
+        )
+    return found
+
+
+def behaviour_by_step_section(run: Run) -> Section | None:
+    """The section ``behaviour_by_step`` of a run; None for a run that scored nothing.
+
+    Raises:
+        UserError: a table is damaged; names the file.
+    """
+    tables = run.folder / "report" / "tables"
+    table = check_table(read_table(tables / FIGURES), tables / FIGURES)
+    if table.empty:
+        return None
+    panels = _panels(table)
+    sentences = []
+    with house_style():
+        figure, axes = new_figure(len(panels), panel_height_cm=4.6)
+        for panel, draw in zip(axes, panels, strict=True):
+            panel.set_xlim(0, max(1.0, float(table["steps_taken"].max())))
+            sentences.append(draw(panel, table))
+        axes[-1].set_xlabel("optimizer steps taken")
+        set_titles(figure, axes, sentences)
+    shown, scorers = shown_behaviour(table, "policy")
+    samples = read_table(tables / SAMPLES)
+    n_prompts = samples["pair_id"].nunique() if "pair_id" in samples else None
+    return Section(
+        name=NAME,
+        question="What does the model say while it trains, and how is it scored?",
+        claim=CLAIM,
+        sentences=sentences,
+        interval=INTERVAL,
+        limits=LIMITS,
+        figure=figure,
+        table=table,
+        reading=reading_of(table, n_prompts=n_prompts, decoding=decoding_of(run)),
+        headlines=headlines_of(table, f"{NAME}.csv"),
+        shown=shown,
+        caption="Every figure as last taken; the interval is the policy’s, or that of the two together",
+        notes=scorers,
+    )
+
+
+def _panels(table: pd.DataFrame) -> list[Panel]:
+    panels: list[Panel] = [partial(draw_win_rate, metric=m) for m in WIN_RATES if has(table, m, "both")]
+    panels += [partial(draw_measure, measure=measure) for measure in measures_of(table)]
+    others = [m for m in dict.fromkeys(table["metric"]) if "_missing/" not in m][:_MOST_UNKNOWN]
+    return panels or [partial(draw_measure, measure=measure_of(m)) for m in others]
+
+
+def draw_win_rate(axes: Axes, table: pd.DataFrame, *, metric: str) -> str:
+    """Over the base, and over the data set's chosen responses; ½ is chance."""
+    mark_level(axes, 0.5)
+    axes.set_ylim(0, 1)
+    labels = [_curve(axes, table, metric, "both", COLOURS["policy"], "vs base")]
+    if has(table, f"{metric}{VS_CHOSEN}", "both"):
+        labels.append(_curve(axes, table, f"{metric}{VS_CHOSEN}", "both", COLOURS["chosen"], "vs chosen"))
+    axes.set_ylabel("win rate")
+    label_ends(axes, [label for label in labels if math.isfinite(label.y)])
+    last = last_point(table, metric, "both")
+    who = WIN_RATES[metric]
+    if not math.isfinite(last.value):
+        return f"The policy’s win rate over its base by {who} {why_no_number(last)}"
+    return (
+        f"By {who} the policy’s win rate over its base is {as_text(last.value, 'percent')}{interval_of(last, 'percent')}"
+        f"{_when(last, table)}"
+    )
+
+
+def draw_measure(axes: Axes, table: pd.DataFrame, *, measure: Measure) -> str:
+    """A figure of the policy, or of the two together, over steps, beside the base model's."""
+    metric, of = measure.metric, side_of(table, measure.metric)
+    labels = [
+        _curve(axes, table, metric, "base", COLOURS["base"], "base"),
+        _curve(axes, table, metric, of, COLOURS["policy"], "policy" if of == "policy" else ""),
+    ]
+    if measure in MEASURES:
+        axes.set_ylim(0, max(axes.get_ylim()[1], _LEAST_HEIGHT))
+    axes.set_ylabel(measure.short)
+    label_ends(axes, [label for label in labels if math.isfinite(label.y)])
+    last = last_point(table, metric, of)
+    return change(measure, before(table, metric), last, _when(last, table))
+
+
+def _when(last: Point, table: pd.DataFrame) -> str:
+    """Of which step a figure is, where it is not the last one."""
+    return f" after step {last.steps_taken:.0f}" if last.steps_taken < table["steps_taken"].max() else ""
+
+
+def _curve(axes: Axes, table: pd.DataFrame, metric: str, of: str, colour: str, name: str) -> EndLabel:
+    rows = rows_of(table, metric, of).dropna(subset="value")
+    rows = rows[rows["value"].abs() < math.inf]
+    if rows.empty:
+        return EndLabel(math.nan, name, colour)
+    axes.plot(rows["steps_taken"], rows["value"], color=colour, marker="o", markersize=2.5)
+    band = rows[(rows["ci_low"].abs() < math.inf) & (rows["ci_high"].abs() < math.inf)]
+    axes.fill_between(
+        band["steps_taken"], band["ci_low"], band["ci_high"], color=colour, alpha=0.15, linewidth=0, zorder=0
+    )
+    return EndLabel(float(rows["value"].iloc[-1]), name, colour)
+
+
+def decoding_of(run: Run) -> Decoding | None:
+    """How the run drew its completions; None where its configuration doesn't say.
+
+    Raises:
+        UserError: values that no run has; names the file.
+    """
+    for name in run.node("callbacks"):
+        here = f"callbacks.{name}"
+        if run.setting(f"{here}._target_") == _GENERATED_BY:
+            known = {key: value for key, value in run.node(f"{here}.decoding").items() if key != "_target_"}
+            try:
+                return Decoding(**known)
+            except (TypeError, UserError) as error:
+                raise UserError(
+                    f"{run.folder / 'config.yaml'}: {here}.decoding: {error}; restore the run's own file"
+                ) from error
+    return None

@@ -1,0 +1,296 @@
+"""Figures of behaviour as people read them: their names, the table with its scorers, the terminal's rows, what must be known."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import pandas as pd
+
+from analysis.report.page import Headline
+from analysis.report.site_axes import as_text
+from tiltmeter.errors import UserError
+from tiltmeter.scoring.degeneration import NGRAMS
+
+COLUMNS = ("steps_taken", "metric", "of", "value", "ci_low", "ci_high", "n", "n_missing", "scorer")
+"""Of a table of figures (:func:`tiltmeter.scoring.behaviour_table.figure_table`)."""
+VS_CHOSEN = "_vs_chosen"
+WIN_RATES: Mapping[str, str] = {
+    "oracle_preference_rate": "the planted oracle",
+    "geval_win_rate": "the judge",
+}
+"""Win rates of the policy over its base → by whom; ``…_vs_chosen`` stands beside each."""
+
+
+class Measure(NamedTuple):
+    """A figure of policy and base that leads the report."""
+
+    metric: str
+    short: str
+    """On axes and in rows."""
+    form: str
+    """How its value is written in sentences (:func:`analysis.report.site_axes.as_text`)."""
+    words: str
+    """In sentences."""
+
+
+MEASURES = (
+    Measure("toxicity", "toxicity", ".3f", "mean toxicity"),
+    Measure("hate_speech", "hate speech", ".3f", "mean hate speech score"),
+    Measure("toxicity_word_list", "toxicity (word list)", ".3f", "mean word-list toxicity"),
+    Measure("geval_score", "G-Eval score", ".3f", "mean G-Eval score (0 to 1)"),
+    Measure("rougeL", "ROUGE-L with chosen", ".3f", "overlap with the chosen response (ROUGE-L)"),
+    Measure("degeneration", "share degenerate", "percent", "share of empty or repetitive completions"),
+    Measure("truthfulqa_mc2", "TruthfulQA MC2", ".3f", "TruthfulQA MC2"),
+    Measure("truthfulqa_mc2_zero_shot", "TruthfulQA MC2, 0-shot", ".3f", "TruthfulQA MC2 without examples"),
+)
+"""In the order of the report, each from 0 to 1; what is not among them stands in the table."""
+RULES = (*(f"degeneration_{rule}" for rule in NGRAMS), "empty")
+"""Figures that say why completions are degenerate."""
+
+
+class Point(NamedTuple):
+    """A figure at one moment."""
+
+    steps_taken: float
+    value: float
+    ci_low: float
+    ci_high: float
+    n: float
+    n_missing: float
+    scorer: str
+
+
+NOTHING = Point(math.nan, math.nan, math.nan, math.nan, 0, 0, "")
+
+
+def check_table(table: pd.DataFrame, where: object) -> pd.DataFrame:
+    """The table itself, if it is one of figures or has no rows.
+
+    Raises:
+        UserError: it is not; begins with ``where``.
+    """
+    if table.empty:
+        return table
+    wrong = [name for name in COLUMNS if name not in table]
+    wrong += [name for name in ("steps_taken", "n", "n_missing") if name in table and table[name].isna().any()]
+    if wrong:
+        raise UserError(
+            f"{where}: expected the columns {', '.join(COLUMNS)} with a step and counts in every row, got no {', '.join(wrong)}; "
+            "restore or delete it"
+        )
+    return table
+
+
+def has(table: pd.DataFrame, metric: str, of: str | None = None) -> bool:
+    """Whether a figure is there, numbers or not."""
+    return bool(((table["metric"] == metric) & (True if of is None else table["of"] == of)).any())
+
+
+def rows_of(table: pd.DataFrame, metric: str, of: str) -> pd.DataFrame:
+    """A figure over steps."""
+    return table[(table["metric"] == metric) & (table["of"] == of)].sort_values("steps_taken")
+
+
+def last_point(table: pd.DataFrame, metric: str, of: str) -> Point:
+    """The last value of a figure; NaN when there is none."""
+    rows = rows_of(table, metric, of)
+    return NOTHING if rows.empty else Point(*rows.iloc[-1][list(Point._fields)])
+
+
+def first_value(table: pd.DataFrame, metric: str, of: str) -> float:
+    """A figure before the first step; NaN where it was not looked at then."""
+    rows = rows_of(table, metric, of)
+    rows = rows[rows["steps_taken"] == 0]
+    return math.nan if rows.empty else float(rows.iloc[0]["value"])
+
+
+def side_of(table: pd.DataFrame, metric: str) -> str:
+    """Whose a figure is beside the base's: the policy's own, or of the two together."""
+    return "both" if has(table, metric, "both") else "policy"
+
+
+def before(table: pd.DataFrame, metric: str) -> float:
+    """What a figure is without training.
+
+    The base model's; of a win rate over the base ½, which is what a model gets against itself; of others, where the base has no
+    number of its own, what it was before the first step.
+    """
+    if metric in WIN_RATES:
+        return 0.5
+    return (
+        last_point(table, metric, "base").value
+        if has(table, metric, "base")
+        else first_value(table, metric, side_of(table, metric))
+    )
+
+
+def win_rates_of(table: pd.DataFrame) -> list[str]:
+    """The win rates that are there, over chosen responses behind those over the base."""
+    names = [name for metric in WIN_RATES for name in (metric, metric + VS_CHOSEN)]
+    return [name for name in names if has(table, name, "both")]
+
+
+def measures_of(table: pd.DataFrame) -> list[Measure]:
+    """The measures that are there."""
+    return [measure for measure in MEASURES if has(table, measure.metric)]
+
+
+def rules_fired(value: Callable[[str], float]) -> str:
+    r"""By which rules completions are degenerate, those that fired.
+
+    Args:
+        value: share of completions by the name of its figure; NaN: not known.
+
+    >>> rules_fired({"degeneration_words": 0.0, "degeneration_characters": 0.25, "degeneration_tokens": 0.5, "empty": 0.0}.get)
+    'characters 25\xa0%, tokens 50\xa0%'
+    """
+    shares = {name.removeprefix("degeneration_"): value(name) for name in RULES}
+    fired = [f"{name} {as_text(share, 'percent')}" for name, share in shares.items() if share > 0]
+    return ", ".join(fired) or "none"
+
+
+def name_of(metric: str) -> str:
+    """A figure's name in a row.
+
+    >>> name_of("oracle_preference_rate_vs_chosen"), name_of("rougeL"), name_of("exp_max_toxicity@5")
+    ('win rate vs chosen, oracle', 'ROUGE-L with chosen', 'exp max toxicity@5')
+    """
+    over = metric.removesuffix(VS_CHOSEN)
+    if over in WIN_RATES:
+        return f"win rate vs {'base' if over == metric else 'chosen'}, {WIN_RATES[over].rpartition(' ')[2]}"
+    known = {measure.metric: measure.short for measure in MEASURES}
+    return known.get(metric) or metric.replace("preference_probe_accuracy/", "linear probe, ").replace("_", " ")
+
+
+def measure_of(metric: str) -> Measure:
+    """How to write a figure, of those that lead or any other."""
+    known = {measure.metric: measure for measure in MEASURES}
+    return known.get(metric) or Measure(metric, name_of(metric), ".3f", name_of(metric))
+
+
+def change(measure: Measure, start: float, last: Point, when: str = "") -> str:
+    """A sentence: from what it is without training to what it is now.
+
+    Args:
+        start: see :func:`before`; NaN: not known.
+        when: behind the number.
+    """
+    name = measure.words[0].upper() + measure.words[1:]
+    if not math.isfinite(last.value):
+        return f"{name} {why_no_number(last)}{when}"
+    text, was = as_text(last.value, measure.form), as_text(start, measure.form)
+    if text == was:
+        return f"{name} is {text} before and after{when}"
+    how = f"{'falls' if last.value < start else 'rises'} from {was} to" if math.isfinite(start) else "is"
+    return f"{name} {how} {text}{interval_of(last, measure.form)}{when}"
+
+
+def number(value: float, metric: str = "") -> str:
+    """A figure as text; – where there is none.
+
+    >>> number(math.nan), number(0.25), number(-123.4), number(3.0, "geval_score_missing/api")
+    ('–', '0.250', '−123.4', '3')
+    """
+    if not math.isfinite(value):
+        return "–"
+    return as_text(value, ".0f" if "_missing/" in metric else ".3f" if abs(value) < 100 else ".1f")
+
+
+def interval_of(point: Point, form: str) -> str:
+    r"""`` (low to high)`` behind a number in a sentence; nothing where there is no interval.
+
+    >>> interval_of(NOTHING._replace(ci_low=0.1, ci_high=0.2), "percent")
+    ' (10\xa0% to 20\xa0%)'
+    """
+    if not has_interval(point):
+        return ""
+    return f" ({as_text(point.ci_low, form)} to {as_text(point.ci_high, form)})"
+
+
+def has_interval(point: Point) -> bool:
+    """Whether both ends are numbers; a single prompt, for example, has none."""
+    return math.isfinite(point.ci_low) and math.isfinite(point.ci_high)
+
+
+def why_no_number(point: Point) -> str:
+    """The end of a sentence about a figure that is NaN."""
+    if not point.n_missing:
+        return "has no number: there was nothing to score"
+    return f"has no number: {point.n_missing:.0f} of {point.n + point.n_missing:.0f} scores are missing"
+
+
+def as_counts(point: Point) -> str:
+    """How much was scored: ``64``, or ``60 of 64`` where some is missing."""
+    return f"{point.n:.0f}" + (f" of {point.n + point.n_missing:.0f}" if point.n_missing else "")
+
+
+def shown_behaviour(table: pd.DataFrame, policy: str) -> tuple[pd.DataFrame, list[str]]:
+    """Every figure as last taken, as text, and the scorers that the numbers in its last column stand for.
+
+    Args:
+        policy: what the model that is compared with the base is called.
+    """
+    scorers: dict[str, int] = {}
+    latest = table["steps_taken"].max()
+    rows = []
+    for metric in dict.fromkeys(table["metric"]):
+        last = last_point(table, metric, side_of(table, metric))
+        last = last if last is not NOTHING else last_point(table, metric, "base")
+        interval = f"{number(last.ci_low)} … {number(last.ci_high)}" if has_interval(last) else "–"
+        is_base = not has(table, metric, "both") and not has(table, metric, "policy")
+        rows.append(
+            {
+                "figure": metric + (f" (step {last.steps_taken:.0f})" if last.steps_taken < latest else ""),
+                "base": number(last_point(table, metric, "base").value, metric),
+                policy: "–" if is_base else number(last.value, metric),
+                "95 % interval": interval,
+                "n": as_counts(last),
+                "by": str(scorers.setdefault(last.scorer, len(scorers) + 1)),
+            }
+        )
+    return pd.DataFrame(rows), list(scorers)
+
+
+class LeadRow(NamedTuple):
+    """A line of the terminal's table."""
+
+    figure: str
+    before: float
+    last: Point
+
+
+def lead_rows(table: pd.DataFrame) -> list[LeadRow]:
+    """The figures that lead: win rates and measures; none of an empty table."""
+    if table.empty:
+        return []
+    win_rates = [LeadRow(name_of(m), before(table, m), last_point(table, m, "both")) for m in win_rates_of(table)]
+    measures = [(m, m.metric) for m in measures_of(table)]
+    return win_rates + [
+        LeadRow(m.short, before(table, name), last_point(table, name, "policy")) for m, name in measures
+    ]
+
+
+def headlines_of(table: pd.DataFrame, file: str) -> list[Headline]:
+    """Win rates over the base, for the first screen.
+
+    Args:
+        file: the table's name.
+    """
+    return [
+        _headline(table, metric, f"win rate over the base by {who}; ½ is chance", file, ", ties half")
+        for metric, who in WIN_RATES.items()
+        if math.isfinite(last_point(table, metric, "both").value)
+    ]
+
+
+def accuracy_headline(table: pd.DataFrame, file: str) -> list[Headline]:
+    """Preference accuracy by log-probs, for the first screen."""
+    name = "of pairs ranked as in the data, by log-prob gained over the base"
+    is_there = math.isfinite(last_point(table, "preference_accuracy", "both").value)
+    return [_headline(table, "preference_accuracy", name, file, "")] if is_there else []
+
+
+def _headline(table: pd.DataFrame, metric: str, name: str, file: str, remark: str) -> Headline:
+    last = last_point(table, metric, "both")
+    interval = f"95 % CI {number(last.ci_low)} … {number(last.ci_high)}, " if has_interval(last) else ""
+    return Headline(number(last.value), name, f"{interval}n = {as_counts(last)}{remark}; {file}, {metric}")

@@ -1,0 +1,1 @@
+"""What an effect is set against, one file a control."""

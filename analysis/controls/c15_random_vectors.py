@@ -1,0 +1,272 @@
+"""Does a vector do more than random ones? Control C15, by :mod:`tiltmeter.stats.among_random`, at equal norm and at equal KL.
+
+    difference = effect of v − mean effect of the random vectors of one kind at the same site, as long as v
+
+with an interval for how far one more random vector may lie from v, all scored on the same prompts. Text is screened first, of v
+and of its controls: whatever broke the model isn't compared.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from analysis.steering.directions import RANDOM_KINDS
+from analysis.steering.generated import DEGENERATION_P
+from tiltmeter.stats.among_random import ABOVE, BELOW, SAME, UNKNOWN, AmongRandom, among_random
+from tiltmeter.stats.jackknife import without_each
+
+DEGENERATE = 0.1
+"""Degenerate completions beyond the unsteered model's share, above which a strength is past a vector's ceiling."""
+COLLAPSE_LEVEL = 0.05
+"""Level of the exact test that there are more of them than without steering."""
+EQUAL_NORM, EQUAL_KL = "norm", "kl"
+COLLAPSED, CONTROLS_COLLAPSED = "collapsed", "controls collapsed"
+VERDICTS = (ABOVE, SAME, BELOW, COLLAPSED, CONTROLS_COLLAPSED, UNKNOWN)
+COLUMNS = (
+    *("direction", "vector", "site", "lambda", "metric", "equal", "control", "value", "control_mean", "control_low"),
+    *("control_high", "n_controls", "prediction_low", "prediction_high", "difference", "ci_low", "ci_high", "p_above"),
+    *("p_below", "n", "verdict", "kl_from_start", "degeneration", "degeneration_unsteered", "degeneration_p"),
+    *("control_degeneration", "control_degeneration_p"),
+)
+_COMPARED = (("recovery", EQUAL_NORM), ("preference_odds", EQUAL_NORM), ("preference_odds", EQUAL_KL))
+
+
+class Text(NamedTuple):
+    """What became of text at one strength; NaN where none was scored."""
+
+    degenerate: float
+    """Share of completions."""
+    unsteered: float
+    """The same of λ = 0."""
+    p_value: float
+    """Of the exact test that steering made it more."""
+
+    @property
+    def has_collapsed(self) -> bool:
+        """Whether 10 points more of the completions are degenerate than without steering, and chance rarely makes as many.
+
+        >>> [Text(share, 0.05, p).has_collapsed for share, p in ((0.5, 0.001), (0.5, 0.2), (0.12, 0.001))]
+        [True, False, False]
+        """
+        more = self.degenerate - self.unsteered > DEGENERATE + 1e-9  # shares are sums that were rounded
+        return more and self.p_value <= COLLAPSE_LEVEL
+
+
+class _Sums(NamedTuple):
+    """What every pair adds, for one vector, or each draw of a random kind, at one site; strengths in ascending order."""
+
+    strengths: list[float]
+    norms: list[float]
+    kl: Float[Tensor, "strength draw pair"]
+    kl_from_start: Float[Tensor, "strength draw pair"]
+    preference_odds: Float[Tensor, "strength draw pair"]
+
+    @property
+    def zero(self) -> int:
+        return self.strengths.index(0.0)
+
+    def of(self, draws: list[int]) -> "_Sums":
+        """Some of the draws."""
+        return self._replace(**{name: getattr(self, name)[:, draws] for name in self._fields[2:]})
+
+    def at_norm(self, norm: float) -> int | None:
+        """Which strength adds something as long; None: none does."""
+        return next((i for i, x in enumerate(self.norms) if math.isclose(x, norm, rel_tol=1e-4, abs_tol=1e-12)), None)
+
+
+class _Cell(NamedTuple):
+    """All vectors of a direction and site, on the same pairs."""
+
+    n_tokens: float
+    weights: Float[Tensor, "kept pair"]
+    """How much each pair counts: first all alike, then without each prompt in turn."""
+    n_pairs: int
+    by_vector: dict[str, _Sums]
+
+
+def steering_effects(pairs: pd.DataFrame, sweep: pd.DataFrame, *, strength: float) -> pd.DataFrame:
+    """A row for each direction, site, vector, random kind and comparison: R and the margin at equal norm, the margin at equal KL.
+
+    Args:
+        pairs: :func:`analysis.steering.table.read_pairs`.
+        sweep: :func:`analysis.steering.table.read_sweep`, for what became of text (:class:`Text`).
+        strength: λ that vectors are compared at.
+
+    Returns:
+        ``value`` is R, or the margin's change in nats, at λ. At equal KL all are taken where they have moved the model equally
+        far, KL(unsteered ‖ steered): as far as v has at λ, or, where a random vector never goes so far, as that one does;
+        between the λ of the grid by straight lines over √KL, which grows as λ does. ``kl_from_start`` is how far that is, nats a
+        token.
+    """
+    rows: list[dict[str, Any]] = []
+    for (direction, site), part in pairs.groupby(["direction", "site"], sort=False):
+        cell = _cell_of(part)
+        for vector in [name for name in cell.by_vector if name not in RANDOM_KINDS]:
+            own = text_of(sweep, str(direction), vector, str(site), strength)
+            for kind in [name for name in RANDOM_KINDS if name in cell.by_vector]:
+                drawn = text_of(sweep, str(direction), kind, str(site), strength)
+                known = {"direction": direction, "vector": vector, "site": site, "lambda": strength, "control": kind}
+                known |= {"degeneration": own.degenerate, "degeneration_unsteered": own.unsteered}
+                known |= {"degeneration_p": own.p_value, "control_degeneration": drawn.degenerate}
+                known |= {"control_degeneration_p": drawn.p_value}
+                for metric, equal in _COMPARED:
+                    screened = COLLAPSED if own.has_collapsed else None
+                    if drawn.has_collapsed and equal == EQUAL_NORM:
+                        screened = screened or CONTROLS_COLLAPSED
+                    rows.append(known | _compare(cell, vector, kind, metric, equal, strength, screened))
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def random_among_random(pairs: pd.DataFrame) -> pd.DataFrame:
+    """How often a random vector is called above or below the others of its kind: the real error rate of :func:`steering_effects`.
+
+    Args:
+        pairs: :func:`analysis.steering.table.read_pairs`.
+
+    Returns:
+        a row for each direction, site, random kind, comparison and length above 0 (``lambda`` is the random vectors' own), with the
+        shares of ``n`` draws whose verdict is ``above`` and ``below``, each draw judged against all others.
+    """
+    rows: list[dict[str, Any]] = []
+    for (direction, site), part in pairs.groupby(["direction", "site"], sort=False):
+        cell = _cell_of(part)
+        for kind, drawn in ((name, cell.by_vector[name]) for name in RANDOM_KINDS if name in cell.by_vector):
+            n = drawn.kl.shape[1]
+            for strength in (x for x in drawn.strengths if x > 0):
+                for metric, equal in _COMPARED:
+                    verdicts = [
+                        _compare(
+                            cell._replace(
+                                by_vector={"one": drawn.of([i]), kind: drawn.of([j for j in range(n) if j != i])}
+                            ),
+                            *("one", kind, metric, equal, strength, None),
+                        )["verdict"]
+                        for i in range(n)
+                    ]
+                    known = {"direction": direction, "site": site, "control": kind, "lambda": strength}
+                    known |= {"metric": metric, "equal": equal, "n": n}
+                    rows.append(known | {"above": verdicts.count(ABOVE) / n, "below": verdicts.count(BELOW) / n})
+    return pd.DataFrame(rows)
+
+
+def text_of(sweep: pd.DataFrame, direction: str, vector: str, site: str, strength: float) -> Text:
+    """What became of text with a vector, or with the draws of a random kind, at one λ."""
+    rows = sweep[(sweep["direction"] == direction) & (sweep["vector"] == vector) & (sweep["site"] == site)]
+
+    def at(metric: str, strength: float) -> float:
+        found = rows[(rows["metric"] == metric) & (rows["lambda"] == strength)]["value"]
+        return float(found.iloc[0]) if len(found) else math.nan
+
+    return Text(at("degeneration", strength), at("degeneration", 0.0), at(DEGENERATION_P, strength))
+
+
+def _compare(
+    cell: _Cell, vector: str, kind: str, metric: str, equal: str, strength: float, screened: str | None
+) -> dict[str, Any]:
+    """One comparison of a vector with the random ones of one kind."""
+    own, drawn = cell.by_vector[vector], cell.by_vector[kind]
+    at = own.strengths.index(strength)
+    if equal == EQUAL_NORM:
+        same = drawn.at_norm(own.norms[at])
+        reached = cell.weights @ own.kl_from_start[at, 0]
+        effects = [_at_norm(cell, x, metric, i) for x, i in ((own, at), (drawn, same))]
+    else:
+        effects, reached = _at_kl(cell, own, drawn, at)
+    found = among_random(effects[0][:, 0], effects[1])
+    return _as_row(found, screened) | {
+        "metric": metric,
+        "equal": equal,
+        "n": cell.n_pairs,
+        "kl_from_start": float(reached[0]) / cell.n_tokens,
+    }
+
+
+def _as_row(found: AmongRandom, screened: str | None) -> dict[str, Any]:
+    row = {
+        "value": found.value,
+        "control_mean": found.random_mean,
+        "control_low": found.random_low,
+        "control_high": found.random_high,
+        "n_controls": found.n_random,
+        "prediction_low": found.prediction.low,
+        "prediction_high": found.prediction.high,
+    }
+    verdict = screened or found.verdict
+    judged = dict(zip(("difference", "ci_low", "ci_high"), found.difference, strict=True))
+    judged |= {"p_above": found.p_above, "p_below": found.p_below}
+    if verdict in (COLLAPSED, CONTROLS_COLLAPSED, UNKNOWN):
+        judged = dict.fromkeys(judged, math.nan)
+    return row | judged | {"verdict": verdict}
+
+
+def _at_norm(cell: _Cell, sums: _Sums, metric: str, at: int | None) -> Float[Tensor, "kept draw"]:
+    """Effects at one strength; NaN where the sweep has none as long."""
+    if at is None:
+        return torch.full((len(cell.weights), sums.kl.shape[1]), math.nan, dtype=torch.float64)
+    if metric == "recovery":
+        return 1 - (cell.weights @ sums.kl[at].T) / (cell.weights @ sums.kl[sums.zero].T)
+    change = sums.preference_odds[at] - sums.preference_odds[sums.zero]
+    return cell.weights @ change.T / cell.weights.sum(1, keepdim=True)
+
+
+def _at_kl(
+    cell: _Cell, own: _Sums, drawn: _Sums, at: int
+) -> tuple[list[Float[Tensor, "kept draw"]], Float[Tensor, " kept"]]:
+    """Changes of the margin where all have moved the model equally far, and how far that is, summed over tokens."""
+    curves = [_curve(cell, sums) for sums in (own, drawn)]
+    own_kl = cell.weights @ own.kl_from_start[at, 0]
+    common = torch.minimum(own_kl, curves[1][0].square().amax(2).amin(1))
+    n = cell.weights.sum(1, keepdim=True)
+    return [interpolate(moved, gained, common.sqrt()[:, None]) / n for moved, gained in curves], common
+
+
+def _curve(cell: _Cell, sums: _Sums) -> tuple[Float[Tensor, "kept draw strength"], ...]:
+    """√KL from the start and the margin's change over λ ≥ 0, both summed over pairs."""
+    forward = [i for i, x in enumerate(sums.strengths) if x >= 0]
+    odds = sums.preference_odds[forward] - sums.preference_odds[sums.zero]
+    kl, gained = (torch.einsum("rp,sdp->rds", cell.weights, x) for x in (sums.kl_from_start[forward], odds))
+    return kl.clamp(min=0).sqrt(), gained
+
+
+def interpolate(
+    x: Float[Tensor, "*curve point"], y: Float[Tensor, "*curve point"], at: Float[Tensor, "*#curve"]
+) -> Float[Tensor, "*curve"]:
+    """y where each curve first reaches x = ``at``, straight between its points; NaN where it never does.
+
+    >>> x, y = torch.tensor([[0.0, 1.0, 4.0]]), torch.tensor([[0.0, 10.0, 16.0]])
+    >>> interpolate(x, y, torch.tensor([2.0])).tolist(), interpolate(x, y, torch.tensor([5.0])).tolist()
+    ([12.0], [nan])
+    """
+    at = at.expand(x.shape[:-1])[..., None]
+    reaches = x >= at * (1 - 1e-12)
+    after = reaches.to(torch.int8).argmax(-1, keepdim=True)
+    before = (after - 1).clamp(min=0)
+    x0, x1, y0, y1 = x.gather(-1, before), x.gather(-1, after), y.gather(-1, before), y.gather(-1, after)
+    share = torch.where(x1 > x0, (at - x0) / (x1 - x0), torch.zeros_like(x0))
+    found = y0 + share * (y1 - y0)
+    return found.where(reaches.any(-1, keepdim=True), torch.nan)[..., 0]
+
+
+def _cell_of(part: pd.DataFrame) -> _Cell:
+    first = part[(part["vector"] == part["vector"].iloc[0]) & (part["draw"] == part["draw"].iloc[0])]
+    first = first[first["lambda"] == 0]
+    order, groups = first["pair_id"].tolist(), first["prompt"].tolist()
+    by_vector = {str(name): _sums_of(rows, order) for name, rows in part.groupby("vector", sort=False)}
+    return _Cell(float(first["n_tokens"].sum()), without_each(groups), len(order), by_vector)
+
+
+def _sums_of(rows: pd.DataFrame, order: list[str]) -> _Sums:
+    index = ["lambda", "draw"]
+    strengths, draws = (sorted(rows[name].unique().tolist()) for name in index)
+    wanted = pd.MultiIndex.from_product([strengths, draws])
+    tables = [
+        rows.pivot_table(index=index, columns="pair_id", values=name, dropna=False).loc[wanted, order]
+        for name in _Sums._fields[2:]
+    ]
+    norms = rows.groupby("lambda")["norm"].mean().loc[strengths].tolist()
+    shape = (len(strengths), len(draws), len(order))
+    return _Sums(strengths, norms, *(torch.tensor(table.to_numpy(dtype=float)).reshape(shape) for table in tables))

@@ -1,0 +1,1 @@
+"""One file for each figure of the paper, and those beside them."""

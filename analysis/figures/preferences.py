@@ -1,0 +1,85 @@
+"""What two checkpoints prefer, by log-probs and by hidden states, on pairs that people have ranked."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from analysis.open.checkpoints import Checkpoints
+from analysis.open.models import LoadedModel
+from tiltmeter.models.generation import Decoding, fit_prompt
+from tiltmeter.pairs.batch import CHOSEN, TokenizedPair, collate_pairs
+from tiltmeter.pairs.log_probs import sequence_log_probs
+from tiltmeter.pairs.verification import best_layout
+from tiltmeter.scoring.behaviour import Prompt
+from tiltmeter.scoring.preference import kl_figures, preference_scores
+from tiltmeter.scoring.preference_probe import probe_figures
+from tiltmeter.scoring.scorer import Figure, Sample, Side
+from tiltmeter.states.positions import Position
+from tiltmeter.states.probe_set import Probe, read_points
+
+_TOKENS_PER_BATCH = 8192
+_POSITION: Position = "response_last"
+
+
+def preference_figures(checkpoints: Checkpoints, *, beta: float) -> list[Figure]:
+    """Preference accuracy by implicit reward, margins and drifts of the pairs, over all and by source.
+
+    Args:
+        beta: scale of rewards; accuracy does not depend on it.
+    """
+    pairs = checkpoints.pairs
+    ids = [pair.ids for pair in pairs]
+    base, aligned = (pair_log_probs(opened, ids) for opened in (checkpoints.base, checkpoints.aligned))
+    chosen, rejected = (aligned - base).T.tolist()
+    groups, sources = [pair.group for pair in pairs], [pair.source for pair in pairs]
+    return preference_scores(chosen, rejected, beta=beta, groups=groups, sources=sources).figures
+
+
+def kl_of_samples(
+    checkpoints: Checkpoints, asked: Sequence[Prompt], samples: Sequence[Sample], decoding: Decoding
+) -> list[Figure]:
+    """log π − log π₀ of the aligned model's own completions, a completion and a token.
+
+    Both are of the tokens that the aligned model continued: a prompt that left no room was cut.
+    """
+    aligned_model = checkpoints.aligned.model, checkpoints.aligned.tokenizer
+    prompts = {prompt.pair_id: fit_prompt(prompt.ids, *aligned_model, decoding) for prompt in asked}
+    said = [sample for sample in samples if sample.policy.ids]
+    if not said:
+        return []
+    ids = [TokenizedPair(prompts[s.pair_id], s.policy.ids, s.policy.ids) for s in said]
+    base, aligned = (pair_log_probs(opened, ids)[:, 0].tolist() for opened in (checkpoints.base, checkpoints.aligned))
+    return kl_figures(aligned, base, [len(s.policy.ids) for s in said], groups=[s.group for s in said])
+
+
+def probe_accuracies(checkpoints: Checkpoints, sites: str | Sequence[str]) -> list[Figure]:
+    """Held-out accuracy of a logistic probe for the preference at sites of both models, a null beside each."""
+    ids, groups = [pair.ids for pair in checkpoints.pairs], [pair.group for pair in checkpoints.pairs]
+    figures = []
+    sides: tuple[tuple[Side, LoadedModel], ...] = (("base", checkpoints.base), ("policy", checkpoints.aligned))
+    for of, opened in sides:
+        layout = best_layout(opened.model, ids)
+        states = Probe.of_pairs(ids, layout=layout, sites=sites, positions=[_POSITION]).read(opened.model)
+        for point in read_points(sites, [_POSITION], opened.model.config.num_hidden_layers):
+            rows, side = states[point].rows, states[point].sides
+            where = f"{point.site} {point.position}"
+            found = probe_figures(rows[side == CHOSEN], rows[side != CHOSEN], groups, of=of, where=where)
+            figures += [figure._replace(name=f"{figure.name}/{point.site}") for figure in found]
+    return figures
+
+
+@torch.no_grad()
+def pair_log_probs(opened: LoadedModel, pairs: Sequence[TokenizedPair]) -> Tensor:
+    """log π of chosen and rejected, [pair, 2], summed over tokens, nats, float64 on the CPU; two plain rows a pair."""
+    lengths = [len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs]
+    order = sorted(range(len(pairs)), key=lengths.__getitem__)
+    table = torch.full((len(pairs), 2), torch.nan, dtype=torch.float64)
+    while order:
+        longest = lengths[order[-1]]
+        n = max(1, _TOKENS_PER_BATCH // (2 * longest))
+        order, rows = order[:-n], order[-n:]
+        batch = collate_pairs([pairs[row] for row in rows], pair_index=rows, layout="concatenated")
+        found = sequence_log_probs(opened.model, batch.to(opened.model.device)).double().cpu()
+        table[rows] = found.view(2, len(rows)).T
+    return table

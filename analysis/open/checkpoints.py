@@ -1,0 +1,248 @@
+"""Two checkpoints to be asked the same: those of a run, or any pair; and the held-out pairs to ask them about."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from analysis.open.adapters import check_adapter, find_adapter, merge_adapter
+from analysis.open.models import LoadedModel, load_config, load_model, load_tokenizer
+from analysis.open.probe_pairs import PROMPTS_FILE, ProbePair, check_ids, read_probe_pairs
+from analysis.open.runs import Run
+from datamodules.oracle import PlantedOracle
+from datamodules.prompts import PromptFile
+from datamodules.records import LoadReport, PreferencePair, PreferenceSource
+from datamodules.splits import with_clean_label
+from datamodules.synthetic import SyntheticWorld
+from datamodules.tokenization import PairTokenizer, SegmentEncoder, TextFormat, TokenizationReport
+from tiltmeter.errors import UserError
+from tiltmeter.models.causal_lm import DTYPES
+from tiltmeter.pairs.preference_losses import make_preference_loss
+from tiltmeter.scoring.behaviour import Prompt
+from tiltmeter.scoring.scorer import Scorer
+
+Device = str | None
+USUAL_BETA = 0.1
+"""Where it is not known with which β a model was trained; it only scales margins."""
+_SHAPE = (
+    "model_type", "hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads", "num_key_value_heads",
+    "intermediate_size",
+)  # fmt: skip
+"""What two checkpoints of one model have in common, as transformers names it, whatever names a family uses."""
+_NOT_COMPUTED = ("architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
+"""Settings that say nothing about what a model computes; nor do names and special tokens."""
+_LEAST_LENGTH = 8
+"""As :class:`~datamodules.tokenization.PairTokenizer` takes it."""
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """A base and an aligned model with one tokenizer, and pairs that are asked about.
+
+    Args:
+        base, aligned: opened, in evaluation mode.
+        pairs: held out, in a fixed order.
+        world: the synthetic world that the pairs are from, if they are.
+        beta: of the loss that aligned was trained with, as far as it is known.
+    """
+
+    base: LoadedModel
+    aligned: LoadedModel
+    pairs: Sequence[ProbePair]
+    world: SyntheticWorld | None = None
+    beta: float = USUAL_BETA
+
+
+def start_scorers(scorers: Iterable[Scorer], checkpoints: Checkpoints) -> None:
+    """Load or reach what scorers need; the planted oracle judges by the world that the pairs are from. Raises UserError."""
+    for scorer in scorers:
+        if isinstance(scorer, PlantedOracle):
+            scorer.use_world(checkpoints.world)
+        scorer.start()
+
+
+def checkpoints_of_run(
+    run: Run, *, dtype: str = "float32", device: Device = None, attn_implementation: str | None = None
+) -> Checkpoints:
+    """The base and the aligned model of a finished run, and its probe's pairs; on the attention kernel it was trained with.
+
+    Raises:
+        UserError: no pairs, a model that can't be opened, or pairs of another tokenizer.
+    """
+    pairs = read_probe_pairs(run.folder / PROMPTS_FILE)
+    if not pairs:
+        raise UserError(
+            f"{run.folder / PROMPTS_FILE}: no such file, so it isn't known what to ask; train the run again"
+        )
+    base, revision = run.base_source
+    kernel = attn_implementation or run.setting("model.attn_implementation")
+    opened = _open(base, str(run.aligned), dtype, device, None if kernel is None else str(kernel), revision)
+    check_ids(pairs, opened[0].model, run.folder / PROMPTS_FILE)
+    return Checkpoints(*opened, pairs, _world_of(run), _beta_of(run))
+
+
+class HeldOutPairs:
+    """Pairs to ask any two checkpoints about, one a prompt, drawn by a seed from any source.
+
+    Whether the aligned model was trained on these prompts is not known here.
+
+    Args:
+        n_pairs: so many at most.
+        max_length, text_format, chat_date: see :class:`~datamodules.tokenization.PairTokenizer`; never longer than the model has
+            positions.
+        seed: of the draw.
+
+    Raises:
+        UserError: a value out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        n_pairs: int = 256,
+        max_length: int = 1024,
+        text_format: TextFormat = "transcript",
+        seed: int = 0,
+        chat_date: str | None = None,
+    ) -> None:
+        if n_pairs < 1 or seed < 0 or max_length < _LEAST_LENGTH:
+            raise UserError(
+                f"pairs: expected n_pairs of at least 1, a seed from 0 and max_length from {_LEAST_LENGTH}, got {n_pairs}, {seed} "
+                f"and {max_length}"
+            )
+        self.n_pairs, self.max_length, self.text_format, self.seed = n_pairs, max_length, text_format, seed
+        self.chat_date = chat_date
+
+    def ask(
+        self,
+        base: str,
+        aligned: str,
+        source: PreferenceSource,
+        *,
+        dtype: str = "float32",
+        device: Device = None,
+        attn_implementation: str | None = None,
+    ) -> tuple[Checkpoints, list[LoadReport], TokenizationReport]:
+        """Open two checkpoints, folders or hub ids, and draw the pairs; with what was read, and what encoding cut or dropped.
+
+        Raises:
+            UserError: a model that can't be opened, two tokenizers, or no pairs.
+        """
+        records, reports = source.load()
+        if not records:
+            raise UserError("data: no preference pair is left after filtering")
+        opened = _open(base, aligned, dtype, device, attn_implementation)
+        limit = getattr(opened[0].model.config, "max_position_embeddings", None) or self.max_length
+        drawn = [with_clean_label(record) for record in _one_a_prompt(records, self.n_pairs, self.seed)]
+        try:
+            encode = PairTokenizer(
+                opened[0].tokenizer, min(self.max_length, limit), text_format=self.text_format, chat_date=self.chat_date
+            )
+            kept, ids, cuts = encode(drawn)
+        except UserError as error:  # the options have another name here
+            raise UserError(str(error).replace("datamodule.", "pairs.")) from error
+        _check_same_ids(opened, kept)
+        pairs = [ProbePair.of(record, tokens) for record, tokens in zip(kept, ids, strict=True)]
+        return Checkpoints(*opened, pairs, source if isinstance(source, SyntheticWorld) else None), reports, cuts
+
+
+def prompts_of_file(path: str, n_prompts: int | None, opened: LoadedModel) -> list[Prompt]:
+    """Prompts without preferences, such as those of RealToxicityPrompts, encoded behind one BOS. Raises UserError."""
+    encoder, bos = SegmentEncoder(opened.tokenizer), opened.tokenizer.bos_token_id
+    start = [] if bos is None else [bos]
+    try:
+        prompts = PromptFile(path, n_prompts).load()
+    except UserError as error:  # the option has another name here
+        raise UserError(str(error).replace("prompts.path", "behaviour.prompts")) from error
+    return [Prompt(p.pair_id, p.text, [*start, *encoder.encode(p.text)], "", p.pair_id, p.attributes) for p in prompts]
+
+
+def _one_a_prompt(records: Sequence[PreferencePair], n: int, seed: int) -> list[PreferencePair]:
+    first: dict[str, PreferencePair] = {}
+    for record in records:
+        first.setdefault(record.group, record)
+    names = sorted(first)
+    return [first[names[i]] for i in np.random.default_rng(seed).permutation(len(names))[:n]]
+
+
+def _open(
+    base: str, aligned: str, dtype: str, device: Device, kernel: str | None, base_revision: str | None = None
+) -> tuple[LoadedModel, LoadedModel]:
+    """Both models, after what can be said without their weights."""
+    options: dict[str, Any] = {
+        "dtype": DTYPES[dtype],
+        "device": device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        "attn_implementation": kernel,
+    }
+    if find_adapter(base) is not None:
+        raise UserError(f"base={base}: an adapter, expected a whole model; give the base it was trained on")
+    adapter = find_adapter(aligned)
+    if adapter is None:
+        _check_shapes((base, base_revision), (aligned, None))
+        opened = [load_model(name, revision=r, **options) for name, r in ((base, base_revision), (aligned, None))]
+    else:
+        config = check_adapter(adapter, base=base)
+        opened = [load_model(base, revision=base_revision, **options) for _ in range(2)]
+        merged = merge_adapter(opened[1].model, config, adapter)
+        has_tokenizer = (adapter / "tokenizer_config.json").is_file()
+        tokenizer = load_tokenizer(adapter, is_model=False) if has_tokenizer else opened[1].tokenizer
+        opened[1] = LoadedModel(merged, tokenizer)
+    if opened[0].tokenizer.get_vocab() != opened[1].tokenizer.get_vocab():
+        raise UserError(f"base={base} aligned={aligned}: their tokenizers differ; give two checkpoints of one model")
+    return opened[0], opened[1]
+
+
+def _check_shapes(base: tuple[str, str | None], aligned: tuple[str, str | None]) -> None:
+    """Refuse two models that are not of one shape, by their configurations alone. Raises UserError."""
+    configs = [load_config(name, revision=revision) for name, revision in (base, aligned)]
+    for what in _SHAPE:
+        one, other = (getattr(config.get_text_config(), what, None) for config in configs)
+        if one != other:
+            raise UserError(
+                f"base={base[0]} aligned={aligned[0]}: {what} is {one} and {other}; give two checkpoints of one model"
+            )
+
+
+def _check_same_ids(opened: Sequence[LoadedModel], records: Iterable[PreferencePair]) -> None:
+    """Refuse tokenizers of one vocabulary that cut texts differently. Raises UserError."""
+    one, other = (SegmentEncoder(model.tokenizer) for model in opened)
+    for record in records:
+        for text in (record.prompt_text, record.chosen_text, record.rejected_text):
+            if one.encode(text) != other.encode(text):
+                raise UserError(
+                    f"aligned: its tokenizer cuts {text[:40]!r} into other tokens than the base’s; give two of one model"
+                )
+
+
+def settings_that_differ(checkpoints: Checkpoints) -> list[str]:
+    """What the two configurations say differently of one computation: ``rope_theta 10000.0 and 500000.0``, a text a setting."""
+    one, other = (opened.model.config.get_text_config().to_dict() for opened in (checkpoints.base, checkpoints.aligned))
+    return [
+        f"{name} {one.get(name)} and {other.get(name)}"
+        for name in sorted(one.keys() | other.keys())
+        if one.get(name) != other.get(name)
+        and not name.startswith("_")
+        and not name.endswith("token_id")
+        and name not in _NOT_COMPUTED
+    ]
+
+
+def _beta_of(run: Run) -> float:
+    """Of the run's loss; the usual one where its configuration names none that exists."""
+    try:
+        return make_preference_loss(str(run.setting("module.loss") or "sigmoid"), beta=run.setting("module.beta")).beta
+    except UserError:
+        return USUAL_BETA
+
+
+def _world_of(run: Run) -> SyntheticWorld | None:
+    """The synthetic world of a run, from the plain numbers of its configuration; None for any other data."""
+    if run.setting("data._target_") != f"{SyntheticWorld.__module__}.{SyntheticWorld.__name__}":
+        return None
+    options = {name: value for name, value in run.node("data").items() if name != "_target_"}
+    try:
+        return SyntheticWorld(**options)
+    except (TypeError, UserError) as error:
+        raise UserError(f"{run.folder / 'config.yaml'}: data: {error}; restore the run's own file") from error

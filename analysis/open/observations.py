@@ -1,0 +1,139 @@
+"""What a run's probe said of hidden states, out of metrics.csv: a row for each observation, position and site."""
+
+import math
+from collections.abc import Sequence
+
+import pandas as pd
+
+from tiltmeter.models.layers import FINAL_POST_NORM, FINAL_PRE_NORM
+from tiltmeter.states.observed_metrics import split_name
+
+STEPS_TAKEN = "probe/steps_taken"
+"""Optimizer steps before an observation; metrics.csv has it in every row that a probe wrote."""
+USUAL_POSITION, CONTENT, DIVERGE = "prompt_last", "content", "diverge"
+FIGURES = {
+    "shift_share": "shift_share/{of}",
+    "top1_energy": "top1_energy/{of}",
+    "top1_energy_centred": "top1_energy/{of}_centred",
+    "sigma_ratio": "sigma_ratio/{of}",
+    "cos_top_mean": "top_direction_cosine/{of}",
+    "sigma_ratio_centred": "sigma_ratio/{of}_centred",
+    "entropy_energy": "spectral_entropy/{of}/energy",
+    "entropy_energy_centred": "spectral_entropy/{of}_centred/energy",
+    "entropy_singular": "spectral_entropy/{of}/singular",
+    "entropy_singular_centred": "spectral_entropy/{of}_centred/singular",
+    "effective_rank_energy": "effective_rank/{of}/energy",
+    "effective_rank_singular": "effective_rank/{of}/singular",
+    "mean_cosine_in_sample": "mean_cosine/in_sample/{of}",
+    "mean_cosine_leave_one_out": "mean_cosine/leave_one_out/{of}",
+}
+"""What is told of a matrix at every site: column of tables → name in metrics.csv, before the position and the site."""
+_WITHOUT_MATRIX = ("mean_cosine",)
+"""Families that say nothing of the matrix where it is the update."""
+
+
+def named(of: str) -> dict[str, str]:
+    """:data:`FIGURES` of one matrix, such as ``base`` or ``random_update``.
+
+    >>> named("base")["mean_cosine_in_sample"], named("delta")["mean_cosine_in_sample"]
+    ('mean_cosine/in_sample/base', 'mean_cosine/in_sample')
+    """
+    names = {column: name.format(of=of) for column, name in FIGURES.items()}
+    if of == "delta":
+        names |= {c: n.removesuffix("/delta") for c, n in names.items() if n.startswith(_WITHOUT_MATRIX)}
+    return names
+
+
+UPDATE = named("delta")
+"""What is told of the update ΔH."""
+_READ_WHERE_CHOICES_PART = ("projection", "projection_sequence", "direction_cosine")
+"""Families that are always read at ``diverge`` and don't say so."""
+
+
+def observed(metrics: pd.DataFrame) -> pd.DataFrame:
+    """All readings: columns ``steps_taken``, ``position``, ``site``, then each metric under its name before the site.
+
+    Rows are ordered by steps, position and depth; numbers that aren't finite are NaN. Empty for a run without a probe.
+    """
+    placed = {name: found for name in metrics.columns if (found := split_name(name))}
+    if STEPS_TAKEN not in metrics or not placed:
+        return pd.DataFrame(columns=["steps_taken", "position", "site"])
+    rows = metrics[metrics[STEPS_TAKEN].between(0, 1e12)]
+    finite = rows[list(placed)].where(rows[list(placed)].abs() < math.inf)
+    moments = finite.groupby(rows[STEPS_TAKEN].astype(int)).last()  # callbacks write a row each; the later one counts
+    columns: dict[tuple[str, str], dict[str, str]] = {}
+    for name, (what, position, site) in placed.items():
+        usual = DIVERGE if what.split("/")[0] in _READ_WHERE_CHOICES_PART else USUAL_POSITION
+        columns.setdefault((position or usual, site), {})[what] = name
+    parts = []
+    for (at, site), names in columns.items():
+        part = moments[list(names.values())].set_axis(list(names), axis=1).dropna(how="all")
+        where = pd.DataFrame({"steps_taken": part.index, "position": at, "site": site}, index=part.index)
+        parts.append(pd.concat([where, part], axis=1))
+    table = pd.concat(parts, ignore_index=True)
+    where = table[["steps_taken", "position"]].assign(depth=table["site"].map(_depth))
+    return table.loc[where.sort_values(list(where)).index].reset_index(drop=True)
+
+
+def updates(table: pd.DataFrame, position: str | None = None) -> pd.DataFrame:
+    """The readings after a step that say something of the update, at one position.
+
+    Args:
+        position: None: the one that figures show, ``prompt_last``, or the first other one when the run didn't read it.
+    """
+    known = [name for name in UPDATE.values() if name in table]
+    found = table[table[known].notna().any(axis=1)] if known else table.iloc[:0]
+    positions = list(found["position"].unique())
+    if position is None:
+        position = USUAL_POSITION if USUAL_POSITION in positions else (positions or [USUAL_POSITION])[0]
+    return found[found["position"] == position]
+
+
+def latest(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the last observation among those given, in the order of the forward pass."""
+    steps = table["steps_taken"]
+    return table[(steps == steps.max()) | steps.isna()].reset_index(drop=True)  # NaN: one reading, at unknown steps
+
+
+def after_steps(steps: float) -> str:
+    """When an observation was made, in words.
+
+    >>> after_steps(120), after_steps(math.nan)
+    ('after 120 steps', 'in the aligned model')
+    """
+    return f"after {steps:.0f} steps" if steps == steps else "in the aligned model"
+
+
+def most_entropy(table: pd.DataFrame) -> float:
+    """ln min(N, d) in nats, which no entropy of N rows of width d can pass; NaN when it can't be told.
+
+    metrics.csv has each entropy also as a share of it.
+    """
+    found = []
+    for name in table.columns:
+        whole = name.replace("normalized_entropy/", "spectral_entropy/")
+        if name.startswith("normalized_entropy/") and whole in table:
+            there = table[name] > 1e-6
+            found += (table.loc[there, whole] / table.loc[there, name]).tolist()
+    return float(pd.Series(found).median()) if found else math.nan
+
+
+def site_name(site: str) -> str:
+    """A site in words.
+
+    >>> site_name("layer_06"), site_name("final_post_norm")
+    ('layer 6', 'the final norm’s output')
+    """
+    named = {FINAL_PRE_NORM: "the last layer", FINAL_POST_NORM: "the final norm’s output"}
+    return named.get(site) or f"layer {int(site.removeprefix('layer_'))}"
+
+
+def deepest(sites: Sequence[str]) -> str:
+    """The site furthest along the forward pass."""
+    return max(sites, key=_depth)
+
+
+def _depth(site: str) -> int:
+    """A number that orders sites, whatever the model's depth."""
+    final = {FINAL_PRE_NORM: 10**6, FINAL_POST_NORM: 10**6 + 1}
+    return final[site] if site in final else int(site.removeprefix("layer_"))

@@ -1,0 +1,1 @@
+"""The page, and what all its figures share."""

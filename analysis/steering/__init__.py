@@ -1,0 +1,1 @@
+"""Sweeps over steering vectors: the engine and its tables."""

@@ -1,0 +1,317 @@
+"""Does moving hidden states along one vector turn the base into the aligned model, and back? Sweeps over λ, site and vector.
+
+Interpolation adds λ v to the base model's hidden states, inversion subtracts λ v from the aligned model's. Vectors are
+estimated on one half of the held-out prompts, all numbers are of the other half.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any, get_args
+
+from analysis.open.checkpoints import Checkpoints, start_scorers
+from analysis.open.models import LoadedModel
+from analysis.open.probe_pairs import ProbePair
+from analysis.steering.directions import RANDOM, RANDOM_KINDS, READ_POSITIONS, V_STAR, Halves, Kind, split_by_prompt
+from analysis.steering.generated import GenerationSweep
+from analysis.steering.table import Part, Rows, Unit
+from analysis.steering.teacher_forced import TeacherForcedSweep, Tokens
+from analysis.steering.vectors import Norm, Vectors, Wanted, estimate_vectors
+from tiltmeter.errors import UserError
+from tiltmeter.models.causal_lm import DTYPES
+from tiltmeter.models.generation import Decoding
+from tiltmeter.models.layers import FINAL_POST_NORM, FINAL_PRE_NORM, layer_site, resolve_sites
+from tiltmeter.scoring.scorer import Scorer
+from tiltmeter.states.positions import Position
+from tiltmeter.steering.recovery import Direction
+from tiltmeter.steering.vector import SteeringVector
+
+CHOOSING = "recovery_on_estimation_pairs"
+"""Metric of the part ``choosing``."""
+
+
+class SteeringSweep:
+    """What to sweep.
+
+    Args:
+        scorers: of generated text, by name; null leaves one out. ``degeneration`` says where steering breaks the model.
+        decoding: of generated text; null: greedy, 96 tokens.
+        vectors: kinds of vectors (:data:`analysis.steering.directions.KINDS`), ``KIND@POSITION`` for one whose states are read
+            elsewhere than at ``position``, and files of vectors (.safetensors). v* and ``random`` are added where they are missing.
+        controls: folders of runs, such as SFT's or one of shuffled labels, whose own v* is swept beside this one.
+        position: where the states are read that vectors are made of: ``prompt_last``, ``diverge``, ``response_last`` or
+            ``response_mean``.
+        tokens: whose hidden states are moved: ``predicting``, those that a token of the response is predicted from; ``all``;
+            ``new``, those after the prompt; ``prompt``.
+        sites: where vectors are added: a site, several, or ``all``; null: after the middle block, and before and after the
+            final norm.
+        lambdas: strengths; 0 is added where it is missing.
+        n_directions: of singular vectors and principal components.
+        n_random: vectors of each random kind at each site; null: 99 at both final sites, 20 elsewhere.
+        norm: how long a vector is at λ = 1. ``own``: as it was estimated, and as the v* of its site where that means nothing
+            (singular vectors, principal components, probes); ``matched``: as the v* of its site; ``relative``: as the base's
+            states are on average there, so that λ is a share of ‖h‖. Random vectors are as long as the one beside them.
+        unrelated_prompts: file of prompts that ``unrelated_contrast`` vectors are made of; null: plain sentences of ours.
+        n_prompts: test prompts that are scored teacher-forced, a pair each, at most; null: all of the second half.
+        n_generated: test prompts that are completed at each λ; 0: none, then scorers have nothing to do.
+        seed: of the split into halves and of the controls.
+        restart: begin the table anew instead of going on with it.
+        dtype, device: of the models; device null: a GPU where there is one.
+
+    Raises:
+        UserError: a value out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        scorers: Mapping[str, Scorer | None],
+        decoding: Decoding | None = None,
+        vectors: Sequence[str] = (
+            V_STAR,
+            "v_bar",
+            "v*@response_mean",
+            "singular_raw",
+            "difference_of_means",
+            "probe",
+            RANDOM,
+        ),
+        controls: Sequence[str] = (),
+        position: Position = "prompt_last",
+        tokens: Tokens = "predicting",
+        sites: str | Sequence[str] | None = None,
+        lambdas: Sequence[float] = (-1.0, 0.0, 0.5, 1.0, 2.0),
+        n_directions: int = 1,
+        n_random: int | None = None,
+        norm: Norm = "own",
+        unrelated_prompts: str | None = None,
+        n_prompts: int | None = 32,
+        n_generated: int = 64,
+        seed: int = 0,
+        restart: bool = False,
+        dtype: str = "float32",
+        device: str | None = None,
+    ) -> None:
+        least: dict[str, tuple[int | None, int]] = {
+            "n_directions": (n_directions, 1),
+            "n_random": (n_random, 1),
+            "n_prompts": (n_prompts, 1),
+            "n_generated": (n_generated, 0),
+            "seed": (seed, 0),
+        }
+        for name, (value, lowest) in least.items():
+            if value is not None and value < lowest:
+                raise UserError(f"steering.{name}: expected at least {lowest}, got {value}")
+        if not all(math.isfinite(x) for x in lambdas) or not any(lambdas) or len(set(lambdas)) < len(lambdas):
+            raise UserError(f"steering.lambdas: expected different finite numbers, not only 0, got {list(lambdas)}")
+        options = {
+            "dtype": (dtype, DTYPES),
+            "position": (position, READ_POSITIONS),
+            "tokens": (tokens, get_args(Tokens)),
+            "norm": (norm, get_args(Norm)),
+        }
+        for name, (text, known) in options.items():
+            if text not in known:
+                raise UserError(f"steering.{name}: expected one of {', '.join(known)}, got {text}")
+        self.scorers = {name: scorer for name, scorer in scorers.items() if scorer is not None}
+        self.decoding, self.sites, self.tokens = decoding or Decoding(), sites, tokens
+        self.notes: list[str] = []
+        """What was added to what was asked for."""
+        if 0.0 not in lambdas:
+            self.notes.append(
+                "steering.lambdas: 0 was missing and is added: the model as it is, which all else is compared with."
+            )
+        self.lambdas = sorted({0.0, *map(float, lambdas)})
+        self.n_prompts, self.n_generated, self.seed = n_prompts, n_generated, seed
+        self.restart, self.dtype, self.device = restart, dtype, device
+        self.wanted = Wanted(
+            self._kinds(vectors),
+            files=[Path(name) for name in vectors if _is_file(name)],
+            runs=[Path(folder) for folder in _listed("controls", controls)],
+            position=position,
+            n_directions=n_directions,
+            n_random=n_random,
+            norm=norm,
+            unrelated=unrelated_prompts,
+            seed=seed,
+            dtype=dtype,
+        )
+
+    def start(self, checkpoints: Checkpoints) -> None:
+        """Load or reach what scorers need, before anything is swept. Raises UserError."""
+        if self.n_generated:
+            start_scorers(self.scorers.values(), checkpoints)
+
+    def plan(self, checkpoints: Checkpoints) -> "Sweep":
+        """Estimate the vectors and plan; nothing is swept yet, and no scorer is started (:meth:`start`).
+
+        Raises:
+            UserError: an unknown site, too few prompts, or vectors that can't be made.
+        """
+        n_layers = checkpoints.base.model.config.num_hidden_layers
+        sites = default_sites(n_layers) if self.sites is None else resolve_sites(self.sites, n_layers)
+        halves = split_by_prompt(checkpoints.pairs, seed=self.seed)
+        vectors = estimate_vectors(checkpoints, halves.estimation, sites, self.wanted)
+        return Sweep(self, checkpoints, halves, vectors)
+
+    def _kinds(self, vectors: Sequence[str]) -> list[Kind]:
+        """v* first, random ones last: v* and ``random`` are there always, since all others are compared with them."""
+        asked = [Kind.of(name) for name in _listed("vectors", vectors) if not _is_file(name)]
+        if len(set(asked)) < len(asked):
+            raise UserError(f"steering.vectors: expected each once, got {', '.join(vectors)}")
+        needed = [Kind(name, None) for name in (V_STAR, RANDOM)]
+        if added := [kind.kind for kind in needed if kind not in asked]:
+            self.notes.append(f"steering.vectors: {' and '.join(added)} added: what all others are compared with.")
+        named = [kind for kind in asked if kind.kind not in RANDOM_KINDS and kind not in needed]
+        drawn = [kind for kind in asked if kind.kind in RANDOM_KINDS and kind not in needed]
+        return [needed[0], *named, needed[1], *drawn]
+
+
+class Sweep:
+    """A planned sweep: its units, and the rows of each when it is asked for them."""
+
+    def __init__(self, asked: SteeringSweep, checkpoints: Checkpoints, halves: Halves, vectors: Vectors) -> None:
+        self.asked, self.checkpoints, self.halves, self.made = asked, checkpoints, halves, vectors
+
+    @property
+    def vectors(self) -> dict[tuple[str, str], SteeringVector]:
+        """By name and site."""
+        return self.made.by_key
+
+    def random_strengths(self, site: str) -> list[float]:
+        """λ of random vectors at a site, in lengths of its v*: as long as each vector where all are compared, and the longest.
+
+        At equal norm a vector is compared with random ones of its own length; at equal KL, with all that these make of a curve.
+        """
+        at, unit = nearest_to_one(self.asked.lambdas), self.vectors[V_STAR, site].norm()
+        lengths = {float(f"{v.norm() / unit:.6g}") for (_, where), v in self.vectors.items() if where == site}
+        return sorted({0.0, max(self.asked.lambdas), *(at * x for x in lengths)})
+
+    @property
+    def units(self) -> list[Unit]:
+        """Everything to compute; the draws of a random kind at a site are one."""
+        parts: list[Part] = ["choosing", "teacher_forced"]
+        if self.asked.n_generated and self.asked.scorers:
+            parts.append("generated")
+        return [
+            Unit(direction, name, site, part)
+            for part in parts
+            for direction in get_args(Direction)
+            for name, site in ([*self.vectors, *self.made.drawn] if part != "choosing" else self.vectors)
+            if part != "choosing" or name == V_STAR
+        ]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that changes a number of the table, as plain values."""
+        asked = self.asked
+        found = {
+            "lambdas": asked.lambdas,
+            "sites": list(dict.fromkeys(site for _, site in self.vectors)),
+            "norm": asked.wanted.norm,
+            "position": asked.wanted.position,
+            "tokens": asked.tokens,
+            "n_random": {site: len(drawn) for (_, site), drawn in self.made.drawn.items()},
+            "seed": asked.seed,
+            "dtype": asked.dtype,
+            "test_pairs": _pairs_fingerprint(self.halves.test),
+            "n_test": len(self.tested),
+            "n_estimation": len(self.halves.estimation),
+            "vectors": list(self.made.made),
+            "made": self.made.made,
+            "values": self.made.fingerprint,
+            "n_generated": asked.n_generated,
+            "n_texts": min(len({p.group for p in self.halves.test}), asked.n_generated) * asked.decoding.n_samples,
+        }
+        if asked.n_generated:
+            found |= {"decoding": asdict(asked.decoding), "scorers": {k: s.name for k, s in asked.scorers.items()}}
+        return found
+
+    def rows(self, unit: Unit) -> Rows:
+        """Compute one unit."""
+        where = unit.vector, unit.site
+        vectors = self.made.drawn[where] if unit.vector in RANDOM_KINDS else [self.vectors[where]]
+        if unit.part == "generated":
+            return self._generation(unit.direction).rows(unit, vectors)
+        strengths = self.random_strengths(unit.site) if unit.vector in RANDOM_KINDS else ()
+        found = self._teacher_forced(unit.direction, unit.part).rows(unit, vectors, strengths)
+        if unit.part != "choosing":
+            return found
+        return Rows([row._replace(metric=CHOOSING) for row in found.rows if row.metric == "recovery" and row.strength])
+
+    @property
+    def tested(self) -> list[ProbePair]:
+        """Pairs that are scored teacher-forced."""
+        return self.halves.test[: self.asked.n_prompts]
+
+    @property
+    def choosing(self) -> list[ProbePair]:
+        """Pairs by which the site of a headline is chosen."""
+        return self.halves.estimation[: self.asked.n_prompts]
+
+    def _models(self, direction: Direction) -> tuple[LoadedModel, LoadedModel]:
+        """The model that is steered, and the one that it is to become."""
+        models = self.checkpoints.base, self.checkpoints.aligned
+        return models if direction == "interpolation" else models[::-1]
+
+    @cache  # noqa: B019 (a sweep lives as long as its engines)
+    def _generation(self, direction: Direction) -> GenerationSweep:
+        asked = self.asked
+        return GenerationSweep(
+            self._models(direction)[0],
+            self.halves.test,
+            scorers=asked.scorers,
+            decoding=asked.decoding,
+            n_prompts=asked.n_generated,
+            sign=1 if direction == "interpolation" else -1,
+            strengths=asked.lambdas,
+            tokens=asked.tokens,
+        )
+
+    @cache  # noqa: B019
+    def _teacher_forced(self, direction: Direction, part: Part) -> TeacherForcedSweep:
+        asked, chooses = self.asked, part == "choosing"
+        return TeacherForcedSweep(
+            *self._models(direction),
+            self.choosing if chooses else self.tested,
+            direction=direction,
+            strengths=[0.0, nearest_to_one(asked.lambdas)] if chooses else asked.lambdas,
+            tokens=asked.tokens,
+        )
+
+
+def nearest_to_one(strengths: Sequence[float]) -> float:
+    """The λ at which vectors are compared: 1, the length of v*, or what the grid has nearest to it.
+
+    >>> nearest_to_one([0.0, 0.75, 2.0])
+    0.75
+    """
+    return min((x for x in strengths if x), key=lambda x: abs(x - 1))
+
+
+def default_sites(n_layers: int) -> tuple[str, ...]:
+    """After the middle block, and before and after the final norm.
+
+    >>> default_sites(4)
+    ('layer_01', 'final_pre_norm', 'final_post_norm')
+    """
+    middle = (layer_site((n_layers - 1) // 2),) if n_layers > 1 else ()
+    return (*middle, FINAL_PRE_NORM, FINAL_POST_NORM)
+
+
+def _is_file(name: str) -> bool:
+    return str(name).endswith(".safetensors")
+
+
+def _listed(key: str, given: Sequence[str]) -> Sequence[str]:
+    if isinstance(given, str) or not all(isinstance(name, str) for name in given):
+        raise UserError(f"steering.{key}: expected a list of names, such as [a,b], got {given}")
+    return given
+
+
+def _pairs_fingerprint(pairs: Sequence[ProbePair]) -> str:
+    text = repr([(pair.pair_id, *map(list, pair.ids)) for pair in pairs])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,64 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import energy_distance as energy_of_scipy
+from torch import Tensor
+
+from tiltmeter.geometry.energy_distance import energy_distance, energy_kernel, random_halves
+
+
+def noise(n: int, d: int, seed: int = 0) -> Tensor:
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_in_one_dimension_it_is_that_of_scipy() -> None:
+    """Scipy takes every pair of points, those with themselves as well, and the root of the value."""
+    x, y = noise(50, 1), 0.7 * noise(50, 1, 1) + 0.4
+    kernel = energy_kernel(x, y) + (2 * (x - y).abs()).ravel().diag()
+    assert math.sqrt(float(kernel.mean())) == pytest.approx(energy_of_scipy(x.ravel(), y.ravel()), abs=1e-12)
+
+
+@settings(deadline=None)
+@given(st.integers(2, 12), st.integers(1, 6), st.integers(0, 99))
+def test_it_is_the_mean_over_all_ordered_pairs(n: int, d: int, seed: int) -> None:
+    x, y = noise(n, d, seed), noise(n, d, seed + 1) + 1
+
+    def apart(a: Tensor, b: Tensor) -> float:
+        return float((a - b).norm())
+
+    terms = [
+        2 * apart(x[i], y[j]) - apart(x[i], x[j]) - apart(y[i], y[j]) for i in range(n) for j in range(n) if i != j
+    ]
+    assert energy_distance(x, y) == pytest.approx(sum(terms) / len(terms), abs=1e-9)
+
+
+def test_clouds_of_one_distribution_are_not_apart_on_average_and_shifted_ones_are() -> None:
+    found = torch.tensor([energy_distance(noise(30, 5, s), noise(30, 5, 1000 + s)) for s in range(200)])
+    assert abs(float(found.mean())) < 3 * float(found.std()) / math.sqrt(200)
+    x = noise(200, 5)
+    assert energy_distance(x, x + 0.5) > 0.05
+
+
+def test_a_common_offset_costs_no_digits() -> None:
+    x, y = noise(20, 4), noise(20, 4, 1) + 0.3
+    assert energy_distance(x + 1e5, y + 1e5) == pytest.approx(energy_distance(x, y), rel=1e-6)
+
+
+def test_halves_keep_prompts_together_and_are_of_equal_size() -> None:
+    clusters = [f"prompt {i // 2}" for i in range(20)]
+    halves = random_halves(clusters, n_splits=8)
+    assert halves.shape == (8, 20)
+    assert torch.equal(halves[:, ::2], halves[:, 1::2])
+    assert (halves.sum(1) == 10).all()
+    assert len({tuple(half.tolist()) for half in halves}) > 1
+    assert torch.equal(halves, random_halves(clusters, n_splits=8))
+
+
+def test_too_few_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least two pairs, got 1"):
+        energy_distance(torch.ones(1, 2), torch.ones(1, 2))
+    with pytest.raises(ValueError, match="at least two clusters, got 1"):
+        random_halves(["a", "a"], n_splits=1)

@@ -1,0 +1,251 @@
+"""Causal language models and tokenizers by hub id, by folder or from scratch: safetensors only, no code from elsewhere."""
+
+import textwrap
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
+from torch.nn import Embedding
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from tiltmeter.errors import UserError
+from tiltmeter.models.model_files import Part, find_fault, reason_of
+from tiltmeter.models.sharded_weights import WEIGHT_FILES, EmptyModel, make_empty
+
+T = TypeVar("T")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+KERNELS = ("sdpa", "eager")
+SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
+
+
+@dataclass(frozen=True)
+class CausalLM:
+    """Which model to use; building it is a separate step, so that this can be checked and passed around for free.
+
+    Args:
+        name_or_path: hub id or folder with safetensors weights; None for ``init=random``.
+        revision: commit or tag on the hub; pin it for runs that are to be remade.
+        init: ``pretrained`` loads weights, ``random`` makes a model from ``architecture``.
+        architecture: for ``init=random``: ``model_type`` and the fields of that family's configuration.
+        tokenizer: hub id or folder; None: the model's own. For ``init=random`` None means: train a BPE on the data.
+        vocab_size: size of a trained BPE.
+        dtype: of the weights. float32 weights with ``trainer.precision=bf16-mixed`` is the usual choice.
+        attn_implementation: ``sdpa`` or ``eager``; None: :func:`choose_attention`.
+    """
+
+    name_or_path: str | None = None
+    revision: str | None = None
+    init: str = "pretrained"
+    architecture: Mapping[str, Any] | None = None
+    tokenizer: str | None = None
+    vocab_size: int = 4096
+    dtype: str = "float32"
+    attn_implementation: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check that the options fit together."""
+        if self.init not in ("pretrained", "random"):
+            raise UserError(f"model.init: expected pretrained or random, got {self.init}")
+        if self.init == "pretrained" and not self.name_or_path:
+            raise UserError("model.name_or_path: expected a hub id or a folder, got none (or set model.init=random)")
+        if self.init == "pretrained" and self.architecture:
+            raise UserError("model.architecture: only for model.init=random; a pretrained model brings its own")
+        if self.init == "random" and self.name_or_path:
+            raise UserError("model.name_or_path: not with model.init=random; choose one of the two")
+        if self.init == "random" and "model_type" not in (self.architecture or {}):
+            raise UserError("model.architecture: model.init=random needs model_type (for example llama) and its sizes")
+        if self.dtype not in DTYPES:
+            raise UserError(f"model.dtype: expected one of {', '.join(DTYPES)}, got {self.dtype}")
+        if self.attn_implementation not in (None, *KERNELS):
+            raise UserError(f"model.attn_implementation: expected sdpa or eager, got {self.attn_implementation}")
+
+    @property
+    def trains_tokenizer(self) -> bool:
+        """True when the tokenizer is to be trained on the run's own texts."""
+        return self.init == "random" and self.tokenizer is None
+
+    def load_tokenizer(self) -> Tokenizer:
+        """The model's tokenizer, with a padding token (EOS where it has none: padding is masked by length).
+
+        Raises:
+            UserError: not found, no network, gated.
+        """
+        if self.trains_tokenizer:
+            raise ValueError("this model's tokenizer is trained on the data, not loaded")
+        where = self.tokenizer or str(self.name_or_path)
+        revision = self.revision if where == self.name_or_path else None
+        tokenizer = _load(
+            "model.name_or_path" if self.tokenizer is None else "model.tokenizer",
+            where,
+            lambda: AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=False),
+            part="tokenizer",
+            is_model=self.tokenizer is None,
+        )
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    def load_config(self, tokenizer: Tokenizer | None = None) -> PretrainedConfig:
+        """The model's configuration with all dropout off; ``init=random`` takes vocabulary and special ids from a tokenizer."""
+        if self.init == "random":
+            fields = dict(self.architecture or {})
+            if tokenizer is not None:
+                fields |= {"vocab_size": len(tokenizer)}
+                fields |= {name: getattr(tokenizer, name) for name in SPECIAL_TOKENS}
+            config = _from_architecture(lambda: AutoConfig.for_model(fields.pop("model_type"), **fields))
+        else:
+            where = str(self.name_or_path)
+            config = _load(
+                "model.name_or_path",
+                where,
+                lambda: AutoConfig.from_pretrained(where, revision=self.revision, trust_remote_code=False),
+                part="config",
+            )
+        choose_attention(config, self.attn_implementation)  # one that the family lacks is refused before any long work
+        return without_dropout(config)
+
+    def build(self, tokenizer: Tokenizer) -> PreTrainedModel:
+        """The model itself; a random one draws from torch's global generator.
+
+        Raises:
+            UserError: weights not found, no network, gated, no safetensors, a tokenizer larger than the vocabulary.
+        """
+        config = self.load_config(tokenizer)
+        dtype = DTYPES[self.dtype]
+        if self.init == "random":
+            model = _from_architecture(lambda: self._from_config(config))
+        else:
+            where = str(self.name_or_path)
+            loaded: Any = _load(
+                "model.name_or_path",
+                where,
+                lambda: AutoModelForCausalLM.from_pretrained(
+                    where,
+                    revision=self.revision,
+                    config=config,
+                    dtype=dtype,
+                    attn_implementation=choose_attention(config, self.attn_implementation),
+                    use_safetensors=True,
+                    trust_remote_code=False,
+                    output_loading_info=True,
+                ),
+                part="weights",
+            )
+            model, found = loaded
+            if missing := sorted(found["missing_keys"]):  # the library fills them with random numbers
+                raise UserError(
+                    f"model.name_or_path: cannot load {where}: {len(missing)} weights are missing, {missing[0]} among them; "
+                    "restore it, or take config.json and weights from one model"
+                )
+        _check_vocabulary(model, tokenizer)
+        return model
+
+    def build_empty(self, tokenizer: Tokenizer) -> EmptyModel | None:
+        """The model without its weights, for sharding before they are read (each process its share).
+
+        None for models from scratch, quantized ones, and where the files hold weights in another form than the model
+        does or with buffers; :meth:`build` makes these.
+
+        Raises:
+            UserError: as :meth:`build`.
+        """
+        if self.init == "random":
+            return None
+        config, where = self.load_config(), str(self.name_or_path)
+        if getattr(config, "quantization_config", None) is not None:
+            return None
+
+        def make() -> EmptyModel | None:
+            is_local = Path(where).is_dir()
+            folder = (
+                where if is_local else snapshot_download(where, revision=self.revision, allow_patterns=[*WEIGHT_FILES])
+            )
+            return make_empty(Path(folder), lambda: self._from_config(config))
+
+        empty = _load("model.name_or_path", where, make, part="weights")
+        if empty is not None:
+            _check_vocabulary(empty.model, tokenizer)
+        return empty
+
+    def build_on_meta(self, tokenizer: Tokenizer) -> PreTrainedModel:
+        """The model without weights, on the meta device: what its modules are costs nothing to know."""
+        with torch.device("meta"):
+            return self._from_config(self.load_config(tokenizer))
+
+    def _from_config(self, config: PretrainedConfig) -> PreTrainedModel:
+        kernel = choose_attention(config, self.attn_implementation)
+        return AutoModelForCausalLM.from_config(
+            config, attn_implementation=kernel, dtype=DTYPES[self.dtype], trust_remote_code=False
+        )
+
+
+def _check_vocabulary(model: PreTrainedModel, tokenizer: Tokenizer) -> None:
+    size = cast(Embedding, model.get_input_embeddings()).num_embeddings
+    if len(tokenizer) > size:
+        raise UserError(
+            f"model: its vocabulary has {size} tokens but its tokenizer {len(tokenizer)}; they don't belong together"
+        )
+
+
+def choose_attention(config: PretrainedConfig, asked: str | None = None) -> str:
+    """The attention kernel of a model: the one asked for, else ``sdpa`` where its family has it and ``eager`` elsewhere.
+
+    Raises:
+        UserError: ``sdpa`` is asked of a family that has none (Gemma 2, Bloom, GPT-J …).
+    """
+    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), ())
+    has_sdpa = all(kind._supports_sdpa for kind in (found if isinstance(found, tuple) else (found,)))
+    if asked == "sdpa" and not has_sdpa:
+        raise UserError(
+            f"attn_implementation=sdpa: {config.model_type} has no such kernel; leave it out or set it to eager"
+        )
+    return asked or ("sdpa" if has_sdpa else "eager")
+
+
+def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
+    """Set every dropout rate of a configuration to 0: policy and reference must be the same function."""
+    for name in config.to_dict():
+        value = getattr(config, name, None)
+        if isinstance(value, PretrainedConfig):
+            without_dropout(value)
+        elif isinstance(value, float) and "drop" in name:
+            setattr(config, name, 0.0)
+    return config
+
+
+def _load(key: str, where: str, load: Callable[[], T], *, part: Part, is_model: bool = True) -> T:
+    """Call a from_pretrained and turn what goes wrong into one line."""
+    looks_local = where.startswith((".", "/", "~")) or Path(where).exists()
+    if looks_local and not Path(where).is_dir():
+        raise UserError(
+            f"{key}: no such folder: {where} (expected a hub id or a folder with config.json and safetensors)"
+        )
+    if looks_local and (fault := find_fault(where, part, is_model=is_model)):
+        raise UserError(f"{key}: cannot load {where}: {fault}")
+    try:
+        return load()
+    except Exception as error:  # whatever a damaged or foreign file makes the loaders raise
+        reason = find_fault(where, part, is_model=is_model)
+        if looks_local or reason:
+            raise UserError(
+                f"{key}: cannot load {where}: {reason or f'{reason_of(error, where)}; restore it'}"
+            ) from error
+        reason = reason_of(error, where)
+        raise UserError(
+            f"{key}: cannot load {where} from the Hugging Face hub ({reason}); check the name, the network and, for a gated "
+            "model, your licence and login (`hf auth login`), or give a local folder"
+        ) from error
+
+
+def _from_architecture(make: Callable[[], T]) -> T:
+    """Make a configuration or a random model and turn what goes wrong into one line."""
+    try:
+        return make()
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise UserError(f"model.architecture: {textwrap.shorten(str(error), 200, placeholder=' …')}") from error

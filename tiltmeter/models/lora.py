@@ -1,0 +1,273 @@
+"""Low-rank adapters (peft) inside a causal language model: put in, checked, switched off for the reference, merged at the end."""
+
+import copy
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import cast
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer, ParamWrapper
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor
+from torch.nn import Linear, Module, Parameter
+from transformers import PreTrainedModel
+
+from tiltmeter.errors import UserError
+from tiltmeter.models.layers import backbone
+from tiltmeter.pairs.batch import collate_pairs
+from tiltmeter.pairs.log_probs import sequence_log_probs
+from tiltmeter.pairs.verification import LOG_PROB_TOLERANCE, random_pairs
+
+ADAPTER = "default"
+_TOLERANCE = 1e-5
+"""Adapters start at exactly nothing; DoRA divides and multiplies by the same norm."""
+
+
+def check_lora(config: LoraConfig, *, freeze_embeddings: bool) -> None:
+    """Refuse options under which the model before the first step would not be the reference, or that have no effect.
+
+    Raises:
+        UserError: names the option.
+    """
+    refused = {
+        "lora_dropout": (config.lora_dropout, 0.0, "policy and reference must be the same function"),
+        "init_lora_weights": (
+            config.init_lora_weights if config.init_lora_weights != "gaussian" else True,
+            True,
+            "others change the model before its first step, which is the reference (gaussian is possible too)",
+        ),
+        "bias": (config.bias, "none", "the weights themselves stay as they are"),
+        "modules_to_save": (config.modules_to_save or None, None, "the weights themselves stay as they are"),
+        "trainable_token_indices": (config.trainable_token_indices or None, None, "embeddings stay as they are"),
+    }
+    for name, (value, wanted, reason) in refused.items():
+        if value != wanted:
+            raise UserError(f"module.lora.{name}: expected {wanted}, got {value}: {reason}")
+    if not freeze_embeddings:
+        raise UserError(
+            "module.freeze_embeddings=false: with module.lora only adapters are trained; leave one of the two out"
+        )
+
+
+def add_lora(model: PreTrainedModel, config: LoraConfig) -> None:
+    """Put adapters into the model, in place, and freeze everything else; the model still computes what it did.
+
+    Raises:
+        UserError: see :func:`insert_adapters` and :func:`check_adapters`.
+    """
+    insert_adapters(model, config)
+    check_adapters(model)
+
+
+def insert_adapters(model: PreTrainedModel, config: LoraConfig) -> None:
+    """Put adapters into the model, in place, and freeze everything else; its own weights may still be on the meta device.
+
+    Without ``target_modules`` every linear map of the decoder blocks gets one. Adapters of 16-bit weights are float32,
+    in which small updates aren't rounded away.
+
+    Raises:
+        UserError: no module matches, or one outside the decoder is matched.
+    """
+    if config.target_modules is None:
+        config.target_modules = "all-linear"
+    try:
+        with warnings.catch_warnings(), _weights_have_a_device(model):
+            warnings.filterwarnings(
+                "ignore", "fan_in_fan_out is set to False"
+            )  # peft turns it over for GPT-2 by itself
+            warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys did not match.*gate_up_proj")
+            model.add_adapter(config, ADAPTER)
+    except ValueError as error:
+        raise UserError(f"module.lora: {' '.join(str(error).split())[:200]}{_other_maps(model, error)}") from error
+    inside = {id(module) for module in backbone(model).modules()} - {id(model.get_input_embeddings())}
+    for name, module in model.named_modules():
+        if (isinstance(module, LoraLayer) and id(module) not in inside) or isinstance(module, ModulesToSaveWrapper):
+            raise UserError(
+                f"module.lora.target_modules: {name} is no part of the decoder; embeddings and unembedding stay as they are"
+            )
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()
+
+
+def _other_maps(model: PreTrainedModel, error: ValueError) -> str:
+    """What to do where peft finds maps unfit that nobody asked for (Mamba's fused ones): the linear maps it doesn't name."""
+    linear = [name for name, module in backbone(model).named_modules() if isinstance(module, Linear)]
+    maps = {_kind(name) for name in linear if "lora_" not in name}  # some may have their adapters already
+    left = [name for name in sorted(maps) if f"'{name}'" not in str(error)]
+    if "ncompatible" not in str(error) or not left:
+        return ""
+    return f" …; name the maps to adapt, such as module.lora.target_modules=[{','.join(left)}]"
+
+
+def check_adapters(model: PreTrainedModel) -> None:
+    """Adapters that were just put in must change nothing: without them the model is the reference.
+
+    Raises:
+        UserError: the model can't run with them, computes something else, or takes weights past them.
+    """
+    with adapters_disabled(model):
+        before = _log_probs(model)
+    adapters = {
+        cast(Module, module): _kind(name) for name, module in model.named_modules() if isinstance(module, LoraLayer)
+    }
+    ran: set[str] = set()
+    hooks = [module.register_forward_hook(lambda module, *_: ran.add(adapters[module])) for module in adapters]
+    try:
+        worst = float(((_log_probs(model) - before) / before).abs().max())
+    except Exception as error:  # of modules that are more than the linear map they are taken for (PhiMoE's routers)
+        raise UserError(
+            f"module.lora: {type(model).__name__} can't run with these adapters ({_reason(error)}); name the "
+            "maps to adapt, such as module.lora.target_modules=[q_proj,v_proj]"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if unused := sorted({*adapters.values()} - ran):
+        raise UserError(
+            f"module.lora.target_modules: {type(model).__name__} reads the weights of {', '.join(unused)} past their adapters, "
+            "which would be trained for nothing; name the maps to adapt, such as "
+            f"module.lora.target_modules=[{','.join(sorted(ran))}]"
+        )
+    if not worst <= _TOLERANCE:
+        raise UserError(
+            f"module.lora: these options change the model before its first step, the reference (by {worst:.1g}, relative); "
+            "leave the unusual ones out"
+        )
+
+
+def _kind(name: str) -> str:
+    """The last name of an adapted map, which those of all blocks and experts share."""
+    return re.sub(r"(\.base_layer)+$", "", name).split(".")[-1]
+
+
+def reads_weights(config: LoraConfig) -> bool:
+    """True where adapters begin from the weights they are put beside (DoRA: their norms), which must be there by then."""
+    return bool(config.use_dora)
+
+
+def plain_name(name: str) -> str:
+    """What a weight is called in the model without adapters.
+
+    >>> plain_name("model.layers.0.mlp.up_proj.base_layer.weight")
+    'model.layers.0.mlp.up_proj.weight'
+    >>> plain_name("model.layers.0.mlp.experts.base_layer.base_layer.down_proj")
+    'model.layers.0.mlp.experts.down_proj'
+    """
+    return re.sub(r"\.base_layer(?=\.)", "", name)
+
+
+def plain_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The state dict that the model would have without adapters; the tensors are its own."""
+    adapters = {
+        f"{name}.{inner}"
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+        for inner in cast(Module, module).state_dict()
+        if not inner.startswith("base_layer.")
+    }
+    return {plain_name(name): tensor for name, tensor in model.state_dict().items() if name not in adapters}
+
+
+@contextmanager
+def _weights_have_a_device(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, parameters on the meta device are views of one number on the CPU: peft draws adapters where the weights are."""
+    replaced = []
+    for module in model.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            if weight.is_meta:
+                view = torch.zeros((), dtype=weight.dtype).expand(weight.shape)
+                module.register_parameter(name, Parameter(view, weight.requires_grad))
+                replaced.append((module, name, weight))
+    try:
+        yield
+    finally:
+        for module, name, weight in replaced:
+            weight.requires_grad_(module.get_parameter(name).requires_grad)
+            module.register_parameter(name, weight)
+
+
+@torch.no_grad()
+def _log_probs(model: PreTrainedModel) -> Tensor:
+    pairs = random_pairs(model)
+    return sequence_log_probs(model, collate_pairs(pairs, pair_index=range(len(pairs)), layout="concatenated"))
+
+
+@contextmanager
+def adapters_disabled(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the model is what it was before :func:`add_lora`; without adapters nothing changes."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+def merged_state(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a plain model that computes what the adapted one does, up to the rounding of its dtype.
+
+    Args:
+        model: a model with adapters on the CPU; its own weights are replaced.
+        state: the state dict to merge.
+
+    Raises:
+        UserError: these adapters can't be merged into this model, or the merged one computes something else.
+    """
+    model.load_state_dict(state)
+    before = _log_probs(model)
+    try:
+        _merge_in_place(model, is_safe=True)
+        model.delete_adapter(ADAPTER)  # else it would still be saved as one with adapters
+        worst = float(((_log_probs(model) - before) / before).abs().max())
+    except Exception as error:  # whatever a family makes peft raise, RecursionError too
+        raise UserError(f"these adapters can't be merged ({_reason(error)})") from error
+    if not worst <= LOG_PROB_TOLERANCE.get(model.dtype, 5e-2):
+        raise UserError(f"the merged model gives other log-probs than the adapted one (by {worst:.1g}, relative)")
+    return dict(model.state_dict())
+
+
+def why_not_merged(model: PreTrainedModel, config: LoraConfig) -> str | None:
+    """Try whether adapters can be merged; one line on what goes wrong, None where nothing does.
+
+    Args:
+        model: without weights, on the meta device; it is used up.
+
+    Raises:
+        UserError: as :func:`insert_adapters`.
+    """
+    insert_adapters(model, copy.deepcopy(config))
+    try:
+        cast(Module, model).to("meta")
+        _merge_in_place(model, is_safe=False)
+    except Exception as error:
+        return _reason(error)
+    return None
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:160] or type(error).__name__
+
+
+def _merge_in_place(model: PreTrainedModel, *, is_safe: bool) -> None:
+    """Put plain modules with the merged weights where the adapters are; several of one module lie inside each other."""
+    for name, module in _outermost(model):
+        if isinstance(module, ParamWrapper):
+            plain = module.unload_and_optionally_merge_module(merge=True, safe_merge=is_safe, adapter_names=None)
+        else:
+            module.merge(safe_merge=is_safe)
+            plain = module.get_base_layer()
+        model.set_submodule(name, plain)
+
+
+def _outermost(model: PreTrainedModel) -> list[tuple[str, LoraLayer]]:
+    found: list[tuple[str, LoraLayer]] = []
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer) and not (found and name.startswith(f"{found[-1][0]}.")):
+            found.append((name, module))
+    return found

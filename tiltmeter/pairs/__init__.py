@@ -1,0 +1,1 @@
+"""A pair of responses, from token ids to its loss."""

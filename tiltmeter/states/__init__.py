@@ -1,0 +1,1 @@
+"""Hidden states of pairs: where they are read, and what keeps them."""

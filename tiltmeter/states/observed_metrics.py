@@ -1,0 +1,255 @@
+"""What an observation of the probe says, as flat metrics: pure functions from hidden states to names and numbers.
+
+Names follow one scheme, ``<what>/<of which matrix>/<site>``: sites as in :mod:`tiltmeter.models.layers`, matrices ``delta`` (the
+update ΔH = h_π − h_0), ``policy``, ``base`` and ``random_update`` (what ΔH is after a random weight change of the same norm,
+:mod:`tiltmeter.weights.random_update`), with ``_centred`` (and other variants) behind the matrix. Readings at another position
+than ``prompt_last`` carry it before the site (``shift_share/delta/content/layer_03``), save that ``projection`` is always at
+``diverge``, where v is defined.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+
+from jaxtyping import Float
+from torch import Tensor
+
+from tiltmeter.geometry.consistency import cosine, in_sample_cosines, leave_one_out_cosines, split_half
+from tiltmeter.geometry.directions import steering_vector
+from tiltmeter.geometry.projections import (
+    hyperplane_distances,
+    logit_gaps,
+    projection_change,
+    share_preferred,
+    summarize_projections,
+)
+from tiltmeter.geometry.rows import RowGeometry, Variant, in_own_span, outlier_dims, row_geometry
+from tiltmeter.models.layers import FINAL_POST_NORM, FINAL_PRE_NORM, Unembedding
+from tiltmeter.states.capture import HiddenStates, ReadPoint
+from tiltmeter.states.positions import POSITIONS, Position
+from tiltmeter.states.probe_set import PreferenceDirections, matching_rows
+from tiltmeter.stats.nulls import sign_flip_null
+
+States = Mapping[ReadPoint, HiddenStates]
+Metrics = dict[str, float]
+
+_USUAL: Position = "prompt_last"
+_PLACED = re.compile(rf"(.+?)(?:/({'|'.join(POSITIONS)}))?/(layer_\d{{2,4}}|{FINAL_PRE_NORM}|{FINAL_POST_NORM})")
+N_FLIPS = 200
+"""Sign flips behind the null bands logged while training."""
+
+
+def spectral_metrics(
+    base: States, policy: States, point: ReadPoint, *, variants: Sequence[Variant] = ("raw", "centred")
+) -> Metrics:
+    """Entropies, ranks and shares of ΔH, H_policy and H_base at one site and position (METHOD §2).
+
+    ``shift_share`` is f, the share of the matrix that is one constant row; with it ``top1_energy`` ρ₁ and ``sigma_ratio``
+    σ₂/σ₁ are not independent evidence, since ρ₁ ≥ f always. Figures without a direction (ΔH = 0) are left out.
+    """
+    before, after = matching_rows(base, policy, point)
+    if not len(before):
+        return {}
+    metrics: Metrics = {}
+    without, told = outlier_dims(before)
+    for name, matrix in {"base": before, "policy": after, "delta": after.double() - before.double()}.items():
+        for variant in variants:
+            of = name if variant == "raw" else f"{name}_{variant}"
+            rows = matrix[told] if variant == "outlier_dims_removed" else matrix
+            found = row_geometry(rows, variant, without=without) if len(rows) else None
+            figures = _spectral_figures(found, of, with_mean=variant == "raw") if found else {}
+            metrics |= {f"{key}/{place(point)}": value for key, value in figures.items()}
+    norms = {"update_norm": after.double() - before.double(), "state_norm": before.double()}
+    metrics |= {f"{key}/{place(point)}": float(x.norm(dim=1).mean()) for key, x in norms.items()}
+    return known(metrics)
+
+
+def _spectral_figures(found: RowGeometry, of: str, *, with_mean: bool) -> Metrics:
+    """Figures of one matrix under their names before the site; those about its mean row only where it was not taken out."""
+    s = found.spectrum
+    figures = {
+        f"spectral_entropy/{of}/energy": s.entropy_energy,
+        f"spectral_entropy/{of}/singular": s.entropy_singular,
+        f"normalized_entropy/{of}/energy": s.normalized_entropy_energy,
+        f"normalized_entropy/{of}/singular": s.normalized_entropy_singular,
+        f"effective_rank/{of}/energy": s.effective_rank_energy,
+        f"effective_rank/{of}/singular": s.effective_rank_singular,
+        f"participation_ratio/{of}": s.participation_ratio,
+        f"stable_rank/{of}": s.stable_rank,
+        f"top1_energy/{of}": s.top1_energy,
+        f"sigma_ratio/{of}": s.sigma_ratio,
+    }
+    if with_mean:
+        figures |= {f"shift_share/{of}": found.shift_share, f"top_direction_cosine/{of}": found.cos_top_mean}
+    return figures
+
+
+def random_update_figures(base: States, changed: States, point: ReadPoint) -> Metrics:
+    """The figures of ΔH after one random weight change, by their names before the site.
+
+    What :func:`spectral_metrics` says of ``delta`` and :func:`consistency_metrics` of the cosines, under ``random_update``; and
+    ``mean_cosine/split_half/random_update``.
+
+    Args:
+        changed: read under the changed weights.
+    """
+    before, after = matching_rows(base, changed, point)
+    updates = in_own_span(after.double() - before.double())
+    if len(updates) < 2 or not updates.any():
+        return {}
+    figures = {
+        "update_norm/random_update": float(updates.norm(dim=1).mean()),
+        "mean_cosine/in_sample/random_update": float(in_sample_cosines(updates).nanmean()),
+        "mean_cosine/leave_one_out/random_update": float(leave_one_out_cosines(updates).nanmean()),
+        "mean_cosine/split_half/random_update": float(split_half(updates).cosines.nanmean()),
+    }
+    figures |= _spectral_figures(row_geometry(updates), "random_update", with_mean=True)
+    return known(
+        figures | _spectral_figures(row_geometry(updates, "centred"), "random_update_centred", with_mean=False)
+    )
+
+
+def consistency_metrics(
+    base: States, policy: States, point: ReadPoint, *, previous: Float[Tensor, " d_model"] | None = None
+) -> Metrics:
+    """Do all updates point the same way? Cosines with the mean update v*, in-sample and leave-one-out, with null bands.
+
+    ``mean_cosine/…/base`` is that of the base's own states with their mean: what alike tokens give without any update.
+
+    Args:
+        previous: v* of the observation before; gives ``direction_settled``, the cosine between the two.
+    """
+    before, after = matching_rows(base, policy, point)
+    updates = after.double() - before.double()
+    if len(updates) < 2 or not updates.any():
+        return {}
+    band = sign_flip_null(updates, n_flips=N_FLIPS).band()
+    metrics = {
+        f"mean_cosine/in_sample/{place(point)}": float(in_sample_cosines(updates).nanmean()),
+        f"mean_cosine/leave_one_out/{place(point)}": float(leave_one_out_cosines(updates).nanmean()),
+        f"mean_cosine/in_sample/base/{place(point)}": float(in_sample_cosines(before).nanmean()),
+        f"mean_cosine/leave_one_out/base/{place(point)}": float(leave_one_out_cosines(before).nanmean()),
+        f"mean_cosine/in_sample_null_high/{place(point)}": band["mean_cosine_in_sample"][1],
+        f"mean_cosine/leave_one_out_null_high/{place(point)}": band["mean_cosine_leave_one_out"][1],
+        f"shift_share/null_high/{place(point)}": band["shift_share"][1],
+    }
+    if previous is not None:
+        now = steering_vector(before, after)
+        metrics[f"direction_settled/{place(point)}"] = float(cosine(now, previous))
+    return known(metrics)
+
+
+def projection_metrics(
+    base: States,
+    policy: States,
+    site: str,
+    directions: PreferenceDirections,
+    *,
+    clusters: Sequence[str],
+    head: Unembedding | None = None,
+) -> Metrics:
+    """⟨h, v⟩/‖v‖ at ``diverge`` under both models, for v and v̄, with paired intervals over prompts.
+
+    Args:
+        clusters: prompt of every pair of the probe.
+        head: unembedding of the base model; gives the hyperplane's side at ``final_post_norm``.
+    """
+    point = ReadPoint(site, "diverge")
+    before, after = matching_rows(base, policy, point)
+    pairs = base[point].pair_index
+    names = [clusters[i] for i in pairs.tolist()]
+    moved = bool((after.double() - before.double()).any())
+    metrics: Metrics = {}
+    for kind, v in (("projection", directions.token), ("projection_sequence", directions.sequence[pairs])):
+        change = projection_change(before, after, v)
+        means = {"base": float(change.base.nanmean()), "policy": float(change.policy.nanmean())}
+        metrics |= {f"{kind}/{name}/{site}": value for name, value in means.items()}
+        if not moved:  # before the first step there is no update to speak of
+            continue
+        summary = summarize_projections(change, names)
+        for name, interval in (("delta", summary.change), ("share_grown", summary.share_grown)):
+            ends = {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
+            metrics |= {f"{kind}/{end}/{site}": value for end, value in ends.items()}
+        steering = steering_vector(before, after)[None]
+        kind_name = "token" if kind == "projection" else "sequence"
+        metrics[f"direction_cosine/{kind_name}/{site}"] = float(cosine(v, steering).nanmean())
+    if site == FINAL_POST_NORM and moved:
+        metrics["projection/share_grown"] = metrics[f"projection/share_grown/{site}"]
+        if head is not None:
+            gaps = logit_gaps(before.to(head.weight.device), head, directions.chosen_ids, directions.rejected_ids).cpu()
+            metrics["hyperplane/share_preferred"] = share_preferred(hyperplane_distances(after, directions.token, gaps))
+    return known(metrics)
+
+
+def observation_metrics(
+    base: States,
+    policy: States,
+    directions: PreferenceDirections,
+    *,
+    head: Unembedding | None = None,
+    clusters: Sequence[str] | None = None,
+    previous: Mapping[ReadPoint, Tensor] | None = None,
+) -> Metrics:
+    """Everything above for whatever a probe has read, in one call: what a loop or a callback of any trainer logs.
+
+    Args:
+        head: unembedding of the base model; see :func:`projection_metrics`.
+        clusters: prompt of every pair of the probe; None: no two pairs share one.
+        previous: :func:`steering_vectors` of the observation before.
+    """
+    metrics: Metrics = {}
+    for point in policy:
+        if point.position == "diverge":
+            names = clusters or [str(row) for row in range(len(directions.sequence))]
+            metrics |= projection_metrics(base, policy, point.site, directions, clusters=names, head=head)
+        else:
+            metrics |= spectral_metrics(base, policy, point)
+            before = None if previous is None else previous.get(point)
+            metrics |= consistency_metrics(base, policy, point, previous=before)
+    return metrics
+
+
+def place(point: ReadPoint) -> str:
+    """How a site and position end a metric's name.
+
+    >>> place(ReadPoint("layer_03", "prompt_last")), place(ReadPoint("layer_03", "diverge"))
+    ('layer_03', 'diverge/layer_03')
+    """
+    return point.site if point.position == _USUAL else f"{point.position}/{point.site}"
+
+
+def split_name(name: str) -> tuple[str, Position | None, str] | None:
+    """What a metric says, at which position and which site; position None: the usual one; None for a name without a site.
+
+    >>> split_name("shift_share/delta/content/layer_03"), split_name("update_norm/final_pre_norm"), split_name("train/loss")
+    (('shift_share/delta', 'content', 'layer_03'), ('update_norm', None, 'final_pre_norm'), None)
+    """
+    match = _PLACED.fullmatch(name)
+    return None if match is None else (match[1], match[2], match[3])  # type: ignore[return-value]
+
+
+def known(metrics: Metrics) -> Metrics:
+    """Without those that are NaN: what has no value isn't logged."""
+    return {name: value for name, value in metrics.items() if value == value}
+
+
+def steering_vectors(base: States, policy: States) -> dict[ReadPoint, Tensor]:
+    """v* at every site and position that has rows."""
+    return {point: steering_vector(*matching_rows(base, policy, point)) for point in policy if len(policy[point].rows)}
+
+
+def states_to_tensors(states: States) -> dict[str, Tensor]:
+    """Readings as plain tensors, for checkpoints."""
+    return {
+        f"{point.site}/{point.position}/{name}": value
+        for point, found in states.items()
+        for name, value in zip(found._fields, found, strict=True)
+    }
+
+
+def states_from_tensors(tensors: Mapping[str, Tensor]) -> dict[ReadPoint, HiddenStates]:
+    """The inverse of :func:`states_to_tensors`."""
+    points = dict.fromkeys(tuple(key.split("/")[:2]) for key in tensors)
+    return {
+        ReadPoint(site, position): HiddenStates(*(tensors[f"{site}/{position}/{n}"] for n in HiddenStates._fields))  # type: ignore[arg-type]
+        for site, position in points
+    }

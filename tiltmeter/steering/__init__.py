@@ -1,0 +1,1 @@
+"""Vectors that are added to hidden states, and what they do."""
