@@ -127,7 +127,8 @@ def check_same_run(checkpoint: Path, config: DictConfig) -> list[str]:
     changed = _differences(_lasting(before), _lasting(now))
     if fixed := [line for line in changed if not _takes_effect(line.partition(" ")[0])]:
         raise UserError(
-            f"ckpt_path: a run that goes on can't change {_some(fixed)}; resume with the old settings, or start a new run"
+            f"ckpt_path: these settings would make it another run and can't be changed when it goes on: {_some(fixed)}; resume "
+            "with the old settings, or start a new run"
         )
     manifest = verify(checkpoint, contents=False)
     max_steps = now.get("trainer", {}).get("max_steps", -1)

@@ -56,7 +56,7 @@ def earlier(run: Path) -> str:
     ("options", "reason"),
     [
         (("module.learning_rate=1e-5",), "these settings would make it another run: module.learning_rate was"),
-        (("seed=3", "allow_config_change=true"), "a run that goes on can't change"),
+        (("seed=3", "allow_config_change=true"), "can't be changed when it goes on"),
         (("data.seed=5", "allow_config_change=true"), "other data or another tokenisation"),
         (("datamodule.probe_pairs=5", "allow_config_change=true"), "other data or another tokenisation"),
         (("trainer.max_steps=2",), "trainer.max_steps=2: .* has taken 3 steps already"),
