@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the file
 from benchmarks import common
 from benchmarks.common import Spread
 from tiltmeter.errors import UserError
+from tiltmeter.metric_names import find
 from tiltmeter.threads import usable_cores
 
 ONE = "one process"
@@ -39,16 +40,10 @@ QUICK = (
     "datamodule.probe_pairs=10",
     "base.max_epochs=1",
 )
-GEOMETRY = (
-    "projection/",
-    "hyperplane/",
-    "spectral_entropy/",
-    "effective_rank/",
-    "top1_energy/",
-    "shift_share/",
-    "sigma_ratio/",
-)
-GEOMETRY += ("mean_cosine/",)
+GEOMETRY = {
+    *("projection", "hyperplane", "spectral_entropy", "effective_rank", "top1_energy", "shift_share", "sigma_ratio"),
+    "mean_cosine",
+}
 WARM_UP = 2
 """First steps that aren't timed."""
 
@@ -72,7 +67,7 @@ def read_run(folder: Path) -> Run:
         (name, row["step"]): float(value)
         for row in rows
         for name, value in row.items()
-        if value and name.startswith(GEOMETRY)
+        if value and (found := find(name)) and found.metric.family in GEOMETRY
     }
     speeds = [float(row["throughput/pairs_per_second"]) for row in rows if row.get("throughput/pairs_per_second")]
     timed = speeds[WARM_UP:]

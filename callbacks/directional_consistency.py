@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 from callbacks.observation import Observation, log, report_failed_write
 from callbacks.observer import Observer
 from tiltmeter.files import write_atomically
-from tiltmeter.states.observed_metrics import Metrics, consistency_metrics, place, steering_vectors
+from tiltmeter.metric_names import place
+from tiltmeter.states.observed_metrics import Metrics, consistency_metrics, steering_vectors
 
 
 class DirectionalConsistency(Observer):

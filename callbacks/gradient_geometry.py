@@ -12,6 +12,7 @@ from callbacks.observation import ProbeSession, log, model_of
 from tiltmeter.errors import UserError
 from tiltmeter.geometry.directions import sequence_preference_vectors
 from tiltmeter.geometry.gradients import GradientMoments, rows_that_predict
+from tiltmeter.metric_names import metric
 from tiltmeter.models.layers import FINAL_POST_NORM
 from tiltmeter.pairs.batch import PreferenceBatch, StepBatch
 from tiltmeter.states.capture import ReadPoint, capture_gradients
@@ -70,8 +71,10 @@ class GradientGeometry(Callback):
         assert self._moments is not None
         seen = self._moments.all_reduce(lambda sums: trainer.strategy.reduce(sums, reduce_op="sum")).summary()
         self._moments.reset()
-        shares = {f"gradient/energy_along_{k}": share for k, share in seen.energy_shares.items() if share > 0}
-        log(trainer, known({"gradient/mean_resultant": seen.mean_resultant} | shares))
+        shares = {
+            metric("gradient", f"energy_along_{k}"): share for k, share in seen.energy_shares.items() if share > 0
+        }
+        log(trainer, known({metric("gradient", "mean_resultant"): seen.mean_resultant} | shares))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take the hook off, however training ended."""

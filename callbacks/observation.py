@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from datamodules.preference import PreferenceDataModule
 from tiltmeter.errors import UserError
+from tiltmeter.metric_names import STEPS_TAKEN, metric
 from tiltmeter.models.layers import Unembedding, resolve_sites, unembedding
 from tiltmeter.pairs.batch import REJECTED, PreferenceBatch
 from tiltmeter.states.capture import HiddenStates, ReadPoint
@@ -149,19 +150,17 @@ class ProbeSession:
 _SESSIONS: WeakKeyDictionary[Trainer, ProbeSession] = WeakKeyDictionary()
 
 
-def report_failed_write(
-    path: Path, error: OSError | UserError, trainer: Trainer, *, alarm: str = "alarm/snapshot"
-) -> None:
+def report_failed_write(path: Path, error: OSError | UserError, trainer: Trainer, *, alarm: str = "snapshot") -> None:
     """A file that could not be written, or that somebody damaged, is an alarm, and no reason to stop training."""
     reason = getattr(error, "strerror", None) or error
     warnings.warn(f"{path}: could not be written ({reason}); training goes on without it", stacklevel=2)
-    log(trainer, {alarm: 1.0})
+    log(trainer, {metric("alarm", alarm): 1.0})
 
 
 def log(trainer: Trainer, metrics: Mapping[str, float]) -> None:
     """Send metrics to every logger, at the step that was taken last; ``probe/steps_taken`` says how many had been."""
     if metrics and trainer.is_global_zero:
-        row: Metrics = {**metrics, "probe/steps_taken": trainer.global_step, "epoch": trainer.current_epoch}
+        row: Metrics = {**metrics, STEPS_TAKEN: trainer.global_step, "epoch": trainer.current_epoch}
         for logger in trainer.loggers:
             logger.log_metrics(row, step=max(trainer.global_step - 1, 0))
 

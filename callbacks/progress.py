@@ -5,7 +5,14 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 
-_SHOWN = {"train/loss": "loss", "train/rewards/accuracies": "accuracy", "val/rewards/accuracies": "held-out accuracy"}
+from tiltmeter.metric_names import metric
+
+_ACCURACIES = "rewards/accuracies"
+_SHOWN = {
+    metric("train", "loss"): "loss",
+    metric("train", _ACCURACIES): "accuracy",
+    metric("val", _ACCURACIES): "held-out accuracy",
+}
 
 
 class TrainingProgress(RichProgressBar):

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from callbacks.observation import log
 from tiltmeter.errors import NumericalStop
+from tiltmeter.metric_names import metric
 from tiltmeter.pairs.batch import StepBatch
 
 _ALARMS = ("chosen_logp_drop", "accuracy_saturation", "length_ratio")
-_MEANS = {"train/logps/chosen": "chosen_logp_drop", "train/rewards/accuracies": "accuracy_saturation"}
+_MEANS = {metric("train", "logps/chosen"): _ALARMS[0], metric("train", "rewards/accuracies"): _ALARMS[1]}
 
 
 class TrainingAlarms(Callback):
@@ -55,7 +56,7 @@ class TrainingAlarms(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:  # noqa: D102
         if isinstance(exception, NumericalStop):
-            log(trainer, {"alarm/nan": 1.0})
+            log(trainer, {metric("alarm", "nan"): 1.0})
 
     def state_dict(self) -> dict[str, Any]:  # noqa: D102
         return {"first_logp": self._first_logp}
@@ -72,7 +73,7 @@ class TrainingAlarms(Callback):
         if (logp := values.get(_ALARMS[0])) is not None:
             self._first_logp = logp if self._first_logp is None else self._first_logp
             values[_ALARMS[0]] = self._first_logp - logp
-        log(trainer, {"alarm/nan": 0.0} | {f"alarm/{name}": value for name, value in values.items()})
+        log(trainer, {metric("alarm", name): value for name, value in ({"nan": 0.0} | values).items()})
         for name, value in values.items():
             far = 1 / value if name == "length_ratio" and value else value
             if max(value, far) >= self.limits[name] and name not in self._said:

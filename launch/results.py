@@ -21,6 +21,7 @@ from analysis.open.kept_models import DATA, FILES, PROVENANCE, read_provenance
 from analysis.open.probe_pairs import PROMPTS_FILE, ProbePair
 from launch.parts import Parts
 from tiltmeter.files import write_json, write_text
+from tiltmeter.metric_names import metric
 from tiltmeter.scoring.behaviour_table import FIGURES, read_table
 from tiltmeter.stats.proportions import share_interval
 
@@ -84,7 +85,7 @@ def result_rows(parts: Parts, trainer: Trainer, seconds: float) -> list[tuple[st
     known = {name: float(value) for name, value in trainer.callback_metrics.items()}
     module = parts.module
     rows = [("optimizer steps", f"{trainer.global_step} in {seconds:.0f} s, reference and validation included")]
-    rows += [(name, f"{known[name]:.4f}") for name in ("train/loss", "val/loss") if name in known]
+    rows += [(name, f"{known[name]:.4f}") for split in ("train", "val") if (name := metric(split, "loss")) in known]
     if module.validation_table is not None and "rewards/accuracies" in module.columns:
         column = module.validation_table[:, module.columns.index("rewards/accuracies")].tolist()
         scored = [(v, g) for v, g in zip(column, parts.data.splits["val"].groups, strict=True) if not math.isnan(v)]

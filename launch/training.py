@@ -315,6 +315,6 @@ def make_trainer(config: DictConfig, watching: Sequence[Callback], loggers: list
     )
     trainer.strategy.checkpoint_io = CommittedCheckpointIO(
         {SETTINGS: settings_sha256(config), "versions": versions()},
-        on_failure=lambda path, error: report_failed_write(path, error, trainer, alarm="alarm/checkpoint"),
+        on_failure=lambda path, error: report_failed_write(path, error, trainer, alarm="checkpoint"),
     )
     return trainer

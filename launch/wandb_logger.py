@@ -8,31 +8,21 @@ import urllib.request
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import WandbLogger
 
-from analysis.open.observations import STEPS_TAKEN
 from analysis.report.wandb_login import is_logged_in
-from tiltmeter.scoring.scorer import SCORED_STEP
+from tiltmeter.metric_names import MEDIA, METRICS, SCORED_STEP, STEP_AXIS, STEPS_TAKEN, find, metric
 
-STEP_AXIS = "trainer/global_step"
-METRIC_GROUPS = (
-    "train", "val", "throughput",
-    "projection", "projection_sequence", "hyperplane", "direction_cosine",
-    "shift_share", "top1_energy", "spectral_entropy", "mean_cosine", "direction_settled", "update_norm", "state_norm",
-    "gradient", "behaviour", "alarm", "probe", "figures", "cosines",
-)  # fmt: skip
-"""First parts of metric names, which share one x axis."""
-SELDOM_PLOTTED = (
-    "normalized_entropy", "effective_rank", "participation_ratio", "stable_rank", "sigma_ratio", "top_direction_cosine",
-)  # fmt: skip
-"""Groups that say again what others say: logged and there to plot, but without panels of their own for every site."""
-_SUMMARIES = {"val/rewards/accuracies": "max,last", "val/loss": "min,last", "alarm/*": "max"}
-"""What the runs table shows of a metric, where the last value is not what one looks for."""
-_OBSERVATION = ("mean_cosine/in_sample/", "shift_share/delta/", "projection/delta/")
+_UPDATE_READ = {
+    *(metric("mean_cosine", "in_sample", of) for of in ("", "base", "random_update")),
+    *(metric(family, "delta") for family in ("shift_share", "projection")),
+}
+"""One of these is logged whenever hidden states are compared with the base's."""
 _REACH_SECONDS = 10.0
 """How long a server may take to answer before the run is kept offline."""
 Mode = Literal["auto", "online", "offline", "disabled"]
@@ -50,7 +40,7 @@ class RunLogger(WandbLogger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Log scalars; the first failure is reported once, training and metrics.csv go on."""
-        if any(name.startswith(_OBSERVATION) for name in metrics):
+        if any((found := find(name)) and found.site and found.key in _UPDATE_READ for name in metrics):
             self.observed_at = int(metrics[STEPS_TAKEN])
         self.n_scored += SCORED_STEP in metrics
         if self._failed:
@@ -161,13 +151,12 @@ def _open(
         reinit="finish_previous",
     )
     run.define_metric(STEP_AXIS)
-    for metric_group in METRIC_GROUPS + SELDOM_PLOTTED:
-        name, hidden = f"{metric_group}/*", metric_group in SELDOM_PLOTTED
-        summary = _SUMMARIES.get(name)
-        run.define_metric(name, step_metric=STEP_AXIS, step_sync=True, summary=summary, hidden=hidden or None)
-    for name, summary in _SUMMARIES.items():
-        if not name.endswith("*"):
-            run.define_metric(name, step_metric=STEP_AXIS, step_sync=True, summary=summary)
+    define = partial(run.define_metric, step_metric=STEP_AXIS, step_sync=True)
+    for family in dict.fromkeys(each.family for each in METRICS + MEDIA):
+        members = [each for each in METRICS + MEDIA if each.family == family]
+        define(f"{family}/*", hidden=all(each.is_hidden for each in members) or None)
+        for name, summary in ((key, each.summary) for each in members if each.summary for key in each.keys):
+            define(name, summary=summary)
     if mode == "offline":
         folder = Path(run.dir).parent
         line = f"W&B: kept offline ({why_offline}); upload it with: wandb sync {shlex.quote(str(folder))}"

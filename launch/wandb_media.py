@@ -13,7 +13,8 @@ from safetensors import safe_open
 from analysis.figures.fig3_cosines import EDGES
 from analysis.figures.hidden_states import WHILE_TRAINING, Watched, hidden_state_sections
 from analysis.report.style import png_bytes
-from launch.wandb_logger import STEP_AXIS, RunLogger
+from launch.wandb_logger import RunLogger
+from tiltmeter.metric_names import STEP_AXIS, metric
 from tiltmeter.scoring.behaviour_table import SAMPLES, read_table
 
 MOST_SAMPLES = 1000
@@ -79,10 +80,10 @@ class WandbMedia(Callback):
         media: dict[str, Any] = {}
         for section in hidden_state_sections(seen, WHILE_TRAINING):
             picture = Image.open(io.BytesIO(png_bytes(section.figure)))
-            media[f"figures/{section.name}"] = wandb.Image(picture, caption=". ".join(section.sentences))
+            media[metric("figures", section.name)] = wandb.Image(picture, caption=". ".join(section.sentences))
         if seen.cosines is not None:
             for side, counts in seen.cosines.counts.items():
-                media[f"cosines/{side}/{seen.cosines.site}"] = wandb.Histogram(np_histogram=(counts, EDGES))
+                media[metric("cosines", side, seen.cosines.site)] = wandb.Histogram(np_histogram=(counts, EDGES))
         if media:
             self.logger.experiment.log(media | {STEP_AXIS: step})
 
@@ -93,7 +94,7 @@ class WandbMedia(Callback):
         table = read_table(self.run_dir / "report" / "tables" / SAMPLES)
         if not table.empty:
             rows = table[table["steps_taken"] == table["steps_taken"].max()].head(MOST_SAMPLES)
-            self.logger.experiment.log({"samples": wandb.Table(dataframe=rows), STEP_AXIS: step})
+            self.logger.experiment.log({metric("samples"): wandb.Table(dataframe=rows), STEP_AXIS: step})
 
     def _send_artifacts(self) -> None:
         import wandb

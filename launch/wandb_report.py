@@ -12,8 +12,9 @@ from PIL import Image
 from analysis.open.runs import Run
 from analysis.report.page import Section
 from analysis.report.style import png_bytes
-from launch.wandb_logger import STEP_AXIS, choose_mode, id_of
+from launch.wandb_logger import choose_mode, id_of
 from tiltmeter.errors import UserError
+from tiltmeter.metric_names import STEP_AXIS, metric
 
 _SENT = (".html", ".csv", ".json", ".png", ".pdf")
 _TEXTS = (".html", ".csv", ".json")
@@ -78,7 +79,7 @@ def _upload(run: Run, page: Path, sections: Sequence[Section]) -> str:
         reinit="finish_previous",
     )
     media = {
-        f"report/{section.name}": wandb.Image(
+        metric("report", section.name): wandb.Image(
             Image.open(io.BytesIO(png_bytes(section.figure))), caption=". ".join(section.sentences)
         )
         for section in sections

@@ -24,6 +24,7 @@ from lightning_modules.schedule import (
 from lightning_modules.step_guard import StepGuard
 from lightning_modules.throughput import Throughput
 from tiltmeter.errors import UserError
+from tiltmeter.metric_names import metric
 from tiltmeter.pairs.batch import StepBatch
 
 _DIGESTED: tuple[Split, ...] = ("train", "val")
@@ -153,7 +154,7 @@ class LogProbModule(ModelBuilding):
         norm = self._clip_gradients()
         sums, n_computed, n_padding, mean_norm = self._reduce_with_counts(torch.stack(tables).sum(0), step, norm)
         metrics: dict[str, Any] = self._metrics_by_source(sums, "train")
-        reason = self.guard.refuse(loss=float(metrics["train/loss"]), norm=float(mean_norm))
+        reason = self.guard.refuse(loss=float(metrics[metric("train", "loss")]), norm=float(mean_norm))
         if reason is not None:
             optimizer.zero_grad()  # AdamW passes over weights without a gradient; the step and its learning rate count
             self.print(self.guard.skipped(self.trainer.global_step, reason, self.not_finite(seen, "train")))
@@ -161,12 +162,12 @@ class LogProbModule(ModelBuilding):
         optimizer.zero_grad()
         learning_rate = scheduler.get_last_lr()[0]
         scheduler.step()
-        metrics |= {"train/gradient_norm": norm, "train/learning_rate": learning_rate}
-        metrics["alarm/skipped_steps"] = float(self.guard.n_refused)
-        metrics["throughput/padding_share"] = n_padding / n_computed
+        metrics |= {metric("train", "gradient_norm"): norm, metric("train", "learning_rate"): learning_rate}
+        metrics[metric("alarm", "skipped_steps")] = float(self.guard.n_refused)
+        metrics[metric("throughput", "padding_share")] = n_padding / n_computed
         if self.data.active_layout == "shared_prefix":
             n_unshared = step.n_tokens + step.n_prompt_tokens
-            metrics["throughput/saved_prompt_share"] = step.n_prompt_tokens / n_unshared
+            metrics[metric("throughput", "saved_prompt_share")] = step.n_prompt_tokens / n_unshared
         self.log_dict(metrics | self.throughput.end_of_step(step, self.device), batch_size=step.n_pairs)
 
     def on_train_end(self) -> None:

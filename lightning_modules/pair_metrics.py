@@ -12,6 +12,7 @@ from datamodules.preference import PreferenceDataModule
 from datamodules.splits import Split
 from lightning_modules.step_guard import CURE, some
 from tiltmeter.errors import NumericalStop
+from tiltmeter.metric_names import metric
 from tiltmeter.pairs.batch import PreferenceBatch, StepBatch
 
 
@@ -95,13 +96,12 @@ class PairMetrics(LightningModule):
 
     def _metrics_by_source(self, sums: Tensor, stage: str) -> dict[str, Tensor]:
         """Metrics over all pairs and, where pairs come from several sources, over each source's."""
-        metrics = {f"{stage}/{name}": value for name, value in self.metrics_from_sums(sums.sum(0)).items()}
+        metrics = {metric(stage, name): value for name, value in self.metrics_from_sums(sums.sum(0)).items()}
         if len(sums) > 1:
             for source, row in zip(self.data.sources, sums, strict=True):
                 if row[-1] > 0:
-                    metrics |= {
-                        f"{stage}/{name}/{source}": value for name, value in self.metrics_from_sums(row).items()
-                    }
+                    of_source = self.metrics_from_sums(row).items()
+                    metrics |= {metric(stage, name, source): value for name, value in of_source}
         return metrics
 
     def not_finite(self, seen: Sequence[tuple[Tensor, Tensor]], split: Split) -> list[str]:

@@ -4,6 +4,7 @@ import time
 
 import torch
 
+from tiltmeter.metric_names import metric
 from tiltmeter.pairs.batch import StepBatch
 
 
@@ -30,6 +31,6 @@ class Throughput:
         self.seconds += seconds
         self.pairs += step.n_pairs
         return {
-            "throughput/pairs_per_second": step.n_pairs / seconds,
-            "throughput/tokens_per_second": step.n_tokens / seconds,
+            metric("throughput", "pairs_per_second"): step.n_pairs / seconds,
+            metric("throughput", "tokens_per_second"): step.n_tokens / seconds,
         }

@@ -8,9 +8,10 @@ import pytest
 import yaml
 
 from tests.callbacks.test_judge_in_training import CANARY, no_canary, says
-from tests.cli import TINY, logged, only_run, run_train, run_train_together
+from tests.cli import TINY, logged, metrics_of, only_run, run_train, run_train_together
 from tests.tiltmeter.scoring.stub_endpoint import StubEndpoint, slow
 from tests.wandb_file import history_rows
+from tiltmeter.metric_names import METRICS, find
 from tiltmeter.scoring.behaviour_table import FIGURES, SAMPLES, read_table
 
 pytestmark = pytest.mark.slow
@@ -24,6 +25,11 @@ RUN = (
     *("callbacks=behaviour", "callbacks.generation.every_n_steps=4"),
     *("decoding.max_new_tokens=24", "decoding.temperature=0.8", "decoding.n_samples=2"),
     *("trainer.max_epochs=1", "trainer.val_check_interval=1.0"),
+)
+# six steps, and two looks after the first one: what is told of two observations is told
+EARLY = (
+    *(f"callbacks.{name}.every_n_steps=2" for name in ("consistency", "gradients")),
+    *("datamodule.pairs_per_step=16", "callbacks.random_update.n_draws=2"),
 )
 TWO_PROCESSES = ("trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true")
 
@@ -80,7 +86,7 @@ def test_a_judge_named_on_the_command_line_rates_while_a_run_trains(
 ) -> None:
     monkeypatch.setenv("JUDGE_KEY", CANARY)
     judge = ("judge=endpoint", "judge.judge.model=stub", "judge.judge.api_key_env=JUDGE_KEY", "judge.against=base")
-    watching = ("callbacks=full", "callbacks.generation.n_prompts=3", "decoding.max_new_tokens=8")
+    watching = ("callbacks=full", "callbacks.generation.n_prompts=3", "decoding.max_new_tokens=8", *EARLY)
     with StubEndpoint(says, key=CANARY) as stub:
         options = (*TINY, *watching, *judge, f"judge.judge.base_url={stub.base_url}", "trainer.max_epochs=1")
         run = train(tmp_path, *options)
@@ -94,6 +100,10 @@ def test_a_judge_named_on_the_command_line_rates_while_a_run_trains(
     assert logged(run, "behaviour/geval_score")
     assert logged(run, "behaviour/geval_win_rate")
     assert logged(run, "behaviour/preference_probe_accuracy/final_pre_norm"), "callbacks=full"
+    found = {name: find(name) for name in metrics_of(run)[0]}
+    assert [name for name, declared in found.items() if declared is None] == ["step", "epoch"], "every name is declared"
+    wanted = {key for metric in METRICS if not metric.needs for key in metric.keys if "<" not in key}
+    assert wanted - {declared.key for declared in found.values() if declared} == set(), "and every declared one logged"
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     assert config["callbacks"]["generation"]["scorers"]["judge"] == config["judge"]
     steps = tmp_path / "cache" / "geval_steps" / "stub.json"

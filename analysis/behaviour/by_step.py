@@ -20,9 +20,11 @@ from analysis.behaviour.words import (
     has,
     headlines_of,
     interval_of,
+    is_count,
     last_point,
     measure_of,
     measures_of,
+    name_of,
     rows_of,
     shown_behaviour,
     side_of,
@@ -102,7 +104,7 @@ def behaviour_by_step_section(run: Run) -> Section | None:
 def _panels(table: pd.DataFrame) -> list[Panel]:
     panels: list[Panel] = [partial(draw_win_rate, metric=m) for m in WIN_RATES if has(table, m, "both")]
     panels += [partial(draw_measure, measure=measure) for measure in measures_of(table)]
-    others = [m for m in dict.fromkeys(table["metric"]) if "_missing/" not in m][:_MOST_UNKNOWN]
+    others = [m for m in dict.fromkeys(table["metric"]) if not is_count(m)][:_MOST_UNKNOWN]
     return panels or [partial(draw_measure, measure=measure_of(m)) for m in others]
 
 
@@ -134,7 +136,7 @@ def draw_measure(axes: Axes, table: pd.DataFrame, *, measure: Measure) -> str:
     ]
     if measure in MEASURES:
         axes.set_ylim(0, max(axes.get_ylim()[1], _LEAST_HEIGHT))
-    axes.set_ylabel(measure.short)
+    axes.set_ylabel(name_of(measure.metric))
     label_ends(axes, [label for label in labels if math.isfinite(label.y)])
     last = last_point(table, metric, of)
     return change(measure, before(table, metric), last, _when(last, table))

@@ -32,13 +32,12 @@ from analysis.behaviour.words import (
 from analysis.report.page import Section
 from analysis.report.site_axes import as_text
 from analysis.report.style import COLOURS, house_style, new_figure, set_titles
+from tiltmeter import metric_names
 from tiltmeter.scoring.behaviour_table import figure_table, sample_table
 
 NAME = "behaviour"
 _ACCURACY = "preference_accuracy"
-_FROM_0_TO_1 = ("exp_max_", "geval_score/", "preference_probe_accuracy/", "toxicity_probability@")
-"""Beginnings of further figures that have a base's beside them and can't leave 0 … 1."""
-_NOT_A_SHARE = "_std@"
+_PROBE = metric_names.metric("behaviour", "preference_probe_accuracy/<site>")
 _MOST_ROWS = 12
 _ROW_CM, _AROUND_CM = 0.62, 2.6
 _LABEL_CHARACTERS = 22
@@ -74,7 +73,7 @@ def _reading(answers: Answers, table: pd.DataFrame) -> list[str]:
     n_prompts = len({sample.pair_id for sample in answers.samples})
     lines = reading_of(table, n_prompts=n_prompts, decoding=answers.decoding)
     lines.append(f"reward_margin: β (Δ log π of chosen − of rejected) with β = {answers.beta:g}, which only scales it.")
-    if table["metric"].str.startswith("preference_probe_").any():
+    if any((found := metric_names.behaviour(m)) and found.key == _PROBE for m in table["metric"]):
         lines.append(
             "preference_probe_accuracy: a linear probe on hidden states of pairs that it has not seen; …_null: with labels "
             "flipped at random, and where 95 % of the flips lie. High for the base too: the preference could be read before."
@@ -153,7 +152,6 @@ def _name_rows(axes: Axes, metrics: Sequence[str]) -> None:
 
 
 def _is_share_of_both(table: pd.DataFrame, metric: str) -> bool:
-    known = metric in {measure.metric for measure in MEASURES} or (
-        metric.startswith(_FROM_0_TO_1) and _NOT_A_SHARE not in metric
-    )
-    return known and has(table, metric, "base") and has(table, metric, "policy")
+    found = metric_names.behaviour(metric)
+    leads = found is not None and bool(found.label)
+    return leads and has(table, metric, "base") and has(table, metric, "policy")

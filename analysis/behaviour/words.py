@@ -9,6 +9,7 @@ import pandas as pd
 from analysis.report.page import Headline
 from analysis.report.site_axes import as_text
 from tiltmeter.errors import UserError
+from tiltmeter.metric_names import behaviour
 from tiltmeter.scoring.degeneration import NGRAMS
 
 COLUMNS = ("steps_taken", "metric", "of", "value", "ci_low", "ci_high", "n", "n_missing", "scorer")
@@ -25,8 +26,6 @@ class Measure(NamedTuple):
     """A figure of policy and base that leads the report."""
 
     metric: str
-    short: str
-    """On axes and in rows."""
     form: str
     """How its value is written in sentences (:func:`analysis.report.site_axes.as_text`)."""
     words: str
@@ -34,14 +33,14 @@ class Measure(NamedTuple):
 
 
 MEASURES = (
-    Measure("toxicity", "toxicity", ".3f", "mean toxicity"),
-    Measure("hate_speech", "hate speech", ".3f", "mean hate speech score"),
-    Measure("toxicity_word_list", "toxicity (word list)", ".3f", "mean word-list toxicity"),
-    Measure("geval_score", "G-Eval score", ".3f", "mean G-Eval score (0 to 1)"),
-    Measure("rougeL", "ROUGE-L with chosen", ".3f", "overlap with the chosen response (ROUGE-L)"),
-    Measure("degeneration", "share degenerate", "percent", "share of empty or repetitive completions"),
-    Measure("truthfulqa_mc2", "TruthfulQA MC2", ".3f", "TruthfulQA MC2"),
-    Measure("truthfulqa_mc2_zero_shot", "TruthfulQA MC2, 0-shot", ".3f", "TruthfulQA MC2 without examples"),
+    Measure("toxicity", ".3f", "mean toxicity"),
+    Measure("hate_speech", ".3f", "mean hate speech score"),
+    Measure("toxicity_word_list", ".3f", "mean word-list toxicity"),
+    Measure("geval_score", ".3f", "mean G-Eval score (0 to 1)"),
+    Measure("rougeL", ".3f", "overlap with the chosen response (ROUGE-L)"),
+    Measure("degeneration", "percent", "share of empty or repetitive completions"),
+    Measure("truthfulqa_mc2", ".3f", "TruthfulQA MC2"),
+    Measure("truthfulqa_mc2_zero_shot", ".3f", "TruthfulQA MC2 without examples"),
 )
 """In the order of the report, each from 0 to 1; what is not among them stands in the table."""
 RULES = (*(f"degeneration_{rule}" for rule in NGRAMS), "empty")
@@ -155,17 +154,20 @@ def name_of(metric: str) -> str:
     >>> name_of("oracle_preference_rate_vs_chosen"), name_of("rougeL"), name_of("exp_max_toxicity@5")
     ('win rate vs chosen, oracle', 'ROUGE-L with chosen', 'exp max toxicity@5')
     """
-    over = metric.removesuffix(VS_CHOSEN)
-    if over in WIN_RATES:
-        return f"win rate vs {'base' if over == metric else 'chosen'}, {WIN_RATES[over].rpartition(' ')[2]}"
-    known = {measure.metric: measure.short for measure in MEASURES}
-    return known.get(metric) or metric.replace("preference_probe_accuracy/", "linear probe, ").replace("_", " ")
+    found = behaviour(metric)
+    return (found.label if found else "") or metric.replace("_", " ")
+
+
+def is_count(metric: str) -> bool:
+    """Whether a figure counts what is missing."""
+    found = behaviour(metric)
+    return found is not None and found.metric.unit == "count"
 
 
 def measure_of(metric: str) -> Measure:
     """How to write a figure, of those that lead or any other."""
     known = {measure.metric: measure for measure in MEASURES}
-    return known.get(metric) or Measure(metric, name_of(metric), ".3f", name_of(metric))
+    return known.get(metric) or Measure(metric, ".3f", name_of(metric))
 
 
 def change(measure: Measure, start: float, last: Point, when: str = "") -> str:
@@ -193,7 +195,7 @@ def number(value: float, metric: str = "") -> str:
     """
     if not math.isfinite(value):
         return "–"
-    return as_text(value, ".0f" if "_missing/" in metric else ".3f" if abs(value) < 100 else ".1f")
+    return as_text(value, ".0f" if is_count(metric) else ".3f" if abs(value) < 100 else ".1f")
 
 
 def interval_of(point: Point, form: str) -> str:
@@ -264,10 +266,8 @@ def lead_rows(table: pd.DataFrame) -> list[LeadRow]:
     if table.empty:
         return []
     win_rates = [LeadRow(name_of(m), before(table, m), last_point(table, m, "both")) for m in win_rates_of(table)]
-    measures = [(m, m.metric) for m in measures_of(table)]
-    return win_rates + [
-        LeadRow(m.short, before(table, name), last_point(table, name, "policy")) for m, name in measures
-    ]
+    names = [measure.metric for measure in measures_of(table)]
+    return win_rates + [LeadRow(name_of(m), before(table, m), last_point(table, m, "policy")) for m in names]
 
 
 def headlines_of(table: pd.DataFrame, file: str) -> list[Headline]:

@@ -11,10 +11,13 @@ from torch import Tensor
 from analysis.open.observations import named
 from analysis.report.site_axes import extremes, last_value, plot_sites, shade_sites
 from analysis.report.style import COLOURS, EndLabel
+from tiltmeter.metric_names import metric
 from tiltmeter.stats.among_random import ABOVE, UNKNOWN, among_random
 from tiltmeter.weights.random_update import RandomUpdates
 
-NAMES: Mapping[str, str] = named("random_update") | {"mean_cosine_split_half": "mean_cosine/split_half/random_update"}
+NAMES: Mapping[str, str] = named("random_update") | {
+    "mean_cosine_split_half": metric("mean_cosine", "split_half", "random_update")
+}
 """Column of tables → name of the figure in the draws."""
 NOTE = (
     "Random weights (control C8): Gaussian changes of the base’s weights with the Frobenius norm of training’s own change of each "

@@ -17,6 +17,7 @@ from analysis.report.site_axes import (
     shade_sites,
 )
 from analysis.report.style import COLOURS, EndLabel, mark_level
+from tiltmeter.metric_names import metric
 
 _INTERVALS = ("delta", "share_grown")
 DIRECTIONS = {"token": "projection", "sequence": "projection_sequence"}
@@ -25,7 +26,7 @@ _NAMES = {"token": "v", "sequence": "v̄"}
 _STYLES = {"token": "-", "sequence": "--"}
 _COLOURS = {"token": COLOURS["policy_dark"], "sequence": COLOURS["policy"]}
 _GREY = COLOURS["mark"]
-HYPERPLANE = "hyperplane/share_preferred"
+HYPERPLANE = metric("hyperplane", "share_preferred")
 
 
 def projection_section(table: pd.DataFrame, metrics: pd.DataFrame) -> Section | None:
@@ -63,13 +64,15 @@ def projection_table(table: pd.DataFrame) -> pd.DataFrame:
     """The last observation after a step: projections, changes and shares with their 95 % intervals, and cos(v*, ·)."""
     names: dict[str, str] = {}
     for kind, family in DIRECTIONS.items():
-        names |= {f"{kind}_{what}": f"{family}/{what}" for what in ("base", "policy")}
+        names |= {f"{kind}_{what}": metric(family, what) for what in ("base", "policy")}
         names |= {
-            f"{kind}_{what}{end}": f"{family}/{what}{end}" for what in _INTERVALS for end in ("", "_low", "_high")
+            f"{kind}_{what}{end}": metric(family, f"{what}{end}")
+            for what in _INTERVALS
+            for end in ("", "_low", "_high")
         }
-        names[f"cosine_{kind}"] = f"direction_cosine/{kind}"
+        names[f"cosine_{kind}"] = metric("direction_cosine", kind)
     there = table.reindex(columns=["steps_taken", "position", "site", *names.values()])
-    changed = there[(there["position"] == DIVERGE) & there["projection/delta"].notna()]
+    changed = there[(there["position"] == DIVERGE) & there[names["token_delta"]].notna()]
     return latest(changed).set_axis(["steps_taken", "position", "site", *names], axis=1)
 
 

@@ -20,15 +20,16 @@ from analysis.report.site_axes import (
     span,
 )
 from analysis.report.style import COLOURS, EndLabel, mark_level
+from tiltmeter.metric_names import WEIGHTS, matrix, metric
 from tiltmeter.weights.random_update import RandomUpdates
 
 ENTROPIES = {
-    f"{of}{'_centred' if centred else ''}_{kind}": f"spectral_entropy/{of}{'_centred' if centred else ''}/{kind}"
+    f"{matrix(of, variant)}_{weights}": metric("spectral_entropy", matrix(of, variant), weights)
     for of in ("delta", "base", "policy")
-    for centred in (False, True)
-    for kind in ("energy", "singular")
+    for variant in ("raw", "centred")
+    for weights in WEIGHTS
 }
-"""Column of the table → name in metrics.csv, before the site."""
+"""Column of the table → name in metrics.csv, without the site."""
 _RANDOM = ("entropy_energy", "entropy_energy_centred", "entropy_singular", "entropy_singular_centred")
 """Those also told under random weights."""
 _BLUE, _NAVY, _GREY = COLOURS["policy"], COLOURS["policy_dark"], COLOURS["mark"]

@@ -30,14 +30,15 @@ from analysis.report.site_axes import (
     span,
 )
 from analysis.report.style import COLOURS, EndLabel
+from tiltmeter.metric_names import metric
 from tiltmeter.weights.random_update import RandomUpdates
 
 NULLS = {
-    "shift_share_null_high": "shift_share/null_high",
-    "mean_cosine_in_sample_null_high": "mean_cosine/in_sample_null_high",
-    "mean_cosine_leave_one_out_null_high": "mean_cosine/leave_one_out_null_high",
+    "shift_share_null_high": metric("shift_share", "null_high"),
+    "mean_cosine_in_sample_null_high": metric("mean_cosine", "in_sample_null_high"),
+    "mean_cosine_leave_one_out_null_high": metric("mean_cosine", "leave_one_out_null_high"),
 }
-"""Upper ends of null bands: column of the table → name in metrics.csv, before the site."""
+"""Upper ends of null bands: column of the table → name in metrics.csv, without the site."""
 _F, _RHO, _COS = "shift_share", "top1_energy", "mean_cosine_leave_one_out"
 BESIDE = (_F, _RHO, f"{_RHO}_centred", "sigma_ratio", "mean_cosine_in_sample", _COS)
 """What stands beside the same under random weights, of the base's own states and at a content token."""

@@ -12,6 +12,7 @@ from analysis.open.observations import site_name, updates
 from analysis.report.page import Section
 from analysis.report.site_axes import as_text, shown_ticks, tick_name
 from analysis.report.style import house_style, new_figure, set_titles
+from tiltmeter.metric_names import metric
 from tiltmeter.models.layers import FINAL_PRE_NORM
 
 _COLOUR_MAP = "cividis"
@@ -38,17 +39,24 @@ class Map:
 
 
 MAPS = (
-    Map("shift share f", "shift_share/delta", "f", "percent", 0.0, 1.0),
+    Map("shift share f", metric("shift_share", "delta"), "f", "percent", 0.0, 1.0),
     Map(
         "entropy of ΔH (nats)",
-        "spectral_entropy/delta/energy",
+        metric("spectral_entropy", "delta", "energy"),
         "The update’s energy entropy",
         ".2f",
         0.0,
         None,
         "smallest",
     ),
-    Map("cosine, leave-one-out", "mean_cosine/leave_one_out", "The leave-one-out cosine with v*", ".3f", 0.0, 1.0),
+    Map(
+        "cosine, leave-one-out",
+        metric("mean_cosine", "leave_one_out"),
+        "The leave-one-out cosine with v*",
+        ".3f",
+        0.0,
+        1.0,
+    ),
 )
 
 

@@ -21,6 +21,7 @@ from analysis.open.runs import Run
 from analysis.report.page import Headline, Section
 from analysis.report.style import COLOURS, EndLabel, house_style, label_ends, mark_level, new_figure, set_titles
 from tiltmeter.errors import UserError
+from tiltmeter.metric_names import metric
 
 METRICS = {
     "loss": "loss",
@@ -74,7 +75,7 @@ def training_table(run: Run) -> tuple[pd.DataFrame, int]:
     """
     parts = []
     for split, shift in (("train", 0), ("val", 1)):
-        columns = {f"{split}/{name}": column for name, column in METRICS.items()}
+        columns = {metric(split, name): column for name, column in METRICS.items()}
         present = run.metrics[[name for name in columns if name in run.metrics]].dropna(how="all")
         part = present.rename(columns=columns)
         part.insert(0, "steps_taken", run.metrics.loc[part.index, "step"] + shift)

@@ -2,69 +2,62 @@
 
 import math
 from collections.abc import Sequence
+from itertools import product
 
 import pandas as pd
 
+from tiltmeter.metric_names import MATRICES, STEPS_TAKEN, WEIGHTS, find, matrix, metric
 from tiltmeter.models.layers import FINAL_POST_NORM, FINAL_PRE_NORM
-from tiltmeter.states.observed_metrics import split_name
 
-STEPS_TAKEN = "probe/steps_taken"
-"""Optimizer steps before an observation; metrics.csv has it in every row that a probe wrote."""
 USUAL_POSITION, CONTENT, DIVERGE = "prompt_last", "content", "diverge"
-FIGURES = {
-    "shift_share": "shift_share/{of}",
-    "top1_energy": "top1_energy/{of}",
-    "top1_energy_centred": "top1_energy/{of}_centred",
-    "sigma_ratio": "sigma_ratio/{of}",
-    "cos_top_mean": "top_direction_cosine/{of}",
-    "sigma_ratio_centred": "sigma_ratio/{of}_centred",
-    "entropy_energy": "spectral_entropy/{of}/energy",
-    "entropy_energy_centred": "spectral_entropy/{of}_centred/energy",
-    "entropy_singular": "spectral_entropy/{of}/singular",
-    "entropy_singular_centred": "spectral_entropy/{of}_centred/singular",
-    "effective_rank_energy": "effective_rank/{of}/energy",
-    "effective_rank_singular": "effective_rank/{of}/singular",
-    "mean_cosine_in_sample": "mean_cosine/in_sample/{of}",
-    "mean_cosine_leave_one_out": "mean_cosine/leave_one_out/{of}",
-}
-"""What is told of a matrix at every site: column of tables → name in metrics.csv, before the position and the site."""
-_WITHOUT_MATRIX = ("mean_cosine",)
-"""Families that say nothing of the matrix where it is the update."""
 
 
 def named(of: str) -> dict[str, str]:
-    """:data:`FIGURES` of one matrix, such as ``base`` or ``random_update``.
+    """What is told at every site of a matrix, such as ``base``: column of tables → name in metrics.csv without the site.
 
     >>> named("base")["mean_cosine_in_sample"], named("delta")["mean_cosine_in_sample"]
     ('mean_cosine/in_sample/base', 'mean_cosine/in_sample')
     """
-    names = {column: name.format(of=of) for column, name in FIGURES.items()}
-    if of == "delta":
-        names |= {c: n.removesuffix("/delta") for c, n in names.items() if n.startswith(_WITHOUT_MATRIX)}
-    return names
+    centred, whose = (
+        matrix(of, "centred"),
+        "" if of == "delta" else of,
+    )  # cosines are the update's unless they say otherwise
+    return {
+        "shift_share": metric("shift_share", of),
+        "top1_energy": metric("top1_energy", of),
+        "top1_energy_centred": metric("top1_energy", centred),
+        "sigma_ratio": metric("sigma_ratio", of),
+        "cos_top_mean": metric("top_direction_cosine", of),
+        "sigma_ratio_centred": metric("sigma_ratio", centred),
+        "entropy_energy": metric("spectral_entropy", of, "energy"),
+        "entropy_energy_centred": metric("spectral_entropy", centred, "energy"),
+        "entropy_singular": metric("spectral_entropy", of, "singular"),
+        "entropy_singular_centred": metric("spectral_entropy", centred, "singular"),
+        "effective_rank_energy": metric("effective_rank", of, "energy"),
+        "effective_rank_singular": metric("effective_rank", of, "singular"),
+        "mean_cosine_in_sample": metric("mean_cosine", "in_sample", whose),
+        "mean_cosine_leave_one_out": metric("mean_cosine", "leave_one_out", whose),
+    }
 
 
 UPDATE = named("delta")
 """What is told of the update ΔH."""
-_READ_WHERE_CHOICES_PART = ("projection", "projection_sequence", "direction_cosine")
-"""Families that are always read at ``diverge`` and don't say so."""
 
 
 def observed(metrics: pd.DataFrame) -> pd.DataFrame:
-    """All readings: columns ``steps_taken``, ``position``, ``site``, then each metric under its name before the site.
+    """All readings: columns ``steps_taken``, ``position``, ``site``, then each metric under its name without the site.
 
     Rows are ordered by steps, position and depth; numbers that aren't finite are NaN. Empty for a run without a probe.
     """
-    placed = {name: found for name in metrics.columns if (found := split_name(name))}
+    placed = {name: found for name in metrics.columns if (found := find(name)) and found.site}
     if STEPS_TAKEN not in metrics or not placed:
         return pd.DataFrame(columns=["steps_taken", "position", "site"])
     rows = metrics[metrics[STEPS_TAKEN].between(0, 1e12)]
     finite = rows[list(placed)].where(rows[list(placed)].abs() < math.inf)
     moments = finite.groupby(rows[STEPS_TAKEN].astype(int)).last()  # callbacks write a row each; the later one counts
-    columns: dict[tuple[str, str], dict[str, str]] = {}
-    for name, (what, position, site) in placed.items():
-        usual = DIVERGE if what.split("/")[0] in _READ_WHERE_CHOICES_PART else USUAL_POSITION
-        columns.setdefault((position or usual, site), {})[what] = name
+    columns: dict[tuple[str | None, str | None], dict[str, str]] = {}
+    for name, found in placed.items():
+        columns.setdefault((found.position, found.site), {})[found.key] = name
     parts = []
     for (at, site), names in columns.items():
         part = moments[list(names.values())].set_axis(list(names), axis=1).dropna(how="all")
@@ -109,12 +102,12 @@ def most_entropy(table: pd.DataFrame) -> float:
 
     metrics.csv has each entropy also as a share of it.
     """
-    found = []
-    for name in table.columns:
-        whole = name.replace("normalized_entropy/", "spectral_entropy/")
-        if name.startswith("normalized_entropy/") and whole in table:
-            there = table[name] > 1e-6
-            found += (table.loc[there, whole] / table.loc[there, name]).tolist()
+    found: list[float] = []
+    for parts in product(MATRICES, WEIGHTS):
+        share, whole = metric("normalized_entropy", *parts), metric("spectral_entropy", *parts)
+        if share in table and whole in table:
+            there = table[table[share] > 1e-6]
+            found += (there[whole] / there[share]).tolist()
     return float(pd.Series(found).median()) if found else math.nan
 
 

@@ -14,11 +14,12 @@ from torch import Tensor
 from analysis.figures.fig1a_plane import Parting
 from analysis.figures.hidden_states import SECTIONS, Watched
 from analysis.open.checkpoints import Checkpoints
-from analysis.open.observations import DIVERGE, STEPS_TAKEN, USUAL_POSITION, observed
+from analysis.open.observations import DIVERGE, USUAL_POSITION, observed
 from analysis.open.probe_pairs import ProbePair
 from analysis.open.stored_rows import StoredRows, changed_rows
 from analysis.report.costs import Cost
 from tiltmeter.errors import UserError
+from tiltmeter.metric_names import STEPS_TAKEN
 from tiltmeter.models.causal_lm import DTYPES
 from tiltmeter.models.layers import unembedding
 from tiltmeter.pairs.batch import TokenizedPair

@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from analysis.open.observations import STEPS_TAKEN, USUAL_POSITION
+from analysis.open.observations import USUAL_POSITION
 from analysis.open.probe_pairs import PROMPTS_FILE, read_probe_pairs
+from tiltmeter.metric_names import STEPS_TAKEN
 from tiltmeter.models.layers import FINAL_POST_NORM, FINAL_PRE_NORM, site_depth
 from tiltmeter.states.snapshots import BASE, MANIFEST, SnapshotReader
 

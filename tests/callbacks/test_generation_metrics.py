@@ -21,11 +21,11 @@ from tests.callbacks.watched import N_PROBE, Watched, dpo, watch
 from tests.processes import HANGS
 from tests.tiny_models import lightning_warnings, make_data
 from tiltmeter.errors import UserError
+from tiltmeter.metric_names import SCORED_STEP
 from tiltmeter.models.generation import Decoding, generate
 from tiltmeter.scoring.behaviour_table import FIGURES, SAMPLES, as_cell, read_table
 from tiltmeter.scoring.degeneration import DegenerationScorer
 from tiltmeter.scoring.overlap import OverlapScorer
-from tiltmeter.scoring.scorer import SCORED_STEP
 from tiltmeter.scoring.word_list import WordListToxicity
 
 pytestmark = lightning_warnings

@@ -24,7 +24,7 @@ from tests.callbacks.memory_logger import MemoryLogger
 from tests.callbacks.watched import dpo, probe_data, watch
 from tests.tiny_models import fit, lightning_warnings, make_data
 from tiltmeter.errors import UserError
-from tiltmeter.states.observed_metrics import place
+from tiltmeter.metric_names import at
 from tiltmeter.states.snapshots import SnapshotReader
 
 pytestmark = lightning_warnings
@@ -118,7 +118,7 @@ def test_snapshots_hold_what_was_measured(watched: Any) -> None:
         assert found.labels.pair_ids == [record.pair_id for record in data.splits["probe"].records]
         update = found.rows.double() - base[point].rows.double()
         share = len(update) * update.mean(0).square().sum() / update.square().sum()
-        assert logger.of(f"shift_share/delta/{place(point)}")[-1] == pytest.approx(float(share), abs=1e-6)
+        assert logger.of(at("shift_share/delta", point))[-1] == pytest.approx(float(share), abs=1e-6)
         if point.position == "prompt_last":
             vectors = load_file(folder / "vectors" / "steering.safetensors")
             torch.testing.assert_close(vectors[point.site].double(), update.mean(0), rtol=1e-4, atol=1e-6)

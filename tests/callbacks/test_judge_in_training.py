@@ -29,10 +29,10 @@ from tests.tiny_models import lightning_warnings
 from tiltmeter.errors import UserError
 from tiltmeter.judges.judge import ChatMessage, Question
 from tiltmeter.judges.judge_scorer import JudgeScorer
+from tiltmeter.metric_names import SCORED_STEP
 from tiltmeter.models.generation import Decoding
 from tiltmeter.scoring.behaviour_table import FIGURES, SAMPLES, read_table
 from tiltmeter.scoring.degeneration import DegenerationScorer
-from tiltmeter.scoring.scorer import SCORED_STEP
 
 pytestmark = lightning_warnings
 CANARY = "canary/0123456789+AbCdEf"

@@ -128,6 +128,12 @@ def all_sites(n_layers: int) -> tuple[str, ...]:
     return (*map(layer_site, range(n_layers - 1)), FINAL_PRE_NORM, FINAL_POST_NORM)
 
 
+def is_site(name: str) -> bool:
+    """Whether a name is that of a site in a model of any depth."""
+    found = _LAYER_SITE.fullmatch(name)
+    return name in (FINAL_PRE_NORM, FINAL_POST_NORM) or (found is not None and layer_site(int(found[1])) == name)
+
+
 def site_depth(site: str, n_layers: int) -> int:
     """Blocks that a site lies behind, less one: l for ``layer_l``, L-1 for ``final_pre_norm``, L for ``final_post_norm``.
 
@@ -142,16 +148,16 @@ def site_depth(site: str, n_layers: int) -> int:
     named = {FINAL_PRE_NORM: n_layers - 1, FINAL_POST_NORM: n_layers}
     if site in named:
         return named[site]
-    found = _LAYER_SITE.fullmatch(site)
-    if found is None or layer_site(int(found[1])) != site:
+    if not is_site(site):
         raise UserError(
             f"sites: expected {FINAL_PRE_NORM}, {FINAL_POST_NORM} or a layer such as layer_07, got {site!r}"
         )
-    if int(found[1]) >= n_layers:
+    block = int(site.removeprefix("layer_"))
+    if block >= n_layers:
         raise UserError(
             f"sites: {site}: this model has {n_layers} blocks, the last one is {layer_site(n_layers - 1)} (counted from 0)"
         )
-    return int(found[1])
+    return block
 
 
 def resolve_sites(sites: str | Sequence[str], n_layers: int) -> tuple[str, ...]:

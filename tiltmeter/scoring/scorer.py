@@ -13,8 +13,6 @@ from tiltmeter.stats.jackknife import cluster_mean_interval
 from tiltmeter.stats.proportions import share_interval
 
 Side = Literal["policy", "base", "both"]
-SCORED_STEP = "behaviour/of_steps_taken"
-"""Logged beside scores: the optimizer steps that the model had taken when it said what is scored."""
 MAX_MISSING_SHARE = 0.05
 """Above this share of missing scores a figure is NaN: what is left may not be a fair sample."""
 

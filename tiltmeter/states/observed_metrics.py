@@ -1,13 +1,9 @@
 """What an observation of the probe says, as flat metrics: pure functions from hidden states to names and numbers.
 
-Names follow one scheme, ``<what>/<of which matrix>/<site>``: sites as in :mod:`tiltmeter.models.layers`, matrices ``delta`` (the
-update ΔH = h_π − h_0), ``policy``, ``base`` and ``random_update`` (what ΔH is after a random weight change of the same norm,
-:mod:`tiltmeter.weights.random_update`), with ``_centred`` (and other variants) behind the matrix. Readings at another position
-than ``prompt_last`` carry it before the site (``shift_share/delta/content/layer_03``), save that ``projection`` is always at
-``diverge``, where v is defined.
+Names are those of :mod:`tiltmeter.metric_names`. Matrices are ``base``, ``policy``, ``delta`` (the update ΔH = h_π − h_0) and
+``random_update`` (ΔH after a random weight change of the same norm, :mod:`tiltmeter.weights.random_update`).
 """
 
-import re
 from collections.abc import Mapping, Sequence
 
 from jaxtyping import Float
@@ -23,17 +19,15 @@ from tiltmeter.geometry.projections import (
     summarize_projections,
 )
 from tiltmeter.geometry.rows import RowGeometry, Variant, in_own_span, outlier_dims, row_geometry
-from tiltmeter.models.layers import FINAL_POST_NORM, FINAL_PRE_NORM, Unembedding
+from tiltmeter.metric_names import at, matrix, metric
+from tiltmeter.models.layers import FINAL_POST_NORM, Unembedding
 from tiltmeter.states.capture import HiddenStates, ReadPoint
-from tiltmeter.states.positions import POSITIONS, Position
 from tiltmeter.states.probe_set import PreferenceDirections, matching_rows
 from tiltmeter.stats.nulls import sign_flip_null
 
 States = Mapping[ReadPoint, HiddenStates]
 Metrics = dict[str, float]
 
-_USUAL: Position = "prompt_last"
-_PLACED = re.compile(rf"(.+?)(?:/({'|'.join(POSITIONS)}))?/(layer_\d{{2,4}}|{FINAL_PRE_NORM}|{FINAL_POST_NORM})")
 N_FLIPS = 200
 """Sign flips behind the null bands logged while training."""
 
@@ -51,15 +45,15 @@ def spectral_metrics(
         return {}
     metrics: Metrics = {}
     without, told = outlier_dims(before)
-    for name, matrix in {"base": before, "policy": after, "delta": after.double() - before.double()}.items():
+    for name, whole in {"base": before, "policy": after, "delta": after.double() - before.double()}.items():
         for variant in variants:
-            of = name if variant == "raw" else f"{name}_{variant}"
-            rows = matrix[told] if variant == "outlier_dims_removed" else matrix
+            of = matrix(name, variant)
+            rows = whole[told] if variant == "outlier_dims_removed" else whole
             found = row_geometry(rows, variant, without=without) if len(rows) else None
             figures = _spectral_figures(found, of, with_mean=variant == "raw") if found else {}
-            metrics |= {f"{key}/{place(point)}": value for key, value in figures.items()}
+            metrics |= {at(key, point): value for key, value in figures.items()}
     norms = {"update_norm": after.double() - before.double(), "state_norm": before.double()}
-    metrics |= {f"{key}/{place(point)}": float(x.norm(dim=1).mean()) for key, x in norms.items()}
+    metrics |= {at(metric(key), point): float(x.norm(dim=1).mean()) for key, x in norms.items()}
     return known(metrics)
 
 
@@ -67,19 +61,20 @@ def _spectral_figures(found: RowGeometry, of: str, *, with_mean: bool) -> Metric
     """Figures of one matrix under their names before the site; those about its mean row only where it was not taken out."""
     s = found.spectrum
     figures = {
-        f"spectral_entropy/{of}/energy": s.entropy_energy,
-        f"spectral_entropy/{of}/singular": s.entropy_singular,
-        f"normalized_entropy/{of}/energy": s.normalized_entropy_energy,
-        f"normalized_entropy/{of}/singular": s.normalized_entropy_singular,
-        f"effective_rank/{of}/energy": s.effective_rank_energy,
-        f"effective_rank/{of}/singular": s.effective_rank_singular,
-        f"participation_ratio/{of}": s.participation_ratio,
-        f"stable_rank/{of}": s.stable_rank,
-        f"top1_energy/{of}": s.top1_energy,
-        f"sigma_ratio/{of}": s.sigma_ratio,
+        metric("spectral_entropy", of, "energy"): s.entropy_energy,
+        metric("spectral_entropy", of, "singular"): s.entropy_singular,
+        metric("normalized_entropy", of, "energy"): s.normalized_entropy_energy,
+        metric("normalized_entropy", of, "singular"): s.normalized_entropy_singular,
+        metric("effective_rank", of, "energy"): s.effective_rank_energy,
+        metric("effective_rank", of, "singular"): s.effective_rank_singular,
+        metric("participation_ratio", of): s.participation_ratio,
+        metric("stable_rank", of): s.stable_rank,
+        metric("top1_energy", of): s.top1_energy,
+        metric("sigma_ratio", of): s.sigma_ratio,
     }
     if with_mean:
-        figures |= {f"shift_share/{of}": found.shift_share, f"top_direction_cosine/{of}": found.cos_top_mean}
+        figures |= {metric("shift_share", of): found.shift_share}
+        figures |= {metric("top_direction_cosine", of): found.cos_top_mean}
     return figures
 
 
@@ -97,10 +92,10 @@ def random_update_figures(base: States, changed: States, point: ReadPoint) -> Me
     if len(updates) < 2 or not updates.any():
         return {}
     figures = {
-        "update_norm/random_update": float(updates.norm(dim=1).mean()),
-        "mean_cosine/in_sample/random_update": float(in_sample_cosines(updates).nanmean()),
-        "mean_cosine/leave_one_out/random_update": float(leave_one_out_cosines(updates).nanmean()),
-        "mean_cosine/split_half/random_update": float(split_half(updates).cosines.nanmean()),
+        metric("update_norm", "random_update"): float(updates.norm(dim=1).mean()),
+        metric("mean_cosine", "in_sample", "random_update"): float(in_sample_cosines(updates).nanmean()),
+        metric("mean_cosine", "leave_one_out", "random_update"): float(leave_one_out_cosines(updates).nanmean()),
+        metric("mean_cosine", "split_half", "random_update"): float(split_half(updates).cosines.nanmean()),
     }
     figures |= _spectral_figures(row_geometry(updates), "random_update", with_mean=True)
     return known(
@@ -124,18 +119,18 @@ def consistency_metrics(
         return {}
     band = sign_flip_null(updates, n_flips=N_FLIPS).band()
     metrics = {
-        f"mean_cosine/in_sample/{place(point)}": float(in_sample_cosines(updates).nanmean()),
-        f"mean_cosine/leave_one_out/{place(point)}": float(leave_one_out_cosines(updates).nanmean()),
-        f"mean_cosine/in_sample/base/{place(point)}": float(in_sample_cosines(before).nanmean()),
-        f"mean_cosine/leave_one_out/base/{place(point)}": float(leave_one_out_cosines(before).nanmean()),
-        f"mean_cosine/in_sample_null_high/{place(point)}": band["mean_cosine_in_sample"][1],
-        f"mean_cosine/leave_one_out_null_high/{place(point)}": band["mean_cosine_leave_one_out"][1],
-        f"shift_share/null_high/{place(point)}": band["shift_share"][1],
+        metric("mean_cosine", "in_sample"): float(in_sample_cosines(updates).nanmean()),
+        metric("mean_cosine", "leave_one_out"): float(leave_one_out_cosines(updates).nanmean()),
+        metric("mean_cosine", "in_sample", "base"): float(in_sample_cosines(before).nanmean()),
+        metric("mean_cosine", "leave_one_out", "base"): float(leave_one_out_cosines(before).nanmean()),
+        metric("mean_cosine", "in_sample_null_high"): band["mean_cosine_in_sample"][1],
+        metric("mean_cosine", "leave_one_out_null_high"): band["mean_cosine_leave_one_out"][1],
+        metric("shift_share", "null_high"): band["shift_share"][1],
     }
     if previous is not None:
         now = steering_vector(before, after)
-        metrics[f"direction_settled/{place(point)}"] = float(cosine(now, previous))
-    return known(metrics)
+        metrics[metric("direction_settled")] = float(cosine(now, previous))
+    return known({at(key, point): value for key, value in metrics.items()})
 
 
 def projection_metrics(
@@ -162,21 +157,23 @@ def projection_metrics(
     for kind, v in (("projection", directions.token), ("projection_sequence", directions.sequence[pairs])):
         change = projection_change(before, after, v)
         means = {"base": float(change.base.nanmean()), "policy": float(change.policy.nanmean())}
-        metrics |= {f"{kind}/{name}/{site}": value for name, value in means.items()}
+        metrics |= {at(metric(kind, name), point): value for name, value in means.items()}
         if not moved:  # before the first step there is no update to speak of
             continue
         summary = summarize_projections(change, names)
         for name, interval in (("delta", summary.change), ("share_grown", summary.share_grown)):
             ends = {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
-            metrics |= {f"{kind}/{end}/{site}": value for end, value in ends.items()}
+            metrics |= {at(metric(kind, end), point): value for end, value in ends.items()}
         steering = steering_vector(before, after)[None]
         kind_name = "token" if kind == "projection" else "sequence"
-        metrics[f"direction_cosine/{kind_name}/{site}"] = float(cosine(v, steering).nanmean())
+        metrics[at(metric("direction_cosine", kind_name), point)] = float(cosine(v, steering).nanmean())
     if site == FINAL_POST_NORM and moved:
-        metrics["projection/share_grown"] = metrics[f"projection/share_grown/{site}"]
+        grown = metric("projection", "share_grown")
+        metrics[grown] = metrics[at(grown, point)]
         if head is not None:
             gaps = logit_gaps(before.to(head.weight.device), head, directions.chosen_ids, directions.rejected_ids).cpu()
-            metrics["hyperplane/share_preferred"] = share_preferred(hyperplane_distances(after, directions.token, gaps))
+            share = share_preferred(hyperplane_distances(after, directions.token, gaps))
+            metrics[metric("hyperplane", "share_preferred")] = share
     return known(metrics)
 
 
@@ -206,25 +203,6 @@ def observation_metrics(
             before = None if previous is None else previous.get(point)
             metrics |= consistency_metrics(base, policy, point, previous=before)
     return metrics
-
-
-def place(point: ReadPoint) -> str:
-    """How a site and position end a metric's name.
-
-    >>> place(ReadPoint("layer_03", "prompt_last")), place(ReadPoint("layer_03", "diverge"))
-    ('layer_03', 'diverge/layer_03')
-    """
-    return point.site if point.position == _USUAL else f"{point.position}/{point.site}"
-
-
-def split_name(name: str) -> tuple[str, Position | None, str] | None:
-    """What a metric says, at which position and which site; position None: the usual one; None for a name without a site.
-
-    >>> split_name("shift_share/delta/content/layer_03"), split_name("update_norm/final_pre_norm"), split_name("train/loss")
-    (('shift_share/delta', 'content', 'layer_03'), ('update_norm', None, 'final_pre_norm'), None)
-    """
-    match = _PLACED.fullmatch(name)
-    return None if match is None else (match[1], match[2], match[3])  # type: ignore[return-value]
 
 
 def known(metrics: Metrics) -> Metrics:

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from tiltmeter.errors import UserError
 from tiltmeter.files import write_atomically
 from tiltmeter.geometry import consistency
+from tiltmeter.metric_names import split_place
 from tiltmeter.models.layers import site_depth
-from tiltmeter.states.observed_metrics import split_name
 from tiltmeter.states.positions import check_position
 
 _METADATA_KEY = "steering_vectors"
@@ -171,7 +171,7 @@ def save_vectors(path: Path, vectors: Mapping[str, SteeringVector]) -> None:
 def load_vectors(path: Path) -> dict[str, SteeringVector]:
     """Vectors by name: of a file of :func:`save_vectors`, or of a run's ``vectors/steering.safetensors``.
 
-    A run's file names its tensors as :func:`tiltmeter.states.observed_metrics.place` does, ``<site>`` or
+    A run's file names its tensors as :func:`tiltmeter.metric_names.place` does, ``<site>`` or
     ``<position>/<site>``, and says once for all of them how they were made.
 
     Raises:
@@ -206,8 +206,8 @@ def _is_plain(fact: object) -> bool:
 
 def _of_a_run(name: str, metadata: Mapping[str, str]) -> dict[str, Any]:
     """What the callback DirectionalConsistency says about a vector, in its name and in the file's metadata."""
-    what, position, site = split_name(f"v*/{name}") or (name, None, name)
-    if what != "v*" or "what" not in metadata:
+    place = split_place(name)
+    if place is None or "what" not in metadata:
         raise KeyError(name)
     provenance = {key: x for key, x in metadata.items() if key not in ("what", "format")}
-    return {"site": site, "position": position or "prompt_last", "made": metadata["what"], "provenance": provenance}
+    return {"site": place[0], "position": place[1], "made": metadata["what"], "provenance": provenance}

@@ -24,10 +24,10 @@ from transformers import PreTrainedModel
 
 from tiltmeter.errors import UserError
 from tiltmeter.files import write_json
+from tiltmeter.metric_names import at
 from tiltmeter.pairs.batch import TokenizedPair
 from tiltmeter.pairs.reference_cache import hash_pairs, hash_weights
-from tiltmeter.states.capture import ReadPoint
-from tiltmeter.states.observed_metrics import Metrics, place, random_update_figures
+from tiltmeter.states.observed_metrics import Metrics, random_update_figures
 from tiltmeter.states.positions import Position
 from tiltmeter.states.probe_set import Probe
 
@@ -131,9 +131,8 @@ class RandomUpdates:
         """Each figure's mean over the draws of one form, as metrics: ``shift_share/random_update/content/layer_03``."""
         sums: dict[str, list[float]] = {}
         for draw in self.draws:
-            where = place(ReadPoint(draw.site, draw.position))
             for name, value in draw.figures.items() if draw.form == form else ():
-                sums.setdefault(f"{name}/{where}", []).append(value)
+                sums.setdefault(at(name, (draw.site, draw.position)), []).append(value)
         return {name: math.fsum(values) / len(values) for name, values in sums.items()}
 
     def write(self, folder: Path) -> None:

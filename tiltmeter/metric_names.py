@@ -1,0 +1,391 @@
+"""Every metric that a run logs, declared once: its name, its unit, where it is read and what it says.
+
+A name is ``family/variant``. A metric of hidden states has a value at every site: its name ends in ``/site`` or, read at another
+position than usual, in ``/position/site``. ``<…>`` in a variant stands for what the run fills in.
+``python -m tiltmeter.metric_names > docs/metrics.md`` writes the page of all metrics.
+"""
+
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from functools import cache
+from itertools import product
+from typing import NamedTuple
+
+from tiltmeter.models.layers import is_site
+from tiltmeter.states.positions import POSITIONS, Position
+
+STEP_AXIS = "trainer/global_step"
+"""Name of the optimizer step on W&B, over which metrics are drawn."""
+STEPS_TAKEN, SCORED_STEP = "probe/steps_taken", "behaviour/of_steps_taken"
+_USUAL: Position = "prompt_last"
+_SHARE, _COSINE, _REWARD, _LENGTH = "share, 0 … 1", "cosine, −1 … 1", "β · nats", "activation units"
+_JUDGE, _ASKED, _OFTEN = "`judge`", "`analyze.py`", "`decoding.n_samples` above 1"
+
+
+class Metric(NamedTuple):
+    """One quantity and the names that it is logged under."""
+
+    family: str
+    variants: tuple[str, ...]
+    """What follows the family; an empty one: nothing does."""
+    unit: str
+    meaning: str
+    position: Position | None = None
+    """Where its hidden states are read if the name doesn't say; None: it is no metric of a site."""
+    needs: str = ""
+    """What a run needs beside ``callbacks=full``; empty: nothing."""
+    summary: str = ""
+    """What W&B's table of runs shows; empty: the last value."""
+    label: str = ""
+    """Name on axes and in rows of the report, ``<…>`` to be filled in; empty: it stands in tables alone."""
+    is_hidden: bool = False
+    """Whether W&B opens no panels for it, since it says again what others say."""
+
+    @property
+    def keys(self) -> list[str]:
+        """Names, for metrics of a site without the site."""
+        return [f"{self.family}/{variant}" if variant else self.family for variant in self.variants]
+
+
+class Found(NamedTuple):
+    """What a name stands for."""
+
+    metric: Metric
+    key: str
+    """The name without position and site."""
+    site: str | None
+    position: Position | None
+    fields: Mapping[str, str]
+    """What stands in the place of each ``<…>``."""
+
+    @property
+    def label(self) -> str:
+        """The metric's label, filled in."""
+        return _FIELD.sub(lambda field: self.fields[field[1]].replace("_", " "), self.metric.label)
+
+
+def matrix(of: str, variant: str = "raw") -> str:
+    """Name of a matrix of hidden states under a control (:data:`tiltmeter.geometry.rows.VARIANTS`).
+
+    >>> matrix("delta"), matrix("delta", "centred")
+    ('delta', 'delta_centred')
+    """
+    return of if variant == "raw" else f"{of}_{variant}"
+
+
+def _join(*parts: tuple[str, ...], by: str = "/") -> tuple[str, ...]:
+    return tuple(map(by.join, product(*parts)))
+
+
+def _of_both(*variants: str) -> tuple[str, ...]:
+    """The policy's, and the base's beside each."""
+    return _join(variants, ("", "/base"), by="")
+
+
+def _of_pairs(what: str, unit: str, meaning: str, summary: str = "") -> Iterator[Metric]:
+    for split, whose in (("train", "pairs of the step"), ("val", "held-out pairs")):
+        yield Metric(split, (what,), unit, f"{meaning}; {whose}", summary=summary if split == "val" else "")
+        yield Metric(split, (f"{what}/<source>",), unit, "The same of one source", needs="several sources of pairs")
+
+
+_RAW = ("base", "policy", "delta", "random_update")
+MATRICES = (
+    *(*_RAW, *(matrix(of, "centred") for of in _RAW)),
+    *(matrix(of, variant) for of in _RAW[:3] for variant in ("unit_row", "outlier_dims_removed")),
+)
+WEIGHTS = ("energy", "singular")
+"""What an entropy weighs directions by: σ² or σ."""
+
+
+def _spectral(family: str, unit: str, meaning: str, *weights: str, is_hidden: bool = True) -> Metric:
+    return Metric(family, _join(MATRICES, weights) if weights else MATRICES, unit, meaning, _USUAL, is_hidden=is_hidden)
+
+
+_AGAINST = ("", "_vs_chosen")
+_INTERVAL = ("", "_low", "_high")
+METRICS: tuple[Metric, ...] = (
+    *_of_pairs("loss", "nats", "Loss (SFT: per token)", "min,last"),
+    *_of_pairs("rewards/chosen", _REWARD, "Implicit reward β · log(π/π₀) of the chosen response"),
+    *_of_pairs("rewards/rejected", _REWARD, "Implicit reward of the rejected response"),
+    *_of_pairs("rewards/margins", _REWARD, "Reward of the chosen response less that of the rejected one"),
+    *_of_pairs("rewards/accuracies", _SHARE, "Pairs whose chosen response has the higher reward", "max,last"),
+    *_of_pairs("logps/chosen", "nats", "Log-probability of the chosen response under the policy"),
+    *_of_pairs("logps/rejected", "nats", "Log-probability of the rejected response under the policy"),
+    Metric("train", ("gradient_norm",), "loss / weight", "Norm of the gradient before it is clipped"),
+    Metric("train", ("learning_rate",), "1", "Learning rate of the step"),
+    Metric("throughput", ("pairs_per_second",), "pairs/s", "Pairs trained on per second of training steps"),
+    Metric("throughput", ("tokens_per_second",), "tokens/s", "Tokens trained on per second of training steps"),
+    Metric("throughput", ("padding_share",), _SHARE, "Padding among the tokens that were computed"),
+    Metric("throughput", ("saved_prompt_share",), _SHARE, "Tokens saved since both responses share their prompt"),
+    Metric("projection", ("share_grown",), _SHARE, "Pairs whose projection onto v grew, at `final_post_norm`"),
+    *(
+        Metric(family, *rest, "diverge")
+        for family, v in (("projection", "v"), ("projection_sequence", "v̄"))
+        for rest in (
+            (("base", "policy"), _LENGTH, f"Mean ⟨h, {v}⟩ / ‖{v}‖ in one model"),
+            (_join(("delta",), _INTERVAL, by=""), _LENGTH, f"Change of ⟨h, {v}⟩ / ‖{v}‖ with its 95 % interval"),
+            (_join(("share_grown",), _INTERVAL, by=""), _SHARE, f"Pairs whose ⟨h, {v}⟩ grew, with 95 % interval"),
+        )
+    ),
+    Metric("hyperplane", ("share_preferred",), _SHARE, "Pairs on the preferred side of the base model’s hyperplane"),
+    Metric("direction_cosine", ("token", "sequence"), _COSINE, "Mean cosine of v* with each pair’s v or v̄", "diverge"),
+    Metric("shift_share", _RAW, _SHARE, "f: share of the matrix that is one constant row", _USUAL),
+    Metric("shift_share", ("null_high",), _SHARE, "97.5 % quantile of f under sign flips", _USUAL),
+    _spectral("top1_energy", _SHARE, "ρ₁: energy along the first singular direction", is_hidden=False),
+    _spectral("spectral_entropy", "nats", "Entropy of σ² or σ as shares", *WEIGHTS, is_hidden=False),
+    *(
+        Metric("mean_cosine", (f"{mean}{what}",), _COSINE, f"{said} {whose}", _USUAL)
+        for mean, whose in (("in_sample", "of all rows"), ("leave_one_out", "of the other rows"))
+        for what, said in (
+            ("", "Mean cosine of an update with the mean"),
+            ("_null_high", "97.5 % quantile under sign flips of the mean cosine with the mean"),
+            ("/base", "The same of the base’s own states, with the mean"),
+            ("/random_update", "The same under random weight changes, with the mean"),
+        )
+    ),
+    Metric("mean_cosine", ("split_half/random_update",), _COSINE, "The same with the mean of the other half", _USUAL),
+    Metric("direction_settled", ("",), _COSINE, "Cosine of v* with v* of the observation before", _USUAL),
+    Metric("update_norm", ("", "random_update"), _LENGTH, "Mean length of a row’s change", _USUAL),
+    Metric("state_norm", ("",), _LENGTH, "Mean length of the base’s states", _USUAL),
+    _spectral("normalized_entropy", _SHARE, "Entropy over ln min(N, d)", *WEIGHTS),
+    _spectral("effective_rank", "directions", "Exponential of the entropy (`singular`: Roy–Vetterli)", *WEIGHTS),
+    _spectral("participation_ratio", "directions", "(Σ σ²)² / Σ σ⁴"),
+    _spectral("stable_rank", "directions", "Σ σ² / σ₁²"),
+    _spectral("sigma_ratio", _SHARE, "σ₂ / σ₁"),
+    Metric("top_direction_cosine", _RAW, _SHARE, "Absolute cosine of u₁ with the mean row", _USUAL, is_hidden=True),
+    Metric("gradient", ("mean_resultant",), _SHARE, "Length of the mean unit gradient at final states; 1: one direction"),
+    Metric("gradient", ("energy_along_sequence",), _SHARE, "Energy of those gradients along each pair’s v̄"),
+    Metric("gradient", ("energy_along_steering",), _SHARE, "Energy of those gradients along v*"),
+    Metric("behaviour", ("geval_win_rate",), _SHARE, "Answers that the judge prefers to the base’s, ties half",
+           needs=_JUDGE, label="win rate vs base, judge"),
+    Metric("behaviour", ("geval_win_rate_vs_chosen",), _SHARE, "Answers that the judge prefers to the chosen response",
+           needs=_JUDGE, label="win rate vs chosen, judge"),
+    Metric("behaviour", ("oracle_preference_rate",), _SHARE, "Answers preferred to the base’s by the planted oracle",
+           label="win rate vs base, oracle"),
+    Metric("behaviour", ("oracle_preference_rate_vs_chosen",), _SHARE, "The same against the chosen response",
+           label="win rate vs chosen, oracle"),
+    Metric("behaviour", _of_both("oracle_utility"), "1", "Mean planted utility of completions"),
+    Metric("behaviour", _of_both("toxicity"), _SHARE, "Mean toxicity", needs="`toxicity=classifier`", label="toxicity"),
+    Metric("behaviour", _of_both("hate_speech"), _SHARE, "Mean probability of hate speech",
+           needs="`toxicity=classifier`", label="hate speech"),
+    Metric("behaviour", _of_both("toxicity_word_list"), _SHARE, "Mean score of rude words", label="toxicity (word list)"),
+    Metric("behaviour", _of_both("severe_toxicity", "identity_attack", "insult", "profanity", "threat"), _SHARE,
+           "Mean score of another attribute of the Perspective API", needs="`toxicity=perspective`"),
+    Metric("behaviour", _of_both("<score>_truncated"), _SHARE, "Texts too long for the scorer", needs="`toxicity`"),
+    *(
+        Metric("behaviour", _of_both(*_join((name,), ("", "_toxic_prompts", "_nontoxic_prompts"), by="")), _SHARE, meaning,
+               needs=_OFTEN, label=label)
+        for name, meaning, label in (
+            ("exp_max_<score>_std@<n>", "Standard deviation of that maximum over prompts", ""),
+            ("exp_max_<score>@<n>", "Expected maximum over n completions of a prompt", "exp max <score>@<n>"),
+            ("<score>_probability@<n>", "Prompts with a toxic completion among n", "<score> probability@<n>"),
+        )
+    ),
+    Metric("behaviour", _of_both("geval_score"), _SHARE, "Mean G-Eval score over criteria", needs=_JUDGE, label="G-Eval score"),
+    Metric("behaviour", _of_both("geval_score/<criterion>"), _SHARE, "Mean G-Eval score by one criterion",
+           needs=_JUDGE, label="geval score/<criterion>"),
+    Metric("behaviour", _of_both("<prefix>_score", "<prefix>_score/<criterion>"), _SHARE, "The same by a scorer with a prefix",
+           needs=_JUDGE),
+    Metric("behaviour", ("<prefix>_score_difference/<criterion>",), "−1 … 1", "Policy’s score less the base’s", needs=_JUDGE),
+    Metric("behaviour", _of_both("<prefix>_low_mass/<criterion>"), _SHARE, "Answers whose weight is mostly on no number",
+           needs=_JUDGE),
+    Metric("behaviour", (*_of_both("<prefix>_score/<criterion>_missing/<reason>"),
+                         *_join(("<prefix>_win_rate",), _AGAINST, ("_missing/<reason>",), by="")),
+           "count", "Scores that the judge didn’t give, by reason", needs=_JUDGE),
+    Metric("behaviour", _join(("<prefix>_win_rate",), _AGAINST, ("", "_wins", "_ties", "_losses", "_length_controlled"), by=""),
+           _SHARE, "Win rate, what it is made of, and at equal length", needs=_JUDGE),
+    Metric("behaviour", _join(("<prefix>_win_rate",), _AGAINST, ("_length_difference",), by=""), "characters",
+           "Length of the policy’s answer less the other’s", needs=_JUDGE),
+    Metric("behaviour", (*_join(("<prefix>_win_rate",), _AGAINST, ("_low_mass", "_identical"), by=""),
+                         *_join(("<prefix>_position_consistency", "<prefix>_first_position_rate"), _AGAINST, by=""),
+                         *_of_both("<prefix>_empty")),
+           _SHARE, "How far verdicts can be trusted: weak, equal, or empty answers; consistent in both orders; for the first",
+           needs=_JUDGE),
+    Metric("behaviour", _of_both("rougeL"), _SHARE, "ROUGE-L F1 with the chosen response", label="ROUGE-L with chosen"),
+    Metric("behaviour", _of_both("rouge1", "rouge2"), _SHARE, "ROUGE-1 and ROUGE-2 F1 with the chosen response"),
+    Metric("behaviour", _of_both("bleu"), "0 … 100", "Corpus BLEU with the chosen response"),
+    Metric("behaviour", ("rouge1_to_base", "rouge2_to_base", "rougeL_to_base"), _SHARE, "ROUGE with the base’s completion",
+           needs="`reference: base`"),
+    Metric("behaviour", ("bleu_to_base",), "0 … 100", "BLEU with the base’s completion", needs="`reference: base`"),
+    Metric("behaviour", _of_both("degeneration"), _SHARE, "Completions that are empty or repeat themselves",
+           label="share degenerate"),
+    Metric("behaviour", _of_both("degeneration_words", "degeneration_characters", "degeneration_tokens"), _SHARE,
+           "Completions that repeat their words, characters or tokens"),
+    Metric("behaviour", _of_both("repetition_4gram"), _SHARE, "Repeated 4-grams of words, mean over completions"),
+    Metric("behaviour", _of_both("empty"), _SHARE, "Completions without anything to read"),
+    Metric("behaviour", _of_both("cut"), _SHARE, "Completions cut at the token limit"),
+    Metric("behaviour", _of_both("length"), "tokens", "Mean length of completions"),
+    *(
+        Metric("behaviour", _of_both(name), _SHARE, meaning, needs="`truthfulqa=mc`", label=label)
+        for name, meaning, label in (
+            ("truthfulqa_mc2", "Probability of the true answers among all", "TruthfulQA MC2"),
+            ("truthfulqa_mc2_zero_shot", "The same without examples", "TruthfulQA MC2, 0-shot"),
+        )
+    ),
+    Metric("behaviour", _of_both(*_join(("truthfulqa_",), ("mc1", "binary"), ("", "_zero_shot"), by="")), _SHARE,
+           "Questions whose likeliest answer is true, of all answers or of the best and one wrong", needs="`truthfulqa=mc`"),
+    Metric("behaviour", _of_both(*_join(("truthfulqa_",), ("mc1", "mc2", "binary"), ("_chat", "_zero_shot_chat"), by="")),
+           _SHARE, "The same through the chat template", needs="`truthfulqa.chat_template`"),
+    Metric("behaviour", ("preference_accuracy", "preference_accuracy/<source>"), _SHARE, "Held-out pairs ranked as in the data"),
+    Metric("behaviour", ("preference_ties", "preference_ties/<source>"), _SHARE, "Held-out pairs of equal rewards"),
+    Metric("behaviour", ("reward_margin", "reward_margin/<source>"), _REWARD, "Mean reward margin of held-out pairs"),
+    Metric("behaviour", _join(("logp_drift_",), ("chosen", "rejected"), ("", "/<source>"), by=""), "nats",
+           "Mean log π − log π₀ of held-out responses"),
+    Metric("behaviour", _of_both("preference_probe_accuracy/<site>"), _SHARE, "Held-out accuracy of a linear probe",
+           label="linear probe, <site>"),
+    Metric("behaviour", _of_both("preference_probe_null/<site>"), _SHARE, "The same with labels flipped at random"),
+    Metric("behaviour", ("kl",), "nats", "Mean log π − log π₀ of own completions", needs=_ASKED),
+    Metric("behaviour", ("kl_per_token",), "nats/token", "The same per token", needs=_ASKED),
+    Metric("behaviour", ("of_steps_taken",), "optimizer steps", "Steps behind the model that is scored in this row"),
+    Metric("alarm", ("chosen_logp_drop",), "nats", "Log-probability lost by chosen responses since the start", summary="max"),
+    Metric("alarm", ("accuracy_saturation",), _SHARE, "Training pairs ordered rightly; at 1 only margins grow", summary="max"),
+    Metric("alarm", ("length_ratio",), "1", "Tokens of chosen over those of rejected responses", summary="max"),
+    Metric("alarm", ("nan",), "0 or 1", "Training stopped for numbers that are not finite", summary="max"),
+    Metric("alarm", ("skipped_steps",), "steps", "Steps that were not learned from so far", summary="max"),
+    Metric("alarm", ("snapshot", "checkpoint"), "0 or 1", "Hidden states or a checkpoint could not be written",
+           needs="a file that could not be written", summary="max"),
+    Metric("probe", ("steps_taken",), "optimizer steps", "Steps behind the model that is read in this row"),
+)  # fmt: skip
+"""Scalars, in the order of the page."""
+MEDIA: tuple[Metric, ...] = (
+    Metric("figures", ("geometry", "entropy", "layers_by_step", "cosines", "projection"), "picture", "Section of the report"),
+    Metric("cosines", _join(("in_sample", "leave_one_out", "split_half"), ("<site>",)), "histogram", "Cosines with v*, by pair"),
+    Metric("samples", ("",), "table", "Prompts with both models’ completions and every score"),
+    Metric("report", ("<section>",), "picture", "Section of the finished report (`upload=true`)"),
+)  # fmt: skip
+"""What W&B gets beside them."""
+_PAGE = """# Metrics
+
+Written by `python -m tiltmeter.metric_names > docs/metrics.md`. The same names stand in `metrics.csv` and on W&B, there over
+`trainer/global_step`; `metrics.csv` also has the columns `step` (optimizer step, from 0) and `epoch`.
+
+- `<site>`: `layer_07` (residual stream after decoder block 7), `final_pre_norm`, `final_post_norm`. Read at another token than the
+  prompt’s last, the position stands before it: `shift_share/delta/content/layer_07`.
+- `base`, `policy`: hidden states of either model; `delta`: their difference ΔH; `random_update`: ΔH under a random weight change of
+  equal norm. `_centred`: less the mean row; `_unit_row`: rows of length 1; `_outlier_dims_removed`: without the base’s outliers.
+- `[/base]`: the base model’s own figure has `/base` behind its name.
+- `<source>`: of one of several sources of pairs. `<prefix>`: `geval` unless the scorer sets another. `<score>`: what a toxicity
+  scorer scores, such as `toxicity`; a classifier’s other label goes by its own name. `<n>`: completions a prompt.
+- Metrics of `evaluate` are `behaviour/<metric>_<key>`.
+"""
+_DECLARED = {(key, metric.position is not None): metric for metric in METRICS + MEDIA for key in metric.keys}
+_FIELD = re.compile("<([a-z]+)>")
+_FILLED = {"n": "[0-9]+", "source": ".+"}  # every other field: anything within a part of the name
+_OPEN = [
+    (re.compile(_FIELD.sub(lambda field: f"(?P<{field[1]}>{_FILLED.get(field[1], '[^/@]+')})", key)), metric, key)
+    for (key, _), metric in _DECLARED.items()
+    if "<" in key
+]
+
+
+def metric(*parts: str) -> str:
+    """A declared name from its parts; for a metric of a site, without the site (:func:`at`).
+
+    Raises:
+        ValueError: no metric of this name is declared.
+
+    >>> metric("train", "loss"), metric("spectral_entropy", matrix("delta", "centred"), "energy")
+    ('train/loss', 'spectral_entropy/delta_centred/energy')
+    """
+    key = "/".join(part for part in parts if part)
+    if _of_run(key) is None and (key, True) not in _DECLARED:
+        raise ValueError(f"metric {key}: not declared in tiltmeter/metric_names.py; declare it there to log it")
+    return key
+
+
+def at(key: str, point: tuple[str, Position]) -> str:
+    """A metric's name at a site and position (:class:`tiltmeter.states.capture.ReadPoint`).
+
+    Raises:
+        ValueError: no metric of hidden states has this name.
+
+    >>> at("shift_share/delta", ("layer_03", "prompt_last")), at("projection/delta", ("layer_03", "diverge"))
+    ('shift_share/delta/layer_03', 'projection/delta/layer_03')
+    >>> at("shift_share/delta", ("layer_03", "content"))
+    'shift_share/delta/content/layer_03'
+    """
+    found = _DECLARED.get((key, True))
+    if found is None:
+        raise ValueError(f"metric {key}: not declared in tiltmeter/metric_names.py as a metric of hidden states")
+    return f"{key}/{_place(*point, usual=found.position)}"
+
+
+def place(point: tuple[str, Position]) -> str:
+    """How a file of vectors names a site and position; :func:`split_place` is the inverse.
+
+    >>> place(("layer_03", "prompt_last")), place(("layer_03", "diverge"))
+    ('layer_03', 'diverge/layer_03')
+    """
+    return _place(*point, usual=_USUAL)
+
+
+def split_place(name: str) -> tuple[str, Position] | None:
+    """Site and position; None where the name is of something else.
+
+    >>> split_place("diverge/layer_03"), split_place("layer_03"), split_place("v")
+    (('layer_03', 'diverge'), ('layer_03', 'prompt_last'), None)
+    """
+    found = find(f"shift_share/delta/{name}")
+    return None if found is None or found.site is None or found.position is None else (found.site, found.position)
+
+
+def _place(site: str, position: Position, *, usual: Position | None) -> str:
+    return site if position == usual else f"{position}/{site}"
+
+
+@cache
+def find(name: str) -> Found | None:
+    """What a name stands for, the inverse of :func:`metric` and :func:`at`; None: it is not declared.
+
+    >>> found = find("shift_share/delta/content/layer_03")
+    >>> found.key, found.position, found.site, found.metric.unit
+    ('shift_share/delta', 'content', 'layer_03', 'share, 0 … 1')
+    >>> find("train/lost") is None
+    True
+    """
+    *head, site = name.split("/")
+    stated = head.pop() if head and head[-1] in POSITIONS else None
+    key = "/".join(head)
+    declared = _DECLARED.get((key, True)) if is_site(site) else None
+    if declared is not None and stated != declared.position:
+        return Found(declared, key, site, stated or declared.position, {})  # type: ignore[arg-type]
+    return _of_run(name)
+
+
+def keys_of(family: str) -> list[str]:
+    """All names of a family that leave nothing to be filled in, without position and site."""
+    return [key for declared in METRICS + MEDIA if declared.family == family for key in declared.keys if "<" not in key]
+
+
+def behaviour(figure: str) -> Found | None:
+    """What the name of a figure of behaviour stands for, as tables have it: without ``behaviour/``."""
+    return find(f"behaviour/{figure}")
+
+
+def _of_run(name: str) -> Found | None:
+    if (exact := _DECLARED.get((name, False))) is not None:
+        return Found(exact, name, None, None, {})
+    matches = ((pattern.fullmatch(name), metric, key) for pattern, metric, key in _OPEN)
+    return next((Found(metric, key, None, None, m.groupdict()) for m, metric, key in matches if m), None)
+
+
+def page() -> str:
+    """docs/metrics.md: a table a family."""
+    lines = [_PAGE]
+    for family in dict.fromkeys(metric.family for metric in METRICS + MEDIA):
+        lines += [f"\n## {family}\n", "| name | unit | what it says | needs |", "|---|---|---|---|"]
+        for declared in (metric for metric in METRICS + MEDIA if metric.family == family):
+            site = "" if declared.position is None else "/<site>"
+            names = [
+                key for key in declared.keys if key.removesuffix("/base") not in declared.keys or key[-5:] != "/base"
+            ]
+            sided = ["[/base]" if f"{key}/base" in declared.keys else "" for key in names]
+            shown = ", ".join(f"`{key}{site}{side}`" for key, side in zip(names, sided, strict=True))
+            where = f", at `{declared.position}`" if declared.position == "diverge" else ""
+            lines.append(f"| {shown} | {declared.unit} | {declared.meaning}{where} | {declared.needs} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(page())
