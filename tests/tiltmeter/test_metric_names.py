@@ -30,6 +30,7 @@ from tiltmeter.metric_names import (
 from tiltmeter.models.generation import Completion
 from tiltmeter.models.layers import all_sites
 from tiltmeter.scoring.degeneration import DegenerationScorer
+from tiltmeter.scoring.notices import kept_notices
 from tiltmeter.scoring.overlap import OverlapScorer
 from tiltmeter.scoring.preference import kl_figures, preference_scores
 from tiltmeter.scoring.scorer import Sample, Scorer, as_metrics
@@ -65,12 +66,8 @@ def test_every_declared_name_is_read_back_as_what_it_was_built_from(declared) ->
             assert (found.metric, found.site, found.position) == (declared, None, None)
             assert found.key.replace("geval", "<prefix>") == key.replace("geval", "<prefix>")
             continue
-        for site, position in product(all_sites(1000), POSITIONS[:5]) if key == "shift_share/delta" else SOME:
-            found = find(at(metric(key), (site, position)))
-            assert found == (declared, key, site, position, {})
-
-
-SOME = [("layer_12", "prompt_last"), ("final_post_norm", "diverge"), ("final_pre_norm", "content")]
+        for site, position in product(("layer_00", "layer_123", "final_pre_norm", "final_post_norm"), POSITIONS):
+            assert find(at(metric(key), (site, position))) == (declared, key, site, position, {})
 
 
 def test_no_two_metrics_share_a_name() -> None:
@@ -80,7 +77,7 @@ def test_no_two_metrics_share_a_name() -> None:
 
 @pytest.mark.parametrize("parts", [("train", "lost"), ("shift_share", "delta", "layer_03"), ("behaviour", "blue"), ()])
 def test_a_name_that_is_not_declared_cannot_be_built(parts: tuple[str, ...]) -> None:
-    with pytest.raises(ValueError, match="not declared in tiltmeter/metric_names.py"):
+    with pytest.raises(ValueError, match="not declared in tiltmeter/metric_names"):
         metric(*parts)
 
 
@@ -90,14 +87,14 @@ def test_a_metric_without_sites_has_no_name_at_one(key: str) -> None:
         at(key, ("layer_03", "prompt_last"))
 
 
+NOTHING = ("step", "train/lost", "shift_share/delta", "projection/delta/diverge/layer_03", "v/layer_03", "layer_03", "")
+
+
 @pytest.mark.parametrize(
-    "name",
-    ["step", "train/lost", "shift_share/delta", "shift_share/delta/layer_3", "shift_share/delta/prompt_last/layer_03"]
-    + ["train/loss/layer_03/content", "projection/delta/diverge/layer_03", "v/layer_03", "layer_03", ""],
+    "name", [*NOTHING, *(f"shift_share/delta/{end}" for end in ("layer_3", "prompt_last/layer_03"))]
 )
 def test_a_name_that_nothing_builds_stands_for_nothing(name: str) -> None:
-    found = find(name)
-    assert found is None or found.metric.family == "train"
+    assert find(name) is None
 
 
 def test_a_place_is_read_back() -> None:
@@ -148,9 +145,10 @@ def test_every_scorer_gives_declared_figures() -> None:
     ]
     pairs = preference_scores([1.0, 2.0], [0.0, 1.0], beta=1.0, groups=["a", "b"], sources=["x/y", "z"])
     figures = pairs.figures + kl_figures([-1.0], [-2.0], [1], groups=["a"])
-    for scorer in scorers:
-        scorer.start()
-        figures += scorer.score(samples).figures
+    with kept_notices():  # of the judge that was down
+        for scorer in scorers:
+            scorer.start()
+            figures += scorer.score(samples).figures
     names = set(as_metrics(figures)) | {
         f"behaviour/{name}{preset}{chat}"
         for name, _ in TRUTHFULQA.values()
@@ -158,7 +156,7 @@ def test_every_scorer_gives_declared_figures() -> None:
         for chat in ("", "_chat")
     }
     assert [name for name in sorted(names) if find(name) is None] == []
-    assert {"behaviour/geval_win_rate", "behaviour/geval_win_rate_missing/api"} <= names
+    assert {"behaviour/geval_win_rate", "behaviour/geval_win_rate_vs_chosen_missing/api"} <= names
     assert {"behaviour/exp_max_toxicity_word_list@2_toxic_prompts/base"} <= names
 
 

@@ -1,16 +1,23 @@
-import copy
 import json
+import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from analysis.report.dashboard import SECTIONS, check_spec, main, sections_of
-from analysis.report.loggable import loggable_media, loggable_metrics
-from callbacks.training_alarms import TrainingAlarms
-from lightning_modules.dpo import DPOModule
-from tiltmeter.errors import UserError
+from analysis.report.dashboard import SECTIONS, build_workspace, main
+from tiltmeter.metric_names import METRICS, at
+from tiltmeter.models.layers import all_sites
+
+KEYS = [key for metric in METRICS if metric.position for key in metric.keys]
+
+
+def sections_of(spec: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Name and panels of each section, in order."""
+    return [(s["name"], s["panels"]) for s in spec["spec"]["section"]["panelBankConfig"]["sections"]]
 
 
 @pytest.fixture(scope="module")
@@ -35,36 +42,29 @@ def test_the_workspace_opens_on_loss_then_geometry_layers_behaviour_and_samples(
     ]
 
 
-def test_every_panel_refers_to_names_that_are_logged(spec: dict[str, Any]) -> None:
-    check_spec(spec)
+def test_every_pattern_matches_metrics_at_every_site_of_one_position_alone() -> None:
+    """W&B joins what a pattern matches into one panel."""
+    names = {at(key, (site, p)): p for key in KEYS for site in all_sites(3) for p in ("prompt_last", "content")}
+    patterns = {title: what for panels in SECTIONS.values() for title, what in panels if isinstance(what, str)}
+    matched = {title: [name for name in names if re.search(pattern, name)] for title, pattern in patterns.items()}
+    assert all(len({names[name] for name in found}) == 1 for found in matched.values()), matched
+    f = matched["Shift share f at every site"]
+    assert f == [at("shift_share/delta", (site, "prompt_last")) for site in all_sites(3)]
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"metrics": ["train/lost"]}, "nothing logs train/lost"),
-        ({"metrics": [], "metricRegex": "^shift_shares/"}, "no logged name matches"),
-        ({"mediaKeys": ["figures/nothing"], "metrics": []}, "nothing logs figures/nothing"),
-        ({"metrics": []}, "shows nothing"),
-    ],
-)
-def test_a_panel_of_nothing_is_refused(spec: dict[str, Any], change: dict[str, Any], words: str) -> None:
-    wrong = copy.deepcopy(spec)
-    _, panels = next(iter(sections_of(wrong)))
-    panels[0]["config"] |= change
-    with pytest.raises(UserError, match=words):
-        check_spec(wrong)
+def test_pictures_tables_and_curves_each_get_their_kind_of_panel(monkeypatch: pytest.MonkeyPatch) -> None:
+    def kind(name: str) -> Callable[..., Any]:
+        return lambda **options: SimpleNamespace(kind=name, **options)
 
-
-def test_names_that_are_listed_by_hand_are_those_of_the_code() -> None:
-    names = loggable_metrics()
-    assert {f"alarm/{name}" for name in (*TrainingAlarms().limits, "nan")} <= names
-    assert {f"{split}/{name}" for split in ("train", "val") for name in DPOModule.columns if "/" in name} <= names
-    source = Path(str(sys.modules[DPOModule.__module__].__file__)).parents[1] / "callbacks" / "gradient_geometry.py"
-    written = source.read_text(encoding="utf-8")
-    for name in (n for n in names if n.startswith("gradient/")):
-        assert name in written or name.removeprefix("gradient/energy_along_") in written, name
-    assert "figures/geometry" in loggable_media()
+    kinds = ("LinePlot", "WeavePanelSummaryTable", "MediaBrowser")
+    panels = SimpleNamespace(**{name: kind(name) for name in kinds})
+    workspaces = SimpleNamespace(**{name: kind(name) for name in ("SectionLayoutSettings", "Section", "Workspace")})
+    monkeypatch.setitem(sys.modules, "wandb_workspaces.workspaces", workspaces)
+    monkeypatch.setitem(sys.modules, "wandb_workspaces.reports.v2", panels)
+    built = {section.name: [panel.kind for panel in section.panels] for section in build_workspace("a", "b").sections}
+    assert built["Samples"] == ["WeavePanelSummaryTable"]
+    assert built["Layers"] == [*["MediaBrowser"] * 5, "LinePlot"]
+    assert {*built["Behaviour"], *built["Loss, accuracy, margins"]} == {"LinePlot"}
 
 
 def test_without_the_extra_it_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
