@@ -25,7 +25,7 @@ from tiltmeter.plain_text import allow_any_encoding
 from tiltmeter.states.capture import ReadPoint
 from tiltmeter.states.positions import Position
 
-NAME = "tiltmeter"
+_MODULE, NAME = "analysis.report.dashboard", "tiltmeter"
 _EVERY_SITE = f"(layer_[0-9]+|{FINAL_PRE_NORM}|{FINAL_POST_NORM})"
 
 
@@ -34,15 +34,21 @@ def _at_every_site(*keys: str, position: Position = "prompt_last") -> str:
     return f"^({'|'.join(at(key, (_EVERY_SITE, position)) for key in keys)})$"
 
 
-def _figures(*names: str) -> list[str]:
-    return [metric("behaviour", name) for name in names]
+def _figures(*names: str, and_base: bool = False) -> list[str]:
+    return [metric("behaviour", name, of) for name in names for of in ("", *["base"] * and_base)]
 
 
 def _of_both_splits(what: str) -> list[str]:
     return [metric(split, what) for split in ("train", "val")]
 
 
+_F, _F_RANDOM, _GROWN = (
+    metric("shift_share", "delta"),
+    metric("shift_share", "random_update"),
+    metric("projection", "share_grown"),
+)
 _COSINE, _LAST = metric("mean_cosine", "leave_one_out"), ReadPoint(FINAL_POST_NORM, "diverge")
+_PREFERRED = [who + than for who in ("geval_win_rate", "oracle_preference_rate") for than in ("", "_vs_chosen")]
 SECTIONS: dict[str, list[tuple[str, list[str] | str]]] = {
     "Loss, accuracy, margins": [
         ("Loss", _of_both_splits("loss")),
@@ -51,18 +57,12 @@ SECTIONS: dict[str, list[tuple[str, list[str] | str]]] = {
     ],
     "Projection and shift share": [
         ("Projection onto v: change (activation units)", [at(metric("projection", "delta"), _LAST)]),
-        (
-            "Pairs whose projection grew, and on the preferred side",
-            [metric("projection", "share_grown"), metric("hyperplane", "share_preferred")],
-        ),
+        ("Pairs whose projection grew, and on the preferred side", [_GROWN, metric("hyperplane", "share_preferred")]),
         ("cos(v*, v) and cos(v*, v̄)", [at(key, _LAST) for key in keys_of("direction_cosine")]),
-        ("Shift share f at every site", _at_every_site(metric("shift_share", "delta"))),
-        ("f under random weights of equal norm", _at_every_site(metric("shift_share", "random_update"))),
+        ("Shift share f at every site", _at_every_site(_F)),
+        ("f under random weights of equal norm", _at_every_site(_F_RANDOM)),
         ("f of the base’s own states", _at_every_site(metric("shift_share", "base"))),
-        (
-            "f at a content token, and under random weights",
-            _at_every_site(*(metric("shift_share", of) for of in ("delta", "random_update")), position="content"),
-        ),
+        ("f at a content token, and under random weights", _at_every_site(_F, _F_RANDOM, position="content")),
         ("Top-1 energy ρ₁, centred, at every site", _at_every_site(metric("top1_energy", matrix("delta", "centred")))),
         ("Mean cosine with v*, leave-one-out", _at_every_site(_COSINE)),
         ("The same under random weights of equal norm", _at_every_site(metric(_COSINE, "random_update"))),
@@ -78,26 +78,15 @@ SECTIONS: dict[str, list[tuple[str, list[str] | str]]] = {
         ("Entropy of ΔH (nats)", _at_every_site(metric("spectral_entropy", "delta", "energy"))),
     ],
     "Behaviour": [
-        (
-            "Answers preferred to the base's, and to the chosen ones",
-            _figures(
-                *("geval_win_rate", "geval_win_rate_vs_chosen"),
-                *("oracle_preference_rate", "oracle_preference_rate_vs_chosen"),
-            ),
-        ),
+        ("Answers preferred to the base's, and to the chosen ones", _figures(*_PREFERRED)),
         ("Preference accuracy, held out", _figures("preference_accuracy")),
-        (
-            "Toxicity of policy and base",
-            _figures(
-                *(name + of for name in ("toxicity", "toxicity_word_list", "hate_speech") for of in ("", "/base"))
-            ),
-        ),
-        ("G-Eval score of policy and base", _figures("geval_score", "geval_score/base")),
+        ("Toxicity of policy and base", _figures("toxicity", "toxicity_word_list", "hate_speech", and_base=True)),
+        ("G-Eval score of policy and base", _figures("geval_score", and_base=True)),
         ("Degenerate, empty, cut: share of completions", _figures("degeneration", "empty", "cut")),
-        ("Overlap with chosen: ROUGE-L", _figures("rougeL", "rougeL/base")),
+        ("Overlap with chosen: ROUGE-L", _figures("rougeL", and_base=True)),
         (
             "TruthfulQA",
-            _figures(*(f"truthfulqa_{which}{how}" for which in ("mc1", "mc2") for how in ("", "_zero_shot"))),
+            _figures("truthfulqa_mc1", "truthfulqa_mc2", *("truthfulqa_mc1_zero_shot", "truthfulqa_mc2_zero_shot")),
         ),
         ("Log-probs of responses (nats)", [metric("val", f"logps/{side}") for side in ("chosen", "rejected")]),
         ("Implicit rewards (β · nats)", [metric("val", f"rewards/{side}") for side in ("chosen", "rejected")]),
@@ -120,17 +109,16 @@ def build_workspace(entity: str, project: str) -> Any:
             panels = import_module("wandb_workspaces.reports.v2")
             workspaces = import_module("wandb_workspaces.workspaces")
     except ImportError as error:
-        raise UserError(
-            f"analysis.report.dashboard: wandb-workspaces is not installed ({error}); pip install 'tiltmeter[dashboard]'"
-        ) from error
+        reason = f"{_MODULE}: wandb-workspaces is not installed ({error}); pip install 'tiltmeter[dashboard]'"
+        raise UserError(reason) from error
 
     def panel(title: str, what: list[str] | str) -> Any:
         if isinstance(what, str):
             return panels.LinePlot(title=title, x=STEP_AXIS, metric_regex=what)
-        shown = find(what[0])
-        if shown is not None and shown.metric.unit == "table":
+        unit = found.metric.unit if (found := find(what[0])) else ""
+        if unit == "table":
             return panels.WeavePanelSummaryTable(table_name=what[0])
-        if shown is not None and shown.metric.unit == "picture":
+        if unit == "picture":
             return panels.MediaBrowser(title=title, media_keys=what, num_columns=1)
         return panels.LinePlot(title=title, x=STEP_AXIS, y=what)
 
@@ -145,12 +133,8 @@ def build_workspace(entity: str, project: str) -> Any:
 def spec_of(workspace: Any) -> dict[str, Any]:
     """What W&B would be sent, as JSON values."""
     model = workspace._to_model()
-    return {
-        "entity": model.entity,
-        "project": model.project,
-        "name": model.display_name,
-        "spec": json.loads(model.spec.model_dump_json(by_alias=True, exclude_none=True)),
-    }
+    spec = json.loads(model.spec.model_dump_json(by_alias=True, exclude_none=True))
+    return {"entity": model.entity, "project": model.project, "name": model.display_name, "spec": spec}
 
 
 def save(workspace: Any) -> str:
@@ -160,55 +144,41 @@ def save(workspace: Any) -> str:
         UserError: not logged in, or W&B refuses.
     """
     if not is_logged_in():
-        raise UserError(
-            "analysis.report.dashboard: not logged in to W&B; run wandb login, or look at it with --dry-run"
-        )
+        raise UserError(f"{_MODULE}: not logged in to W&B; run wandb login, or look at it with --dry-run")
     try:
         workspace.save()
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(
-            f"analysis.report.dashboard: W&B did not take it ({reason}); check --entity and --project"
-        ) from error
+        raise UserError(f"{_MODULE}: W&B did not take it ({reason}); check --entity and --project") from error
     return str(workspace.url)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m analysis.report.dashboard", description=(__doc__ or "").partition("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog=f"python -m {_MODULE}", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--entity", default="", help="W&B user or team; needed to save")
     parser.add_argument("--project", default="tiltmeter", help="W&B project (tiltmeter, as in conf/logger/wandb.yaml)")
-    parser.add_argument(
-        "--dry-run",
-        nargs="?",
-        const="-",
-        metavar="FILE",
-        help="write it as JSON to FILE or standard output",
-    )
+    said = "write it as JSON to FILE or standard output"
+    parser.add_argument("--dry-run", nargs="?", const="-", metavar="FILE", help=said)
     options = parser.parse_args(arguments)
     allow_any_encoding()
     try:
         if options.dry_run is None and not options.entity:
             raise UserError("--entity: expected your W&B user or team; --dry-run needs none")
         workspace = build_workspace(options.entity, options.project)
-        spec = spec_of(workspace)
-        _report(options.dry_run, json.dumps(spec, indent=2, ensure_ascii=False) + "\n", workspace)
+        if options.dry_run is None:
+            sys.stdout.write(f"Workspace: {save(workspace)}\n")
+            return 0
+        text = json.dumps(spec_of(workspace), indent=2, ensure_ascii=False) + "\n"
+        if options.dry_run == "-":
+            sys.stdout.write(text)
+        else:
+            write_text(Path(options.dry_run), text)
+            sys.stdout.write(f"Workspace written: {options.dry_run}\n")
     except (UserError, OSError) as error:
         sys.stderr.write(f"tiltmeter: {error}\n")
         return 2
     return 0
-
-
-def _report(dry_run: str | None, text: str, workspace: Any) -> None:
-    if dry_run is None:
-        sys.stdout.write(f"Workspace: {save(workspace)}\n")
-    elif dry_run == "-":
-        sys.stdout.write(text)
-    else:
-        write_text(Path(dry_run), text)
-        sys.stdout.write(f"Workspace written: {dry_run}\n")
 
 
 if __name__ == "__main__":
