@@ -22,6 +22,7 @@ from tiltmeter.files import write_text
 from tiltmeter.metric_names import STEP_AXIS, at, find, keys_of, matrix, metric
 from tiltmeter.models.layers import FINAL_POST_NORM, FINAL_PRE_NORM
 from tiltmeter.plain_text import allow_any_encoding
+from tiltmeter.scoring.truthfulqa import FIGURES
 from tiltmeter.states.capture import ReadPoint
 from tiltmeter.states.positions import Position
 
@@ -49,6 +50,7 @@ _F, _F_RANDOM, _GROWN = (
 )
 _COSINE, _LAST = metric("mean_cosine", "leave_one_out"), ReadPoint(FINAL_POST_NORM, "diverge")
 _PREFERRED = [who + than for who in ("geval_win_rate", "oracle_preference_rate") for than in ("", "_vs_chosen")]
+_TRUTHFULQA = [name + shots for name, _ in FIGURES.values() for shots in ("", "_zero_shot")]
 SECTIONS: dict[str, list[tuple[str, list[str] | str]]] = {
     "Loss, accuracy, margins": [
         ("Loss", _of_both_splits("loss")),
@@ -84,10 +86,7 @@ SECTIONS: dict[str, list[tuple[str, list[str] | str]]] = {
         ("G-Eval score of policy and base", _figures("geval_score", and_base=True)),
         ("Degenerate, empty, cut: share of completions", _figures("degeneration", "empty", "cut")),
         ("Overlap with chosen: ROUGE-L", _figures("rougeL", and_base=True)),
-        (
-            "TruthfulQA",
-            _figures("truthfulqa_mc1", "truthfulqa_mc2", *("truthfulqa_mc1_zero_shot", "truthfulqa_mc2_zero_shot")),
-        ),
+        ("TruthfulQA", _figures(*_TRUTHFULQA)),
         ("Log-probs of responses (nats)", [metric("val", f"logps/{side}") for side in ("chosen", "rejected")]),
         ("Implicit rewards (β · nats)", [metric("val", f"rewards/{side}") for side in ("chosen", "rejected")]),
         ("Alarms", keys_of("alarm")),
