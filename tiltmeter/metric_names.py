@@ -7,8 +7,8 @@ position than usual, in ``/position/site``. ``<…>`` in a variant stands for wh
 
 import re
 import sys
-from collections.abc import Iterator, Mapping
-from functools import cache
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache, partial
 from itertools import product
 from typing import NamedTuple
 
@@ -20,7 +20,8 @@ STEP_AXIS = "trainer/global_step"
 STEPS_TAKEN, SCORED_STEP = "probe/steps_taken", "behaviour/of_steps_taken"
 _USUAL: Position = "prompt_last"
 _SHARE, _COSINE, _REWARD, _LENGTH = "share, 0 … 1", "cosine, −1 … 1", "β · nats", "activation units"
-_JUDGE, _ASKED, _OFTEN = "`judge`", "`analyze.py`", "`decoding.n_samples` above 1"
+_MIXED, _ORACLE = "several sources of pairs", "`judge=oracle`"
+_JUDGE, _ASKED, _OFTEN, _QUESTIONS = "`judge`", "`analyze.py`", "`decoding.n_samples` above 1", "`truthfulqa=mc`"
 
 
 class Metric(NamedTuple):
@@ -74,19 +75,20 @@ def matrix(of: str, variant: str = "raw") -> str:
     return of if variant == "raw" else f"{of}_{variant}"
 
 
-def _join(*parts: tuple[str, ...], by: str = "/") -> tuple[str, ...]:
-    return tuple(map(by.join, product(*parts)))
+def _each(*parts: Iterable[str]) -> tuple[str, ...]:
+    """Every way to put the parts behind each other."""
+    return tuple(map("".join, product(*parts)))
 
 
 def _of_both(*variants: str) -> tuple[str, ...]:
     """The policy's, and the base's beside each."""
-    return _join(variants, ("", "/base"), by="")
+    return _each(variants, ("", "/base"))
 
 
 def _of_pairs(what: str, unit: str, meaning: str, summary: str = "") -> Iterator[Metric]:
     for split, whose in (("train", "pairs of the step"), ("val", "held-out pairs")):
         yield Metric(split, (what,), unit, f"{meaning}; {whose}", summary=summary if split == "val" else "")
-        yield Metric(split, (f"{what}/<source>",), unit, "The same of one source", needs="several sources of pairs")
+        yield Metric(split, (f"{what}/<source>",), unit, f"{meaning}; {whose}, of one source", needs=_MIXED)
 
 
 _RAW = ("base", "policy", "delta", "random_update")
@@ -99,11 +101,14 @@ WEIGHTS = ("energy", "singular")
 
 
 def _spectral(family: str, unit: str, meaning: str, *weights: str, is_hidden: bool = True) -> Metric:
-    return Metric(family, _join(MATRICES, weights) if weights else MATRICES, unit, meaning, _USUAL, is_hidden=is_hidden)
+    variants = _each(MATRICES, [f"/{each}" for each in weights] or [""])
+    return Metric(family, variants, unit, meaning, _USUAL, is_hidden=is_hidden)
 
 
-_AGAINST = ("", "_vs_chosen")
-_INTERVAL = ("", "_low", "_high")
+_said = partial(Metric, "behaviour")
+_AGAINST, _SOURCES = ("", "_vs_chosen"), ("", "/<source>")
+_RATES = _each(["<prefix>_win_rate"], _AGAINST)
+_ENDS = ("", "_low", "_high")
 METRICS: tuple[Metric, ...] = (
     *_of_pairs("loss", "nats", "Loss (SFT: per token)", "min,last"),
     *_of_pairs("rewards/chosen", _REWARD, "Implicit reward β · log(π/π₀) of the chosen response"),
@@ -124,8 +129,8 @@ METRICS: tuple[Metric, ...] = (
         for family, v in (("projection", "v"), ("projection_sequence", "v̄"))
         for rest in (
             (("base", "policy"), _LENGTH, f"Mean ⟨h, {v}⟩ / ‖{v}‖ in one model"),
-            (_join(("delta",), _INTERVAL, by=""), _LENGTH, f"Change of ⟨h, {v}⟩ / ‖{v}‖ with its 95 % interval"),
-            (_join(("share_grown",), _INTERVAL, by=""), _SHARE, f"Pairs whose ⟨h, {v}⟩ grew, with 95 % interval"),
+            (_each(["delta"], _ENDS), _LENGTH, f"Change of ⟨h, {v}⟩ / ‖{v}‖, policy − base, with its 95 % interval"),
+            (_each(["share_grown"], _ENDS), _SHARE, f"Pairs whose ⟨h, {v}⟩ grew, with its 95 % interval"),
         )
     ),
     Metric("hyperplane", ("share_preferred",), _SHARE, "Pairs on the preferred side of the base model’s hyperplane"),
@@ -136,15 +141,16 @@ METRICS: tuple[Metric, ...] = (
     _spectral("spectral_entropy", "nats", "Entropy of σ² or σ as shares", *WEIGHTS, is_hidden=False),
     *(
         Metric("mean_cosine", (f"{mean}{what}",), _COSINE, f"{said} {whose}", _USUAL)
-        for mean, whose in (("in_sample", "of all rows"), ("leave_one_out", "of the other rows"))
+        for mean, whose in (("in_sample", "the mean row"), ("leave_one_out", "the mean of the other rows"))
         for what, said in (
-            ("", "Mean cosine of an update with the mean"),
-            ("_null_high", "97.5 % quantile under sign flips of the mean cosine with the mean"),
-            ("/base", "The same of the base’s own states, with the mean"),
-            ("/random_update", "The same under random weight changes, with the mean"),
+            ("", "Mean cosine of a row of ΔH with"),
+            ("_null_high", "97.5 % quantile, under sign flips, of the mean cosine of a row of ΔH with"),
+            ("/base", "Mean cosine of the base’s state with"),
+            ("/random_update", "Mean cosine, under random weight changes, of a row of ΔH with"),
         )
     ),
-    Metric("mean_cosine", ("split_half/random_update",), _COSINE, "The same with the mean of the other half", _USUAL),
+    Metric("mean_cosine", ("split_half/random_update",), _COSINE,
+           "Mean cosine, under random weight changes, of a row of ΔH with the mean of the other half", _USUAL),
     Metric("direction_settled", ("",), _COSINE, "Cosine of v* with v* of the observation before", _USUAL),
     Metric("update_norm", ("", "random_update"), _LENGTH, "Mean length of a row’s change", _USUAL),
     Metric("state_norm", ("",), _LENGTH, "Mean length of the base’s states", _USUAL),
@@ -157,87 +163,80 @@ METRICS: tuple[Metric, ...] = (
     Metric("gradient", ("mean_resultant",), _SHARE, "Length of the mean unit gradient at final states; 1: one direction"),
     Metric("gradient", ("energy_along_sequence",), _SHARE, "Energy of those gradients along each pair’s v̄"),
     Metric("gradient", ("energy_along_steering",), _SHARE, "Energy of those gradients along v*"),
-    Metric("behaviour", ("geval_win_rate",), _SHARE, "Answers that the judge prefers to the base’s, ties half",
-           needs=_JUDGE, label="win rate vs base, judge"),
-    Metric("behaviour", ("geval_win_rate_vs_chosen",), _SHARE, "Answers that the judge prefers to the chosen response",
-           needs=_JUDGE, label="win rate vs chosen, judge"),
-    Metric("behaviour", ("oracle_preference_rate",), _SHARE, "Answers preferred to the base’s by the planted oracle",
-           label="win rate vs base, oracle"),
-    Metric("behaviour", ("oracle_preference_rate_vs_chosen",), _SHARE, "The same against the chosen response",
-           label="win rate vs chosen, oracle"),
-    Metric("behaviour", _of_both("oracle_utility"), "1", "Mean planted utility of completions"),
-    Metric("behaviour", _of_both("toxicity"), _SHARE, "Mean toxicity", needs="`toxicity=classifier`", label="toxicity"),
-    Metric("behaviour", _of_both("hate_speech"), _SHARE, "Mean probability of hate speech",
-           needs="`toxicity=classifier`", label="hate speech"),
-    Metric("behaviour", _of_both("toxicity_word_list"), _SHARE, "Mean score of rude words", label="toxicity (word list)"),
-    Metric("behaviour", _of_both("severe_toxicity", "identity_attack", "insult", "profanity", "threat"), _SHARE,
-           "Mean score of another attribute of the Perspective API", needs="`toxicity=perspective`"),
-    Metric("behaviour", _of_both("<score>_truncated"), _SHARE, "Texts too long for the scorer", needs="`toxicity`"),
+    _said(("geval_win_rate",), _SHARE, "Answers that the judge prefers to the base’s, ties half", needs=_JUDGE,
+          label="win rate vs base, judge"),
+    _said(("geval_win_rate_vs_chosen",), _SHARE, "Answers that the judge prefers to the chosen response, ties half",
+          needs=_JUDGE, label="win rate vs chosen, judge"),
+    _said(("oracle_preference_rate",), _SHARE, "Answers that the planted oracle prefers to the base’s",
+          needs=_ORACLE,
+          label="win rate vs base, oracle"),
+    _said(("oracle_preference_rate_vs_chosen",), _SHARE, "Answers that the planted oracle prefers to the chosen response",
+          needs=_ORACLE, label="win rate vs chosen, oracle"),
+    _said(_of_both("oracle_utility"), "1", "Mean planted utility of completions", needs=_ORACLE),
+    _said(_of_both("toxicity"), _SHARE, "Mean toxicity", needs="`toxicity=classifier`", label="toxicity"),
+    _said(_of_both("hate_speech"), _SHARE, "Mean probability of hate speech", needs="`toxicity=classifier`",
+          label="hate speech"),
+    _said(_of_both("toxicity_word_list"), _SHARE, "Mean score of rude words", label="toxicity (word list)"),
+    _said(_of_both("severe_toxicity", "identity_attack", "insult", "profanity", "threat"), _SHARE,
+          "Mean score of another attribute of the Perspective API", needs="`toxicity=perspective`"),
+    _said(_of_both("<score>_truncated"), _SHARE, "Texts too long for the scorer", needs="`toxicity`"),
     *(
-        Metric("behaviour", _of_both(*_join((name,), ("", "_toxic_prompts", "_nontoxic_prompts"), by="")), _SHARE, meaning,
-               needs=_OFTEN, label=label)
+        _said(_of_both(*_each([name], ("", "_toxic_prompts", "_nontoxic_prompts"))), _SHARE, meaning, needs=_OFTEN, label=label)
         for name, meaning, label in (
-            ("exp_max_<score>_std@<n>", "Standard deviation of that maximum over prompts", ""),
+            ("exp_max_<score>_std@<n>", "Standard deviation over prompts of the maximum over n completions", ""),
             ("exp_max_<score>@<n>", "Expected maximum over n completions of a prompt", "exp max <score>@<n>"),
             ("<score>_probability@<n>", "Prompts with a toxic completion among n", "<score> probability@<n>"),
         )
     ),
-    Metric("behaviour", _of_both("geval_score"), _SHARE, "Mean G-Eval score over criteria", needs=_JUDGE, label="G-Eval score"),
-    Metric("behaviour", _of_both("geval_score/<criterion>"), _SHARE, "Mean G-Eval score by one criterion",
-           needs=_JUDGE, label="geval score/<criterion>"),
-    Metric("behaviour", _of_both("<prefix>_score", "<prefix>_score/<criterion>"), _SHARE, "The same by a scorer with a prefix",
-           needs=_JUDGE),
-    Metric("behaviour", ("<prefix>_score_difference/<criterion>",), "−1 … 1", "Policy’s score less the base’s", needs=_JUDGE),
-    Metric("behaviour", _of_both("<prefix>_low_mass/<criterion>"), _SHARE, "Answers whose weight is mostly on no number",
-           needs=_JUDGE),
-    Metric("behaviour", (*_of_both("<prefix>_score/<criterion>_missing/<reason>"),
-                         *_join(("<prefix>_win_rate",), _AGAINST, ("_missing/<reason>",), by="")),
-           "count", "Scores that the judge didn’t give, by reason", needs=_JUDGE),
-    Metric("behaviour", _join(("<prefix>_win_rate",), _AGAINST, ("", "_wins", "_ties", "_losses", "_length_controlled"), by=""),
-           _SHARE, "Win rate, what it is made of, and at equal length", needs=_JUDGE),
-    Metric("behaviour", _join(("<prefix>_win_rate",), _AGAINST, ("_length_difference",), by=""), "characters",
-           "Length of the policy’s answer less the other’s", needs=_JUDGE),
-    Metric("behaviour", (*_join(("<prefix>_win_rate",), _AGAINST, ("_low_mass", "_identical"), by=""),
-                         *_join(("<prefix>_position_consistency", "<prefix>_first_position_rate"), _AGAINST, by=""),
-                         *_of_both("<prefix>_empty")),
-           _SHARE, "How far verdicts can be trusted: weak, equal, or empty answers; consistent in both orders; for the first",
-           needs=_JUDGE),
-    Metric("behaviour", _of_both("rougeL"), _SHARE, "ROUGE-L F1 with the chosen response", label="ROUGE-L with chosen"),
-    Metric("behaviour", _of_both("rouge1", "rouge2"), _SHARE, "ROUGE-1 and ROUGE-2 F1 with the chosen response"),
-    Metric("behaviour", _of_both("bleu"), "0 … 100", "Corpus BLEU with the chosen response"),
-    Metric("behaviour", ("rouge1_to_base", "rouge2_to_base", "rougeL_to_base"), _SHARE, "ROUGE with the base’s completion",
-           needs="`reference: base`"),
-    Metric("behaviour", ("bleu_to_base",), "0 … 100", "BLEU with the base’s completion", needs="`reference: base`"),
-    Metric("behaviour", _of_both("degeneration"), _SHARE, "Completions that are empty or repeat themselves",
-           label="share degenerate"),
-    Metric("behaviour", _of_both("degeneration_words", "degeneration_characters", "degeneration_tokens"), _SHARE,
-           "Completions that repeat their words, characters or tokens"),
-    Metric("behaviour", _of_both("repetition_4gram"), _SHARE, "Repeated 4-grams of words, mean over completions"),
-    Metric("behaviour", _of_both("empty"), _SHARE, "Completions without anything to read"),
-    Metric("behaviour", _of_both("cut"), _SHARE, "Completions cut at the token limit"),
-    Metric("behaviour", _of_both("length"), "tokens", "Mean length of completions"),
-    *(
-        Metric("behaviour", _of_both(name), _SHARE, meaning, needs="`truthfulqa=mc`", label=label)
-        for name, meaning, label in (
-            ("truthfulqa_mc2", "Probability of the true answers among all", "TruthfulQA MC2"),
-            ("truthfulqa_mc2_zero_shot", "The same without examples", "TruthfulQA MC2, 0-shot"),
-        )
-    ),
-    Metric("behaviour", _of_both(*_join(("truthfulqa_",), ("mc1", "binary"), ("", "_zero_shot"), by="")), _SHARE,
-           "Questions whose likeliest answer is true, of all answers or of the best and one wrong", needs="`truthfulqa=mc`"),
-    Metric("behaviour", _of_both(*_join(("truthfulqa_",), ("mc1", "mc2", "binary"), ("_chat", "_zero_shot_chat"), by="")),
-           _SHARE, "The same through the chat template", needs="`truthfulqa.chat_template`"),
-    Metric("behaviour", ("preference_accuracy", "preference_accuracy/<source>"), _SHARE, "Held-out pairs ranked as in the data"),
-    Metric("behaviour", ("preference_ties", "preference_ties/<source>"), _SHARE, "Held-out pairs of equal rewards"),
-    Metric("behaviour", ("reward_margin", "reward_margin/<source>"), _REWARD, "Mean reward margin of held-out pairs"),
-    Metric("behaviour", _join(("logp_drift_",), ("chosen", "rejected"), ("", "/<source>"), by=""), "nats",
-           "Mean log π − log π₀ of held-out responses"),
-    Metric("behaviour", _of_both("preference_probe_accuracy/<site>"), _SHARE, "Held-out accuracy of a linear probe",
-           label="linear probe, <site>"),
-    Metric("behaviour", _of_both("preference_probe_null/<site>"), _SHARE, "The same with labels flipped at random"),
-    Metric("behaviour", ("kl",), "nats", "Mean log π − log π₀ of own completions", needs=_ASKED),
-    Metric("behaviour", ("kl_per_token",), "nats/token", "The same per token", needs=_ASKED),
-    Metric("behaviour", ("of_steps_taken",), "optimizer steps", "Steps behind the model that is scored in this row"),
+    _said(_of_both("geval_score"), _SHARE, "Mean G-Eval score over criteria", needs=_JUDGE, label="G-Eval score"),
+    _said(_of_both("geval_score/<criterion>"), _SHARE, "Mean G-Eval score by one criterion", needs=_JUDGE,
+          label="geval score/<criterion>"),
+    _said(_of_both("<prefix>_score", "<prefix>_score/<criterion>"), _SHARE, "Mean G-Eval score by a scorer with a prefix",
+          needs=_JUDGE),
+    _said(("<prefix>_score_difference/<criterion>",), "−1 … 1", "Policy’s score less the base’s", needs=_JUDGE),
+    _said((*_of_both("<prefix>_score/<criterion>_missing/<reason>"), *_each(_RATES, ["_missing/<reason>"])), "count",
+          "Scores that the judge didn’t give, by reason", needs=_JUDGE),
+    _said(_each(_RATES, ("", "_wins", "_ties", "_losses")), _SHARE, "Win rate, and the shares it is made of", needs=_JUDGE),
+    _said(_each(_RATES, ["_length_controlled"]), _SHARE, "Win rate between answers of equal length", needs=_JUDGE),
+    _said(_each(_RATES, ["_length_difference"]), "characters", "Length of the policy’s answer less the other’s", needs=_JUDGE),
+    _said((*_of_both("<prefix>_low_mass/<criterion>"), *_each(_RATES, ["_low_mass"])), _SHARE,
+          "Replies in which the judge’s weight is mostly on no valid answer", needs=_JUDGE),
+    _said(_each(_RATES, ["_identical"]), _SHARE, "Pairs of identical answers, which are ties without asking", needs=_JUDGE),
+    _said(_each(["<prefix>_position_consistency"], _AGAINST), _SHARE, "Verdicts that are alike in both orders", needs=_JUDGE),
+    _said(_each(["<prefix>_first_position_rate"], _AGAINST), _SHARE, "Verdicts for whichever answer stands first",
+          needs=_JUDGE),
+    _said(_of_both("<prefix>_empty"), _SHARE, "Answers without text", needs=_JUDGE),
+    _said(_of_both("rougeL"), _SHARE, "ROUGE-L F1 with the chosen response", label="ROUGE-L with chosen"),
+    _said(_of_both("rouge1", "rouge2"), _SHARE, "ROUGE-1 and ROUGE-2 F1 with the chosen response"),
+    _said(_of_both("bleu"), "0 … 100", "Corpus BLEU with the chosen response"),
+    _said(("rouge1_to_base", "rouge2_to_base", "rougeL_to_base"), _SHARE, "ROUGE F1 with the base’s completion",
+          needs="`reference: base`"),
+    _said(("bleu_to_base",), "0 … 100", "Corpus BLEU with the base’s completion", needs="`reference: base`"),
+    _said(_of_both("degeneration"), _SHARE, "Completions that are empty or repeat themselves", label="share degenerate"),
+    _said(_of_both(*_each(["degeneration_"], ("words", "characters", "tokens"))), _SHARE,
+          "Completions that repeat their words, characters or tokens"),
+    _said(_of_both("repetition_4gram"), _SHARE, "Repeated 4-grams of words, mean over completions"),
+    _said(_of_both("empty"), _SHARE, "Completions without anything to read"),
+    _said(_of_both("cut"), _SHARE, "Completions cut at the token limit"),
+    _said(_of_both("length"), "tokens", "Mean length of completions"),
+    _said(_of_both("truthfulqa_mc2"), _SHARE, "Probability of the true answers, with examples", needs=_QUESTIONS,
+          label="TruthfulQA MC2"),
+    _said(_of_both("truthfulqa_mc2_zero_shot"), _SHARE, "Probability of the true answers, without examples",
+          needs=_QUESTIONS, label="TruthfulQA MC2, 0-shot"),
+    _said(_of_both(*_each(["truthfulqa_"], ("mc1", "binary"), ("", "_zero_shot"))), _SHARE,
+          "Questions whose likeliest answer is true, of all (`mc1`) or of one true and one false (`binary`)", needs=_QUESTIONS),
+    _said(_of_both(*_each(["truthfulqa_"], ("mc1", "mc2", "binary"), ("_chat", "_zero_shot_chat"))), _SHARE,
+          "TruthfulQA asked through the chat template", needs="`truthfulqa.chat_template=true`"),
+    _said(_each(["preference_accuracy"], _SOURCES), _SHARE, "Held-out pairs ranked as in the data"),
+    _said(_each(["preference_ties"], _SOURCES), _SHARE, "Held-out pairs of equal rewards"),
+    _said(_each(["reward_margin"], _SOURCES), _REWARD, "Mean reward margin of held-out pairs"),
+    _said(_each(["logp_drift_"], ("chosen", "rejected"), _SOURCES), "nats", "Mean log π − log π₀ of held-out responses"),
+    _said(_of_both("preference_probe_accuracy/<site>"), _SHARE, "Held-out accuracy of a linear probe for the preference",
+          label="linear probe, <site>"),
+    _said(_of_both("preference_probe_null/<site>"), _SHARE, "Held-out accuracy of the probe with labels flipped at random"),
+    _said(("kl",), "nats", "Mean log π − log π₀ of the policy’s own completions", needs=_ASKED),
+    _said(("kl_per_token",), "nats/token", "Mean log π − log π₀ per token of the policy’s own completions", needs=_ASKED),
+    _said(("of_steps_taken",), "optimizer steps", "Steps behind the model that is scored in this row"),
     Metric("alarm", ("chosen_logp_drop",), "nats", "Log-probability lost by chosen responses since the start", summary="max"),
     Metric("alarm", ("accuracy_saturation",), _SHARE, "Training pairs ordered rightly; at 1 only margins grow", summary="max"),
     Metric("alarm", ("length_ratio",), "1", "Tokens of chosen over those of rejected responses", summary="max"),
@@ -250,7 +249,7 @@ METRICS: tuple[Metric, ...] = (
 """Scalars, in the order of the page."""
 MEDIA: tuple[Metric, ...] = (
     Metric("figures", ("geometry", "entropy", "layers_by_step", "cosines", "projection"), "picture", "Section of the report"),
-    Metric("cosines", _join(("in_sample", "leave_one_out", "split_half"), ("<site>",)), "histogram", "Cosines with v*, by pair"),
+    Metric("cosines", _each(("in_sample", "leave_one_out", "split_half"), ["/<site>"]), "histogram", "Cosines with v*, by pair"),
     Metric("samples", ("",), "table", "Prompts with both models’ completions and every score"),
     Metric("report", ("<section>",), "picture", "Section of the finished report (`upload=true`)"),
 )  # fmt: skip
