@@ -4,10 +4,9 @@ Plain PyTorch: usable in any training loop. The base model is read once, before 
 compared with it, row by row.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from tiltmeter.errors import UserError
@@ -147,20 +146,6 @@ def cut_pair(pair: TokenizedPair, positions: Sequence[Position]) -> TokenizedPai
         shorter = min(len(chosen), len(rejected))
         n = next((at + 1 for at in range(shorter) if chosen[at] != rejected[at]), shorter)
     return TokenizedPair(prompt, chosen[:n], rejected[:n])
-
-
-def matching_rows(
-    base: Mapping[ReadPoint, HiddenStates], policy: Mapping[ReadPoint, HiddenStates], point: ReadPoint
-) -> tuple[Tensor, Tensor]:
-    """The rows [reading, d_model] of both models at a site and position, of the same pairs and sides in the same order.
-
-    Raises:
-        ValueError: they were read of other pairs.
-    """
-    a, b = base[point], policy[point]
-    if not (torch.equal(a.pair_index, b.pair_index) and torch.equal(a.sides, b.sides)):
-        raise ValueError(f"probe: rows at {point.site}, {point.position} are of other pairs in the two readings")
-    return a.rows, b.rows
 
 
 def read_points(sites: str | Sequence[str], positions: Sequence[Position], n_layers: int) -> list[ReadPoint]:
