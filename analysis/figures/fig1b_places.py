@@ -20,7 +20,6 @@ from tiltmeter.pairs.log_probs import scale_and_cap, sequence_log_probs, target_
 from tiltmeter.pairs.verification import best_layout
 from tiltmeter.states.capture import ReadPoint
 from tiltmeter.states.probe_set import Probe, cut_pair
-from tiltmeter.states.state_pair import StatePair
 
 LEAST_PLACES = 4
 Kind = Literal["preference", "random"]
@@ -87,7 +86,7 @@ class StateGradients:
         asked = tuple(dict.fromkeys([*sites, FINAL_POST_NORM]))
         pairs = [place.pair.ids for place in places]
         probe = Probe.of_pairs(pairs, layout=best_layout(self.base, pairs), sites=asked, positions=["diverge"])
-        states = StatePair(*(probe.read(opened.model) for opened in (checkpoints.base, checkpoints.aligned)))
+        states = probe.read_pair(checkpoints.base.model, checkpoints.aligned.model)
         both = {site: states.rows(ReadPoint(site, "diverge")) for site in asked}
         self.states = {site: policy if of == "aligned" else base for site, (base, policy) in both.items()}
         """[place, d_model] by site."""

@@ -5,7 +5,7 @@ from functools import lru_cache
 
 import torch
 
-from analysis.figures.fig3_cosines import SIDES
+from analysis.figures.fig3_consistency import OF_PAIRS
 from analysis.figures.hidden_states import WHILE_TRAINING
 from datamodules.oracle import PlantedOracle
 from datamodules.synthetic import SyntheticWorld
@@ -73,7 +73,9 @@ def loggable_metrics() -> frozenset[str]:
 
 def loggable_media() -> frozenset[str]:
     """Figures and histograms; of histograms those of the deepest site."""
-    figures = {f"figures/{name}" for name in WHILE_TRAINING} | {f"cosines/{side}/{FINAL_POST_NORM}" for side in SIDES}
+    figures = {f"figures/{name}" for name in WHILE_TRAINING} | {
+        f"cosines/{side}/{FINAL_POST_NORM}" for side in OF_PAIRS
+    }
     return frozenset(figures | {"samples"})
 
 

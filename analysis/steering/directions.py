@@ -23,7 +23,6 @@ from tiltmeter.scoring.preference_probe import probe_direction
 from tiltmeter.states.capture import Reading, ReadPoint
 from tiltmeter.states.positions import POSITIONS, Position
 from tiltmeter.states.probe_set import PreferenceDirections, Probe
-from tiltmeter.states.state_pair import StatePair
 
 V_STAR, V_BAR = "v*", "v_bar"
 DIFFERENCE, PROBE = "difference_of_means", "probe"
@@ -118,10 +117,7 @@ class States:
         )
         self._base_model, self._unrelated_ids = checkpoints.base, [list(ids) for ids in unrelated]
         self._unrelated: Reading | None = None
-        self._read = self._of_models(checkpoints.base, checkpoints.aligned)
-
-    def _of_models(self, base: LoadedModel, aligned: LoadedModel) -> StatePair:
-        return StatePair(self._probe.read(base.model), self._probe.read(aligned.model))
+        self._read = self._probe.read_pair(checkpoints.base.model, checkpoints.aligned.model)
 
     def rows(self, site: str, position: Position | None) -> tuple[Tensor, Tensor]:
         """States of base and aligned model, a row a reading."""
@@ -143,7 +139,7 @@ class States:
 
     def update_of(self, base: LoadedModel, aligned: LoadedModel) -> dict[str, Tensor]:
         """v* of two other models by site, on the same pairs at the usual position."""
-        found = self._of_models(base, aligned).steering_vectors()
+        found = self._probe.read_pair(base.model, aligned.model).steering_vectors()
         return {site: found[ReadPoint(site, self.position)] for site in self.sites}
 
 

@@ -5,6 +5,7 @@ compared with it, row by row.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -16,6 +17,7 @@ from tiltmeter.pairs.batch import Layout, PreferenceBatch, TokenizedPair, collat
 from tiltmeter.pairs.log_probs import run_backbone
 from tiltmeter.states.capture import HiddenStates, ReadPoint, capture, join_hidden_states
 from tiltmeter.states.positions import Position, check_position, content_tokens, divergence, readings
+from tiltmeter.states.state_pair import StatePair
 
 _BEFORE_THE_RESPONSES_PART = {"prompt_last", "content", "diverge"}
 ONE_PER_SIDE: tuple[Position, ...] = ("prompt_last", "content", "diverge", "response_last", "response_mean")
@@ -106,6 +108,10 @@ class Probe:
                 }
             )
         return join_hidden_states(parts)
+
+    def read_pair(self, base: PreTrainedModel, policy: PreTrainedModel, **known: Any) -> StatePair:
+        """Both models' hidden states of the same tokens; ``known``: what else :class:`StatePair` takes."""
+        return StatePair(self.read(base), self.read(policy), **known)
 
 
 class PreferenceDirections:
