@@ -15,9 +15,9 @@ from analysis.behaviour.by_step import behaviour_by_step_section, behaviour_of_r
 from analysis.behaviour.section import NAME as BEHAVIOUR
 from analysis.figures.fig1b_section import NAME as GRADIENT_FIELD
 from analysis.figures.fig2_steering import NAME as STEERING
+from analysis.figures.hidden_states import OVER_STEPS
 from analysis.figures.hidden_states import SECTIONS as HIDDEN_STATES
 from analysis.figures.training import training_section
-from analysis.open.read_states import OVER_STEPS
 from analysis.open.runs import Run
 from analysis.report.page import Section
 from analysis.steering.transfer_section import NAME as TRANSFER

@@ -10,9 +10,10 @@ from typing import NamedTuple
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from analysis.figures.hidden_states import BESIDE_RANDOM, SECTIONS, Watched, hidden_state_section
+from analysis.figures.hidden_states import BESIDE_RANDOM, READ_NOW, SECTIONS, hidden_state_section
 from analysis.open.checkpoints import Checkpoints, HeldOutPairs, checkpoints_of_run
-from analysis.open.read_states import READ_NOW, ReadNow, StateReading
+from analysis.open.observed import Observed, steps_of
+from analysis.open.read_states import StateReading
 from analysis.open.runs import Run, find_run, open_run
 from analysis.open.subject import Subject, subject_of_checkpoints, subject_of_run
 from analysis.report.page import Attempts, Section, write_report
@@ -117,7 +118,7 @@ def _analyze_run(wanted: Wanted, run: Run) -> Path | None:
         if all(wanted.names.values()):
             raise
         raise UserError(f"{error}; or ask for what needs no model, as in analysis=[training,geometry]") from error
-    seen = Watched.of_run(run)
+    seen = Observed.stored(run.folder, run.metrics)
     lacks_random = bool(set(BESIDE_RANDOM) & set(wanted.names)) and seen.lacks_random
     if lacks_random and not wanted.dry_run:
         seen = _with_random(seen, run, wanted.reading, opened)
@@ -163,18 +164,19 @@ def _analyze_run(wanted: Wanted, run: Run) -> Path | None:
     return _report(subject, _in_order(wanted.names, read), asked, samples, attempts, upload)
 
 
-def _with_random(seen: Watched, run: Run, reading: StateReading, opened: Callable[..., Checkpoints]) -> Watched:
+def _with_random(seen: Observed, run: Run, reading: StateReading, opened: Callable[..., Checkpoints]) -> Observed:
     """Read random weight changes and keep them beside the snapshots; where that can't be done, sections say what they lack."""
     try:
         checkpoints = opened(dtype=reading.dtype, device=reading.device)
         with console().status("Reading hidden states under random weight changes …"):
-            reading.random_updates(checkpoints, n_steps=seen.steps_taken).write(seen.snapshots)
+            found = reading.random_updates(checkpoints, n_steps=steps_of(seen.table))
+            found.write(run.folder / "snapshots")
     except (UserError, OSError) as error:
         console().print(f"No random weight changes beside the update: {error}", soft_wrap=True)
-    return Watched.of_run(run)
+    return Observed.stored(run.folder, run.metrics)
 
 
-def _read_off(names: Mapping[str, bool], run: Run, seen: Watched, attempts: Attempts) -> dict[str, Section]:
+def _read_off(names: Mapping[str, bool], run: Run, seen: Observed, attempts: Attempts) -> dict[str, Section]:
     """Sections of what the run's folder holds, by name; none for what it doesn't. Raises UserError: it is damaged."""
     found: dict[str, Section] = {}
     for name, is_named in names.items():
@@ -189,7 +191,7 @@ def _read_off(names: Mapping[str, bool], run: Run, seen: Watched, attempts: Atte
     return found
 
 
-def _drawn_now(names: Iterable[str], now: ReadNow, note: str, attempts: Attempts) -> dict[str, Section]:
+def _drawn_now(names: Iterable[str], now: Observed, note: str, attempts: Attempts) -> dict[str, Section]:
     """Sections of what was just read; each says so."""
     drawn: dict[str, Section] = {}
     for name in names:
@@ -302,7 +304,7 @@ def _say_costs(
         console().print("Would run nothing: what is asked is read off the run’s folder.")
 
 
-def _read(reading: StateReading, checkpoints: Checkpoints, *, n_steps: int | None = None) -> ReadNow:
+def _read(reading: StateReading, checkpoints: Checkpoints, *, n_steps: int | None = None) -> Observed:
     with console().status("Reading hidden states of both models …"):
         return reading.read(checkpoints, n_steps=n_steps)
 

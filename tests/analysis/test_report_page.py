@@ -6,9 +6,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from analysis.figures.hidden_states import SECTIONS, Watched, hidden_state_sections
+from analysis.figures.hidden_states import SECTIONS, hidden_state_sections
 from analysis.figures.training import training_section
 from analysis.open.observations import UPDATE
+from analysis.open.observed import Observed
 from analysis.open.probe_pairs import ProbePair
 from analysis.open.runs import Run, open_run
 from analysis.open.subject import subject_of_run
@@ -50,7 +51,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     found = open_run(folder)
     said = Continuation((Span(HOSTILE, False), Span(ENDLESS, True)), True)
     pair = ProbePair("p", "hh", ENDLESS, HOSTILE, ENDLESS, HOSTILE, TokenizedPair([1], [2], [3]), {})
-    sections = [training_section(found), *hidden_state_sections(Watched.of_run(found))]
+    sections = [training_section(found), *hidden_state_sections(Observed.stored(found.folder, found.metrics))]
     write_report(subject_of_run(found), sections, Samples([Sample(pair, said, said)]))
     return found
 

@@ -7,8 +7,9 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from analysis.figures.hidden_states import READ_NOW
 from analysis.open import checkpoints
-from analysis.open.read_states import READ_NOW, StateReading
+from analysis.open.read_states import StateReading
 from tests.analysis import asked
 from tests.analysis import planted_behaviour as planted
 from tests.analysis import planted_geometry as geometry

@@ -30,6 +30,7 @@ from tiltmeter.states.capture import ReadPoint
 from tiltmeter.states.observed_metrics import Metrics, place, random_update_figures
 from tiltmeter.states.positions import Position
 from tiltmeter.states.probe_set import Probe
+from tiltmeter.states.state_pair import StatePair
 
 Form = Literal["gaussian", "rotated"]
 FORMS: tuple[Form, ...] = get_args(Form)
@@ -197,8 +198,8 @@ def read_random_updates(
     for form in forms:
         for draw in range(n_draws):
             with random_update(model, policy, draw=draw, seed=seed, form=form):
-                changed = probe.read(model)
-            found = {point: random_update_figures(base, changed, point) for point in base}
+                changed = StatePair(base, probe.read(model))
+            found = {point: random_update_figures(changed, point) for point in base}
             draws += [Draw(form, draw, p.position, p.site, figures) for p, figures in found.items() if figures]
     weights = {"base": hash_weights(model.state_dict()), "policy": hash_weights(dict(policy))}
     read = hashlib.sha256(hash_pairs(pairs).numpy().tobytes()).hexdigest()
