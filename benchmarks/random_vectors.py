@@ -13,7 +13,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import tiltmeter.threads  # noqa: F401  before torch, which reads its threads' settings as it is imported
 
+# isort: split
 from analysis.controls.c15_random_vectors import random_among_random
 from analysis.steering.table import read_pairs
 
