@@ -8,7 +8,7 @@ from hypothesis import settings
 
 settings.register_profile("explore", deadline=None)  # new examples every time: pytest --hypothesis-profile=explore
 # a busy machine and another draw are no failures
-settings.register_profile("house", deadline=None, derandomize=True, max_examples=50)
+settings.register_profile("house", deadline=None, derandomize=True, max_examples=20)
 settings.load_profile("house")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
