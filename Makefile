@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 JOBS ?= 2
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test lint fast clean
 .DELETE_ON_ERROR:
@@ -14,8 +14,7 @@ demo: $(VENV)/.installed ## train the embedded default and draw its report
 	$(BIN)/python analyze.py run=last
 
 test: $(VENV)/.installed-dev lint ## everything that CI runs
-	$(PYTEST) -m "not slow"
-	$(PYTEST) -m slow
+	$(PYTEST)
 
 fast: $(VENV)/.installed-dev ## the tests to run while working
 	$(PYTEST) -q -x -m "not slow"

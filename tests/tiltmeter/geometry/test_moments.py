@@ -3,7 +3,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
@@ -69,7 +69,6 @@ def assert_same(a: RowGeometry, b: RowGeometry, tolerance: float, leave_out_last
     assert flat(a)[:end] == pytest.approx(flat(b)[:end], rel=tolerance, abs=tolerance, nan_ok=True)
 
 
-@settings(deadline=None, max_examples=40)
 @given(st.integers(2, 30), st.integers(2, 12), st.integers(1, 4), folds, st.integers(0, 99))
 def test_streaming_is_batch_is_a_merge_of_four_ranks(n: int, d: int, pieces: int, kept: int, seed: int) -> None:
     rows = noise(n, d, seed) + 3 * noise(1, d, seed + 1)
@@ -94,7 +93,6 @@ def test_streaming_is_batch_is_a_merge_of_four_ranks(n: int, d: int, pieces: int
             assert_same(other.geometry(variant, without=FIRST), whole.geometry(variant, without=FIRST), 1e-6)
 
 
-@settings(deadline=None)
 @given(st.integers(2, 30), st.integers(2, 12), st.integers(0, 99))
 def test_folded_rows_tell_the_same_as_kept_ones(n: int, d: int, seed: int) -> None:
     rows = noise(n, d, seed) + 2
@@ -153,7 +151,6 @@ def test_only_constant_length_rows_have_a_share_equal_to_the_squared_mean_cosine
     assert g.shift_share == pytest.approx(g.mean_cosine_in_sample**2)
 
 
-@settings(deadline=None)
 @given(st.integers(2, 20), st.integers(2, 9), st.floats(0, 4), st.integers(0, 99))
 def test_the_first_direction_holds_at_least_the_shift(n: int, d: int, shift: float, seed: int) -> None:
     g = row_geometry(noise(n, d, seed) + shift)
