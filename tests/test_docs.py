@@ -1,5 +1,6 @@
 """README.md and docs/: short enough, every link leads somewhere, and what they say of the code is so."""
 
+import pkgutil
 import re
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 
 from docs.architecture import BEGIN, END, FLOWS, PACKAGES, PAGE, tree
 from tests.processes import ROOT
+from tests.test_contributing import NEW
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -32,6 +34,14 @@ def test_links_of_a_page_lead_to_files_and_headings(page: Path) -> None:
             target = (page.parent / path).resolve() if path else page
             assert target.exists(), link
             assert not anchor or anchor in anchors(target), link
+
+
+def test_names_of_modules_classes_and_functions_on_the_pages_exist() -> None:
+    packages = "|".join(set(PACKAGES) - {"callbacks"})  # whose names are keys of the configuration, too
+    for page in PAGES:
+        for name in re.findall(rf"\b(?:{packages})(?:\.\w+)+", page.read_text(encoding="utf-8")):
+            if not re.search(NEW, name):
+                assert pkgutil.resolve_name(name.removesuffix(".py")) is not None, (page.name, name)
 
 
 def test_figures_of_the_paper_are_where_the_readme_says() -> None:
