@@ -11,7 +11,8 @@ from PIL import Image
 from safetensors import safe_open
 
 from analysis.figures.fig3_cosines import EDGES
-from analysis.figures.hidden_states import WHILE_TRAINING, Watched, hidden_state_sections
+from analysis.figures.hidden_states import Watched
+from analysis.registry import ANALYSES, sections_of_states
 from analysis.report.style import png_bytes
 from launch.wandb_logger import STEP_AXIS, RunLogger
 from tiltmeter.scoring.behaviour_table import SAMPLES, read_table
@@ -77,7 +78,7 @@ class WandbMedia(Callback):
 
         seen = Watched.of_folder(self.run_dir)
         media: dict[str, Any] = {}
-        for section in hidden_state_sections(seen, WHILE_TRAINING):
+        for section in sections_of_states(seen, [a for a in ANALYSES if a.while_training]):
             picture = Image.open(io.BytesIO(png_bytes(section.figure)))
             media[f"figures/{section.name}"] = wandb.Image(picture, caption=". ".join(section.sentences))
         if seen.cosines is not None:

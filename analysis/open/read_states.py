@@ -11,13 +11,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from analysis.contract import Cost
 from analysis.figures.fig1a_plane import Parting
-from analysis.figures.hidden_states import SECTIONS, Watched
+from analysis.figures.hidden_states import Watched
 from analysis.open.checkpoints import Checkpoints
 from analysis.open.observations import DIVERGE, STEPS_TAKEN, USUAL_POSITION, observed
 from analysis.open.probe_pairs import ProbePair
 from analysis.open.stored_rows import StoredRows, changed_rows
-from analysis.report.costs import Cost
 from tiltmeter.errors import UserError
 from tiltmeter.models.causal_lm import DTYPES
 from tiltmeter.models.layers import unembedding
@@ -29,10 +29,6 @@ from tiltmeter.states.positions import Position
 from tiltmeter.states.probe_set import DEFAULT_POSITIONS, PreferenceDirections, Probe, cut_pair
 from tiltmeter.weights.random_update import FORMS, N_DRAWS, RandomUpdates, check_draws, read_random_updates
 
-OVER_STEPS = ("layers_by_step",)
-"""Sections that need several observations."""
-READ_NOW = tuple(name for name in SECTIONS if name not in OVER_STEPS)
-"""Sections for which one reading of two models is enough."""
 _POSITIONS = DEFAULT_POSITIONS
 _HELD_AGAINST_RANDOM: tuple[Position, ...] = ("prompt_last", "content")
 _LEAST_PAIRS = 4

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from analysis.figures.fig1a_plane import plane_points
-from analysis.figures.hidden_states import Watched, hidden_state_section
+from analysis.figures.hidden_states import Watched
+from analysis.registry import BY_NAME
 from analysis.report.page import Section
 from tests.analysis import planted_geometry as planted
 from tiltmeter.models.layers import FINAL_POST_NORM
@@ -21,7 +22,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Watched:
 
 @pytest.fixture(scope="module")
 def drawn(seen: Watched) -> Section:
-    section = hidden_state_section("preference_plane", seen)
+    section = BY_NAME["preference_plane"].answer(seen)
     assert section is not None
     return section
 

@@ -1,6 +1,5 @@
 import math
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,19 +8,14 @@ import pytest
 import torch
 
 from analysis.figures.fig3_cosines import EDGES, N_SPLITS, SIDES, cosine_set
-from analysis.figures.hidden_states import (
-    SECTIONS,
-    Watched,
-    hidden_state_section,
-    hidden_state_sections,
-    section_of_run,
-)
+from analysis.figures.hidden_states import Watched
 from analysis.figures.layer_curves import NULLS, geometry_table
 from analysis.open.observations import UPDATE, latest, most_entropy, observed, updates
-from analysis.open.runs import open_run
 from analysis.open.stored_rows import latest_name
+from analysis.registry import BY_NAME, sections_of_states
 from analysis.report.page import Section
 from tests.analysis import planted_geometry as planted
+from tests.analysis.asked import OF_STATES
 from tests.analysis.conftest import dpo_rows
 from tests.analysis.legible import assert_legible
 from tiltmeter.errors import UserError
@@ -37,11 +31,11 @@ def table_of(rows: list[dict[str, float]]) -> pd.DataFrame:
 
 
 def sections_of(rows: list[dict[str, float]], snapshots: Path) -> dict[str, Section]:
-    return {section.name: section for section in hidden_state_sections(Watched(pd.DataFrame(rows), snapshots))}
+    return {section.name: section for section in sections_of_states(Watched(pd.DataFrame(rows), snapshots))}
 
 
 def one(name: str, rows: list[dict[str, float]], snapshots: Path) -> Section:
-    section = hidden_state_section(name, Watched(pd.DataFrame(rows), snapshots))
+    section = BY_NAME[name].answer(Watched(pd.DataFrame(rows), snapshots))
     assert section is not None
     return section
 
@@ -86,7 +80,7 @@ def test_a_run_without_a_probe_has_no_sections_and_no_table(tmp_path: Path) -> N
 
 
 def test_every_section_is_drawn_and_legible(drawn: dict[str, Section]) -> None:
-    assert tuple(drawn) == SECTIONS
+    assert tuple(drawn) == OF_STATES
     for section in drawn.values():
         panels = [axes for axes in section.figure.axes if axes.get_title("left")]
         assert len(panels) == len(section.sentences)
@@ -260,8 +254,3 @@ def test_a_damaged_snapshot_is_named(tmp_path: Path) -> None:
     (folder / "epoch=001.safetensors").write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"epoch=001\.safetensors: damaged"):
         one("cosines", planted.run_rows(), folder)
-
-
-def test_asking_for_what_a_run_has_not_is_one_line(make_run: Callable[..., Path]) -> None:
-    with pytest.raises(UserError, match=r"analysis=entropy: .* has no readings for it \(expected a run trained with"):
-        section_of_run("entropy", open_run(make_run()))

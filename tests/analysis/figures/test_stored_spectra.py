@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from analysis.figures.fig4b_signal_rank import scree
-from analysis.figures.hidden_states import Watched, hidden_state_section
+from analysis.figures.hidden_states import Watched
 from analysis.figures.stored_spectra import largest_change, long_spectra, spectra_of, spectra_table
+from analysis.registry import BY_NAME
 from tests.analysis import planted_geometry as planted
 from tests.analysis.planted_geometry import noise, stored
 from tiltmeter.geometry.rows import VARIANTS
@@ -50,7 +51,7 @@ def test_the_file_has_a_row_for_every_figure_with_n_beside(seen: Watched) -> Non
 
 
 def test_figures_tell_what_the_table_has(seen: Watched) -> None:
-    entropy, first = (hidden_state_section(name, seen) for name in ("entropy_controls", "singular_values"))
+    entropy, first = (BY_NAME[name].answer(seen) for name in ("entropy_controls", "singular_values"))
     assert entropy is not None
     assert first is not None
     values = spectra_of(seen.spectra, "update", "raw")["entropy_energy"]
