@@ -94,19 +94,20 @@ class Analysis:
 
 def of_states(
     name: str,
+    table: Callable[[Any], Any],
     section: Callable[[Any], Section | None],
     *,
     several_steps: bool = False,
     random_weights: bool = False,
     while_training: bool = False,
 ) -> Analysis:
-    """Drawn of hidden states, which are read once for all such analyses: what was observed is the table."""
+    """Drawn of hidden states, which are read once for all such analyses."""
     also = "" if several_steps else ", or two models that differ, and at least four pairs whose responses do"
     return Analysis(
         name,
         Needs("states", several_steps, random_weights),
-        table=lambda seen: seen,
-        section=section,
+        table,
+        section,
         keys=("hidden_states", *_MODEL_KEYS),
         missing=f"{_NO_READINGS}{also})",
         while_training=while_training,

@@ -26,29 +26,50 @@ from analysis.report.page import Section
 from analysis.steering.run_sweep import cost_of_sweep, run_sweep, swept_section
 from analysis.steering.transfer_section import transfer_section
 
+
+def _observed(seen: Watched) -> Watched:
+    return seen
+
+
 SCORERS = ("decoding", "judge", "toxicity")
 ANALYSES: tuple[Analysis, ...] = (
     Analysis("training", Needs("run"), training_table, training_section),
     Analysis("behaviour_by_step", Needs("run"), scores_by_step, behaviour_by_step_section, missing=NOT_SCORED),
-    of_states("geometry", lambda s: geometry_section(s.table, s.random), random_weights=True, while_training=True),
-    of_states("entropy", lambda s: entropy_section(s.table, s.random), random_weights=True, while_training=True),
+    of_states(
+        "geometry", _observed, lambda s: geometry_section(s.table, s.random), random_weights=True, while_training=True
+    ),
+    of_states(
+        "entropy", _observed, lambda s: entropy_section(s.table, s.random), random_weights=True, while_training=True
+    ),
     of_states(
         "entropy_controls",
+        _observed,
         lambda s: s.rows and entropy_control_section(s.rows, s.spectra, s.random),
         random_weights=True,
     ),
     of_states(
-        "singular_values", lambda s: s.rows and singular_value_section(s.rows, s.spectra, s.random), random_weights=True
+        "singular_values",
+        _observed,
+        lambda s: s.rows and singular_value_section(s.rows, s.spectra, s.random),
+        random_weights=True,
     ),
-    of_states("signal_rank", lambda s: s.rows and signal_rank_section(s.rows, s.spectra)),
-    of_states("layers_by_step", lambda s: layers_by_step_section(s.table), several_steps=True, while_training=True),
+    of_states("signal_rank", _observed, lambda s: s.rows and signal_rank_section(s.rows, s.spectra)),
     of_states(
-        "cosines", lambda s: s.cosines and cosine_section(s.cosines, s.random), random_weights=True, while_training=True
+        "layers_by_step", _observed, lambda s: layers_by_step_section(s.table), several_steps=True, while_training=True
     ),
-    of_states("consistency", lambda s: s.rows and consistency_section(s.rows, s.random), random_weights=True),
-    of_states("clouds", lambda s: s.rows and cloud_section(s.rows)),
-    of_states("projection", lambda s: projection_section(s.table, s.metrics), while_training=True),
-    of_states("preference_plane", lambda s: preference_plane_section(s.parting)),
+    of_states(
+        "cosines",
+        _observed,
+        lambda s: s.cosines and cosine_section(s.cosines, s.random),
+        random_weights=True,
+        while_training=True,
+    ),
+    of_states(
+        "consistency", _observed, lambda s: s.rows and consistency_section(s.rows, s.random), random_weights=True
+    ),
+    of_states("clouds", _observed, lambda s: s.rows and cloud_section(s.rows)),
+    of_states("projection", _observed, lambda s: projection_section(s.table, s.metrics), while_training=True),
+    of_states("preference_plane", _observed, lambda s: preference_plane_section(s.parting)),
     of_models(
         "behaviour", behaviour_section, node="behaviour", reaches=(*SCORERS, "truthfulqa"), done_in_training=True
     ),

@@ -127,8 +127,7 @@ def _analyze_run(wanted: Wanted, run: Run) -> Path | None:
     lacks_random = seen.lacks_random and any(a.needs.random_weights for a in wanted.analyses)
     if lacks_random and not wanted.dry_run:
         seen = _with_random(seen, run, wanted.reading, opened)
-    with console().status("Drawing what the run kept …"):
-        read = _drawn(wanted.analyses, {"run": run, "states": seen}, attempts)
+    read = _drawn(wanted.analyses, {"run": run, "states": seen}, attempts)
     again = [a for a in _read_now(wanted) if a.name not in (*read, *attempts.failed, *attempts.left_out)]
     _check_named(wanted.names, [*read, *attempts.failed, *(a.name for a in again)])
     if not again:
@@ -184,10 +183,11 @@ def _drawn(analyses: Iterable[Analysis], given: Mapping[str, Any], attempts: Att
         given: by what an analysis needs; others are passed over.
     """
     found: dict[str, Section] = {}
-    for analysis in analyses:
-        with attempts.of(analysis.name):
-            if analysis.needs.what in given and (section := analysis.answer(given[analysis.needs.what])):
-                found[analysis.name] = section
+    with console().status("Drawing …"):
+        for analysis in (a for a in analyses if a.needs.what in given):
+            with attempts.of(analysis.name):
+                if section := analysis.answer(given[analysis.needs.what]):
+                    found[analysis.name] = section
     return found
 
 
