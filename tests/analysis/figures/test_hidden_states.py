@@ -21,20 +21,15 @@ from analysis.figures.fig3_consistency import (
 )
 from analysis.figures.fig4a_entropy import draw_entropies, draw_entropy_controls
 from analysis.figures.fig4b_singular_values import draw_signal_ranks, draw_singular_values
-from analysis.figures.hidden_states import (
-    SECTIONS,
-    hidden_state_section,
-    hidden_state_sections,
-    section_of_run,
-)
 from analysis.figures.layer_curves import NULLS, draw_geometry, geometry_table
 from analysis.figures.layer_maps import draw_layers_by_step
 from analysis.open.observations import UPDATE, latest, most_entropy, observed, updates
 from analysis.open.observed import Observed, Tables, latest_name
-from analysis.open.runs import open_run
+from analysis.registry import BY_NAME, sections_of_states
 from analysis.report.page import Section
 from analysis.report.style import png_bytes
 from tests.analysis import planted_geometry as planted
+from tests.analysis.asked import OF_STATES
 from tests.analysis.conftest import dpo_rows
 from tests.analysis.legible import assert_legible
 from tiltmeter.errors import UserError
@@ -63,11 +58,11 @@ def table_of(rows: list[dict[str, float]]) -> pd.DataFrame:
 
 
 def sections_of(rows: list[dict[str, float]], folder: Path) -> dict[str, Section]:
-    return {section.name: section for section in hidden_state_sections(planted.stored(folder, rows))}
+    return {section.name: section for section in sections_of_states(planted.stored(folder, rows))}
 
 
 def one(name: str, rows: list[dict[str, float]], folder: Path) -> Section:
-    section = hidden_state_section(name, planted.stored(folder, rows))
+    section = BY_NAME[name].answer(planted.stored(folder, rows))
     assert section is not None
     return section
 
@@ -112,7 +107,7 @@ def test_a_run_without_a_probe_has_no_sections_and_no_table(tmp_path: Path) -> N
 
 
 def test_every_section_is_drawn_and_legible(drawn: dict[str, Section]) -> None:
-    assert tuple(drawn) == SECTIONS
+    assert tuple(drawn) == OF_STATES
     for section in drawn.values():
         panels = [axes for axes in section.figure.axes if axes.get_title("left")]
         assert len(panels) == len(section.sentences)
@@ -230,7 +225,7 @@ def test_the_cap_of_entropies_is_told_from_the_metrics() -> None:
     assert most_entropy(table) == pytest.approx(math.log(min(planted.N_PAIRS, planted.WIDTH)))
 
 
-@pytest.mark.parametrize("name", SECTIONS)
+@pytest.mark.parametrize("name", OF_STATES)
 def test_a_section_is_drawn_again_from_its_files(drawn: dict[str, Section], name: str) -> None:
     """Whatever a figure says stands in the tables of the report: words of the page, and the figure to the last pixel."""
     first, draw = drawn[name], DRAW[name]
@@ -300,8 +295,3 @@ def test_a_damaged_snapshot_is_named(tmp_path: Path) -> None:
     (tmp_path / "snapshots" / "epoch=001.safetensors").write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"epoch=001\.safetensors: damaged"):
         one("cosines", planted.run_rows(), tmp_path)
-
-
-def test_asking_for_what_a_run_has_not_is_one_line(make_run: Callable[..., Path]) -> None:
-    with pytest.raises(UserError, match=r"analysis=entropy: .* has no readings for it \(expected a run trained with"):
-        section_of_run("entropy", open_run(make_run()))
