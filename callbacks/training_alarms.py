@@ -18,10 +18,8 @@ _MEANS = {metric("train", "logps/chosen"): _ALARMS[0], metric("train", "rewards/
 class TrainingAlarms(Callback):
     """Logs ``alarm/…`` after every window of optimizer steps, and says once in words when one goes off.
 
-    - ``alarm/chosen_logp_drop``: nats that chosen responses have lost since the first window (likelihood displacement).
-    - ``alarm/accuracy_saturation``: share of training pairs ordered rightly: at 1 only margins are left to grow.
-    - ``alarm/length_ratio``: tokens of chosen over rejected responses: far from 1, length can pass for preference.
-    - ``alarm/nan``: 1 when training stops for numbers that aren't finite (skipped steps: ``alarm/skipped_steps``).
+    Chosen responses that lose log-probability (likelihood displacement); pairs all ordered rightly, so that only margins are left
+    to grow; lengths far apart, which can pass for preference; numbers that aren't finite: docs/metrics.md has each.
 
     Args:
         window: optimizer steps.
@@ -73,7 +71,7 @@ class TrainingAlarms(Callback):
         if (logp := values.get(_ALARMS[0])) is not None:
             self._first_logp = logp if self._first_logp is None else self._first_logp
             values[_ALARMS[0]] = self._first_logp - logp
-        log(trainer, {metric("alarm", name): value for name, value in ({"nan": 0.0} | values).items()})
+        log(trainer, {metric("alarm", name): value for name, value in (values | {"nan": 0.0}).items()})
         for name, value in values.items():
             far = 1 / value if name == "length_ratio" and value else value
             if max(value, far) >= self.limits[name] and name not in self._said:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from analysis.figures.hidden_states import WHILE_TRAINING
+from analysis.registry import ANALYSES
 from datamodules.oracle import PlantedOracle
 from datamodules.synthetic import SyntheticWorld
 from tiltmeter.geometry.rows import VARIANTS
@@ -110,7 +110,7 @@ def test_matrices_are_those_of_the_controls() -> None:
 
 
 def test_figures_sent_while_training_are_declared() -> None:
-    assert keys_of("figures") == [f"figures/{name}" for name in WHILE_TRAINING]
+    assert keys_of("figures") == [f"figures/{analysis.name}" for analysis in ANALYSES if analysis.while_training]
 
 
 class _Always:
