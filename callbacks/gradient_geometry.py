@@ -71,10 +71,9 @@ class GradientGeometry(Callback):
         assert self._moments is not None
         seen = self._moments.all_reduce(lambda sums: trainer.strategy.reduce(sums, reduce_op="sum")).summary()
         self._moments.reset()
-        shares = {
-            metric("gradient", f"energy_along_{k}"): share for k, share in seen.energy_shares.items() if share > 0
-        }
-        log(trainer, known({metric("gradient", "mean_resultant"): seen.mean_resultant} | shares))
+        along = {f"energy_along_{name}": share for name, share in seen.energy_shares.items() if share > 0}
+        figures = {"mean_resultant": seen.mean_resultant} | along
+        log(trainer, known({metric("gradient", name): value for name, value in figures.items()}))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take the hook off, however training ended."""
