@@ -8,11 +8,11 @@ import pandas as pd
 import pytest
 
 from analysis.open import checkpoints
-from analysis.open.read_states import READ_NOW, StateReading
+from analysis.open.read_states import StateReading
 from tests.analysis import asked
 from tests.analysis import planted_behaviour as planted
 from tests.analysis import planted_geometry as geometry
-from tests.analysis.asked import save_model
+from tests.analysis.asked import READ_NOW, save_model
 from tests.launch.analyze_command import ask, refused
 from tests.processes import run_script
 from tests.tiltmeter.scoring.stub_endpoint import refused_url

@@ -20,6 +20,8 @@ from analysis.controls.c15_random_vectors import (
     EQUAL_NORM,
     SAME,
     UNKNOWN,
+    cell_of,
+    compare,
     interpolate,
     random_among_random,
     steering_effects,
@@ -75,6 +77,19 @@ def test_a_planted_effect_is_found(better: float, verdict: str) -> None:
     assert found["control_low"] <= found["control_mean"] <= found["control_high"]
     margin = one(effects, "preference_odds")
     assert margin["difference"] == pytest.approx(10 * better, abs=0.02)
+
+
+def test_a_comparison_has_effect_null_and_the_interval_between_them() -> None:
+    cell = cell_of(planted(better=0.1))
+    found, reached = compare(cell, "v*", "random", "recovery", EQUAL_NORM, 1.0)
+    row = one(steering_effects(planted(better=0.1), text(0.0), strength=1.0))
+    assert (found.effect, found.null, found.verdict) == (row["value"], row["control_mean"], row["verdict"])
+    assert found.interval == (row["difference"], row["ci_low"], row["ci_high"])
+    assert found.interval.value == pytest.approx(found.effect - found.null)
+    assert reached == row["kl_from_start"]
+    screened, _ = compare(cell, "v*", "random", "recovery", EQUAL_NORM, 1.0, screened=COLLAPSED)
+    assert (screened.effect, screened.verdict) == (found.effect, COLLAPSED)
+    assert all(map(math.isnan, screened.interval))
 
 
 def test_where_there_is_no_effect_most_are_not_distinguishable() -> None:
