@@ -28,9 +28,12 @@ import os, signal, sys
 from pathlib import Path
 from launch.run_lock import run_lock
 with run_lock(Path(sys.argv[1])):
+    begun, begins = os.pipe()
     if not os.fork():  # a worker, which outlives the run until its standard input closes
+        os.write(begins, b"x")
         sys.stdin.read()
         os._exit(0)
+    os.read(begun, 1)
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
