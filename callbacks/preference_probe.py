@@ -8,7 +8,7 @@ from callbacks.observation import Observation, data_of
 from callbacks.observer import Observer
 from callbacks.scoring import record_figures
 from tiltmeter.pairs.batch import CHOSEN
-from tiltmeter.scoring.preference_probe import probe_figures
+from tiltmeter.scoring.preference_classifier import classifier_figures
 from tiltmeter.states.positions import Position
 
 
@@ -38,5 +38,7 @@ class PreferenceProbe(Observer):
             found = seen.policy[point]
             is_chosen = found.sides == CHOSEN
             where = f"{point.site} {point.position}"
-            figures = probe_figures(found.rows[is_chosen], found.rows[~is_chosen], groups, of="policy", where=where)
+            figures = classifier_figures(
+                found.rows[is_chosen], found.rows[~is_chosen], groups, of="policy", where=where
+            )
             record_figures(trainer, [figure._replace(name=f"{figure.name}/{point.site}") for figure in figures])

@@ -14,7 +14,7 @@ from analysis.figures.fig3_cosines import EDGES
 from analysis.figures.hidden_states import WHILE_TRAINING, Watched, hidden_state_sections
 from analysis.report.style import png_bytes
 from launch.wandb_logger import STEP_AXIS, RunLogger
-from tiltmeter.scoring.behaviour_table import SAMPLES, read_table
+from tiltmeter.scoring.behaviour import SAMPLES, read_table
 
 MOST_SAMPLES = 1000
 """Rows of a table of samples; W&B itself takes 10,000."""

@@ -351,7 +351,7 @@ class LogProbModule(LightningModule):
         return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) else nullcontext()
 
     def _not_finite(self, seen: Sequence[tuple[Tensor, Tensor]]) -> list[str]:
-        """Ids of the training pairs, of all processes, with a figure that isn't finite; of ([pair] rows, [pair, column] figures)."""
+        """Ids of the training pairs, of all processes, with a figure that isn't finite."""
         records = self.data.splits["train"].records
         marked = torch.zeros(len(records), device=self.device)
         for rows, columns in seen:

@@ -32,7 +32,7 @@ from analysis.behaviour.words import (
 from analysis.report.page import Section
 from analysis.report.site_axes import as_text
 from analysis.report.style import COLOURS, house_style, new_figure, set_titles
-from tiltmeter.scoring.behaviour_table import figure_table, sample_table
+from tiltmeter.scoring.behaviour import figure_table, sample_table
 
 NAME = "behaviour"
 _ACCURACY = "preference_accuracy"

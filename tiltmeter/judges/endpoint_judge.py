@@ -20,7 +20,7 @@ from tiltmeter.judges.chat_completions import SET_HERE, RequestFailed, read_repl
 from tiltmeter.judges.endpoint_client import OPENAI_HOST, TOO_LATE, Answered, EndpointClient, Learned
 from tiltmeter.judges.endpoint_url import parse_endpoint
 from tiltmeter.judges.judge import ChatMessage, Question, Reply
-from tiltmeter.scoring.notices import notice
+from tiltmeter.scoring.scorer import notice
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _PROBE_SECONDS = 30.0
