@@ -128,7 +128,7 @@ def test_long_texts_are_cut_and_counted(service: Service) -> None:
 def test_a_service_that_is_gone_says_so_with_the_date_and_what_to_use(service: Service, status: int) -> None:
     service.answer = lambda text: (status, b"<html>gone</html>")
     with pytest.raises(
-        UserError, match=rf"^perspective: the service answered {status}: .*31 December 2026.*toxic-bert"
+        UserError, match=rf"^perspective: the service answered {status}; .*31 December 2026.*toxic-bert"
     ) as caught:
         service.scorer().start()
     assert "\n" not in str(caught.value)
