@@ -11,7 +11,7 @@ AttributeValue = str | int | float | bool
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a dialogue; ``content`` carries no role marker and no surrounding white space."""
+    """One turn of a dialogue; ``content`` carries no role marker, and outer white space only where a file of messages does."""
 
     role: Role
     content: str
@@ -41,6 +41,8 @@ class PreferencePair:
     rejected_text: str
     attributes: Mapping[str, AttributeValue] = field(default_factory=dict)
     """What the source knows beyond the text: rank gap, planted attributes, whether the label was flipped …"""
+    held_out: bool = False
+    """Never trained on. A source with such pairs gives validation and probe these and training the others."""
 
 
 @dataclass
@@ -59,7 +61,7 @@ class LoadReport:
 
 
 class PreferenceSource(Protocol):
-    """Where pairs come from: Anthropic HH, OASST1, the synthetic world, or a mixture of them."""
+    """Where pairs come from: Anthropic HH, OASST1, people's own files, the synthetic world, or a mixture of them."""
 
     name: str
 

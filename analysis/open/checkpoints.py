@@ -131,6 +131,7 @@ class HeldOutPairs:
             UserError: a model that can't be opened, two tokenizers, or no pairs.
         """
         records, reports = source.load()
+        records = [record for record in records if record.held_out] or records
         if not records:
             raise UserError("data: no preference pair is left after filtering")
         opened = _open(base, aligned, dtype, device, attn_implementation)
