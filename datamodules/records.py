@@ -1,7 +1,8 @@
 """The one shape that every source of preferences yields, and the account of what a source dropped."""
 
+import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -58,6 +59,12 @@ class LoadReport:
     """Reason → number of rows; reasons are short phrases such as ``identical responses``."""
     notes: dict[str, str] = field(default_factory=dict)
     """Anything else worth a line, for example ``revision`` or ``label noise: 10 % of training pairs``."""
+
+
+def score_margins(all_attributes: Iterable[Mapping[str, AttributeValue]]) -> list[float] | None:
+    """By how much each pair's chosen response was scored higher (``score_margin``), NaN: not known; None: of no pair."""
+    margins = [float(attributes.get("score_margin", math.nan)) for attributes in all_attributes]
+    return None if all(map(math.isnan, margins)) else margins
 
 
 class PreferenceSource(Protocol):

@@ -114,12 +114,11 @@ def _json_rows(path: Path, on_malformed: OnMalformed) -> Rows:
         return
     try:
         array = json.loads(text.decode())
-        json.dumps(
-            array, ensure_ascii=False
-        ).encode()  # an escaped half of a surrogate pair fails later, in the tokenizer
+        # an escaped half of a surrogate pair would fail later, in the tokenizer
+        json.dumps(array, ensure_ascii=False).encode()
     except json.JSONDecodeError as problem:
         raise UserError(f"{path}:{problem.lineno}:{problem.colno}: bad JSON: {problem.msg}") from problem
-    except UnicodeError as problem:
+    except (UnicodeDecodeError, UnicodeEncodeError) as problem:
         raise UserError(f"{path}: invalid UTF-8, or half a surrogate pair ({problem.reason})") from problem
     except (ValueError, RecursionError) as problem:
         raise UserError(f"{path}: bad JSON: {problem}") from problem
