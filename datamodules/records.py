@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from tiltmeter.errors import UserError
+
 Role = Literal["user", "assistant", "system"]
 AttributeValue = str | int | float | bool
 
@@ -75,6 +77,15 @@ class PreferenceSource(Protocol):
     def load(self) -> tuple[list[PreferencePair], list[LoadReport]]:
         """All pairs in a fixed order, with one report per file or subset. Raises UserError on bad input."""
         ...
+
+
+def load_pairs(source: PreferenceSource) -> tuple[list[PreferencePair], list[LoadReport]]:
+    """What a source yields. Raises UserError: what the source raises, or it is none."""
+    if not callable(getattr(source, "load", None)):
+        raise UserError(
+            f"data: {type(source).__name__} is no source of preferences, it has no load(); docs/data.md has an example"
+        )
+    return source.load()
 
 
 def transcript(prompt: tuple[Message, ...], response: str) -> tuple[str, str]:
