@@ -10,7 +10,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from datamodules.records import LoadReport, PreferencePair, PreferenceSource
+from datamodules.records import LoadReport, PreferencePair, PreferenceSource, load_pairs
 from datamodules.sampler import StepPlan, StepSampler
 from datamodules.splits import LabelControl, Split, control_labels, count_repeats, split_by_group
 from datamodules.step_dataset import StepDataset, leave_stopping_to_the_trainer
@@ -130,7 +130,7 @@ class PreferenceDataModule(LightningDataModule):
 
     def load(self) -> None:
         """Read the source and split it by prompt. Cheap; runs before any model is touched. Raises UserError."""
-        pairs, self.reports = self.source.load()
+        pairs, self.reports = load_pairs(self.source)
         if not pairs:
             dropped = (
                 sum((r.dropped for r in self.reports), start=type(self.reports[0].dropped)()) if self.reports else {}

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from analysis.open.checkpoints import Checkpoints
 from analysis.open.models import LoadedModel
+from datamodules.records import score_margins
 from tiltmeter.models.generation import Decoding, fit_prompt
 from tiltmeter.pairs.batch import CHOSEN, TokenizedPair, collate_pairs
 from tiltmeter.pairs.log_probs import sequence_log_probs
@@ -33,7 +34,8 @@ def preference_figures(checkpoints: Checkpoints, *, beta: float) -> list[Figure]
     base, aligned = (pair_log_probs(opened, ids) for opened in (checkpoints.base, checkpoints.aligned))
     chosen, rejected = (aligned - base).T.tolist()
     groups, sources = [pair.group for pair in pairs], [pair.source for pair in pairs]
-    return preference_scores(chosen, rejected, beta=beta, groups=groups, sources=sources).figures
+    weights = score_margins(pair.attributes for pair in pairs)
+    return preference_scores(chosen, rejected, beta=beta, groups=groups, sources=sources, weights=weights).figures
 
 
 def kl_of_samples(

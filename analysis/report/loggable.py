@@ -100,7 +100,7 @@ def _behaviour() -> set[str]:
         PlantedOracle(SyntheticWorld(n_prompts=6)),
         JudgeScorer(_Always(), evaluation_steps=["Read."]),
     ]
-    figures = preference_scores([1.0], [0.0], beta=1.0, groups=["a"]).figures
+    figures = preference_scores([1.0], [0.0], beta=1.0, groups=["a"], weights=[1.0]).figures
     for scorer in scorers:
         scorer.start()
         figures += scorer.score(samples).figures
