@@ -131,7 +131,7 @@ def _from_hub(path: str) -> Path:
 def _read_rows(file: Path, shown: str) -> list[Any]:
     try:
         if file.suffix == ".parquet":
-            from pyarrow import parquet  # type: ignore[import-untyped]
+            from pyarrow import parquet
 
             return list(parquet.read_table(file).to_pylist())
         if file.suffix not in (".json", ".jsonl"):
