@@ -11,8 +11,7 @@ from datamodules.oracle import PlantedOracle
 from datamodules.records import PreferenceSource
 from tiltmeter.errors import UserError
 from tiltmeter.metric_names import SCORED_STEP
-from tiltmeter.scoring.behaviour import Scored, ScoringBeside, score_all
-from tiltmeter.scoring.behaviour_table import BehaviourTables
+from tiltmeter.scoring.behaviour import BehaviourTables, Scored, ScoringBeside, score_all
 from tiltmeter.scoring.scorer import Figure, Sample, Scorer, Scores, as_metrics
 
 

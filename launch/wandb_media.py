@@ -17,7 +17,7 @@ from analysis.registry import ANALYSES, sections_of_states
 from analysis.report.style import png_bytes
 from launch.wandb_logger import RunLogger
 from tiltmeter.metric_names import STEP_AXIS, metric
-from tiltmeter.scoring.behaviour_table import SAMPLES, read_table
+from tiltmeter.scoring.behaviour import SAMPLES, read_table
 
 MOST_SAMPLES = 1000
 """Rows of a table of samples; W&B itself takes 10,000."""

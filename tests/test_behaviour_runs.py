@@ -12,7 +12,7 @@ from tests.cli import TINY, logged, metrics_of, only_run, run_train, run_train_t
 from tests.tiltmeter.scoring.stub_endpoint import StubEndpoint, slow
 from tests.wandb_file import history_rows
 from tiltmeter.metric_names import METRICS, find
-from tiltmeter.scoring.behaviour_table import FIGURES, SAMPLES, read_table
+from tiltmeter.scoring.behaviour import FIGURES, SAMPLES, read_table
 
 pytestmark = pytest.mark.slow
 

@@ -31,7 +31,7 @@ from tiltmeter.judges.judge import ChatMessage, Question
 from tiltmeter.judges.judge_scorer import JudgeScorer
 from tiltmeter.metric_names import SCORED_STEP
 from tiltmeter.models.generation import Decoding
-from tiltmeter.scoring.behaviour_table import FIGURES, SAMPLES, read_table
+from tiltmeter.scoring.behaviour import FIGURES, SAMPLES, read_table
 from tiltmeter.scoring.degeneration import DegenerationScorer
 
 pytestmark = lightning_warnings

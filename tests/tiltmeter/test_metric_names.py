@@ -30,13 +30,11 @@ from tiltmeter.metric_names import (
 from tiltmeter.models.generation import Completion
 from tiltmeter.models.layers import all_sites
 from tiltmeter.scoring.degeneration import DegenerationScorer
-from tiltmeter.scoring.notices import kept_notices
 from tiltmeter.scoring.overlap import OverlapScorer
 from tiltmeter.scoring.preference import kl_figures, preference_scores
-from tiltmeter.scoring.scorer import Sample, Scorer, as_metrics
-from tiltmeter.scoring.toxicity import PROMPT_TOXICITY
+from tiltmeter.scoring.scorer import Sample, Scorer, as_metrics, kept_notices
+from tiltmeter.scoring.toxicity import PROMPT_TOXICITY, WordListToxicity
 from tiltmeter.scoring.truthfulqa import FIGURES as TRUTHFULQA
-from tiltmeter.scoring.word_list import WordListToxicity
 from tiltmeter.states.positions import POSITIONS
 
 PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
