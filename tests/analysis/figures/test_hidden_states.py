@@ -295,13 +295,6 @@ def test_rounded_rows_are_said_to_be_rounded(tmp_path: Path) -> None:
     assert any("kept as bfloat16" in line for line in section.reading)
 
 
-def test_a_damaged_snapshot_is_named(tmp_path: Path) -> None:
-    planted.write_snapshots(tmp_path / "snapshots")
-    (tmp_path / "snapshots" / "epoch=001.safetensors").write_bytes(b"nothing")
-    with pytest.raises(UserError, match=r"epoch=001\.safetensors: damaged"):
-        one("cosines", planted.run_rows(), tmp_path)
-
-
 def test_asking_for_what_a_run_has_not_is_one_line(make_run: Callable[..., Path]) -> None:
     with pytest.raises(UserError, match=r"analysis=entropy: .* has no readings for it \(expected a run trained with"):
         section_of_run("entropy", open_run(make_run()))
