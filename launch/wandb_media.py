@@ -12,8 +12,8 @@ from PIL import Image
 from safetensors import safe_open
 
 from analysis.figures.fig3_consistency import EDGES, OF_PAIRS
-from analysis.figures.hidden_states import WHILE_TRAINING, hidden_state_sections
 from analysis.open.observed import Observed
+from analysis.registry import ANALYSES, sections_of_states
 from analysis.report.style import png_bytes
 from launch.wandb_logger import STEP_AXIS, RunLogger
 from tiltmeter.scoring.behaviour_table import SAMPLES, read_table
@@ -79,7 +79,7 @@ class WandbMedia(Callback):
 
         seen = Observed.stored(self.run_dir, pd.read_csv(self.run_dir / "metrics.csv"))
         media: dict[str, Any] = {}
-        for section in hidden_state_sections(seen, WHILE_TRAINING):
+        for section in sections_of_states(seen, [a for a in ANALYSES if a.while_training]):
             picture = Image.open(io.BytesIO(png_bytes(section.figure)))
             media[f"figures/{section.name}"] = wandb.Image(picture, caption=". ".join(section.sentences))
             if section.name == "cosines":

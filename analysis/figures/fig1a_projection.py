@@ -43,18 +43,6 @@ _AXES = ("v", "pc1", "pc2")
 """Of the plane: along each pair's own v, and along two directions of what is left of h without v."""
 
 
-def projection_section(seen: Observed) -> Section | None:
-    """The section ``projection``; None where no projection onto v was logged after a step."""
-    tables = projection_tables(seen)
-    return None if tables is None else draw_projections(tables)
-
-
-def preference_plane_section(seen: Observed) -> Section | None:
-    """The section ``preference_plane``; None where there is no v."""
-    tables = preference_plane_tables(seen)
-    return None if tables is None else draw_preference_plane(tables)
-
-
 def projection_tables(seen: Observed) -> Tables | None:
     """``projection``: as last observed, with 95 % intervals, and cos(v*, ·), a row a site; ``projection_about``."""
     names: dict[str, str] = {}

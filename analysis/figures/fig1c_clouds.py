@@ -36,12 +36,6 @@ LOOKS = {
 """Cloud → label, colour and marker."""
 
 
-def cloud_section(seen: Observed) -> Section | None:
-    """The section ``clouds``; None where nothing changed or all rows are of fewer than four prompts."""
-    tables = cloud_tables(seen)
-    return None if tables is None else draw_clouds(tables)
-
-
 def cloud_tables(seen: Observed) -> Tables | None:
     """``clouds``: points of the planes; ``cloud_distances``: a row a site; ``clouds_about``: a row a plane."""
     if (rows := seen.at()) is None:

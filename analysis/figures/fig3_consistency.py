@@ -50,18 +50,6 @@ _BLUE, _NAVY, _GREY = COLOURS["policy"], COLOURS["policy_dark"], COLOURS["mark"]
 _TAILS = torch.tensor([0.025, 0.975], dtype=torch.float64)
 
 
-def cosine_section(seen: Observed) -> Section | None:
-    """The section ``cosines``; None where fewer than two pairs changed at the deepest site."""
-    tables = cosine_tables(seen)
-    return None if tables is None else draw_cosines(tables)
-
-
-def consistency_section(seen: Observed) -> Section | None:
-    """The section ``consistency``; None where nothing changed."""
-    tables = consistency_tables(seen)
-    return None if tables is None else draw_consistency(tables)
-
-
 def cosine_tables(seen: Observed) -> Tables | None:
     """``cosines``: histograms at the deepest site, a row a bin; ``cosines_about``: means, intervals and nulls there, one row."""
     if (rows := seen.at()) is None:

@@ -65,18 +65,6 @@ _SIZE = ("n", "d_model")
 _RANKS = ("tracy_widom_edge", "signal_rank", "signal_rank_white")
 
 
-def entropy_section(seen: Observed) -> Section | None:
-    """The section ``entropy``; None where no entropy of an update was logged."""
-    tables = entropy_tables(seen)
-    return None if tables is None else draw_entropies(tables)
-
-
-def entropy_control_section(seen: Observed) -> Section | None:
-    """The section ``entropy_controls``; None where nothing changed."""
-    tables = entropy_control_tables(seen)
-    return None if tables is None else draw_entropy_controls(tables)
-
-
 def entropy_tables(seen: Observed) -> Tables | None:
     """``entropy``: as last observed, in nats, and how much the states' own changed, a row a site; ``entropy_about``: their cap."""
     last = latest(updates(seen.table)).reindex(columns=["steps_taken", "position", "site", *ENTROPIES.values()])

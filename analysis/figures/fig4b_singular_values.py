@@ -73,18 +73,6 @@ _MATRICES = {
 _GREY = COLOURS["mark"]
 
 
-def singular_value_section(seen: Observed) -> Section | None:
-    """The section ``singular_values``; None where nothing changed."""
-    tables = singular_value_tables(seen)
-    return None if tables is None else draw_singular_values(tables)
-
-
-def signal_rank_section(seen: Observed) -> Section | None:
-    """The section ``signal_rank``; None where nothing changed at the deepest site."""
-    tables = signal_rank_tables(seen)
-    return None if tables is None else draw_signal_ranks(tables)
-
-
 def singular_value_tables(seen: Observed) -> Tables | None:
     """``singular_values``: what is drawn; ``spectra``: every figure; ``singular_values_about``: random weights, intervals."""
     rows, wide = seen.at(), seen.once(spectra)

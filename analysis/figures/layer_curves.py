@@ -66,12 +66,6 @@ SHOWN = {
 _BLUE, _NAVY, _GREY, _BASE = COLOURS["policy"], COLOURS["policy_dark"], COLOURS["mark"], COLOURS["base"]
 
 
-def geometry_section(seen: Observed) -> Section | None:
-    """The section ``geometry``; None where neither f, centred ρ₁ nor a cosine was logged."""
-    tables = geometry_tables(seen)
-    return None if tables is None else draw_geometry(tables)
-
-
 def geometry_tables(seen: Observed) -> Tables | None:
     """``geometry``: as last observed, a row a site; ``random_update``: every draw of random weights, where there are any."""
     last = geometry_table(seen.table, seen.random)

@@ -53,12 +53,6 @@ MAPS = (
 )
 
 
-def layers_by_step_section(seen: Observed) -> Section | None:
-    """The section ``layers_by_step``; None where no figure of :data:`MAPS` was logged."""
-    tables = layers_by_step_tables(seen)
-    return None if tables is None else draw_layers_by_step(tables)
-
-
 def layers_by_step_tables(seen: Observed) -> Tables | None:
     """``layers_by_step``: a row for each observation and site, a column for each map."""
     found = updates(seen.table).rename(columns=lambda name: name.replace("/", "_"))

@@ -9,10 +9,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from analysis.contract import Cost
 from analysis.open.checkpoints import Checkpoints
 from analysis.open.observations import STEPS_TAKEN, observed
 from analysis.open.observed import Observed
-from analysis.report.costs import Cost
 from tiltmeter.errors import UserError
 from tiltmeter.models.causal_lm import DTYPES
 from tiltmeter.models.layers import Unembedding, unembedding

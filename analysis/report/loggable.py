@@ -6,7 +6,7 @@ from functools import lru_cache
 import torch
 
 from analysis.figures.fig3_consistency import OF_PAIRS
-from analysis.figures.hidden_states import WHILE_TRAINING
+from analysis.registry import ANALYSES
 from datamodules.oracle import PlantedOracle
 from datamodules.synthetic import SyntheticWorld
 from tiltmeter.geometry.rows import VARIANTS
@@ -73,7 +73,7 @@ def loggable_metrics() -> frozenset[str]:
 
 def loggable_media() -> frozenset[str]:
     """Figures and histograms; of histograms those of the deepest site."""
-    figures = {f"figures/{name}" for name in WHILE_TRAINING} | {
+    figures = {f"figures/{a.name}" for a in ANALYSES if a.while_training} | {
         f"cosines/{side}/{FINAL_POST_NORM}" for side in OF_PAIRS
     }
     return frozenset(figures | {"samples"})

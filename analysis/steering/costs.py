@@ -2,7 +2,7 @@
 
 from typing import get_args
 
-from analysis.report.costs import Cost
+from analysis.contract import Cost
 from analysis.steering.sweep import Sweep
 from analysis.steering.table import Unit
 from tiltmeter.models.layers import site_depth

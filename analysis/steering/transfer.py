@@ -6,17 +6,17 @@ v* is estimated on one half of the held-out prompts, all numbers are of the othe
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor
 
+from analysis.contract import Cost
 from analysis.open.checkpoints import Checkpoints
-from analysis.report.costs import Cost
-from analysis.report.page import Section
 from analysis.steering.directions import States, split_by_prompt, v_star
 from analysis.steering.transfer_pairs import Sums, TestPairs
-from analysis.steering.transfer_section import OWN_LESS_OTHERS, OWN_LESS_RANDOM, RANDOM, transfer_section
+from analysis.steering.transfer_section import OWN_LESS_OTHERS, OWN_LESS_RANDOM, RANDOM
 from analysis.steering.vectors import n_drawn
 from tiltmeter.errors import UserError
 from tiltmeter.geometry.consistency import cosine
@@ -67,8 +67,8 @@ class Transfer:
         self.sites, self.position, self.n_random, self.n_prompts = sites, position, n_random, n_prompts
         self.seed, self.dtype, self.device = seed, dtype, device
 
-    def section(self, checkpoints: Checkpoints) -> Section:
-        """Estimate the vectors, add each at each site, and draw what came of it.
+    def table(self, checkpoints: Checkpoints) -> tuple[pd.DataFrame, dict[str, Any]]:
+        """Estimate the vectors and add each at each site; a row for each source and site, and the settings.
 
         Raises:
             UserError: an unknown site, one site alone, too few prompts, or models that don't differ at a site.
@@ -81,7 +81,7 @@ class Transfer:
         table = pd.DataFrame([row for site in sites for row in self._rows(pairs, vectors, site)])
         n_random = {site: n_drawn(site, self.n_random) for site in sites}
         settings = {"n_estimation": len(estimation), "n_test": len(pairs.groups), "n_random": n_random}
-        return transfer_section(table, settings | {"position": self.position, "aligned_change": pairs.aligned_change()})
+        return table, settings | {"position": self.position, "aligned_change": pairs.aligned_change()}
 
     def costs(self, checkpoints: Checkpoints) -> list[Cost]:
         """Passes of the test pairs and their tokens."""

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from analysis.figures.hidden_states import hidden_state_section
 from analysis.open.observed import about, row_notes
+from analysis.registry import BY_NAME
 from tests.analysis import planted_geometry as planted
 from tiltmeter.errors import UserError
 from tiltmeter.states.snapshots import BASE, SnapshotWriter
@@ -20,7 +20,7 @@ def test_without_snapshots_or_change_there_is_nothing(tmp_path: Path) -> None:
             writer = SnapshotWriter(folder / "snapshots", dtype="float32", pair_ids=dict.fromkeys(range(24), "one"))
             writer.write(BASE, base)
             writer.write("epoch=000", base)
-        assert [hidden_state_section(name, seen) for name in STORED] == [None] * len(STORED)
+        assert [BY_NAME[name].answer(seen) for name in STORED] == [None] * len(STORED)
 
 
 def test_a_damaged_snapshot_is_named_by_every_section(tmp_path: Path) -> None:
@@ -28,7 +28,7 @@ def test_a_damaged_snapshot_is_named_by_every_section(tmp_path: Path) -> None:
     (tmp_path / "snapshots" / "epoch=001.safetensors").write_bytes(b"nothing")
     for name in STORED:
         with pytest.raises(UserError, match=r"epoch=001\.safetensors: damaged"):
-            hidden_state_section(name, seen)
+            BY_NAME[name].answer(seen)
 
 
 def test_pairs_that_are_not_finite_are_left_out_and_counted(tmp_path: Path) -> None:

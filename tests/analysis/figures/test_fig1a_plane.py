@@ -3,8 +3,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from analysis.figures.fig1a_projection import parting, preference_plane_section
+from analysis.figures.fig1a_projection import parting
 from analysis.open.observed import Observed
+from analysis.registry import BY_NAME
 from analysis.report.page import Section
 from tests.analysis import planted_geometry as planted
 from tiltmeter.models.layers import FINAL_POST_NORM
@@ -29,7 +30,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Observed:
 
 @pytest.fixture(scope="module")
 def drawn(seen: Observed) -> Section:
-    section = preference_plane_section(seen)
+    section = BY_NAME["preference_plane"].answer(seen)
     assert section is not None
     return section
 

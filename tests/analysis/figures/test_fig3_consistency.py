@@ -8,11 +8,11 @@ from analysis.figures.fig3_consistency import (
     N_SPLITS,
     OF_PAIRS,
     consistency_row,
-    consistency_section,
     consistency_tables,
     expected_between_halves,
 )
 from analysis.open.observed import Observed
+from analysis.registry import BY_NAME
 from tests.analysis import planted_geometry as planted
 from tests.analysis.planted_geometry import POINT, noise, one_site
 from tiltmeter.geometry.consistency import leave_one_out_cosines, split_half
@@ -43,7 +43,7 @@ def test_consistency_is_that_of_the_rows(seen: Observed) -> None:
 
 
 def test_all_three_cosines_are_drawn_over_their_own_nulls(seen: Observed) -> None:
-    section = consistency_section(seen)
+    section = BY_NAME["consistency"].answer(seen)
     assert section is not None
     table = section.table
     for axes, measure in zip(section.figure.axes[1:], ("split_half", "leave_one_out", "in_sample"), strict=True):

@@ -1,7 +1,6 @@
 import io
 import math
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,52 +8,26 @@ import pandas as pd
 import pytest
 import torch
 
-from analysis.figures.fig1a_projection import draw_preference_plane, draw_projections
-from analysis.figures.fig1c_clouds import draw_clouds
 from analysis.figures.fig3_consistency import (
     EDGES,
     N_SPLITS,
     OF_PAIRS,
     cosine_tables,
-    draw_consistency,
-    draw_cosines,
 )
-from analysis.figures.fig4a_entropy import draw_entropies, draw_entropy_controls
-from analysis.figures.fig4b_singular_values import draw_signal_ranks, draw_singular_values
-from analysis.figures.hidden_states import (
-    SECTIONS,
-    hidden_state_section,
-    hidden_state_sections,
-    section_of_run,
-)
-from analysis.figures.layer_curves import NULLS, draw_geometry, geometry_table
-from analysis.figures.layer_maps import draw_layers_by_step
+from analysis.figures.layer_curves import NULLS, geometry_table
 from analysis.open.observations import UPDATE, latest, most_entropy, observed, updates
-from analysis.open.observed import Observed, Tables, latest_name
-from analysis.open.runs import open_run
+from analysis.open.observed import Observed, latest_name
+from analysis.registry import BY_NAME, sections_of_states
 from analysis.report.page import Section
 from analysis.report.style import png_bytes
 from tests.analysis import planted_geometry as planted
+from tests.analysis.asked import OF_STATES
 from tests.analysis.conftest import dpo_rows
 from tests.analysis.legible import assert_legible
-from tiltmeter.errors import UserError
 from tiltmeter.geometry.consistency import split_half
 from tiltmeter.geometry.rows import row_geometry
 from tiltmeter.models.layers import FINAL_POST_NORM, FINAL_PRE_NORM
 
-DRAW: dict[str, Callable[[Tables], Section]] = {
-    "geometry": draw_geometry,
-    "entropy": draw_entropies,
-    "entropy_controls": draw_entropy_controls,
-    "singular_values": draw_singular_values,
-    "signal_rank": draw_signal_ranks,
-    "layers_by_step": draw_layers_by_step,
-    "cosines": draw_cosines,
-    "consistency": draw_consistency,
-    "clouds": draw_clouds,
-    "projection": draw_projections,
-    "preference_plane": draw_preference_plane,
-}
 SITES = ["layer_00", "layer_01", FINAL_PRE_NORM, FINAL_POST_NORM]
 
 
@@ -63,11 +36,11 @@ def table_of(rows: list[dict[str, float]]) -> pd.DataFrame:
 
 
 def sections_of(rows: list[dict[str, float]], folder: Path) -> dict[str, Section]:
-    return {section.name: section for section in hidden_state_sections(planted.stored(folder, rows))}
+    return {section.name: section for section in sections_of_states(planted.stored(folder, rows))}
 
 
 def one(name: str, rows: list[dict[str, float]], folder: Path) -> Section:
-    section = hidden_state_section(name, planted.stored(folder, rows))
+    section = BY_NAME[name].answer(planted.stored(folder, rows))
     assert section is not None
     return section
 
@@ -112,7 +85,7 @@ def test_a_run_without_a_probe_has_no_sections_and_no_table(tmp_path: Path) -> N
 
 
 def test_every_section_is_drawn_and_legible(drawn: dict[str, Section]) -> None:
-    assert tuple(drawn) == SECTIONS
+    assert tuple(drawn) == OF_STATES
     for section in drawn.values():
         panels = [axes for axes in section.figure.axes if axes.get_title("left")]
         assert len(panels) == len(section.sentences)
@@ -230,13 +203,13 @@ def test_the_cap_of_entropies_is_told_from_the_metrics() -> None:
     assert most_entropy(table) == pytest.approx(math.log(min(planted.N_PAIRS, planted.WIDTH)))
 
 
-@pytest.mark.parametrize("name", SECTIONS)
+@pytest.mark.parametrize("name", OF_STATES)
 def test_a_section_is_drawn_again_from_its_files(drawn: dict[str, Section], name: str) -> None:
     """Whatever a figure says stands in the tables of the report: words of the page, and the figure to the last pixel."""
-    first, draw = drawn[name], DRAW[name]
+    first = drawn[name]
     tables = {first.name: first.table, **first.more_tables}
     files = {name: io.StringIO(table.to_csv(index=False)) for name, table in tables.items()}
-    again = draw({name: pd.read_csv(file) for name, file in files.items()})
+    again = BY_NAME[first.name].section({name: pd.read_csv(file) for name, file in files.items()})
     words = ("question", "claim", "sentences", "interval", "limits", "reading", "headlines")
     assert [getattr(again, part) for part in words] == [getattr(first, part) for part in words]
     assert (again.shown is None) == (first.shown is None)
@@ -293,8 +266,3 @@ def test_rounded_rows_are_said_to_be_rounded(tmp_path: Path) -> None:
     planted.write_snapshots(tmp_path / "snapshots", dtype="bfloat16")
     section = one("cosines", planted.run_rows(), tmp_path)
     assert any("kept as bfloat16" in line for line in section.reading)
-
-
-def test_asking_for_what_a_run_has_not_is_one_line(make_run: Callable[..., Path]) -> None:
-    with pytest.raises(UserError, match=r"analysis=entropy: .* has no readings for it \(expected a run trained with"):
-        section_of_run("entropy", open_run(make_run()))

@@ -5,15 +5,15 @@ import pytest
 import torch
 
 from analysis.figures.fig4a_entropy import (
-    entropy_control_section,
     largest_change,
     long_spectra,
     spectra,
     spectra_of,
     wide_spectra,
 )
-from analysis.figures.fig4b_singular_values import signal_rank_tables, singular_value_section
+from analysis.figures.fig4b_singular_values import signal_rank_tables
 from analysis.open.observed import Observed, Tables
+from analysis.registry import BY_NAME
 from tests.analysis import planted_geometry as planted
 from tests.analysis.planted_geometry import noise, of_pair, one_site
 from tiltmeter.geometry.rows import VARIANTS
@@ -73,7 +73,7 @@ def test_the_file_has_a_row_for_every_figure_with_n_beside(seen: Observed) -> No
 
 
 def test_figures_tell_what_the_table_has(seen: Observed) -> None:
-    entropy, first = entropy_control_section(seen), singular_value_section(seen)
+    entropy, first = (BY_NAME[name].answer(seen) for name in ("entropy_controls", "singular_values"))
     assert entropy is not None
     assert first is not None
     values = spectra_of(made(seen), "update", "raw")["entropy_energy"]

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from analysis.figures.fig1a_projection import parting
-from analysis.figures.hidden_states import READ_NOW, hidden_state_section
 from analysis.open.checkpoints import Checkpoints
 from analysis.open.observed import Observed
 from analysis.open.read_states import AFTER, StateReading
+from analysis.registry import BY_NAME
 from tests.analysis import asked
+from tests.analysis.asked import READ_NOW
 from tiltmeter.errors import UserError
 from tiltmeter.models.layers import unembedding
 from tiltmeter.states.capture import ReadPoint
@@ -56,7 +57,7 @@ def test_v_is_the_difference_of_the_tokens_that_the_row_predicts(models: Checkpo
 
 
 def test_one_reading_draws_every_figure_that_needs_no_course(now: Observed) -> None:
-    sections = {name: hidden_state_section(name, now) for name in READ_NOW}
+    sections = {name: BY_NAME[name].answer(now) for name in READ_NOW}
     assert [name for name, section in sections.items() if section is None] == []
     geometry = sections["geometry"]
     assert geometry is not None
@@ -72,14 +73,14 @@ def test_one_reading_draws_every_figure_that_needs_no_course(now: Observed) -> N
 
 
 def test_steps_are_told_where_they_are_known(models: Checkpoints) -> None:
-    section = hidden_state_section("geometry", StateReading().read(models, n_steps=7))
+    section = BY_NAME["geometry"].answer(StateReading().read(models, n_steps=7))
     assert section is not None
     assert any("after 7 steps" in line for line in section.reading)
 
 
 def test_two_equal_models_have_nothing_to_show(models: Checkpoints) -> None:
     now = StateReading().read(replace(models, aligned=models.base))
-    assert [hidden_state_section(name, now) for name in READ_NOW] == [None] * len(READ_NOW)
+    assert [BY_NAME[name].answer(now) for name in READ_NOW] == [None] * len(READ_NOW)
 
 
 def test_a_pair_without_finite_states_is_left_out_and_counted() -> None:
