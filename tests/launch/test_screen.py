@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import pytest
-from launch.asking import costs_table
 from rich.console import Console
 from rich.table import Table
 
 from analysis.contract import Cost
+from launch.analyzing import costs_table
 from launch.results import behaviour_of, geometry_of
 from launch.screen import behaviour_table, geometry_tables, result_table
 from tests.analysis import planted_behaviour, planted_geometry
