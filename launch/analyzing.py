@@ -11,9 +11,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from analysis.contract import Analysis, Asking, Cost
-from analysis.figures.hidden_states import Watched
 from analysis.open.checkpoints import Checkpoints, HeldOutPairs, checkpoints_of_run
-from analysis.open.read_states import ReadNow, StateReading
+from analysis.open.observed import Observed, steps_of
+from analysis.open.read_states import StateReading
 from analysis.open.runs import Run, find_run, open_run
 from analysis.open.subject import Subject, subject_of_checkpoints, subject_of_run
 from analysis.registry import ANALYSES, BY_NAME
@@ -123,7 +123,7 @@ def _analyze_run(wanted: Wanted, run: Run) -> Path | None:
         if all(wanted.names.values()):
             raise
         raise UserError(f"{error}; or ask for what needs no model, as in analysis=[training,geometry]") from error
-    seen = Watched.of_run(run)
+    seen = Observed.stored(run.folder, run.metrics)
     lacks_random = seen.lacks_random and any(a.needs.random_weights for a in wanted.analyses)
     if lacks_random and not wanted.dry_run:
         seen = _with_random(seen, run, wanted.reading, opened)
@@ -167,15 +167,16 @@ def _opened_again(
         ) from error
 
 
-def _with_random(seen: Watched, run: Run, reading: StateReading, opened: Callable[..., Checkpoints]) -> Watched:
+def _with_random(seen: Observed, run: Run, reading: StateReading, opened: Callable[..., Checkpoints]) -> Observed:
     """Read random weight changes and keep them beside the snapshots; where that can't be done, sections say what they lack."""
     try:
         checkpoints = opened(dtype=reading.dtype, device=reading.device)
         with console().status("Reading hidden states under random weight changes …"):
-            reading.random_updates(checkpoints, n_steps=seen.steps_taken).write(seen.snapshots)
+            found = reading.random_updates(checkpoints, n_steps=steps_of(seen.table))
+            found.write(run.folder / "snapshots")
     except (UserError, OSError) as error:
         console().print(f"No random weight changes beside the update: {error}", soft_wrap=True)
-    return Watched.of_run(run)
+    return Observed.stored(run.folder, run.metrics)
 
 
 def _read_now(wanted: Wanted) -> list[Analysis]:
@@ -210,7 +211,7 @@ def _drawn_now(
     read: dict[str, Section] = {}
     with wanted.attempts.of(*names):
         with console().status("Reading hidden states of both models …"):
-            now: ReadNow = wanted.reading.read(checkpoints, n_steps=n_steps)
+            now = wanted.reading.read(checkpoints, n_steps=n_steps)
         read = _drawn(analyses, {"states": now}, wanted.attempts)
         for name, section in read.items():
             read[name] = replace(section, reading=[*section.reading, note.format(now.n_pairs)])

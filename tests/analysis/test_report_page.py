@@ -6,9 +6,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from analysis.figures.hidden_states import Watched
 from analysis.figures.training import training_section, training_table
 from analysis.open.observations import UPDATE
+from analysis.open.observed import Observed
 from analysis.open.probe_pairs import ProbePair
 from analysis.open.runs import Run, open_run
 from analysis.open.subject import subject_of_run
@@ -52,7 +52,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     found = open_run(folder)
     said = Continuation((Span(HOSTILE, False), Span(ENDLESS, True)), True)
     pair = ProbePair("p", "hh", ENDLESS, HOSTILE, ENDLESS, HOSTILE, TokenizedPair([1], [2], [3]), {})
-    sections = [training_section(training_table(found)), *sections_of_states(Watched.of_run(found))]
+    sections = [
+        training_section(training_table(found)),
+        *sections_of_states(Observed.stored(found.folder, found.metrics)),
+    ]
     write_report(subject_of_run(found), sections, Samples([Sample(pair, said, said)]))
     return found
 

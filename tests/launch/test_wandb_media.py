@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from safetensors.torch import save_file
 
-from analysis.figures.fig3_cosines import EDGES, SIDES
+from analysis.figures.fig3_consistency import EDGES, OF_PAIRS
 from analysis.registry import ANALYSES
 from launch.metrics_csv import MetricsCSV
 from launch.wandb_logger import RunLogger, close_wandb, open_wandb
@@ -76,7 +76,7 @@ def test_figures_histograms_and_artifacts_arrive(logger: RunLogger, tmp_path: Pa
             assert row[f"figures/{name}/_type"] == "image-file"
             assert (file.parent / "files" / row[f"figures/{name}/path"]).stat().st_size < 200_000
             assert row[f"figures/{name}/caption"]
-        for side in SIDES:
+        for side in OF_PAIRS:
             name = f"cosines/{side}/final_post_norm"
             assert row[f"{name}/_type"] == "histogram"
             assert len(row[f"{name}/bins"]) == len(EDGES)

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import t as student_t
 
@@ -207,7 +207,6 @@ def test_the_panel_shows_what_is_off_it_and_what_collapsed(better: float, share:
     assert [label.get_text() for label in axes.get_yticklabels()] == ["v*"]
 
 
-@settings(max_examples=50)
 @given(st.lists(st.floats(0.01, 5.0), min_size=1, max_size=6), st.floats(0.0, 12.0))
 def test_interpolation_is_numpys_where_curves_grow(steps: list[float], at: float) -> None:
     x = np.concatenate([[0.0], np.cumsum(steps)])
