@@ -37,7 +37,7 @@ from analysis.report.site_axes import Panel, as_text, draw_over_steps
 from analysis.report.style import COLOURS, EndLabel, label_ends, mark_level
 from tiltmeter.errors import UserError
 from tiltmeter.models.generation import Decoding
-from tiltmeter.scoring.behaviour_table import FIGURES, SAMPLES, read_table
+from tiltmeter.scoring.behaviour import FIGURES, SAMPLES, read_table
 
 NAME = "behaviour_by_step"
 NOT_SCORED = (
