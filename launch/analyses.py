@@ -17,10 +17,10 @@ from analysis.figures.fig1b_section import NAME as GRADIENT_FIELD
 from analysis.figures.fig2_steering import NAME as STEERING
 from analysis.figures.hidden_states import SECTIONS as HIDDEN_STATES
 from analysis.figures.training import training_section
+from analysis.figures.transfer import NAME as TRANSFER
 from analysis.open.read_states import OVER_STEPS
 from analysis.open.runs import Run
 from analysis.report.page import Section
-from analysis.steering.transfer_section import NAME as TRANSFER
 from tiltmeter.errors import UserError
 
 ALL = "all"

@@ -12,8 +12,7 @@ from analysis.open.checkpoints import Checkpoints
 from analysis.report.costs import Cost
 from analysis.report.page import Section
 from analysis.report.samples import Samples, samples_of
-from analysis.steering.costs import sweep_costs
-from analysis.steering.sweep import SteeringSweep
+from analysis.steering.sweep import SteeringSweep, sweep_costs
 from analysis.steering.table import OtherSettings
 from launch.screen import FittingTable, console
 from launch.steering import sweep_into

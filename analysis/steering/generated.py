@@ -9,7 +9,7 @@ from torch import Tensor
 
 from analysis.open.models import LoadedModel
 from analysis.open.probe_pairs import ProbePair
-from analysis.steering.table import Row, Rows, Unit
+from analysis.steering.table import DEGENERATION_P, Row, Rows, Unit
 from analysis.steering.teacher_forced import Tokens
 from tiltmeter.models.generation import Completion, Decoding, generate
 from tiltmeter.pairs.branching import generate_branches
@@ -18,9 +18,6 @@ from tiltmeter.scoring.scorer import Scorer, Scores
 from tiltmeter.stats.paired import more_often
 from tiltmeter.steering.intervene import Intervention, steer
 from tiltmeter.steering.vector import SteeringVector
-
-DEGENERATION_P = "degeneration_p"
-"""Metric: p-value of the exact test whether completions are degenerate more often than without steering."""
 
 
 class GenerationSweep:

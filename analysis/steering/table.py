@@ -8,6 +8,7 @@ and taken again, and rows of other settings never meet.
 import csv
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -16,10 +17,15 @@ import pandas as pd
 
 from tiltmeter.errors import UserError
 from tiltmeter.files import write_json, write_text, writing
+from tiltmeter.steering.vector import V_STAR
 
-TABLE, PAIRS, SETTINGS = "sweep.csv", "sweep_pairs.csv", "sweep.json"
+TABLE, PAIRS, SETTINGS, VECTORS = "sweep.csv", "sweep_pairs.csv", "sweep.json", "steering_vectors.csv"
 Part = Literal["choosing", "teacher_forced", "generated"]
 """``choosing``: v* on the pairs that it was estimated on, by which the site of a headline is chosen."""
+CHOOSING = "recovery_on_estimation_pairs"
+"""Metric of the part ``choosing``."""
+DEGENERATION_P = "degeneration_p"
+"""Metric: p-value of the exact test whether completions are degenerate more often than without steering."""
 _SHOWN = 60
 """Characters of a setting that an error shows."""
 
@@ -209,6 +215,51 @@ def _read_state(path: Path) -> dict[str, Any]:
             f"{path}: expected the settings that the sweep was made with ({reason}); {_BEGIN_ANEW}"
         ) from error
     return state  # type: ignore[no-any-return]
+
+
+def read_vectors(folder: Path) -> pd.DataFrame:
+    """A row for each vector that was swept (:func:`analysis.steering.vectors.describe`); empty where there is no such table."""
+    path = folder / VECTORS
+    return pd.read_csv(path, keep_default_na=False) if path.exists() else pd.DataFrame()
+
+
+def nearest_to_one(strengths: Sequence[float]) -> float:
+    """The λ at which vectors are compared: 1, the length of v*, or what the grid has nearest to it.
+
+    >>> nearest_to_one([0.0, 0.75, 2.0])
+    0.75
+    """
+    return min((x for x in strengths if x), key=lambda x: abs(x - 1))
+
+
+def rows_of(table: pd.DataFrame, direction: str, vector: str, site: str | None, metric: str) -> pd.DataFrame:
+    """Rows of a vector, in the order of λ."""
+    found = table[(table["direction"] == direction) & (table["vector"] == vector) & (table["metric"] == metric)]
+    return (found if site is None else found[found["site"] == site]).sort_values("lambda")
+
+
+def value_at(table: pd.DataFrame, direction: str, vector: str, site: str, metric: str, strength: float) -> float:
+    """One value of the table; NaN where it has none."""
+    rows = rows_of(table, direction, vector, site, metric)
+    rows = rows[rows["lambda"] == strength]
+    return math.nan if rows.empty else float(rows["value"].iloc[0])
+
+
+def compared_at(table: pd.DataFrame) -> float:
+    """The λ that vectors are compared at."""
+    return nearest_to_one(table[table["vector"] == V_STAR]["lambda"].unique().tolist())
+
+
+def best_site(table: pd.DataFrame, direction: str) -> str:
+    """The site where v* recovers most at λ = 1 of the pairs that it was estimated on, which no other number is of."""
+    return sites_by_recovery(table, direction)[0]
+
+
+def sites_by_recovery(table: pd.DataFrame, direction: str) -> list[str]:
+    """Sites by what v* recovers there of the pairs that it was estimated on, most first."""
+    rows = rows_of(table, direction, V_STAR, None, CHOOSING)
+    ranked: list[str] = rows.sort_values("value", ascending=False, kind="stable")["site"].tolist()
+    return ranked
 
 
 def _as_csv(rows: Sequence[Sequence[Any]]) -> str:

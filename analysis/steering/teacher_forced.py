@@ -12,28 +12,33 @@ from torch import Tensor
 from analysis.open.laid_pairs import lay_pairs
 from analysis.open.models import LoadedModel
 from analysis.open.probe_pairs import ProbePair
-from analysis.steering.directions import RANDOM_KINDS
 from analysis.steering.table import PairRow, Row, Rows, Unit
 from tiltmeter.pairs.batch import PreferenceBatch
+from tiltmeter.pairs.log_probs import sequence_log_probs
 from tiltmeter.scoring.preference_odds import odds_scores, perplexity_figure
 from tiltmeter.stats.jackknife import Interval, jackknife_intervals
 from tiltmeter.steering.recovery import Direction, RecoveryMoments, kl_divergences
 from tiltmeter.steering.sweep_logits import steered_logits, steered_sums
-from tiltmeter.steering.vector import SteeringVector
+from tiltmeter.steering.vector import RANDOM_KINDS, SteeringVector
 
 Tokens = Literal["predicting", "all", "new", "prompt"]
 """Which tokens' hidden states are moved. ``predicting``: those that a token of the response is predicted from, which are the
 prompt's last and those after it; ``new``: those after the prompt."""
 
 
-class _Sums(NamedTuple):
-    """What every pair adds at every λ."""
+class Sums(NamedTuple):
+    """What every pair adds under every shift."""
 
     recovery: RecoveryMoments
-    log_probs: Float[Tensor, "strength pair side"]
-    kl_from_start: Float[Tensor, "strength pair"]
+    log_probs: Float[Tensor, "shift pair side"]
+    kl_from_start: Float[Tensor, "shift pair"]
     first: RecoveryMoments
     """Of the first token of each response alone."""
+
+    @property
+    def margins(self) -> Float[Tensor, "shift pair"]:
+        """log π(chosen) − log π(rejected), nats."""
+        return self.log_probs[..., 0] - self.log_probs[..., 1]
 
 
 class TeacherForcedSweep:
@@ -77,7 +82,8 @@ class TeacherForcedSweep:
 
     def _rows_of_one(self, unit: Unit, values: Float[Tensor, " d_model"]) -> Rows:
         """All metrics at all λ of a vector, with 95 % intervals over prompts, and what each pair adds to them."""
-        sums = self._run(unit.site, values)
+        shifts = torch.outer(torch.tensor(self.strengths), values)
+        sums = self.measure(unit.site, shifts if self.direction == "interpolation" else -shifts, self.strengths)
         reached = sums.recovery.summary(self.groups).steered
         at_first = sums.first.summary(self.groups).steered
         from_start, changes = self._per_token(sums), self._changes(sums)
@@ -96,8 +102,7 @@ class TeacherForcedSweep:
             named += [("preference_odds_change", changes[at], n)]
             where = unit.direction, unit.vector, 0, unit.site, strength
             found += [Row(*where, name, *interval, n) for name, interval, n in named]
-        margins = sums.log_probs[..., 0] - sums.log_probs[..., 1]
-        sums_of_pairs = torch.stack([sums.recovery.row_sums().kl_steered, sums.kl_from_start, margins], dim=-1)
+        sums_of_pairs = torch.stack([sums.recovery.row_sums().kl_steered, sums.kl_from_start, sums.margins], dim=-1)
         return Rows(found, self._pair_rows(unit, 0, self.strengths, float(values.norm()), sums_of_pairs))
 
     def _rows_of_draws(self, unit: Unit, values: Float[Tensor, "draw d_model"], strengths: list[float]) -> Rows:
@@ -125,14 +130,14 @@ class TeacherForcedSweep:
             pairs += self._pair_rows(unit, i + 1, strengths, norms[i], sums[i, :, :, :3])
         return Rows(rows, pairs)
 
-    def _per_token(self, sums: _Sums) -> list[Interval]:
+    def _per_token(self, sums: Sums) -> list[Interval]:
         """KL(unsteered ‖ steered) in nats a token."""
         kl, n_tokens = sums.kl_from_start.T, sums.recovery.row_sums().n_tokens
         return jackknife_intervals(lambda drawn: drawn @ kl / (drawn @ n_tokens)[:, None], self.groups)
 
-    def _changes(self, sums: _Sums) -> list[Interval]:
+    def _changes(self, sums: Sums) -> list[Interval]:
         """PrefOdds less that of λ = 0, in nats: paired, so that what pairs differ by cancels."""
-        odds = (sums.log_probs[..., 0] - sums.log_probs[..., 1]).T
+        odds = sums.margins.T
         change = odds - odds[:, self.strengths.index(0.0), None]
         return jackknife_intervals(lambda drawn: drawn @ change / drawn.sum(1, keepdim=True), self.groups)
 
@@ -154,6 +159,16 @@ class TeacherForcedSweep:
                 zip(self.pair_ids, prompts, self.n_tokens, strict=True), sums[at].tolist(), strict=True
             )
         ]
+
+    @torch.no_grad()
+    def goal_change(self) -> float:
+        """By how many nats the goal's margin exceeds the start's, on average over pairs."""
+        total = 0.0
+        for laid in self._laid:
+            goal, start = (sequence_log_probs(model, laid.batch).double() for model in (self.goal, self.start))
+            chosen, rejected = (goal - start).chunk(2)
+            total += float((chosen - rejected).sum())
+        return total / len(self.groups)
 
     @torch.no_grad()
     def _run_draws(
@@ -186,14 +201,18 @@ class TeacherForcedSweep:
         return torch.cat([steered[:, :at], unsteered, steered[:, at:]], dim=1)
 
     @torch.no_grad()
-    def _run(self, site: str, values: Float[Tensor, " d_model"]) -> _Sums:
+    def measure(self, site: str, shifts: Float[Tensor, "shift d_model"], strengths: Sequence[float]) -> Sums:
+        """What every pair adds while each shift is added at a site.
+
+        Args:
+            shifts: one of them zeros.
+            strengths: what each is called in summaries; 0: the zeros.
+        """
         n = len(self.groups)
-        whole, first = (RecoveryMoments(self.strengths, n_rows=n, direction=self.direction) for _ in range(2))
-        shifts = torch.outer(torch.tensor(self.strengths), values)
-        shifts = shifts if self.direction == "interpolation" else -shifts
-        unsteered = self.strengths.index(0.0)
-        sums = torch.zeros(len(self.strengths), 2 * n, dtype=torch.float64)
-        moved = torch.zeros(len(self.strengths), n, dtype=torch.float64)
+        whole, first = (RecoveryMoments(strengths, n_rows=n, direction=self.direction) for _ in range(2))
+        unsteered = list(strengths).index(0.0)
+        sums = torch.zeros(len(shifts), 2 * n, dtype=torch.float64)
+        moved = torch.zeros(len(shifts), n, dtype=torch.float64)
         for laid in self._laid:
             starts = _starts(laid.batch)
             tokens = laid.predicting if self.tokens == "predicting" else self.tokens
@@ -210,7 +229,7 @@ class TeacherForcedSweep:
                     first.update(policy[begins], base[begins], steered[:, begins], of[begins])
                 shift = torch.stack([kl_divergences(steered[unsteered], one) for one in steered])
                 moved.index_add_(1, of.cpu(), shift.cpu().double())
-        return _Sums(whole, sums.unflatten(1, (-1, 2)), moved, first)
+        return Sums(whole, sums.unflatten(1, (-1, 2)), moved, first)
 
 
 def _starts(batch: PreferenceBatch) -> Bool[Tensor, " target"]:

@@ -9,11 +9,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from analysis.figures.fig2_panels import ceiling
+from analysis.controls.c15_random_vectors import ceiling
 from analysis.figures.fig2_steering import steering_section
 from analysis.open.checkpoints import Checkpoints
 from analysis.report.style import COLOURS
-from analysis.steering.directions import V_BAR, V_STAR, split_by_prompt
+from analysis.steering.directions import split_by_prompt
 from analysis.steering.sweep import SteeringSweep
 from analysis.steering.table import COLUMNS, PAIRS, SETTINGS, TABLE, SweepTable, read_pairs, read_settings, read_sweep
 from tests.analysis.asked import checkpoints
@@ -23,6 +23,7 @@ from tiltmeter.errors import UserError
 from tiltmeter.models.layers import FINAL_POST_NORM
 from tiltmeter.scoring.degeneration import DegenerationScorer
 from tiltmeter.scoring.scorer import Sample, Scores
+from tiltmeter.steering.vector import V_BAR, V_STAR
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +153,9 @@ def test_planning_starts_no_scorer_and_starting_does_where_text_is_generated(ask
 
 def test_the_section_is_drawn_from_the_tables_alone(swept: SweepTable) -> None:
     folder = swept.folder
-    section = steering_section(read_sweep(swept.path), read_pairs(folder / PAIRS), read_settings(folder))
+    section = steering_section(
+        read_sweep(swept.path), read_pairs(folder / PAIRS), read_settings(folder), pd.DataFrame()
+    )
     assert section is not None
     assert_legible(section)
     drawn = {line.get_color() for axes in section.figure.axes for line in axes.lines}
@@ -176,7 +179,7 @@ def test_a_sweep_without_v_star_and_its_controls_yet_is_not_drawn(swept: SweepTa
         table, pairs = (rows[~rows["vector"].str.startswith("random")] for rows in (table, pairs))
     else:
         table = table[(table["direction"] != "inversion")]
-    assert steering_section(table, pairs, read_settings(swept.folder)) is None
+    assert steering_section(table, pairs, read_settings(swept.folder), pd.DataFrame()) is None
 
 
 def test_the_ceiling_is_the_first_strength_a_tenth_above_the_unsteered() -> None:

@@ -20,11 +20,11 @@ from analysis.controls.c15_random_vectors import (
     EQUAL_NORM,
     SAME,
     UNKNOWN,
+    draw_effects,
     interpolate,
     random_among_random,
     steering_effects,
 )
-from analysis.figures.fig2_panels import draw_effects
 from analysis.report.style import new_figure
 from analysis.steering.table import COLUMNS, PAIR_COLUMNS
 
@@ -186,7 +186,7 @@ def test_vectors_without_text_are_compared() -> None:
 def test_the_panel_shows_what_is_off_it_and_what_collapsed(better: float, share: float, mark: str, said: str) -> None:
     effects = steering_effects(planted(better=better), text(share), strength=1.0)
     _, (axes,) = new_figure(1)
-    sentence = draw_effects(axes, effects, direction="interpolation", sites=["layer_00"], site="layer_00")
+    sentence = draw_effects(axes, effects, direction="interpolation", sites=["layer_00"], site="layer_00", labels={})
     assert re.search(said, sentence)
     assert mark in {line.get_marker() for line in axes.lines}
     assert [label.get_text() for label in axes.get_yticklabels()] == ["v*"]

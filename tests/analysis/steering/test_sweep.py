@@ -7,17 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from analysis.figures.fig2_panels import best_site
 from analysis.open.checkpoints import Checkpoints
-from analysis.steering.directions import V_STAR
-from analysis.steering.sweep import CHOOSING, SteeringSweep, Sweep, default_sites
-from analysis.steering.table import Unit
+from analysis.steering.sweep import SteeringSweep, Sweep, default_sites
+from analysis.steering.table import CHOOSING, Unit, best_site
 from tests.analysis.asked import checkpoints
 from tests.analysis.sweeps import LAMBDAS, Listener, as_table, make, values
 from tiltmeter.models.generation import Decoding, generate
 from tiltmeter.pairs.batch import collate_pairs
 from tiltmeter.pairs.log_probs import model_inputs
 from tiltmeter.steering.intervene import Intervention, steer
+from tiltmeter.steering.vector import V_STAR
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from tiltmeter.errors import UserError
 from tiltmeter.models.layers import backbone, final_norm, unembedding
 from tiltmeter.steering.intervene import Intervention, steer
 from tiltmeter.steering.operators import OPERATORS, Operator
-from tiltmeter.steering.vector import SteeringVector
+from tiltmeter.steering.vector import OWN, SteeringVector, VectorId
 
 GOLDEN_FAMILIES = ("llama", "gpt2", "gemma2", "cohere")
 
@@ -152,12 +152,12 @@ def test_untouched_places_keep_minus_zero_nan_and_infinity() -> None:
 
 
 def test_steering_vectors_become_an_intervention_at_their_site() -> None:
-    a = SteeringVector("layer_00", noise(WIDTH, dtype=torch.float32), made="a")
-    both = Intervention.along([a, 2 * a], 0.5, operator="add", tokens="new")
+    a = SteeringVector(VectorId(OWN, "layer_00"), noise(WIDTH, dtype=torch.float32), made="a")
+    both = Intervention.along([a, a.scaled(2)], 0.5, operator="add", tokens="new")
     assert (both.site, both.operator, both.tokens, both.n_strengths) == ("layer_00", "add", "new", 2)
     assert torch.equal(both.vectors[1], 2 * a.values)
     with pytest.raises(UserError, match="make an intervention for each site"):
-        Intervention.along([a, SteeringVector("layer_01", a.values, made="b")])
+        Intervention.along([a, SteeringVector(VectorId(OWN, "layer_01"), a.values, made="b")])
     with pytest.raises(UserError, match=r"expected vectors of one site and width, got \[\]"):
         Intervention.along([])
 

@@ -14,10 +14,9 @@ from analysis.open.observations import site_name
 from analysis.report.page import Headline, Section
 from analysis.report.site_axes import as_text, shown_ticks, tick_name
 from analysis.report.style import COLOURS, house_style, new_figure, set_titles
+from tiltmeter.steering.vector import RANDOM
 
 NAME = "transfer"
-RANDOM = "random_"
-"""Sources that are random vectors, counted from 1."""
 OWN_LESS_OTHERS, OWN_LESS_RANDOM = "own_less_others", "own_less_random"
 """Sources of the rows that compare: the site's own v* less the mean of the other sites', or of the random vectors."""
 _MOST_NUMBERS = 60
@@ -67,7 +66,7 @@ def transfer_section(table: pd.DataFrame, settings: Mapping[str, Any]) -> Sectio
 def matrix(table: pd.DataFrame, sites: Sequence[str], column: str) -> np.ndarray:
     """[source, site] of a figure; the last row is what 97.5 % of the random vectors stay below."""
     grid = table.pivot_table(index="source", columns="site", values=column, dropna=False)[list(sites)]
-    random = grid[grid.index.str.startswith(RANDOM)].quantile(0.975)
+    random = grid.loc[table.loc[table["kind"] == RANDOM, "source"].unique()].quantile(0.975)
     return np.vstack([grid.loc[list(sites)].to_numpy(dtype=float), random.to_numpy(dtype=float)])
 
 
