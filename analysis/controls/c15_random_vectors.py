@@ -32,7 +32,6 @@ EQUAL_NORM, EQUAL_KL = "norm", "kl"
 COLLAPSED, CONTROLS_COLLAPSED = "collapsed", "controls collapsed"
 VERDICTS = (ABOVE, SAME, BELOW, COLLAPSED, CONTROLS_COLLAPSED, UNKNOWN)
 EFFECTS = "steering_effects"
-HOW = {"interpolation": "added", "inversion": "subtracted"}
 LOWEST = -1.0
 """Recovery is drawn down to here: what leads further away is off the figure, not off the table."""
 SITE_LOOKS = (("policy_dark", "o"), ("policy", "s"), ("policy_light", "^"))
@@ -219,7 +218,14 @@ def counted_verdicts(effects: pd.DataFrame) -> str:
 
 
 def draw_effects(
-    axes: Axes, effects: pd.DataFrame, *, direction: str, sites: Sequence[str], site: str, labels: Mapping[str, str]
+    axes: Axes,
+    effects: pd.DataFrame,
+    *,
+    direction: str,
+    sites: Sequence[str],
+    site: str,
+    labels: Mapping[str, str],
+    how: str,
 ) -> str:
     """What each vector recovers beyond random ones, site by site; hollow where the interval includes 0.
 
@@ -228,6 +234,7 @@ def draw_effects(
         sites: drawn.
         site: that the message is about.
         labels: vectors on the page, by name.
+        how: what was done, such as ``added``.
     """
     rows = effects[(effects["direction"] == direction) & (effects["metric"] == "recovery")]
     rows = rows[(rows["equal"] == EQUAL_NORM) & (rows["control"] == RANDOM)]
@@ -248,7 +255,7 @@ def draw_effects(
     axes.set_xlabel("R less that of random vectors")
     own = rows[(rows["vector"] == V_STAR) & (rows["site"] == site)].iloc[0]
     n_above = int((rows["verdict"] == ABOVE).sum())
-    said = f"{n_above} of {len(rows)} vectors and sites recover more than random ones when {HOW[direction]}"
+    said = f"{n_above} of {len(rows)} vectors and sites recover more than random ones when {how}"
     if not math.isfinite(own["difference"]):
         return f"{said}; v* at {site_name(site)}: {own['verdict']}"
     interval = f"{as_text(own['ci_low'], '+.2f')} to {as_text(own['ci_high'], '+.2f')}"

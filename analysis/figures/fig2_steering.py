@@ -18,7 +18,6 @@ from analysis.controls.c15_random_vectors import (
     EFFECTS,
     EQUAL_KL,
     EQUAL_NORM,
-    HOW,
     LOWEST,
     SITE_LOOKS,
     beside_random,
@@ -89,8 +88,22 @@ _LEGEND_ABOVE = 2.4
 """Upper end of the axis of R, whose values end at 1: the legend stands between."""
 _LINES = {V_STAR: "-", V_BAR: "--"}
 GOALS = {"interpolation": "aligned model", "inversion": "base"}
+_HOW = {
+    "add": ("added", "subtracted"),
+    "subtract": ("subtracted", "added"),
+    "project_out": ("projected out", "projected out"),
+    "clamp": ("clamped", "clamped"),
+    "rotate": ("rotated to", "rotated away from"),
+    "add_keeping_norm": ("added, norms kept", "subtracted, norms kept"),
+}
+"""What an operator does to the base, and to the aligned model."""
 _DOING = {"interpolation": "Adding", "inversion": "Subtracting"}
 _WORDS = {"interpolation": "added to the base", "inversion": "subtracted from the aligned model"}
+_LAMBDA = {
+    "project_out": "λ is the share of what a state has along a vector that is taken out; λ = 0 is the model as it is.",
+    "clamp": "λ is what a state has along a vector afterwards, in activation units; λ = 0 is the model as it is.",
+    "rotate": "λ is the angle in radians by which a state turns from the base’s mean state towards a vector.",
+}
 _NAMES = {
     V_BAR: "v̄",
     SINGULAR_RAW: "u{} of the update",
@@ -144,6 +157,7 @@ def steering_section(
             "sites": drawn_sites(table),
             "site": best_site(table, direction),
             "labels": labels,
+            "how": _how(table, direction),
         }
         panels += [
             partial(draw_recovery, direction=direction),
@@ -194,7 +208,7 @@ def shown_table(table: pd.DataFrame, effects: pd.DataFrame, labels: Mapping[str,
         past = ceiling(table, direction, vector, site)
         lines.append(
             {
-                "vector": f"{labels.get(vector, vector)}, {HOW[direction]}",
+                "vector": f"{labels.get(vector, vector)}, {_how(table, direction)}",
                 "site": short_site(site),
                 "R": as_text(at_norm["value"], ".2f"),
                 "R − random": _difference(at_norm, "+.2f"),
@@ -218,7 +232,7 @@ def _interval(table: pd.DataFrame, effects: pd.DataFrame, settings: Mapping[str,
     parts = []
     for direction in GOALS:
         row = _of_v_star(effects, direction, best_site(table, direction)).iloc[0]
-        parts.append(f"{HOW[direction]} at {site_name(row['site'])}: {_difference(row, '+.2f')}")
+        parts.append(f"{_how(table, direction)} at {site_name(row['site'])}: {_difference(row, '+.2f')}")
     return (
         f"R of v* less that of random vectors, {'; '.join(parts)}. Beside the curves, 95\u00a0% intervals over the prompts of "
         f"{settings['n_test']} pairs. Bars beside random vectors: where one more of these may lie, or the prompts’ interval where "
@@ -253,6 +267,7 @@ def _reading(
     first = {
         d: value_at(table, d, V_STAR, best_site(table, d), "recovery_first_token", compared_at(table)) for d in GOALS
     }
+    operator = table["operator"].iloc[0]
     lines = [
         f"v* is the mean change of the hidden state at {settings['position']} over {settings['n_estimation']} held-out pairs; "
         f"every number is of {settings['n_test']} other pairs{text}, whose prompts it has not seen. {_LENGTHS[settings['norm']]} "
@@ -260,7 +275,9 @@ def _reading(
         f"R = 1 − KL(goal ‖ steered) / KL(goal ‖ unsteered) over the tokens of the chosen responses: 0 is the model that steering "
         "starts from, 1 the one that it aims at, below 0 is further away. "
         f"Drawn down to {as_text(LOWEST, '.0f')} (arrows: what is further away); dashed: the goal.",
-        f"Each vector is added {_TOKENS[settings['tokens']]}: the same tokens on given answers and in text that is generated.",
+        *([_LAMBDA[operator]] if operator in _LAMBDA else []),
+        f"Each vector is {_how(table, 'interpolation')} {_TOKENS[settings['tokens']]}: the same tokens on given "
+        "answers and in text that is generated.",
         f"At the first token of a response alone v* has R = {as_text(first['interpolation'], '.2f')} added and "
         f"{as_text(first['inversion'], '.2f')} subtracted, at its best site and λ = {compared_at(table):g}: column metric, "
         "recovery_first_token. Where it is far above R, one vector does not fit all tokens.",
@@ -332,6 +349,22 @@ def _headline(table: pd.DataFrame, effects: pd.DataFrame, direction: str) -> Hea
     )
 
 
+def _how(table: pd.DataFrame, direction: str) -> str:
+    """What was done along vectors, such as ``added``."""
+    return _HOW[table["operator"].iloc[0]][direction == "inversion"]
+
+
+def _doing(table: pd.DataFrame, direction: str) -> str:
+    is_added = table["operator"].iloc[0] == "add"
+    return f"{_DOING[direction]} v*" if is_added else f"v* {_how(table, direction)}"
+
+
+def _words(table: pd.DataFrame, direction: str) -> str:
+    is_added = table["operator"].iloc[0] == "add"
+    start = {"interpolation": "base", "inversion": "aligned model"}[direction]
+    return _WORDS[direction] if is_added else f"{_how(table, direction)} in the {start}"
+
+
 def draw_recovery(axes: Axes, table: pd.DataFrame, *, direction: str) -> str:
     """R over λ for every vector, with intervals and the span of the random controls."""
     _draw_lines(axes, table, direction, "recovery")
@@ -350,7 +383,7 @@ def draw_recovery(axes: Axes, table: pd.DataFrame, *, direction: str) -> str:
     )
     best, strength = best_site(table, direction), compared_at(table)
     found = beside_random(table, direction, best, "recovery", strength)
-    doing, goal = f"{_DOING[direction]} v* at {site_name(best)}", f"the {GOALS[direction]} at λ = {strength:g}"
+    doing, goal = f"{_doing(table, direction)} at {site_name(best)}", f"the {GOALS[direction]} at λ = {strength:g}"
     if found.value < 0:
         return f"{doing} leads away from {goal}: R is {as_text(found.value, 'percent')}, {random_span(found)}"
     return f"{doing} recovers {as_text(found.value, 'percent')} of the way to {goal}; {random_span(found)}"
@@ -367,7 +400,7 @@ def draw_preference(axes: Axes, table: pd.DataFrame, *, direction: str) -> str:
     reached = value_at(table, direction, V_STAR, best, "preference_odds", strength)
     return (
         f"Preference margin: {as_text(at_zero[direction], '+.1f')} nats unsteered, {as_text(reached, '+.1f')} with v* at "
-        f"{site_name(best)} {_WORDS[direction]} at λ = {strength:g}, {as_text(goal, '+.1f')} in the {GOALS[direction]}"
+        f"{site_name(best)} {_words(table, direction)} at λ = {strength:g}, {as_text(goal, '+.1f')} in the {GOALS[direction]}"
     )
 
 
@@ -386,10 +419,13 @@ def draw_degeneration(axes: Axes, table: pd.DataFrame) -> str:
         "10\u00a0% of the completions" if usual == 0 else f"10 points above the unsteered {as_text(usual, 'percent')}"
     )
     if not found:
-        return f"Adding v* breaks no more than {more} up to λ = {table['lambda'].max():g}"
+        return f"{_doing(table, direction)} breaks no more than {more} up to λ = {table['lambda'].max():g}"
     first = min(found, key=found.__getitem__)
     fired = rules_fired(lambda name: value_at(table, direction, V_STAR, first, name, found[first]))
-    return f"Adding v* breaks more than {more} from λ = {found[first]:g} on, at {site_name(first)} (by rule: {fired})"
+    return (
+        f"{_doing(table, direction)} breaks more than {more} from λ = {found[first]:g} on, at {site_name(first)} "
+        f"(by rule: {fired})"
+    )
 
 
 def vector_labels(vectors: pd.DataFrame, settings: Mapping[str, Any]) -> dict[str, str]:

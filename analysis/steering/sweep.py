@@ -27,6 +27,7 @@ from tiltmeter.models.generation import Decoding
 from tiltmeter.models.layers import FINAL_POST_NORM, FINAL_PRE_NORM, layer_site, resolve_sites, site_depth
 from tiltmeter.scoring.scorer import Scorer
 from tiltmeter.states.positions import Position
+from tiltmeter.steering.operators import OPERATORS, SCALED, SIGNED, Operator
 from tiltmeter.steering.recovery import Direction
 from tiltmeter.steering.sweep_logits import sweep_cost
 from tiltmeter.steering.vector import RANDOM, RANDOM_KINDS, V_STAR, SteeringVector
@@ -45,6 +46,10 @@ class SteeringSweep:
             ``response_mean``.
         tokens: whose hidden states are moved: ``predicting``, those that a token of the response is predicted from; ``all``;
             ``new``, those after the prompt; ``prompt``.
+        operator: what is done to hidden states along a vector: ``add``; ``subtract``; ``add_keeping_norm``, the sum at the state's
+            length; ``project_out``, λ the share of what a state has along it that is taken out; ``clamp``, λ what it has along it
+            afterwards; ``rotate``, λ radians from the base's mean state towards it. λ = 0 is the model as it is. Inversion takes
+            −λ, but for project_out and clamp, which have no opposite.
         sites: where vectors are added: a site, several, or ``all``; null: after the middle block, and before and after the
             final norm.
         lambdas: strengths; 0 is added where it is missing.
@@ -81,6 +86,7 @@ class SteeringSweep:
         controls: Sequence[str] = (),
         position: Position = "prompt_last",
         tokens: Tokens = "predicting",
+        operator: Operator = "add",
         sites: str | Sequence[str] | None = None,
         lambdas: Sequence[float] = (-1.0, 0.0, 0.5, 1.0, 2.0),
         n_directions: int = 1,
@@ -106,12 +112,13 @@ class SteeringSweep:
             "position": (position, READ_POSITIONS),
             "tokens": (tokens, get_args(Tokens)),
             "norm": (norm, get_args(Norm)),
+            "operator": (operator, OPERATORS),
         }
         check_options("steering", least, options)
         if not all(math.isfinite(x) for x in lambdas) or not any(lambdas) or len(set(lambdas)) < len(lambdas):
             raise UserError(f"steering.lambdas: expected different finite numbers, not only 0, got {list(lambdas)}")
         self.scorers = {name: scorer for name, scorer in scorers.items() if scorer is not None}
-        self.decoding, self.sites, self.tokens = decoding or Decoding(), sites, tokens
+        self.decoding, self.sites, self.tokens, self.operator = decoding or Decoding(), sites, tokens, operator
         self.notes: list[str] = []
         """What was added to what was asked for."""
         if 0.0 not in lambdas:
@@ -181,6 +188,8 @@ class Sweep:
         At equal norm a vector is compared with random ones of its own length; at equal KL, with all that these make of a curve.
         """
         at, unit = nearest_to_one(self.asked.lambdas), self.vectors[V_STAR, site].norm()
+        if self.asked.operator not in SCALED:
+            return sorted({0.0, max(self.asked.lambdas), at})
         lengths = {float(f"{v.norm() / unit:.6g}") for (_, where), v in self.vectors.items() if where == site}
         return sorted({0.0, max(self.asked.lambdas), *(at * x for x in lengths)})
 
@@ -208,6 +217,7 @@ class Sweep:
             "norm": asked.wanted.norm,
             "position": asked.wanted.position,
             "tokens": asked.tokens,
+            "operator": asked.operator,
             "n_random": {site: len(drawn) for (_, site), drawn in self.made.drawn.items()},
             "seed": asked.seed,
             "dtype": asked.dtype,
@@ -226,6 +236,10 @@ class Sweep:
 
     def rows(self, unit: Unit) -> Rows:
         """Compute one unit."""
+        found = self._rows(unit)
+        return found._replace(rows=[row._replace(operator=self.asked.operator) for row in found.rows])
+
+    def _rows(self, unit: Unit) -> Rows:
         where = unit.vector, unit.site
         vectors = self.made.drawn[where] if unit.vector in RANDOM_KINDS else [self.vectors[where]]
         if unit.part == "generated":
@@ -260,9 +274,11 @@ class Sweep:
             scorers=asked.scorers,
             decoding=asked.decoding,
             n_prompts=asked.n_generated,
-            sign=1 if direction == "interpolation" else -1,
+            sign=-1 if direction == "inversion" and asked.operator in SIGNED else 1,
             strengths=asked.lambdas,
             tokens=asked.tokens,
+            operator=asked.operator,
+            means=self.made.means,
         )
 
     @cache  # noqa: B019
@@ -274,6 +290,8 @@ class Sweep:
             direction=direction,
             strengths=[0.0, nearest_to_one(asked.lambdas)] if chooses else asked.lambdas,
             tokens=asked.tokens,
+            operator=asked.operator,
+            means=self.made.means,
         )
 
 

@@ -56,6 +56,8 @@ class Row(NamedTuple):
     ci_low: float
     ci_high: float
     n: int
+    operator: str = "add"
+    """What was done along the vector (:mod:`tiltmeter.steering.operators`)."""
 
 
 class PairRow(NamedTuple):
@@ -91,7 +93,9 @@ class Rows(NamedTuple):
 COLUMNS = tuple(name.replace("strength", "lambda") for name in Row._fields)
 PAIR_COLUMNS = tuple(name.replace("strength", "lambda") for name in PairRow._fields)
 _FILES = {TABLE: COLUMNS, PAIRS: PAIR_COLUMNS}
-_TEXTS = ("direction", "vector", "site", "metric", "pair_id", "prompt")
+_TEXTS = ("direction", "vector", "site", "metric", "pair_id", "prompt", "operator")
+_ADDED = "operator"
+"""Last column of the table, and a setting, which tables had none of while there was one operator alone."""
 _MAY_BE_EMPTY = ("value", "ci_low", "ci_high", "kl", "kl_from_start", "preference_odds")
 
 
@@ -158,6 +162,15 @@ class SweepTable:
                 file.truncate(n_bytes)
         read_sweep(self.path)
         read_pairs(self.folder / PAIRS)
+        self._add_column()
+
+    def _add_column(self) -> None:
+        """Give a table of before the column that it lacks."""
+        head, *rows = self.path.read_text(encoding="utf-8").splitlines()
+        if not head.endswith(f",{_ADDED}"):
+            lines = [f"{head},{_ADDED}", *(f"{row},add" for row in rows)]
+            write_text(self.path, "".join(f"{line}\n" for line in lines))
+            self._note()
 
     def _note(self) -> None:
         sizes = {name: (self.folder / name).stat().st_size for name in _FILES}
@@ -189,6 +202,8 @@ def _read(path: Path, columns: Sequence[str]) -> pd.DataFrame:
         raise UserError(f"{path}: no such file; run analysis=steering_sweep") from error
     except (ValueError, OSError) as error:
         raise UserError(f"{path}: damaged ({' '.join(str(error).split())[:100]}); {_BEGIN_ANEW}") from error
+    if _ADDED in columns and _ADDED not in table:
+        table[_ADDED] = "add"
     if list(table.columns) != list(columns):
         raise UserError(f"{path}: expected the columns {', '.join(columns)}; {_BEGIN_ANEW}")
     never_empty = [name for name in columns if name not in _MAY_BE_EMPTY]
@@ -207,6 +222,7 @@ def _read_state(path: Path) -> dict[str, Any]:
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
         is_whole = isinstance(state["settings"], dict) and all(type(state["bytes"][name]) is int for name in _FILES)
+        state["settings"].setdefault(_ADDED, "add")
         if not (is_whole and all(len(unit) == len(Unit._fields) for unit in state["finished"])):
             raise ValueError("another content")
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -89,12 +89,14 @@ class Vectors:
         by_key: vectors that are judged.
         drawn: random kind and site → the draws.
         made: name or kind → how, in words.
+        means: mean state of the base by site.
         notes: what a person should know before anything is run.
     """
 
     by_key: dict[Key, SteeringVector] = field(default_factory=dict)
     drawn: dict[Key, list[SteeringVector]] = field(default_factory=dict)
     made: dict[str, str] = field(default_factory=dict)
+    means: dict[str, Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def add(self, name: str, vector: SteeringVector, how: str) -> None:
@@ -176,7 +178,8 @@ def estimate_vectors(
         others=others,
         unrelated=unrelated,
     )
-    found, like = Vectors(), {site: _unit_of_length(states, site, wanted) for site in sites}
+    found = Vectors(means={site: states.rows(site, None)[0].double().mean(0).float().cpu() for site in sites})
+    like = {site: _unit_of_length(states, site, wanted) for site in sites}
     known = _Provenance.of(checkpoints, pairs, wanted)
     for kind in wanted.kinds:
         for site in sites:

@@ -10,16 +10,28 @@ import pandas as pd
 import pytest
 
 from analysis.controls.c15_random_vectors import ceiling
-from analysis.figures.fig2_steering import steering_section
+from analysis.figures.fig2_steering import steering_section, steering_section_of
 from analysis.open.checkpoints import Checkpoints
 from analysis.report.style import COLOURS
 from analysis.steering.directions import split_by_prompt
 from analysis.steering.sweep import SteeringSweep
-from analysis.steering.table import COLUMNS, PAIRS, SETTINGS, TABLE, SweepTable, read_pairs, read_settings, read_sweep
+from analysis.steering.table import (
+    COLUMNS,
+    PAIRS,
+    SETTINGS,
+    TABLE,
+    VECTORS,
+    SweepTable,
+    read_pairs,
+    read_settings,
+    read_sweep,
+)
+from analysis.steering.vectors import describe
 from tests.analysis.asked import checkpoints
 from tests.analysis.legible import assert_legible
 from tests.analysis.sweeps import Listener, make, make_small, run, values
 from tiltmeter.errors import UserError
+from tiltmeter.files import write_text
 from tiltmeter.models.layers import FINAL_POST_NORM
 from tiltmeter.scoring.degeneration import DegenerationScorer
 from tiltmeter.scoring.scorer import Sample, Scores
@@ -75,6 +87,35 @@ def test_other_settings_are_refused_and_a_restart_is_not(asked_about: Checkpoint
             SweepTable(tmp_path, make_small(asked_about, **{key: change}).settings)
     assert SweepTable(tmp_path, other.settings, restart=True).finished == []
     assert read_settings(tmp_path)["lambdas"] == [0.0, 2.0]
+
+
+def test_table_without_the_operator_column_is_gone_on_with(asked_about: Checkpoints, tmp_path: Path) -> None:
+    """As sweeps wrote it while adding was all that they did."""
+    sweep = make_small(asked_about)
+    run(sweep, tmp_path, n_units=3)
+    table, state = tmp_path / TABLE, tmp_path / SETTINGS
+    whole, known = table.read_bytes(), json.loads(state.read_text())
+    old = b"".join(line.rpartition(b",")[0] + b"\n" for line in whole.splitlines())
+    table.write_bytes(old)
+    del known["settings"]["operator"]
+    state.write_text(json.dumps(known | {"bytes": known["bytes"] | {TABLE: len(old)}}))
+    assert set(read_sweep(table)["operator"]) == {"add"}
+    assert len(SweepTable(tmp_path, sweep.settings).finished) == 3
+    assert table.read_bytes() == whole
+    assert json.loads(state.read_text())["bytes"][TABLE] == len(whole)
+    with pytest.raises(UserError, match="was begun with operator=add, now it is rotate"):
+        SweepTable(tmp_path, make_small(asked_about, operator="rotate").settings)
+
+
+def test_section_under_an_operator_says_what_was_done(asked_about: Checkpoints, tmp_path: Path) -> None:
+    folder = run(make_small(asked_about, operator="project_out"), tmp_path).folder
+    write_text(folder / VECTORS, describe(make_small(asked_about).made).to_csv(index=False))
+    section = steering_section_of(folder)
+    assert section is not None
+    said = [*section.sentences, *section.reading]
+    assert any(line.startswith("v* projected out at ") for line in said)
+    assert not any("Adding v*" in line or "is added" in line for line in said)
+    assert any("λ is the share of what a state has along a vector" in line for line in said)
 
 
 @pytest.mark.parametrize("damage", ["shorter", "columns", "number", "state", "no state", "no pairs", "pairs"])
@@ -184,7 +225,7 @@ def test_a_sweep_without_v_star_and_its_controls_yet_is_not_drawn(swept: SweepTa
 
 def test_the_ceiling_is_the_first_strength_a_tenth_above_the_unsteered() -> None:
     rows = [
-        ("interpolation", V_STAR, 0, "layer_00", x, metric, value, math.nan, math.nan, 64)
+        ("interpolation", V_STAR, 0, "layer_00", x, metric, value, math.nan, math.nan, 64, "add")
         for x, y, p in ((-1.0, 0.9, 0.0), (0.0, 0.1, 1.0), (1.0, 0.2, 0.01), (2.0, 0.3, 0.01), (3.0, 0.9, 0.0))
         for metric, value in (("degeneration", y), ("degeneration_p", p))
     ]
@@ -214,6 +255,7 @@ def test_zero_is_added_to_a_grid_without_it() -> None:
         ({"dtype": "int8"}, "dtype"),
         ({"position": "response_all"}, "position"),
         ({"tokens": "chosen"}, "tokens"),
+        ({"operator": "ablate"}, "operator"),
         ({"n_directions": 0}, "n_directions"),
         ({"vectors": "v*"}, "vectors"),
         ({"vectors": ["probe", "probe"]}, "vectors"),

@@ -7,7 +7,7 @@ Adding a vector at a site changes nothing before it, so what lies before is comp
 - ``layer_l``: one pass, then the blocks above l for each vector (:func:`sweep_cost`).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple, cast
 
@@ -21,6 +21,7 @@ from tiltmeter.models.cpu_linear import fast_linear, linear
 from tiltmeter.models.hooks import hook_site
 from tiltmeter.models.layers import (
     FINAL_POST_NORM,
+    Unembedding,
     decoder_blocks,
     final_norm,
     site_depth,
@@ -28,7 +29,7 @@ from tiltmeter.models.layers import (
 )
 from tiltmeter.pairs.batch import PAD, PROMPT, PreferenceBatch
 from tiltmeter.pairs.log_probs import default_chunk_tokens, run_backbone, scale_and_cap
-from tiltmeter.steering.intervene import Intervention
+from tiltmeter.steering.intervene import Intervention, steer
 from tiltmeter.steering.vector import check_site_and_width
 
 _HIDDEN_AT_A_TIME = 2**25
@@ -124,7 +125,7 @@ def steered_logits(
     Intervention(site, shifts, tokens=tokens)  # checks its arguments
     head = unembedding(model)
     shifts = shifts.to(head.weight.device, torch.promote_types(head.weight.dtype, torch.float32))
-    reached = _reached(batch, tokens)
+    reached = reached_tokens(batch, tokens)
     if site == FINAL_POST_NORM:
         with fast_linear(model):
             hidden = run_backbone(model, batch).flatten(0, 1)[batch.target_rows][None]
@@ -132,13 +133,50 @@ def steered_logits(
     else:
         hidden = _hidden_at_targets(model, batch, site, shifts, reached, tokens_per_batch)
         moves = None
-    at_a_time = max(1, default_chunk_tokens(len(head.weight)) // len(shifts))
     on = reached.flatten()[batch.target_rows]
-    for targets in torch.arange(len(batch.target_ids), device=on.device).split(at_a_time):
+    for targets in _some_targets(batch, head, len(shifts)):
         raw = linear(hidden[:, targets], head.weight, head.bias)
         if moves is not None:
             raw = raw + moves[:, None] * on[targets, None]
         yield SteeredLogits(scale_and_cap(raw, head), targets)
+
+
+@torch.no_grad()
+def intervened_logits(
+    model: PreTrainedModel, batch: PreferenceBatch, interventions: Sequence[Intervention | None]
+) -> Iterator[SteeredLogits]:
+    """Logits at every target of a batch under each intervention, for operators that are no shift: one pass each.
+
+    Args:
+        interventions: None: the model as it is; tokens as a mask, or ``all``.
+
+    Raises:
+        UserError: an intervention that doesn't fit the model.
+    """
+    head, hidden = unembedding(model), []
+    for one in interventions:
+        with steer(model, [] if one is None else one), fast_linear(model):
+            hidden.append(run_backbone(model, batch).flatten(0, 1)[batch.target_rows])
+    states = torch.stack(hidden)
+    for targets in _some_targets(batch, head, len(states)):
+        yield SteeredLogits(scale_and_cap(linear(states[:, targets], head.weight, head.bias), head), targets)
+
+
+def intervened_sums(
+    model: PreTrainedModel,
+    batch: PreferenceBatch,
+    interventions: Sequence[Intervention | None],
+    goal_logits: Callable[[Int[Tensor, " some"]], Float[Tensor, "some vocab"]],
+) -> Iterator[SteeredSums]:
+    """Log-probs and KL divergences, as :func:`steered_sums`, under each intervention; they are measured from the model as it is."""
+    for part in intervened_logits(model, batch, [None, *interventions]):
+        yield _sums_of_logits(part, goal_logits(part.targets), batch)
+
+
+def _some_targets(batch: PreferenceBatch, head: Unembedding, n_shifts: int) -> Sequence[Int[Tensor, " some"]]:
+    """The batch's targets, as many at a time as logits of all shifts may be held of."""
+    at_a_time = max(1, default_chunk_tokens(len(head.weight)) // n_shifts)
+    return torch.arange(len(batch.target_ids), device=batch.target_ids.device).split(at_a_time)
 
 
 @torch.no_grad()
@@ -170,7 +208,7 @@ def steered_sums(
     check_site_and_width(model, site, shifts.shape[1])
     head = unembedding(model)
     if site == FINAL_POST_NORM and head.soft_cap is None:
-        yield from _bias_sums(model, batch, shifts, goal_logits, _reached(batch, tokens))
+        yield from _bias_sums(model, batch, shifts, goal_logits, reached_tokens(batch, tokens))
         return
     held = max(1, _HIDDEN_AT_A_TIME // max(1, len(batch.target_ids) * shifts.shape[1]))
     parts = []
@@ -238,7 +276,8 @@ def _log1p(
     return found
 
 
-def _reached(batch: PreferenceBatch, tokens: str | Tensor) -> Bool[Tensor, "row token"]:
+def reached_tokens(batch: PreferenceBatch, tokens: str | Tensor) -> Bool[Tensor, "row token"]:
+    """Tokens of a batch that are steered: a mask, or what ``all``, ``new`` or ``prompt`` means there."""
     if isinstance(tokens, Tensor):
         if tokens.shape != batch.segments.shape:
             raise ValueError(f"tokens: a mask of {list(tokens.shape)} for a batch of {list(batch.segments.shape)}")
