@@ -13,6 +13,8 @@ from omegaconf import ListConfig
 from analysis.behaviour.by_step import NAME as BEHAVIOUR_BY_STEP
 from analysis.behaviour.by_step import behaviour_by_step_section, behaviour_of_run
 from analysis.behaviour.section import NAME as BEHAVIOUR
+from analysis.controls.c16_recovery_ladder import NAME as LADDER
+from analysis.controls.c17_update_models import NAME as UPDATE_MODELS
 from analysis.figures.fig1b_section import NAME as GRADIENT_FIELD
 from analysis.figures.fig2_steering import NAME as STEERING
 from analysis.figures.hidden_states import SECTIONS as HIDDEN_STATES
@@ -36,6 +38,8 @@ ASKED: Mapping[str, str] = {
     BEHAVIOUR: "behaviour",
     STEERING: "steering",
     TRANSFER: "transfer",
+    LADDER: LADDER,
+    UPDATE_MODELS: UPDATE_MODELS,
     GRADIENT_FIELD: "gradient_field",
 }
 """Asked of the models → the node of the configuration that it is built from."""

@@ -28,6 +28,7 @@ from analysis.controls.c15_random_vectors import (
     random_span,
     steering_effects,
 )
+from analysis.figures.vector_labels import LAMBDA, NAMES, doing, how, short_site, vector_labels, words
 from analysis.open.observations import site_name
 from analysis.report.page import Headline, Section
 from analysis.report.site_axes import Panel, as_text
@@ -48,22 +49,8 @@ from analysis.steering.table import (
     sites_by_recovery,
     value_at,
 )
-from tiltmeter.models.layers import FINAL_POST_NORM, FINAL_PRE_NORM
 from tiltmeter.stats.among_random import among_random
-from tiltmeter.steering.vector import (
-    DIFFERENCE,
-    OWN,
-    PCA_CENTRED,
-    PCA_RAW,
-    PROBE,
-    RANDOM,
-    RANDOM_KINDS,
-    SHUFFLED,
-    SINGULAR_CENTRED,
-    SINGULAR_RAW,
-    V_BAR,
-    V_STAR,
-)
+from tiltmeter.steering.vector import RANDOM, RANDOM_KINDS, V_BAR, V_STAR
 
 NAME = "steering_sweep"
 VECTORS_FILE = f"{NAME}.safetensors"
@@ -88,38 +75,6 @@ _LEGEND_ABOVE = 2.4
 """Upper end of the axis of R, whose values end at 1: the legend stands between."""
 _LINES = {V_STAR: "-", V_BAR: "--"}
 GOALS = {"interpolation": "aligned model", "inversion": "base"}
-_HOW = {
-    "add": ("added", "subtracted"),
-    "subtract": ("subtracted", "added"),
-    "project_out": ("projected out", "projected out"),
-    "clamp": ("clamped", "clamped"),
-    "rotate": ("rotated to", "rotated away from"),
-    "add_keeping_norm": ("added, norms kept", "subtracted, norms kept"),
-}
-"""What an operator does to the base, and to the aligned model."""
-_DOING = {"interpolation": "Adding", "inversion": "Subtracting"}
-_WORDS = {"interpolation": "added to the base", "inversion": "subtracted from the aligned model"}
-_LAMBDA = {
-    "project_out": "λ is the share of what a state has along a vector that is taken out; λ = 0 is the model as it is.",
-    "clamp": "λ is what a state has along a vector afterwards, in activation units; λ = 0 is the model as it is.",
-    "rotate": "λ is the angle in radians by which a state turns from the base’s mean state towards a vector.",
-}
-_NAMES = {
-    V_BAR: "v̄",
-    SINGULAR_RAW: "u{} of the update",
-    SINGULAR_CENTRED: "u{} of the update, centred",
-    PCA_RAW: "PC{} of the base, raw",
-    PCA_CENTRED: "PC{} of the base, centred",
-    DIFFERENCE: "chosen − rejected",
-    PROBE: "preference probe",
-    SHUFFLED: "v* of another layer",
-}
-_SHORT = {FINAL_PRE_NORM: "last layer", FINAL_POST_NORM: "logit bias"}
-"""Sites in a legend or table; after the final norm, steering is nothing but a logit bias."""
-_AT_RESPONSES = (DIFFERENCE, PROBE)
-"""Kinds that are always read there, so that their names need not say it."""
-_LONGEST = 26
-"""Characters of a name."""
 
 
 def steering_section_of(tables: Path) -> Section | None:
@@ -157,7 +112,7 @@ def steering_section(
             "sites": drawn_sites(table),
             "site": best_site(table, direction),
             "labels": labels,
-            "how": _how(table, direction),
+            "how": how(table, direction),
         }
         panels += [
             partial(draw_recovery, direction=direction),
@@ -208,7 +163,7 @@ def shown_table(table: pd.DataFrame, effects: pd.DataFrame, labels: Mapping[str,
         past = ceiling(table, direction, vector, site)
         lines.append(
             {
-                "vector": f"{labels.get(vector, vector)}, {_how(table, direction)}",
+                "vector": f"{labels.get(vector, vector)}, {how(table, direction)}",
                 "site": short_site(site),
                 "R": as_text(at_norm["value"], ".2f"),
                 "R − random": _difference(at_norm, "+.2f"),
@@ -232,7 +187,7 @@ def _interval(table: pd.DataFrame, effects: pd.DataFrame, settings: Mapping[str,
     parts = []
     for direction in GOALS:
         row = _of_v_star(effects, direction, best_site(table, direction)).iloc[0]
-        parts.append(f"{_how(table, direction)} at {site_name(row['site'])}: {_difference(row, '+.2f')}")
+        parts.append(f"{how(table, direction)} at {site_name(row['site'])}: {_difference(row, '+.2f')}")
     return (
         f"R of v* less that of random vectors, {'; '.join(parts)}. Beside the curves, 95\u00a0% intervals over the prompts of "
         f"{settings['n_test']} pairs. Bars beside random vectors: where one more of these may lie, or the prompts’ interval where "
@@ -275,8 +230,8 @@ def _reading(
         f"R = 1 − KL(goal ‖ steered) / KL(goal ‖ unsteered) over the tokens of the chosen responses: 0 is the model that steering "
         "starts from, 1 the one that it aims at, below 0 is further away. "
         f"Drawn down to {as_text(LOWEST, '.0f')} (arrows: what is further away); dashed: the goal.",
-        *([_LAMBDA[operator]] if operator in _LAMBDA else []),
-        f"Each vector is {_how(table, 'interpolation')} {_TOKENS[settings['tokens']]}: the same tokens on given "
+        *([LAMBDA[operator]] if operator in LAMBDA else []),
+        f"Each vector is {how(table, 'interpolation')} {_TOKENS[settings['tokens']]}: the same tokens on given "
         "answers and in text that is generated.",
         f"At the first token of a response alone v* has R = {as_text(first['interpolation'], '.2f')} added and "
         f"{as_text(first['inversion'], '.2f')} subtracted, at its best site and λ = {compared_at(table):g}: column metric, "
@@ -349,22 +304,6 @@ def _headline(table: pd.DataFrame, effects: pd.DataFrame, direction: str) -> Hea
     )
 
 
-def _how(table: pd.DataFrame, direction: str) -> str:
-    """What was done along vectors, such as ``added``."""
-    return _HOW[table["operator"].iloc[0]][direction == "inversion"]
-
-
-def _doing(table: pd.DataFrame, direction: str) -> str:
-    is_added = table["operator"].iloc[0] == "add"
-    return f"{_DOING[direction]} v*" if is_added else f"v* {_how(table, direction)}"
-
-
-def _words(table: pd.DataFrame, direction: str) -> str:
-    is_added = table["operator"].iloc[0] == "add"
-    start = {"interpolation": "base", "inversion": "aligned model"}[direction]
-    return _WORDS[direction] if is_added else f"{_how(table, direction)} in the {start}"
-
-
 def draw_recovery(axes: Axes, table: pd.DataFrame, *, direction: str) -> str:
     """R over λ for every vector, with intervals and the span of the random controls."""
     _draw_lines(axes, table, direction, "recovery")
@@ -383,10 +322,10 @@ def draw_recovery(axes: Axes, table: pd.DataFrame, *, direction: str) -> str:
     )
     best, strength = best_site(table, direction), compared_at(table)
     found = beside_random(table, direction, best, "recovery", strength)
-    doing, goal = f"{_doing(table, direction)} at {site_name(best)}", f"the {GOALS[direction]} at λ = {strength:g}"
+    done, goal = f"{doing(table, direction)} at {site_name(best)}", f"the {GOALS[direction]} at λ = {strength:g}"
     if found.value < 0:
-        return f"{doing} leads away from {goal}: R is {as_text(found.value, 'percent')}, {random_span(found)}"
-    return f"{doing} recovers {as_text(found.value, 'percent')} of the way to {goal}; {random_span(found)}"
+        return f"{done} leads away from {goal}: R is {as_text(found.value, 'percent')}, {random_span(found)}"
+    return f"{done} recovers {as_text(found.value, 'percent')} of the way to {goal}; {random_span(found)}"
 
 
 def draw_preference(axes: Axes, table: pd.DataFrame, *, direction: str) -> str:
@@ -400,7 +339,7 @@ def draw_preference(axes: Axes, table: pd.DataFrame, *, direction: str) -> str:
     reached = value_at(table, direction, V_STAR, best, "preference_odds", strength)
     return (
         f"Preference margin: {as_text(at_zero[direction], '+.1f')} nats unsteered, {as_text(reached, '+.1f')} with v* at "
-        f"{site_name(best)} {_words(table, direction)} at λ = {strength:g}, {as_text(goal, '+.1f')} in the {GOALS[direction]}"
+        f"{site_name(best)} {words(table, direction)} at λ = {strength:g}, {as_text(goal, '+.1f')} in the {GOALS[direction]}"
     )
 
 
@@ -419,47 +358,13 @@ def draw_degeneration(axes: Axes, table: pd.DataFrame) -> str:
         "10\u00a0% of the completions" if usual == 0 else f"10 points above the unsteered {as_text(usual, 'percent')}"
     )
     if not found:
-        return f"{_doing(table, direction)} breaks no more than {more} up to λ = {table['lambda'].max():g}"
+        return f"{doing(table, direction)} breaks no more than {more} up to λ = {table['lambda'].max():g}"
     first = min(found, key=found.__getitem__)
     fired = rules_fired(lambda name: value_at(table, direction, V_STAR, first, name, found[first]))
     return (
-        f"{_doing(table, direction)} breaks more than {more} from λ = {found[first]:g} on, at {site_name(first)} "
+        f"{doing(table, direction)} breaks more than {more} from λ = {found[first]:g} on, at {site_name(first)} "
         f"(by rule: {fired})"
     )
-
-
-def vector_labels(vectors: pd.DataFrame, settings: Mapping[str, Any]) -> dict[str, str]:
-    """Vectors on the page, by name: what each is, and where its states were read when that is not the usual place.
-
-    Args:
-        vectors: :func:`analysis.steering.table.read_vectors`; of a sweep that wrote no kinds there are no labels.
-        settings: of the sweep.
-    """
-    return {row["vector"]: _label(row, settings["position"]) for _, row in vectors.iterrows() if "kind" in row}
-
-
-def _label(row: pd.Series, usual: str) -> str:
-    """What a vector is.
-
-    >>> row = pd.Series({"kind": "singular_raw", "number": 2, "source": "", "position": "diverge"})
-    >>> _label(row, "diverge"), _label(row, "prompt_last")
-    ('u2 of the update', 'u2 of the update at diverge')
-    """
-    text = str(row["vector"]) if row["kind"] == OWN else _NAMES.get(row["kind"], row["kind"]).format(row["number"])
-    if row["kind"] != OWN and row["source"]:
-        text += f" of {row['source']}"
-    if row["position"] not in ("", usual) and row["kind"] not in _AT_RESPONSES:
-        text += f" at {row['position'].replace('_', ' ')}"
-    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
-
-
-def short_site(site: str) -> str:
-    """A site where there is little room.
-
-    >>> short_site("layer_03"), short_site("final_post_norm")
-    ('layer 3', 'logit bias')
-    """
-    return _SHORT.get(site, site_name(site))
 
 
 def _draw_lines(axes: Axes, table: pd.DataFrame, direction: str, metric: str, *, band: bool = True) -> None:
@@ -489,7 +394,7 @@ def _draw_lines(axes: Axes, table: pd.DataFrame, direction: str, metric: str, *,
             marker=shape,
             markersize=2.5,
             color=COLOURS[colour],
-            label=f"{_NAMES.get(vector, vector)} {short_site(site)}",
+            label=f"{NAMES.get(vector, vector)} {short_site(site)}",
         )
     room = (high - low) * _ASIDE * (len(curves) + 1) / 2
     axes.set_xlim(low - room, high + room)

@@ -114,6 +114,7 @@ class States:
         unrelated: Sequence[Sequence[int]] = (),
     ) -> None:
         self.position, self.ids = position, [pair.ids for pair in pairs]
+        self._groups = [pair.group for pair in pairs]
         self.n_layers = checkpoints.base.model.config.num_hidden_layers
         self.sites = sites
         self.head = unembedding(checkpoints.base.model)
@@ -131,6 +132,10 @@ class States:
     def rows(self, site: str, position: Position | None) -> tuple[Tensor, Tensor]:
         """States of base and aligned model, a row a reading."""
         return matching_rows(self._base, self._policy, ReadPoint(site, position or self.position))
+
+    def groups(self, site: str, position: Position | None) -> list[str]:
+        """Prompt of each row of :meth:`rows`."""
+        return [self._groups[i] for i in self._base[ReadPoint(site, position or self.position)].pair_index.tolist()]
 
     def of_responses(self, site: str, position: Position | None) -> tuple[Tensor, Tensor]:
         """States of chosen and of rejected responses in the base model, a row a pair."""

@@ -162,6 +162,42 @@ def intervened_logits(
         yield SteeredLogits(scale_and_cap(linear(states[:, targets], head.weight, head.bias), head), targets)
 
 
+@torch.no_grad()
+def moved_logits(
+    model: PreTrainedModel,
+    batch: PreferenceBatch,
+    *,
+    site: str,
+    moves: Sequence[Float[Tensor, "row token d_model"]],
+) -> Iterator[SteeredLogits]:
+    """Logits at every target, of the model as it is and then under each move, which every token has one of its own of.
+
+    Args:
+        site: where (:mod:`tiltmeter.models.layers`).
+        moves: what is added to the hidden states; zeros where nothing is.
+
+    Raises:
+        UserError: an unknown site, or moves of another width.
+    """
+    prefix, head = _run_prefix(model, batch, site), unembedding(model)
+    hidden = [prefix.final.flatten(0, 1)[batch.target_rows]]
+    for move in moves:
+        check_site_and_width(model, site, move.shape[-1])
+        if site == FINAL_POST_NORM:
+            hidden.append((prefix.final + move).to(prefix.final.dtype).flatten(0, 1)[batch.target_rows])
+        else:
+            hidden.append(_run_above(model, prefix, move[None], batch.target_rows)[0])
+    states = torch.stack(hidden)
+    for targets in _some_targets(batch, head, len(states)):
+        yield SteeredLogits(scale_and_cap(linear(states[:, targets], head.weight, head.bias), head), targets)
+
+
+@torch.no_grad()
+def hidden_at(model: PreTrainedModel, batch: PreferenceBatch, site: str) -> Float[Tensor, "row token d_model"]:
+    """Hidden states of every token of a batch at a site."""
+    return _run_prefix(model, batch, site).hidden
+
+
 def intervened_sums(
     model: PreTrainedModel,
     batch: PreferenceBatch,
@@ -306,7 +342,8 @@ def _hidden_at_targets(
     if batch.packing is not None:
         n_at_once = 1  # kernels take one packed row
     for some in moved.nonzero()[:, 0].split(n_at_once):
-        hidden[some] = _run_above(model, prefix, shifts[some], reached, batch.target_rows)
+        moves = shifts[some][:, None, None] * reached[:, :, None]
+        hidden[some] = _run_above(model, prefix, moves, batch.target_rows)
     return hidden
 
 
@@ -333,20 +370,18 @@ def _run_prefix(model: PreTrainedModel, batch: PreferenceBatch, site: str) -> _P
 def _run_above(
     model: PreTrainedModel,
     prefix: _Prefix,
-    shifts: Float[Tensor, "shift d_model"],
-    reached: Bool[Tensor, "row token"],
+    moves: Float[Tensor, "shift row token d_model"],
     target_rows: Int[Tensor, " target"],
 ) -> Float[Tensor, "shift target d_model"]:
     """The blocks above the site with rows (shift, row), then the final norm at the targets."""
-    n_rows = len(reached)
-    moves = shifts[:, None, None] * reached[:, :, None]
+    n_shifts, n_rows = moves.shape[:2]
     hidden = (prefix.hidden + moves).to(prefix.hidden.dtype).flatten(0, 1)
     blocks = decoder_blocks(model)
     with torch.compiler.set_stance("force_eager"), fast_linear(model):
         for block, call in zip(blocks[len(blocks) - len(prefix.calls) :], prefix.calls, strict=True):
-            args, kwargs = _repeat((call.args, call.kwargs), n_rows, len(shifts))
+            args, kwargs = _repeat((call.args, call.kwargs), n_rows, n_shifts)
             hidden = _first(block(hidden, *args, **kwargs))
-    at_targets = hidden.unflatten(0, (len(shifts), n_rows)).flatten(1, 2)[:, target_rows]
+    at_targets = hidden.unflatten(0, (n_shifts, n_rows)).flatten(1, 2)[:, target_rows]
     return cast(Tensor, final_norm(model)(at_targets))
 
 
