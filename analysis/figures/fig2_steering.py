@@ -28,7 +28,7 @@ from analysis.controls.c15_random_vectors import (
     random_span,
     steering_effects,
 )
-from analysis.figures.vector_labels import LAMBDA, NAMES, doing, how, short_site, vector_labels, words
+from analysis.figures.vector_labels import LAMBDA, NAMES, doing, how, how_many, short_site, vector_labels, words
 from analysis.open.observations import site_name
 from analysis.report.page import Headline, Section
 from analysis.report.site_axes import Panel, as_text
@@ -49,10 +49,12 @@ from analysis.steering.table import (
     sites_by_recovery,
     value_at,
 )
+from tiltmeter.scoring.odds_decay import Kind, fit_decay
 from tiltmeter.stats.among_random import among_random
 from tiltmeter.steering.vector import RANDOM, RANDOM_KINDS, V_BAR, V_STAR
 
 NAME = "steering_sweep"
+DECAY = "steering_decay"
 VECTORS_FILE = f"{NAME}.safetensors"
 """The vectors that were swept, in ``vectors/`` beside the tables."""
 _ENOUGH_TEXTS = 64
@@ -105,6 +107,7 @@ def steering_section(
     effects, labels = steering_effects(pairs, table, strength=compared_at(table)), vector_labels(vectors, settings)
     if any(_of_v_star(effects, direction, best_site(table, direction)).empty for direction in GOALS):
         return None
+    decay = decay_of_v_star(table)
     panels: list[Panel] = []
     for direction in GOALS:
         about = {
@@ -135,13 +138,47 @@ def steering_section(
         limits=_limits(vectors, labels),
         figure=figure,
         table=drawn_numbers(table),
-        reading=_reading(table, effects, settings, labels),
+        reading=[*_reading(table, effects, settings, labels), _where_it_decays(table, decay)],
         headlines=[_headline(table, effects, direction) for direction in GOALS],
         shown=shown_table(table, effects, labels),
         caption=f"At λ = {compared_at(table):g}, where v* is best on other pairs, or at the vector’s one site; all sites and "
         f"comparisons are in {EFFECTS}.csv",
-        more_tables={EFFECTS: effects},
+        more_tables={EFFECTS: effects, DECAY: decay},
     )
+
+
+def decay_of_v_star(table: pd.DataFrame) -> pd.DataFrame:
+    """Decay of v*'s log-odds over λ (:func:`tiltmeter.scoring.odds_decay.fit_decay`), by direction, site and metric.
+
+    Returns:
+        ``half_plus`` and ``half_minus``: λ at which validity has fallen to ½ on either side; NaN without a fit, and ``reason`` says
+        why: a fit takes more λ than it has parameters.
+    """
+    rows = []
+    kinds: dict[str, Kind] = {"preference_odds": "preference", "utility_odds": "utility"}
+    for direction in GOALS:
+        for site in dict.fromkeys(rows_of(table, direction, V_STAR, None, CHOOSING)["site"]):
+            for metric, kind in kinds.items():
+                curve = rows_of(table, direction, V_STAR, site, metric)
+                fit = fit_decay(curve["lambda"].tolist(), curve["value"].tolist(), kind=kind)
+                found = {"half_plus": fit.plus.half, "half_minus": fit.minus.half, "r_squared": fit.r_squared}
+                rows.append(
+                    {"direction": direction, "site": site, "metric": metric, **found, "n": fit.n, "reason": fit.reason}
+                )
+    return pd.DataFrame(rows)
+
+
+def _where_it_decays(table: pd.DataFrame, decay: pd.DataFrame) -> str:
+    """λ at which the log-odds of v* have lost half of their validity, at its best site."""
+    own = decay[(decay["direction"] == "interpolation") & (decay["site"] == best_site(table, "interpolation"))]
+    fits = own.set_index("metric")
+    said = [
+        f"{metric} at λ = {as_text(row['half_plus'], '.2f')}"
+        if math.isfinite(row["half_plus"])
+        else f"{metric}: {row['reason'] or 'not within the λ that were swept'}"
+        for metric, row in fits.iterrows()
+    ]
+    return f"Where the log-odds with v* added have lost half of their validity, at its best site: {'; '.join(said)}. {DECAY}.csv."
 
 
 def drawn_numbers(table: pd.DataFrame) -> pd.DataFrame:
@@ -238,7 +275,7 @@ def _reading(
         "recovery_first_token. Where it is far above R, one vector does not fit all tokens.",
         "Preference margin: log π(chosen) − log π(rejected), summed over tokens; with chosen and rejected as the polarity pair "
         "it is PrefOdds (column metric: preference_odds). Drawn: its change from λ = 0, paired (preference_odds_change).",
-        f"Grey: where 95\u00a0% of random vectors lie that are as long as v*, by {_drawn(settings)} of them.",
+        f"Grey: where 95\u00a0% of random vectors lie that are as long as v*, by {how_many(settings['n_random'])} of them.",
         counted_verdicts(effects),
         *_vectors_and_files(settings, labels),
     ]
@@ -262,34 +299,21 @@ def _reading(
 
 
 def _vectors_and_files(settings: Mapping[str, Any], labels: Mapping[str, str]) -> list[str]:
+    named = [f"{labels.get(x, x)}: {settings['made'][x]}" for x in settings["vectors"] if x not in RANDOM_KINDS]
     return [
         "Adding v at the final norm’s output is a logit bias, W_U v, the same numbers whatever the context: nothing that it does "
         "there depends on the prompt.",
-        f"Vectors: {'; '.join(f'{labels.get(name, name)}: {how}' for name, how in _named(settings))}. They are in "
+        f"Vectors: {'; '.join(named)}. They are in "
         f"vectors/{VECTORS_FILE} beside the tables, their lengths and cosines with v* in {VECTORS}.",
         f"All metrics are in {TABLE}, what each pair adds in {PAIRS}, the settings in {SETTINGS}: run the command again and it "
         "goes on where it stopped.",
     ]
 
 
-def _drawn(settings: Mapping[str, Any]) -> str:
-    """How many random vectors there are at a site, in words.
-
-    >>> _drawn({"n_random": {"layer_00": 20, "final_post_norm": 99}})
-    '20 to 99'
-    """
-    counts = sorted(set(settings["n_random"].values()))
-    return f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
-
-
 def _of_v_star(effects: pd.DataFrame, direction: str, site: str) -> pd.DataFrame:
     """What v* recovers beyond random vectors at a site."""
     rows = effects[(effects["metric"] == "recovery") & (effects["control"] == RANDOM) & (effects["vector"] == V_STAR)]
     return rows[(rows["direction"] == direction) & (rows["site"] == site)]
-
-
-def _named(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [(name, settings["made"][name]) for name in settings["vectors"] if name not in RANDOM_KINDS]
 
 
 def _headline(table: pd.DataFrame, effects: pd.DataFrame, direction: str) -> Headline:

@@ -103,3 +103,12 @@ def short_site(site: str) -> str:
     ('layer 3', 'logit bias')
     """
     return _SHORT.get(site, site_name(site))
+
+
+def how_many(n_random: Mapping[str, int]) -> str:
+    """How many random vectors there are at a site, in words.
+
+    >>> how_many({"layer_00": 20, "final_post_norm": 99})
+    '20 to 99'
+    """
+    return " to ".join(str(n) for n in dict.fromkeys((min(n_random.values()), max(n_random.values()))))

@@ -10,12 +10,13 @@ import pandas as pd
 import pytest
 
 from analysis.controls.c15_random_vectors import ceiling
-from analysis.figures.fig2_steering import steering_section, steering_section_of
+from analysis.figures.fig2_steering import GOALS, decay_of_v_star, steering_section, steering_section_of
 from analysis.open.checkpoints import Checkpoints
 from analysis.report.style import COLOURS
 from analysis.steering.directions import split_by_prompt
 from analysis.steering.sweep import SteeringSweep
 from analysis.steering.table import (
+    CHOOSING,
     COLUMNS,
     PAIRS,
     SETTINGS,
@@ -210,7 +211,10 @@ def test_the_section_is_drawn_from_the_tables_alone(swept: SweepTable) -> None:
     assert section.shown is not None
     assert len(section.shown) == 2 * 2  # v* where it is best, v̄ at its one site, both directions
     assert "steering.controls=[RUN]" in section.limits[-1], "no other training's v* was swept"
-    assert set(section.more_tables) == {"steering_effects"}
+    assert set(section.more_tables) == {"steering_effects", "steering_decay"}
+    decay = section.more_tables["steering_decay"]
+    assert len(decay) == 2 * 3 * 2, "directions, sites, metrics"
+    assert decay["reason"].str.contains("expected more than").all(), "four strengths are too few"
     assert any("a logit bias, W_U v" in line for line in section.reading)
 
 
@@ -222,6 +226,23 @@ def test_a_sweep_without_v_star_and_its_controls_yet_is_not_drawn(swept: SweepTa
     else:
         table = table[(table["direction"] != "inversion")]
     assert steering_section(table, pairs, read_settings(swept.folder), pd.DataFrame()) is None
+
+
+def test_planted_decay_is_found_at_its_half() -> None:
+    """PrefOdds = (2 λ + 1) D(λ), D = 1 / (1 + (λ − 0.5)² / 2) beyond 0.5, so that D = ½ at 0.5 + √2."""
+    strengths = [0.25 * i for i in range(25)]
+    decay = [1 / (1 + max(x - 0.5, 0) ** 2 / 2) for x in strengths]
+    odds = {"preference_odds": [(2 * x + 1) * d for x, d in zip(strengths, decay, strict=True)]}
+    odds["utility_odds"] = [3 * d for d in decay]
+    known = [
+        (1.0, CHOOSING, 0.5),
+        *((x, name, y) for name, ys in odds.items() for x, y in zip(strengths, ys, strict=True)),
+    ]
+    rows = [(d, V_STAR, 0, "layer_00", x, name, y, math.nan, math.nan, 9, "add") for d in GOALS for x, name, y in known]
+    found = decay_of_v_star(pd.DataFrame(rows, columns=list(COLUMNS)))
+    assert len(found) == 4
+    assert found["half_plus"].tolist() == pytest.approx([0.5 + math.sqrt(2)] * 4, rel=1e-3)
+    assert found["half_minus"].isna().all(), "no strength below 0"
 
 
 def test_the_ceiling_is_the_first_strength_a_tenth_above_the_unsteered() -> None:
