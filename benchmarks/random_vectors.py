@@ -13,7 +13,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks import common  # before torch, which reads its threads' settings as it is imported
 
+# isort: split
 from analysis.controls.c15_random_vectors import random_among_random
 from analysis.steering.table import read_pairs
 
@@ -31,9 +33,7 @@ def main() -> None:
     print(means.to_string(index=False, float_format="{:.3f}".format))
     every = found[["above", "below"]].mul(found["n"], axis=0).sum() / found["n"].sum()
     error = math.sqrt(NOMINAL * (1 - NOMINAL) / found["n"].max())
-    print(
-        f"RESULT random_above={every['above']:.4f} random_below={every['below']:.4f} nominal={NOMINAL} error={error:.4f}"
-    )
+    common.print_result(random_above=every["above"], random_below=every["below"], nominal=NOMINAL, error=error)
 
 
 if __name__ == "__main__":

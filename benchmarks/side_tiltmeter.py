@@ -34,7 +34,8 @@ from lightning_modules import base
 from lightning_modules.dpo import DPOModule
 from lightning_modules.pair_metrics import PairResults
 from lightning_modules.policy import Policy
-from tiltmeter.models.causal_lm import SPECIAL_TOKENS, cpu_linear
+from tiltmeter.models import cpu_linear
+from tiltmeter.models.causal_lm import SPECIAL_TOKENS
 from tiltmeter.pairs.batch import PreferenceBatch, StepBatch, TokenizedPair
 from tiltmeter.pairs.log_probs import model_inputs, sum_by_sequence
 

@@ -37,7 +37,7 @@ from tiltmeter.models.layers import FINAL_POST_NORM, FINAL_PRE_NORM, layer_site
 from tiltmeter.pairs.batch import PreferenceBatch, TokenizedPair, collate_pairs
 from tiltmeter.pairs.branching import generate_branches
 from tiltmeter.pairs.log_probs import model_inputs, run_backbone
-from tiltmeter.steering.sweep_logits import steered_logits, sweep_cost
+from tiltmeter.steering.sweep_logits import steered_logits, steered_sums, sweep_cost
 
 PACKAGE = "steering-vectors==0.12.2"
 SMALL = workload.Shape(
@@ -202,6 +202,55 @@ def score_ours(work: Work, site: str) -> Tensor:
     return torch.cat(found, dim=1)
 
 
+N_RANDOM, N_RANDOM_BEFORE = 99, 5
+"""Random vectors after the final norm by default, and how many there were when each was scored like any other vector."""
+
+
+def random_vectors(work: Work, n: int) -> Tensor:
+    """[n, d_model], of the vector's norm."""
+    drawn = torch.randn(n, len(work.vector), generator=torch.Generator().manual_seed(1))
+    return drawn / drawn.norm(dim=1, keepdim=True) * work.vector.norm()
+
+
+def one_kl(goal: Tensor, steered: Tensor) -> Tensor:
+    """KL(goal ‖ steered) at every target, nats, in float64."""
+    log_goal = goal.double().log_softmax(-1)
+    return (log_goal.exp() * (log_goal - steered.double().log_softmax(-1))).sum(-1)
+
+
+@torch.no_grad()
+def score_random_at_once(work: Work) -> Tensor:
+    """KL from the unsteered model under every random vector and strength: [vector × strength, target]."""
+    shifts = (random_vectors(work, N_RANDOM)[:, None] * work.strengths[:, None]).flatten(0, 1)
+    found = []
+    for batch in work.batches:
+        unsteered = plain_logits(work, batch)
+        sums = steered_sums(work.model, batch, site=FINAL_POST_NORM, shifts=shifts, goal_logits=unsteered.__getitem__)
+        found += [part.kl_from_start for part in sums]
+    return torch.cat(found, dim=1)
+
+
+@torch.no_grad()
+def score_random_one_by_one(work: Work) -> Tensor:
+    """The same for a few of them, from everybody's logits."""
+    found = []
+    for vector in random_vectors(work, N_RANDOM)[:N_RANDOM_BEFORE]:
+        parts = []
+        for batch in work.batches:
+            unsteered = plain_logits(work, batch)
+            for part in steered_logits(
+                work.model, batch, site=FINAL_POST_NORM, shifts=work.strengths[:, None] * vector
+            ):
+                parts.append(torch.stack([one_kl(unsteered[part.targets], logits) for logits in part.logits]))
+        found.append(torch.cat(parts, dim=1))
+    return torch.cat(found)
+
+
+def plain_logits(work: Work, batch: PreferenceBatch) -> Tensor:
+    logits: Tensor = work.model(**model_inputs(work.model, batch)).logits
+    return logits.flatten(0, 1)[batch.target_rows]
+
+
 @torch.no_grad()
 def score_theirs(work: Work, steered: Steered) -> Tensor:
     """One forward pass of the whole model for each strength; log-probs at the responses."""
@@ -240,6 +289,8 @@ def run(options: argparse.Namespace, folder: Path) -> None:
         "pre-norm": partial(score_ours, site=FINAL_PRE_NORM),
         "block": partial(score_ours, site=work.at_layer),
         "block, peer": partial(score_theirs, steered=hook(block, False)),
+        f"{N_RANDOM} random vectors, post-norm": score_random_at_once,
+        f"{N_RANDOM_BEFORE} random vectors, post-norm, one by one": score_random_one_by_one,
         "one pass through the blocks": one_pass,
     }
     for side in sides.values():  # prepares the kernels
@@ -280,17 +331,25 @@ def report(work: Work, seconds: dict[str, list[float]], found: dict[str, Any]) -
     same = [a == b for left, right in zip(ours, theirs, strict=True) for a, b in zip(left, right, strict=True)]
     plain = ours[int(work.strengths.abs().argmin())]
     changed = [a != b for branch in ours for a, b in zip(branch, plain, strict=True)]
+    many, few = f"{N_RANDOM} random vectors, post-norm", f"{N_RANDOM_BEFORE} random vectors, post-norm, one by one"
+    dearer = Spread.of([a / b for a, b in zip(seconds[many], seconds[few], strict=True)])
+    kl_apart = float((found[many][: len(found[few])] - found[few]).abs().max())
     apart = max(float((found[s] - found[f"{s}, peer"]).abs().max()) for s in ("post-norm", "block"))
     print(f"\nTime at block {work.layer} over that of {passes:g} passes and all unembeddings: {Spread.of(costs)}")
     print(
         f"Completions: {sum(same)} of {len(same)} token for token the peer's; {sum(changed)} differ from strength 0's"
     )
     print(f"Largest difference of a log-prob from the peer's: {apart:.2g} nats")
+    print(
+        f"Time of {N_RANDOM} random vectors over that of {N_RANDOM_BEFORE} one by one: {dearer}; largest difference of a KL: "
+        f"{kl_apart:.2g} nats"
+    )
     common.print_result(
         speedup_generation=ratios["generation"].median,
         speedup_post_norm=ratios["post-norm"].median,
         layer_cost_ratio=Spread.of(costs).median,
         tokens_identical=sum(same) / len(same),
+        random_vectors_cost_ratio=dearer.median,
     )
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from datamodules.preference import PreferenceDataModule
 from tiltmeter.errors import UserError
-from tiltmeter.models.layers import Unembedding, resolve_sites, unembedding
+from tiltmeter.models.layers import Unembedding, resolve_sites, site_names, unembedding
 from tiltmeter.pairs.batch import REJECTED, PreferenceBatch
 from tiltmeter.states.capture import HiddenStates, ReadPoint
 from tiltmeter.states.observed_metrics import Metrics, states_from_tensors, states_to_tensors, steering_vectors
@@ -61,7 +61,7 @@ class ProbeSession:
 
     def want(self, sites: str | Sequence[str], positions: Sequence[Position]) -> None:
         """Announce what a callback needs; call before the first observation."""
-        self.sites += [sites] if isinstance(sites, str) else list(sites)
+        self.sites += site_names(sites)
         self.positions += [check_position(p) for p in positions if p not in self.positions]
 
     def observe(self, trainer: Trainer, module: LightningModule) -> Observation:

@@ -52,7 +52,8 @@ def split_by_group(
     if not splits["train"] or len(splits["train"]) < (wanted_train or 1):
         raise UserError(
             f"datamodule: {len(pairs)} pairs in {len(names)} prompts are too few for train_pairs={wanted_train}, "
-            f"val_pairs={sizes['val']}, probe_pairs={sizes['probe']}: only {available} are left to train on; ask for fewer"
+            f"val_pairs={sizes['val']}, probe_pairs={sizes['probe']}: only {available} are left to train on; "
+            f"{'no prompt may be in two of them, so use pairs of more prompts' if len(names) < len(splits) else 'ask for fewer'}"
         )
     return splits
 

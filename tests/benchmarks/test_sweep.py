@@ -11,7 +11,14 @@ def test_quick_sweep_says_what_the_peer_says() -> None:
     done = run_benchmark("sweep.py", "--quick", *little)
     assert done.returncode == 0, done.stderr
     result = result_of(done.stdout)
-    assert list(result) == ["speedup_generation", "speedup_post_norm", "layer_cost_ratio", "tokens_identical"]
+    names = (
+        "speedup_generation",
+        "speedup_post_norm",
+        "layer_cost_ratio",
+        "tokens_identical",
+        "random_vectors_cost_ratio",
+    )
+    assert tuple(result) == names
     assert result["tokens_identical"] == 1
     assert min(result.values()) > 0
     assert "Completions: 9 of 9 token for token the peer's" in done.stdout

@@ -38,6 +38,14 @@ def test_splits_share_no_prompt_and_invent_or_repeat_no_pair(
     assert splits["train"]
 
 
+def test_pairs_of_one_prompt_are_told_to_need_more_prompts() -> None:
+    with pytest.raises(
+        UserError,
+        match=r"60 pairs in 1 prompts are too few .* no prompt may be in two of them, so use pairs of more prompts",
+    ):
+        split_by_group(grouped([0] * 60), sizes={"train": None, "val": 2, "probe": 2}, seed=0)
+
+
 @pytest.mark.parametrize("train", [None, 20])
 def test_splits_have_the_sizes_asked_for(train: int | None) -> None:
     splits = split_by_group(grouped(list(range(60))), sizes={"train": train, "val": 10, "probe": 5}, seed=0)

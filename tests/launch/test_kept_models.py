@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.analysis.test_adapters import write_adapter
 
 from analysis.open.adapters import WEIGHTS, check_adapter
 from analysis.open.kept_models import PROVENANCE, read_provenance, record_kept
@@ -17,6 +16,7 @@ from analysis.open.stored_head import unembedding_rows
 from launch.base_model import _MADE_FROM, _check
 from launch.run_folder import keep_base, kept_base
 from tests.analysis.asked import TOKENIZER, save_model
+from tests.analysis.open.test_adapters import write_adapter
 from tests.processes import contents
 from tiltmeter.errors import UserError
 from tiltmeter.files import copy_file, sha256_of, write_json

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.tiltmeter.test_generation import make_prompts, spelling
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 
 from lightning_modules.policy import Policy, shard
 from tests.processes import codes, run_on_ranks
+from tests.tiltmeter.models.test_generation import make_prompts, spelling
 from tests.tiny_models import make_model
 from tiltmeter.models.generation import Decoding
 from tiltmeter.scoring.behaviour import Completions, Prompt, complete

@@ -48,6 +48,12 @@ def test_a_layer_behind_the_last_one_is_refused() -> None:
         resolve_sites(["layer_00", "layer_08"], 8)
 
 
+@pytest.mark.parametrize("sites", [3, [3], ["layer_01", 3]])
+def test_a_number_is_refused_and_the_site_that_may_be_meant_is_named(sites: int | list[str | int]) -> None:
+    with pytest.raises(UserError, match=r"or a layer such as layer_07, got 3; block 3, counted from 0, is layer_03"):
+        resolve_sites(sites, 8)
+
+
 @pytest.mark.parametrize("sites", [[], ["layer_01", "layer_01"]])
 def test_no_site_or_one_twice_is_refused(sites: list[str]) -> None:
     with pytest.raises(UserError, match="at least one site, each once"):

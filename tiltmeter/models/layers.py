@@ -154,18 +154,33 @@ def site_depth(site: str, n_layers: int) -> int:
     return int(found[1])
 
 
-def resolve_sites(sites: str | Sequence[str], n_layers: int) -> tuple[str, ...]:
+def site_names(sites: str | int | Sequence[str | int]) -> tuple[str, ...]:
+    """One name or several, as a tuple.
+
+    Raises:
+        UserError: a number, which could be counted from 0 or from 1.
+    """
+    names = (sites,) if isinstance(sites, str | int) else tuple(sites)
+    if numbers := [name for name in names if isinstance(name, int)]:
+        raise UserError(
+            f"sites: expected {FINAL_PRE_NORM}, {FINAL_POST_NORM} or a layer such as layer_07, got {numbers[0]}; block "
+            f"{numbers[0]}, counted from 0, is {layer_site(numbers[0])}"
+        )
+    return tuple(map(str, names))
+
+
+def resolve_sites(sites: str | int | Sequence[str | int], n_layers: int) -> tuple[str, ...]:
     """Sites as a user writes them, ``"all"``, one name or several, checked against a model's depth.
 
     Raises:
-        UserError: an unknown site, one twice, or none.
+        UserError: an unknown site, one twice, none, or a number.
 
     >>> resolve_sites("final_post_norm", 4), resolve_sites(["layer_00", "layer_02"], 4)
     (('final_post_norm',), ('layer_00', 'layer_02'))
     """
     if sites == "all":
         return all_sites(n_layers)
-    names = (sites,) if isinstance(sites, str) else tuple(sites)
+    names = site_names(sites)
     for name in names:
         site_depth(name, n_layers)
     if not names or len(set(names)) < len(names):

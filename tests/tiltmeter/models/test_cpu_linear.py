@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from tests.tiny_models import make_model
-from tiltmeter.models.causal_lm import cpu_linear
+from tiltmeter.models import cpu_linear
 from tiltmeter.models.cpu_linear import CPULinear, fast_linear, linear, onednn_is_faster, use_fast_linear
 
 needs_onednn = pytest.mark.skipif(

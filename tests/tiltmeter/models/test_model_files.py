@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 from analysis.open.models import load_model
 from tests.analysis.asked import save_model
 from tiltmeter.errors import UserError
-from tiltmeter.models.causal_lm import CausalLM, model_files
+from tiltmeter.models import model_files
+from tiltmeter.models.causal_lm import CausalLM
 
 
 @pytest.fixture(scope="module")

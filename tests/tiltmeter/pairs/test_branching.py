@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiltmeter.test_generation import make_prompts, spelling
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tests.tiltmeter.models.test_generation import make_prompts, spelling
 from tests.tiny_models import EOS, FAMILIES, WIDTH, make_model
 from tiltmeter.errors import UserError
 from tiltmeter.models.branch_attention import BRANCH_ATTENTION

@@ -10,9 +10,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from tests.tiltmeter.test_generation import make_prompts, spelling
 
 from tests.processes import HANGS
+from tests.tiltmeter.models.test_generation import make_prompts, spelling
 from tests.tiny_models import make_model
 from tiltmeter.errors import UserError
 from tiltmeter.models.generation import Completion, Decoding
