@@ -133,12 +133,7 @@ def steered_logits(
     else:
         hidden = _hidden_at_targets(model, batch, site, shifts, reached, tokens_per_batch)
         moves = None
-    on = reached.flatten()[batch.target_rows]
-    for targets in _some_targets(batch, head, len(shifts)):
-        raw = linear(hidden[:, targets], head.weight, head.bias)
-        if moves is not None:
-            raw = raw + moves[:, None] * on[targets, None]
-        yield SteeredLogits(scale_and_cap(raw, head), targets)
+    yield from _logits_of(hidden, batch, head, moves=moves, on=reached.flatten()[batch.target_rows])
 
 
 @torch.no_grad()
@@ -157,9 +152,7 @@ def intervened_logits(
     for one in interventions:
         with steer(model, [] if one is None else one), fast_linear(model):
             hidden.append(run_backbone(model, batch).flatten(0, 1)[batch.target_rows])
-    states = torch.stack(hidden)
-    for targets in _some_targets(batch, head, len(states)):
-        yield SteeredLogits(scale_and_cap(linear(states[:, targets], head.weight, head.bias), head), targets)
+    yield from _logits_of(torch.stack(hidden), batch, head)
 
 
 @torch.no_grad()
@@ -187,9 +180,7 @@ def moved_logits(
             hidden.append((prefix.final + move).to(prefix.final.dtype).flatten(0, 1)[batch.target_rows])
         else:
             hidden.append(_run_above(model, prefix, move[None], batch.target_rows)[0])
-    states = torch.stack(hidden)
-    for targets in _some_targets(batch, head, len(states)):
-        yield SteeredLogits(scale_and_cap(linear(states[:, targets], head.weight, head.bias), head), targets)
+    yield from _logits_of(torch.stack(hidden), batch, head)
 
 
 @torch.no_grad()
@@ -209,10 +200,26 @@ def intervened_sums(
         yield _sums_of_logits(part, goal_logits(part.targets), batch)
 
 
-def _some_targets(batch: PreferenceBatch, head: Unembedding, n_shifts: int) -> Sequence[Int[Tensor, " some"]]:
-    """The batch's targets, as many at a time as logits of all shifts may be held of."""
-    at_a_time = max(1, default_chunk_tokens(len(head.weight)) // n_shifts)
-    return torch.arange(len(batch.target_ids), device=batch.target_ids.device).split(at_a_time)
+def _logits_of(
+    hidden: Float[Tensor, "shift target d_model"],
+    batch: PreferenceBatch,
+    head: Unembedding,
+    *,
+    moves: Float[Tensor, "shift vocab"] | None = None,
+    on: Bool[Tensor, " target"] | None = None,
+) -> Iterator[SteeredLogits]:
+    """Logits of states behind the final norm, as many targets at a time as logits of all shifts may be held of.
+
+    Args:
+        moves: shifts of logits instead of states, which then have one row for all shifts.
+        on: targets that they reach.
+    """
+    at_a_time = max(1, default_chunk_tokens(len(head.weight)) // len(hidden if moves is None else moves))
+    for targets in torch.arange(len(batch.target_ids), device=batch.target_ids.device).split(at_a_time):
+        raw = linear(hidden[:, targets], head.weight, head.bias)
+        if moves is not None and on is not None:
+            raw = raw + moves[:, None] * on[targets, None]
+        yield SteeredLogits(scale_and_cap(raw, head), targets)
 
 
 @torch.no_grad()
