@@ -84,9 +84,9 @@ def vector_labels(vectors: pd.DataFrame, settings: Mapping[str, Any]) -> dict[st
 def _label(row: pd.Series, usual: str) -> str:
     """What a vector is.
 
-    >>> row = pd.Series({"kind": "singular_raw", "number": 2, "source": "", "position": "diverge"})
+    >>> row = pd.Series({"kind": "singular_raw", "number": 2, "source": "dpo", "position": "diverge"})
     >>> _label(row, "diverge"), _label(row, "prompt_last")
-    ('u2 of the update', 'u2 of the update at diverge')
+    ('u2 of the update of dpo', 'u2 of the update of dpo a…')
     """
     text = str(row["vector"]) if row["kind"] == OWN else NAMES.get(row["kind"], row["kind"]).format(row["number"])
     if row["kind"] != OWN and row["source"]:

@@ -201,7 +201,7 @@ def intervened_sums(
 
 
 def _logits_of(
-    hidden: Float[Tensor, "shift target d_model"],
+    hidden: Float[Tensor, "one_or_shift target d_model"],
     batch: PreferenceBatch,
     head: Unembedding,
     *,
