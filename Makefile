@@ -4,18 +4,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 JOBS ?= 2
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test lint fast clean
+.PHONY: demo test lint tests fast clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed ## train the embedded default and draw its report
 	$(BIN)/python train.py
 	$(BIN)/python analyze.py run=last
 
-test: $(VENV)/.installed-dev lint ## everything that CI runs
-	$(PYTEST) -m "not slow"
-	$(PYTEST) -m slow
+test: $(VENV)/.installed-dev ## everything that CI runs: a core waits less where types are checked beside the tests
+	$(MAKE) --no-print-directory -j 2 lint tests
+
+tests: $(VENV)/.installed-dev
+	$(PYTEST)
 
 fast: $(VENV)/.installed-dev ## the tests to run while working
 	$(PYTEST) -q -x -m "not slow"

@@ -1,12 +1,15 @@
 """DirectionalConsistency: do the updates of all prompts point the same way, and since when?"""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from lightning.pytorch import LightningModule, Trainer
 
-from callbacks.observation import Observation, log, report_failed_write
+from callbacks.observation import ProbeSession, log, report_failed_write
 from callbacks.observer import Observer
-from tiltmeter.states.observed_metrics import Metrics, consistency_metrics, place, steering_vectors
+from tiltmeter.states.capture import ReadPoint
+from tiltmeter.states.observed_metrics import Metrics, consistency_metrics, place
+from tiltmeter.states.state_pair import StatePair
 from tiltmeter.steering.vector import V_STAR, SteeringVector, VectorId, save_vectors
 
 
@@ -19,26 +22,25 @@ class DirectionalConsistency(Observer):
         sites, positions, every_n_steps: see :class:`~callbacks.observer.Observer`.
     """
 
-    def on_observation(self, trainer: Trainer, module: LightningModule, seen: Observation) -> None:
+    def on_observation(self, trainer: Trainer, module: LightningModule, seen: StatePair) -> None:
         """Log the cosines, and write the vectors as they are now."""
         if not trainer.is_global_zero:
             return
         metrics: Metrics = {}
-        for point in self.points(seen):
-            previous = (seen.previous or {}).get(point)
-            metrics |= consistency_metrics(seen.base, seen.policy, point, previous=previous)
+        previous, points = ProbeSession.of(trainer).previous, self.points(module, seen)
+        for point in points:
+            metrics |= consistency_metrics(seen, point, previous=previous.get(point))
         log(trainer, metrics)
-        if seen.step:
-            self._write(trainer, seen)
+        if seen.steps_taken:
+            self._write(trainer, seen, points)
 
-    def _write(self, trainer: Trainer, seen: Observation) -> None:
+    def _write(self, trainer: Trainer, seen: StatePair, wanted: Sequence[ReadPoint]) -> None:
         path = Path(trainer.default_root_dir) / "vectors" / "steering.safetensors"
-        wanted = self.points(seen)
         made = "v*, mean of h_policy - h_base over the probe's pairs"
-        facts = {"n_rows": str(len(seen.base[wanted[0]].rows)), "steps_taken": str(seen.step)}
+        facts = {"n_rows": str(len(seen.base[wanted[0]].rows)), "steps_taken": str(seen.steps_taken)}
         vectors = {
             place(p): SteeringVector(VectorId(V_STAR, *p), v.float(), made=made, provenance=facts)
-            for p, v in steering_vectors(seen.base, seen.policy).items()
+            for p, v in seen.steering_vectors().items()
             if p in wanted
         }
         try:

@@ -48,7 +48,7 @@ class GradientGeometry(Callback):
             if batch is None or batch.layout == "chosen_only":
                 return
             rows, pairs = rows_that_predict(batch)
-            steering = (session.steering or {}).get(_STEERING, torch.zeros(gradient.shape[-1])).to(gradient.device)
+            steering = session.steering.get(_STEERING, torch.zeros(gradient.shape[-1])).to(gradient.device)
             along = {"sequence": sequence_preference_vectors(head, batch)[pairs], "steering": steering[None]}
             assert self._moments is not None
             self._moments.update(gradient.flatten(0, 1)[rows], along)

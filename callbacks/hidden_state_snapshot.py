@@ -5,9 +5,10 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from callbacks.observation import Observation, data_of, report_failed_write
+from callbacks.observation import data_of, report_failed_write
 from callbacks.observer import Observer
 from tiltmeter.states.snapshots import BASE, SnapshotWriter, check_dtype, epoch_name
+from tiltmeter.states.state_pair import StatePair
 
 
 class HiddenStateSnapshot(Observer):
@@ -25,7 +26,7 @@ class HiddenStateSnapshot(Observer):
         self.dtype = dtype
         check_dtype(dtype)
 
-    def on_observation(self, trainer: Trainer, module: LightningModule, seen: Observation) -> None:
+    def on_observation(self, trainer: Trainer, module: LightningModule, seen: StatePair) -> None:
         """Write the rows of this moment."""
         if not trainer.is_global_zero:
             return
@@ -34,12 +35,12 @@ class HiddenStateSnapshot(Observer):
         writer = SnapshotWriter(
             folder,
             dtype=self.dtype,
-            pair_ids={row: record.pair_id for row, record in enumerate(data.splits["probe"].records)},
+            pair_ids=dict(enumerate(seen.pair_ids or ())),
             about={"probe_sha256": data.digest("probe")},
         )
-        points = self.points(seen)
-        moments = {BASE: seen.base} if seen.step == 0 else {self._name(trainer): seen.policy}
-        if seen.step and not (folder / f"{BASE}.safetensors").exists():
+        points = self.points(module, seen)
+        moments = {self._name(trainer): seen.policy} if seen.steps_taken else {BASE: seen.base}
+        if seen.steps_taken and not (folder / f"{BASE}.safetensors").exists():
             moments = {BASE: seen.base} | moments
         for name, states in moments.items():
             try:

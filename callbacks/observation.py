@@ -17,27 +17,13 @@ from datamodules.preference import PreferenceDataModule
 from tiltmeter.errors import UserError
 from tiltmeter.models.layers import Unembedding, resolve_sites, site_names, unembedding
 from tiltmeter.pairs.batch import REJECTED, PreferenceBatch
-from tiltmeter.states.capture import HiddenStates, ReadPoint
-from tiltmeter.states.observed_metrics import Metrics, states_from_tensors, states_to_tensors, steering_vectors
+from tiltmeter.states.capture import HiddenStates, Reading, ReadPoint
+from tiltmeter.states.observed_metrics import Metrics, states_from_tensors, states_to_tensors
 from tiltmeter.states.positions import Position, check_position
 from tiltmeter.states.probe_set import PreferenceDirections, Probe, cut_pair
+from tiltmeter.states.state_pair import StatePair
 
-States = dict[ReadPoint, HiddenStates]
 _BASE, _STEERING = "probe_base", "probe_steering"
-
-
-@dataclass
-class Observation:
-    """What was read at one moment of training, beside what was read before it."""
-
-    step: int
-    """Optimizer steps taken."""
-    n_layers: int
-    """Decoder blocks of the model."""
-    base: States
-    policy: States
-    previous: dict[ReadPoint, Tensor] | None
-    """v* of the observation before; None at the first."""
 
 
 @dataclass
@@ -46,11 +32,13 @@ class ProbeSession:
 
     sites: list[str] = field(default_factory=list)
     positions: list[Position] = field(default_factory=list)
-    base: States | None = None
-    steering: dict[ReadPoint, Tensor] | None = None
+    base: Reading | None = None
+    steering: Mapping[ReadPoint, Tensor] = field(default_factory=dict)
     """v* of the last observation after a step."""
+    previous: Mapping[ReadPoint, Tensor] = field(default_factory=dict)
+    """v* of the one before it."""
     _probe: Probe | None = None
-    _latest: Observation | None = None
+    _latest: StatePair | None = None
     _directions: PreferenceDirections | None = None
     _head: Unembedding | None = None
 
@@ -64,18 +52,16 @@ class ProbeSession:
         self.sites += site_names(sites)
         self.positions += [check_position(p) for p in positions if p not in self.positions]
 
-    def observe(self, trainer: Trainer, module: LightningModule) -> Observation:
+    def observe(self, trainer: Trainer, module: LightningModule) -> StatePair:
         """Read the probe, unless it was read at this step already; a collective of all processes."""
-        step = trainer.global_step
-        if self._latest is None or self._latest.step != step:
+        step, probed = trainer.global_step, data_of(trainer).splits["probe"]
+        if self._latest is None or self._latest.steps_taken != step:
             states = self._read(trainer, module)
-            if self.base is None:
-                self.base = states
-            self._latest = Observation(
-                step, model_of(module).config.num_hidden_layers, self.base, states, self.steering
-            )
-            if step:
-                self.steering = steering_vectors(self.base, states)
+            self.base = self.base or states
+            ids = [record.pair_id for record in probed.records]
+            self._latest = StatePair(self.base, states, ids, probed.groups, probed.pairs, steps_taken=step)
+            self.previous = self.steering
+            self.steering = self._latest.steering_vectors() if step else {}
         return self._latest
 
     def directions(self, trainer: Trainer, module: LightningModule) -> PreferenceDirections:
@@ -111,7 +97,7 @@ class ProbeSession:
         """The base model's rows, and the last v*, go with the run: a resumed one couldn't read them any more."""
         if self.base is not None:
             checkpoint[_BASE] = states_to_tensors(self.base)
-        if self.steering is not None:
+        if self.steering:
             checkpoint[_STEERING] = {f"{point.site}/{point.position}": v for point, v in self.steering.items()}
 
     def load(self, checkpoint: dict[str, Any]) -> None:
@@ -121,7 +107,7 @@ class ProbeSession:
         if _STEERING in checkpoint:
             self.steering = {ReadPoint(*place.split("/")): v for place, v in checkpoint[_STEERING].items()}
 
-    def _read(self, trainer: Trainer, module: LightningModule) -> States:
+    def _read(self, trainer: Trainer, module: LightningModule) -> Reading:
         if self._probe is None:
             prompts = [pair.prompt_ids for pair in data_of(trainer).splits["probe"].pairs]
             self._probe = Probe(

@@ -5,11 +5,12 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from callbacks.observation import Observation, ProbeSession
+from callbacks.observation import ProbeSession, model_of
 from callbacks.schedule import Scheduled
 from tiltmeter.models.layers import resolve_sites
 from tiltmeter.states.capture import ReadPoint
 from tiltmeter.states.positions import Position, check_position
+from tiltmeter.states.state_pair import StatePair
 
 
 class Observer(Scheduled):
@@ -32,12 +33,12 @@ class Observer(Scheduled):
         self.sites = sites
         self.positions = tuple(check_position(position) for position in positions)
 
-    def points(self, seen: Observation) -> list[ReadPoint]:
+    def points(self, module: LightningModule, seen: StatePair) -> list[ReadPoint]:
         """The sites and positions that this callback asked for."""
-        sites = resolve_sites(self.sites, seen.n_layers)
+        sites = resolve_sites(self.sites, model_of(module).config.num_hidden_layers)
         return [point for point in seen.base if point.site in sites and point.position in self.positions]
 
-    def on_observation(self, trainer: Trainer, module: LightningModule, seen: Observation) -> None:
+    def on_observation(self, trainer: Trainer, module: LightningModule, seen: StatePair) -> None:
         """Look; every process calls this."""
         raise NotImplementedError
 

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 from lightning.pytorch import LightningModule, Trainer
 
-from callbacks.observation import Observation, data_of
 from callbacks.observer import Observer
 from callbacks.scoring import record_figures
 from tiltmeter.pairs.batch import CHOSEN
 from tiltmeter.scoring.preference_probe import probe_figures
 from tiltmeter.states.positions import Position
+from tiltmeter.states.state_pair import StatePair
 
 
 class PreferenceProbe(Observer):
@@ -29,14 +29,13 @@ class PreferenceProbe(Observer):
     ) -> None:
         super().__init__(sites=sites, positions=(position,), every_n_steps=every_n_steps)
 
-    def on_observation(self, trainer: Trainer, module: LightningModule, seen: Observation) -> None:
+    def on_observation(self, trainer: Trainer, module: LightningModule, seen: StatePair) -> None:
         """Fit and score."""
         if not trainer.is_global_zero:
             return
-        groups = data_of(trainer).splits["probe"].groups
-        for point in self.points(seen):
+        for point in self.points(module, seen):
             found = seen.policy[point]
             is_chosen = found.sides == CHOSEN
-            where = f"{point.site} {point.position}"
+            where, groups = f"{point.site} {point.position}", seen.clusters or ()
             figures = probe_figures(found.rows[is_chosen], found.rows[~is_chosen], groups, of="policy", where=where)
             record_figures(trainer, [figure._replace(name=f"{figure.name}/{point.site}") for figure in figures])

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 from lightning.pytorch import LightningModule, Trainer
 
-from callbacks.observation import Observation, ProbeSession, data_of, log
+from callbacks.observation import ProbeSession, log
 from callbacks.observer import Observer
 from tiltmeter.states.observed_metrics import Metrics, projection_metrics
+from tiltmeter.states.state_pair import StatePair
 
 
 class PreferenceProjection(Observer):
@@ -21,14 +22,13 @@ class PreferenceProjection(Observer):
     def __init__(self, *, sites: str | Sequence[str] = "all", every_n_steps: int | None = None) -> None:
         super().__init__(sites=sites, positions=("diverge",), every_n_steps=every_n_steps)
 
-    def on_observation(self, trainer: Trainer, module: LightningModule, seen: Observation) -> None:
+    def on_observation(self, trainer: Trainer, module: LightningModule, seen: StatePair) -> None:
         """Log the projections."""
         session = ProbeSession.of(trainer)
         directions, head = session.directions(trainer, module), session.head(module)
         if not trainer.is_global_zero:
             return
-        clusters = data_of(trainer).splits["probe"].groups
         metrics: Metrics = {}
-        for site, _ in self.points(seen):
-            metrics |= projection_metrics(seen.base, seen.policy, site, directions, clusters=clusters, head=head)
+        for site, _ in self.points(module, seen):
+            metrics |= projection_metrics(seen, site, directions, head=head)
         log(trainer, metrics)

@@ -5,11 +5,12 @@ from typing import Any, get_args
 
 from lightning.pytorch import LightningModule, Trainer
 
-from callbacks.observation import Observation, log
+from callbacks.observation import log
 from callbacks.observer import Observer
 from tiltmeter.errors import UserError
 from tiltmeter.geometry.rows import Variant
 from tiltmeter.states.observed_metrics import Metrics, spectral_metrics
+from tiltmeter.states.state_pair import StatePair
 
 
 class SpectralEntropy(Observer):
@@ -27,11 +28,11 @@ class SpectralEntropy(Observer):
                 raise UserError(f"callbacks: variants: expected {', '.join(get_args(Variant))}, got {variant}")
         self.variants = tuple(variants)
 
-    def on_observation(self, trainer: Trainer, module: LightningModule, seen: Observation) -> None:
+    def on_observation(self, trainer: Trainer, module: LightningModule, seen: StatePair) -> None:
         """Log the spectra."""
         if not trainer.is_global_zero:
             return
         metrics: Metrics = {}
-        for point in self.points(seen):
-            metrics |= spectral_metrics(seen.base, seen.policy, point, variants=self.variants)
+        for point in self.points(module, seen):
+            metrics |= spectral_metrics(seen, point, variants=self.variants)
         log(trainer, metrics)

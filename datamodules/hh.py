@@ -1,4 +1,4 @@
-r"""Anthropic HH: pairs of whole transcripts, split at the right-most ``\n\nAssistant:`` into prompt and two responses.
+r"""The Anthropic HH source: pairs of whole transcripts, split at the right-most ``\n\nAssistant:`` into prompt and two responses.
 
 Source: Bai et al. 2022, "Training a Helpful and Harmless Assistant with RLHF"; data set ``Anthropic/hh-rlhf``.
 """

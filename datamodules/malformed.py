@@ -7,17 +7,17 @@ from tiltmeter.errors import UserError
 
 Malformed = Literal["strict", "skip"]
 MAX_SHARE = 0.01
-"""Of a file's rows that may be left out; more, and it is another kind of file."""
+"""Largest share of a file's rows that may be left out; more, and it is another kind of file."""
 
 
 def check_policy(malformed: str) -> None:
-    """Raises UserError: no such policy."""
+    """Check the name of a policy. Raises UserError."""
     if malformed not in get_args(Malformed):
         raise UserError(f"data.malformed: expected strict or skip, got {malformed!r}")
 
 
 class MalformedRows:
-    """What happens to the malformed rows of one file; called with each error.
+    """Refuses or counts the malformed rows of one file; called with each error.
 
     Args:
         policy: ``strict`` raises the first; ``skip`` keeps them for :meth:`settle`.

@@ -108,7 +108,7 @@ class OASST1:
     def _load_file(
         self, path: Path, location: str, groups: dict[str, str], seen: set[str]
     ) -> tuple[list[PreferencePair], LoadReport]:
-        """One file; ``groups`` (root text to group) and ``seen`` (tree ids) are shared by all files of a load."""
+        """Read the pairs of one file; ``groups`` (root text to group) and ``seen`` (tree ids) are shared by all files of a load."""
         report = LoadReport(source=self.name, location=location)
         pairs: list[PreferencePair] = []
         trees: Counter[str] = Counter()

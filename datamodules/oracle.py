@@ -87,7 +87,7 @@ class PlantedOracle:
 
 
 class _Utilities(NamedTuple):
-    """Of the three responses to a prompt; −∞: without a word of the world, NaN: the situation is unknown."""
+    """Utilities of the three responses to a prompt; −∞: without a word of the world, NaN: the situation is unknown."""
 
     policy: float
     base: float
@@ -95,7 +95,7 @@ class _Utilities(NamedTuple):
 
 
 def _verdict(first: float, second: float) -> float:
-    """1, ½ or 0.
+    """Verdict as a number: 1, ½ or 0.
 
     >>> _verdict(0.3, -math.inf), _verdict(-math.inf, -math.inf), _verdict(-1.0, 2.0)
     (1.0, 0.5, 0.0)

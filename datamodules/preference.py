@@ -1,4 +1,4 @@
-"""PreferenceDataModule: one data module over every source; splits, tokenises and serves optimizer steps."""
+"""The data module: one over every source; splits, tokenises and serves optimizer steps."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ PairLayout = Literal["shared_prefix", "concatenated"]
 
 @dataclass
 class TokenizedSplit:
-    """One split: its records and their token ids, row by row."""
+    """Records of one split and their token ids, row by row."""
 
     records: list[PreferencePair]
     pairs: list[TokenizedPair]
@@ -128,7 +128,7 @@ class PreferenceDataModule(LightningDataModule):
         self.reports: list[LoadReport] = []
         self.records: dict[Split, list[PreferencePair]] = {}
         self.repeats: dict[str, int] = {}
-        """What is kept but worth knowing: pairs that stand twice, and pairs that stand with both labels."""
+        """Counts of what is kept but worth knowing: pairs that stand twice, and pairs that stand with both labels."""
         self.splits: dict[Split, TokenizedSplit] = {}
         self.tokenizer: Tokenizer | None = None
 
@@ -188,7 +188,7 @@ class PreferenceDataModule(LightningDataModule):
         return self.layout if self.objective == "preference" else "chosen_only"
 
     def train_dataloader(self) -> DataLoader[StepBatch]:
-        """Shuffled steps; resumes inside an epoch from the trainer's step count."""
+        """Steps of training pairs in random order; resumes inside an epoch from the trainer's step count."""
         start = self.trainer.global_step % self.steps_per_epoch if self.trainer is not None else 0
         return self.loader("train", shuffle=True, start_step=start)
 
@@ -260,7 +260,7 @@ class PreferenceDataModule(LightningDataModule):
         return [batch for plan in plans for batch in plan.micro_batches[: len(plan.micro_batches) - plan.n_fillers]]
 
     def step_of(self, split: Split, micro_batches: Sequence[Sequence[int]]) -> StepBatch:
-        """Given micro-batches of rows as one step of this process."""
+        """Lay given micro-batches of rows out as one step of this process."""
         plan = StepPlan(tuple(map(tuple, micro_batches)), 0, tuple(row for batch in micro_batches for row in batch))
         return self._dataset(self.pairs_of(split), self.active_layout)[plan]
 

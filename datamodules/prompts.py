@@ -18,7 +18,7 @@ class Prompt:
     """One prompt to continue."""
 
     pair_id: str
-    """Stable across runs: file and row, for example ``rtp_val/00017``."""
+    """Identifier, stable across runs: file and row, for example ``rtp_val/00017``."""
     text: str
     """Exact text, white space included."""
     attributes: Mapping[str, AttributeValue] = field(default_factory=dict)

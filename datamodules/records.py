@@ -28,7 +28,7 @@ class PreferencePair:
     """
 
     pair_id: str
-    """Unique within the source and stable across runs, for example ``hh/harmless-base_test/00017``."""
+    """Identifier, unique within the source and stable across runs, for example ``hh/harmless-base_test/00017``."""
     source: str
     """Name used for metrics per source, for example ``hh/harmless-base_test``, ``oasst1`` or ``synthetic``."""
     group: str
@@ -40,26 +40,26 @@ class PreferencePair:
     chosen_text: str
     rejected_text: str
     attributes: Mapping[str, AttributeValue] = field(default_factory=dict)
-    """What the source knows beyond the text: rank gap, planted attributes, whether the label was flipped …"""
+    """Values that the source knows beyond the text: rank gap, planted attributes, whether the label was flipped …"""
 
 
 @dataclass
 class LoadReport:
-    """What a source read, kept and dropped; printed as one table before training starts."""
+    """Counts of what a source read, kept and dropped; printed as one table before training starts."""
 
     source: str
     location: str
-    """Where it was read from: a path, or ``hub:NAME@REVISION``, or ``seed 0``."""
+    """Place it was read from: a path, or ``hub:NAME@REVISION``, or ``seed 0``."""
     n_rows: int = 0
     n_kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     """Reason → number of rows; reasons are short phrases such as ``identical responses``."""
     notes: dict[str, str] = field(default_factory=dict)
-    """Anything else worth a line, for example ``revision`` or ``label noise: 10 % of training pairs``."""
+    """Further lines of the report by name, for example ``revision`` or ``label noise: 10 % of training pairs``."""
 
 
 class PreferenceSource(Protocol):
-    """Where pairs come from: Anthropic HH, OASST1, the synthetic world, or a mixture of them."""
+    """A source of pairs: Anthropic HH, OASST1, the synthetic world, or a mixture of them."""
 
     name: str
 

@@ -1,4 +1,4 @@
-"""Which pairs make up each optimizer step, and how a step is cut into micro-batches: pure functions of the seed.
+"""Chooses the pairs of each optimizer step and cuts it into micro-batches: pure functions of the seed.
 
 The pairs of a step are drawn at random from (seed, epoch, position): same order for any number of processes, resumable from
 two integers. Only INSIDE a step are pairs grouped by length or packed, so padding goes and the trajectory stays that of
@@ -19,7 +19,7 @@ class StepPlan:
     micro_batches: tuple[tuple[int, ...], ...]
     """Data-set rows of each micro-batch."""
     n_fillers: int
-    """The last so many micro-batches are fillers with weight 0: every process runs equally many, as sharding needs."""
+    """Number of fillers of weight 0 at the end of the micro-batches: every process runs equally many, as sharding needs."""
     rows: tuple[int, ...]
     """Rows of the whole step, over all processes."""
 
@@ -30,7 +30,7 @@ def epoch_order(n_rows: int, *, seed: int, epoch: int, shuffle: bool) -> np.ndar
 
 
 MICRO_BATCH_COST = 64
-"""What one more micro-batch costs, in tokens: below this much padding, cutting once more doesn't pay."""
+"""Cost of one more micro-batch, in tokens: below this much padding, cutting once more doesn't pay."""
 
 
 def group_by_length(rows: Sequence[int], lengths: Sequence[int], tokens_per_micro_batch: int) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""From the plan of an optimizer step to its batches."""
+"""A data set that turns the plan of an optimizer step into its batches."""
 
 import signal
 from collections.abc import Sequence
@@ -52,6 +52,6 @@ class StepDataset(Dataset[StepBatch]):
 
 
 def leave_stopping_to_the_trainer(worker: int) -> None:
-    """In a DataLoader worker: a signal to the whole job would kill it, and the trainer could not end its step."""
+    """Ignore stop signals in a DataLoader worker: one to the whole job would kill it, and the trainer could not end its step."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

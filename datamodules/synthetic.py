@@ -150,7 +150,7 @@ class SyntheticWorld:
         return self.utility(detect_attributes(response), situation)
 
     def _choose_words(self, draw: _Draw) -> None:
-        """This world's part of every table, and the order of the sentences in a response."""
+        """Choose this world's part of every table, and the order of the sentences in a response."""
         self._phrases = {key: draw.some(table, 4) for key, table in phrases.PHRASES.items()}
         self._answers = {s: draw.some(phrases.ANSWERS[s], 2) for s in SITUATIONS}
         self._openers = draw.some(phrases.OPENERS, 12)

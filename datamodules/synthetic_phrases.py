@@ -18,7 +18,7 @@ MEANING = {
     "excitement": ("calm", "exclaims"),
     "question": ("no question", "asks back"),
 }
-"""What -1 and +1 mean, for tables and reports."""
+"""Meaning of -1 and +1 in words, for tables and reports."""
 
 PHRASES: dict[tuple[str, int], tuple[str, ...]] = {
     ("tone", 1): (

@@ -1,4 +1,4 @@
-"""From text to token ids, segment by segment: the prompt's ids are always a prefix, one BOS, one EOS, counted truncation."""
+"""Tokenisation segment by segment: the prompt's ids are always a prefix, one BOS, one EOS, counted truncation."""
 
 import re
 from collections import Counter
@@ -22,7 +22,7 @@ _ANCHOR = "\n"
 _MARKS = range(0xF0000, 0xFFFFD)
 """Code points of private use, of which some stand for the words of special tokens while a template is rendered."""
 SPECIAL_INSIDE = "with the id of a special token inside a text"
-"""Why a pair is dropped whose tokenizer can't write its words as words."""
+"""Reason for dropping a pair whose tokenizer can't write its words as words."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class PairTokenizer:
     def __call__(
         self, pairs: Sequence[PreferencePair]
     ) -> tuple[list[PreferencePair], list[TokenizedPair], TokenizationReport]:
-        """Tokenise pairs; pairs that can't be used are dropped and counted.
+        """Turn pairs into token ids; pairs that can't be used are dropped and counted.
 
         Returns:
             the kept records, their token ids (same order), and the counts.
@@ -279,7 +279,7 @@ class PairTokenizer:
 
 
 def _unused_marks(text: str, n: int) -> list[str]:
-    """So many characters of private use that a text doesn't have."""
+    """Find so many characters of private use that a text doesn't have."""
     return list(islice((mark for mark in map(chr, _MARKS) if mark not in text), n))
 
 

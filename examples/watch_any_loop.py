@@ -15,9 +15,10 @@ from tiltmeter.models.layers import embedding_parameters, unembedding
 from tiltmeter.pairs.batch import TokenizedPair, collate_pairs
 from tiltmeter.pairs.log_probs import sequence_log_probs
 from tiltmeter.pairs.preference_losses import PairLogProbs, make_preference_loss
-from tiltmeter.states.observed_metrics import Metrics, observation_metrics, steering_vectors
+from tiltmeter.states.observed_metrics import Metrics, observation_metrics
 from tiltmeter.states.probe_set import PreferenceDirections, Probe
 from tiltmeter.states.snapshots import BASE, SnapshotWriter, epoch_name
+from tiltmeter.states.state_pair import StatePair
 
 VOCAB, EPOCHS, STEPS_PER_EPOCH = 64, 3, 4
 
@@ -51,10 +52,10 @@ def train(
             optimizer.step()
             optimizer.zero_grad()
 
-        policy = probe.read(model)
-        seen.append(observation_metrics(base, policy, directions, head=head, previous=steering))
-        snapshots.write(epoch_name(epoch), policy)
-        steering = steering_vectors(base, policy)
+        states = StatePair(base, probe.read(model))
+        seen.append(observation_metrics(states, directions, head=head, previous=steering))
+        snapshots.write(epoch_name(epoch), states.policy)
+        steering = states.steering_vectors()
     return seen
 
 

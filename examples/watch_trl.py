@@ -19,10 +19,11 @@ from trl import DPOConfig, DPOTrainer
 from datamodules.tokenization import train_bpe_tokenizer
 from tiltmeter.models.layers import unembedding
 from tiltmeter.pairs.batch import TokenizedPair
-from tiltmeter.states.capture import HiddenStates, ReadPoint
-from tiltmeter.states.observed_metrics import observation_metrics, steering_vectors
+from tiltmeter.states.capture import Reading, ReadPoint
+from tiltmeter.states.observed_metrics import observation_metrics
 from tiltmeter.states.probe_set import PreferenceDirections, Probe
 from tiltmeter.states.snapshots import BASE, SnapshotWriter, epoch_name
+from tiltmeter.states.state_pair import StatePair
 
 
 class WatchHiddenStates(TrainerCallback):
@@ -49,13 +50,13 @@ class WatchHiddenStates(TrainerCallback):
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """The policy, against the base."""
-        policy = self.probe.read(model)
-        metrics = observation_metrics(self.base, policy, self.directions, head=self.head, previous=self.steering)
+        states = StatePair(self.base, self.probe.read(model))
+        metrics = observation_metrics(states, self.directions, head=self.head, previous=self.steering)
         self.trainer.log(metrics)
-        self.keep(epoch_name(round(state.epoch) - 1), policy)
-        self.steering = steering_vectors(self.base, policy)
+        self.keep(epoch_name(round(state.epoch) - 1), states.policy)
+        self.steering = states.steering_vectors()
 
-    def keep(self, name: str, states: dict[ReadPoint, HiddenStates]) -> None:
+    def keep(self, name: str, states: Reading) -> None:
         """Every process reads the whole probe; the first one writes."""
         if self.trainer.is_world_process_zero():
             self.snapshots.write(name, states)

@@ -5,38 +5,33 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from analysis.figures.hidden_states import BESIDE_RANDOM, SECTIONS, Watched, hidden_state_section
+from analysis.contract import Analysis, Asking, Cost
 from analysis.open.checkpoints import Checkpoints, HeldOutPairs, checkpoints_of_run
-from analysis.open.read_states import READ_NOW, ReadNow, StateReading
+from analysis.open.observed import Observed, steps_of
+from analysis.open.read_states import StateReading
 from analysis.open.runs import Run, find_run, open_run
 from analysis.open.subject import Subject, subject_of_checkpoints, subject_of_run
+from analysis.registry import ANALYSES, BY_NAME
 from analysis.report.page import Attempts, Section, write_report
 from analysis.report.samples import Samples, compare_samples, samples_of_models
-from launch.analyses import (
-    ASKED,
-    NEED_A_RUN,
-    OF_FOLDER,
-    OPTIONAL,
-    chosen_analyses,
-    is_set,
-    options_of,
-    refuse_unused,
-)
-from launch.asking import Asked, Plan, Question, costs_table
+from launch.analyses import chosen_analyses, is_set, options_of, refuse_unused
 from launch.configuration import check_config, expand_home
 from launch.run_folder import claim_folder
 from launch.run_lock import check_writable
-from launch.screen import console
+from launch.screen import FittingTable, console
 from launch.wandb_report import check_upload, upload_report
 from tiltmeter.commands import command, setting
-from tiltmeter.errors import IncompleteEvaluation, UserError
+from tiltmeter.errors import FailedWrite, IncompleteEvaluation, Unsupported, UserError
 from tiltmeter.models.causal_lm import KERNELS
 from tiltmeter.pairs.chat import as_date
+from tiltmeter.pairs.verification import best_layout
+
+_SHOW = "debug=true shows where"
 
 
 class Wanted(NamedTuple):
@@ -44,8 +39,8 @@ class Wanted(NamedTuple):
 
     names: Mapping[str, bool]
     """Analyses, and whether each was asked for by its name."""
-    questions: Mapping[str, Question]
-    """Those that ask models."""
+    questions: Mapping[str, Any]
+    """Options of those that ask models."""
     reading: StateReading
     dry_run: bool
     upload: bool
@@ -53,6 +48,20 @@ class Wanted(NamedTuple):
     """Of attention; None: a run's own, else the family's."""
     attempts: Attempts
     """Analyses that fail, of which none costs the others."""
+
+    @property
+    def analyses(self) -> list[Analysis]:
+        """In the order of the report."""
+        return [BY_NAME[name] for name in self.names]
+
+
+class Plan(NamedTuple):
+    """One analysis that can ask its models now."""
+
+    analysis: Analysis
+    asking: Asking
+    costs: Sequence[Cost]
+    """Of a dry run."""
 
 
 def analyze(config: DictConfig) -> Path | None:
@@ -75,10 +84,9 @@ def analyze(config: DictConfig) -> Path | None:
     as_date(config.chat_date)
     if run is not None and OmegaConf.is_interpolation(config, "chat_date"):
         config.chat_date = run.setting("chat_date")
-    questions = {name: instantiate(config[ASKED[name]]) for name in names if name in ASKED}
     wanted = Wanted(
         names,
-        questions,
+        {name: instantiate(config[BY_NAME[name].node]) for name in names if BY_NAME[name].node},
         instantiate(config.hidden_states),
         config.dry_run,
         config.upload,
@@ -87,9 +95,7 @@ def analyze(config: DictConfig) -> Path | None:
     )
     if config.attn_implementation not in (None, *KERNELS):
         raise UserError(f"attn_implementation: expected sdpa or eager, got {config.attn_implementation}")
-    if run is not None:
-        return _analyze_run(wanted, run)
-    return _analyze_checkpoints(config, wanted)
+    return _analyze_checkpoints(config, wanted) if run is None else _analyze_run(wanted, run)
 
 
 def _asks_of_run(config: DictConfig) -> bool:
@@ -117,96 +123,100 @@ def _analyze_run(wanted: Wanted, run: Run) -> Path | None:
         if all(wanted.names.values()):
             raise
         raise UserError(f"{error}; or ask for what needs no model, as in analysis=[training,geometry]") from error
-    seen = Watched.of_run(run)
-    lacks_random = bool(set(BESIDE_RANDOM) & set(wanted.names)) and seen.lacks_random
+    seen = Observed.stored(run.folder, run.metrics)
+    lacks_random = seen.lacks_random and any(a.needs.random_weights for a in wanted.analyses)
     if lacks_random and not wanted.dry_run:
         seen = _with_random(seen, run, wanted.reading, opened)
-    with console().status("Drawing what the run kept …"):
-        read = _read_off(wanted.names, run, seen, attempts)
-    again = [
-        name for name in wanted.names if name in READ_NOW and name not in (*read, *attempts.failed, *attempts.left_out)
-    ]
+    read = _drawn(wanted.analyses, {"run": run, "states": seen}, attempts)
+    again = [a for a in _read_now(wanted) if a.name not in (*read, *attempts.failed, *attempts.left_out)]
+    _check_named(wanted.names, [*read, *attempts.failed, *(a.name for a in again)])
     if not again:
         refuse_unused(wanted.questions, of_run=True)
     try:
         checkpoints = opened(dtype=wanted.reading.dtype, device=wanted.reading.device) if again else None
     except UserError as error:
         raise UserError(
-            f"analysis={again[0]}: {run.folder} stored no hidden states for it, and they can’t be read again: {error}"
+            f"analysis={again[0].name}: {run.folder} stored no hidden states for it, and they can’t be read again: {error}"
         ) from error
     if wanted.dry_run:
-        _say_costs(
-            plans, wanted.reading, checkpoints, random_of=opened() if lacks_random and checkpoints is None else None
-        )
+        random_of = opened() if lacks_random and checkpoints is None else None
+        _say_costs(plans, wanted.reading, checkpoints, random_of=random_of)
         return None
     if checkpoints is not None:
-        with attempts.of(*again):
-            now = _read(wanted.reading, checkpoints, n_steps=run.n_steps)
-            note = f"The run stored nothing for this: hidden states of {now.n_pairs} of its held-out pairs were read again."
-            read |= _drawn_now(again, now, note, attempts)
-    _check_named(wanted.names, [*read, *attempts.failed])
+        note = "The run stored nothing for this: hidden states of {} of its held-out pairs were read again."
+        read |= _drawn_now(again, wanted, checkpoints, note, n_steps=run.n_steps)
     asked = _ask(plans, attempts)
+    told = (*read, *wanted.questions, *attempts.failed, *attempts.left_out)
     subject = subject_of_run(
         run,
-        asked=[*(name for name in again if name in read), *wanted.questions],
-        is_read=any(name not in again for name in read),
-        left_out=[
-            name
-            for name in wanted.names
-            if name not in (*read, *wanted.questions, *attempts.failed, *attempts.left_out)
-        ],
+        asked=[*(a.name for a in again if a.name in read), *wanted.questions],
+        is_read=any(BY_NAME[name] not in again for name in read),
+        left_out=[name for name in wanted.names if name not in told],
         command=partial(_command, run=run.folder),
     )
-    models = plans[0].checkpoints if plans else checkpoints
+    models = plans[0].asking.models if plans else checkpoints
     samples = partial(compare_samples, run) if models is None else partial(samples_of_models, models)
     upload = partial(upload_report, run) if wanted.upload else None
-    return _report(subject, _in_order(wanted.names, read), asked, samples, attempts, upload)
+    return _report(subject, [*_in_order(read), *asked], samples, attempts, upload)
 
 
-def _with_random(seen: Watched, run: Run, reading: StateReading, opened: Callable[..., Checkpoints]) -> Watched:
+def _with_random(seen: Observed, run: Run, reading: StateReading, opened: Callable[..., Checkpoints]) -> Observed:
     """Read random weight changes and keep them beside the snapshots; where that can't be done, sections say what they lack."""
     try:
         checkpoints = opened(dtype=reading.dtype, device=reading.device)
         with console().status("Reading hidden states under random weight changes …"):
-            reading.random_updates(checkpoints, n_steps=seen.steps_taken).write(seen.snapshots)
+            found = reading.random_updates(checkpoints, n_steps=steps_of(seen.table))
+            found.write(run.folder / "snapshots")
     except (UserError, OSError) as error:
         console().print(f"No random weight changes beside the update: {error}", soft_wrap=True)
-    return Watched.of_run(run)
+    return Observed.stored(run.folder, run.metrics)
 
 
-def _read_off(names: Mapping[str, bool], run: Run, seen: Watched, attempts: Attempts) -> dict[str, Section]:
-    """Sections of what the run's folder holds, by name; none for what it doesn't. Raises UserError: it is damaged."""
+def _read_now(wanted: Wanted) -> list[Analysis]:
+    """Those for which one reading of two models is enough."""
+    return [a for a in wanted.analyses if a.needs.what == "states" and not a.needs.several_steps]
+
+
+def _drawn(analyses: Iterable[Analysis], given: Mapping[str, Any], attempts: Attempts) -> dict[str, Section]:
+    """Sections of what is there, by name; none for what isn't. Raises UserError: it is damaged.
+
+    Args:
+        given: by what an analysis needs; others are passed over.
+    """
     found: dict[str, Section] = {}
-    for name, is_named in names.items():
-        section = None
-        with attempts.of(name):
-            if name in SECTIONS:
-                section = hidden_state_section(name, seen)
-            elif name in OF_FOLDER:
-                section = (OF_FOLDER if is_named or name not in OPTIONAL else OPTIONAL)[name](run)
-        if section is not None:
-            found[name] = section
+    with console().status("Drawing …"):
+        for analysis in (a for a in analyses if a.needs.what in given):
+            with attempts.of(analysis.name):
+                if section := analysis.answer(given[analysis.needs.what]):
+                    found[analysis.name] = section
     return found
 
 
-def _drawn_now(names: Iterable[str], now: ReadNow, note: str, attempts: Attempts) -> dict[str, Section]:
-    """Sections of what was just read; each says so."""
-    drawn: dict[str, Section] = {}
-    for name in names:
-        with attempts.of(name):
-            if section := hidden_state_section(name, now):
-                drawn[name] = replace(section, reading=[*section.reading, note])
-    return drawn
+def _drawn_now(
+    analyses: Sequence[Analysis], wanted: Wanted, checkpoints: Checkpoints, note: str, *, n_steps: int | None = None
+) -> dict[str, Section]:
+    """Sections of hidden states that are read now; each says so.
+
+    Args:
+        note: with a place for the number of pairs.
+    """
+    names = [analysis.name for analysis in analyses]
+    read: dict[str, Section] = {}
+    with wanted.attempts.of(*names):
+        with console().status("Reading hidden states of both models …"):
+            now = wanted.reading.read(checkpoints, n_steps=n_steps)
+        read = _drawn(analyses, {"states": now}, wanted.attempts)
+        for name, section in read.items():
+            read[name] = replace(section, reading=[*section.reading, note.format(now.n_pairs)])
+    _check_named({name: wanted.names[name] for name in names}, [*read, *wanted.attempts.failed])
+    return read
 
 
 def _check_named(names: Mapping[str, bool], found: Collection[str]) -> None:
     """Refuse to leave out what was asked for by its name. Raises UserError."""
     for name, is_named in names.items():
-        if is_named and name not in ASKED and name not in found:
-            needs = "a run trained with callbacks=geometry or callbacks=full that took at least one step"
-            if name not in NEED_A_RUN:
-                needs = f"{needs}, or two models that differ, and at least four pairs whose responses do"
-            raise UserError(f"analysis={name}: there are no readings for it (expected {needs})")
+        if is_named and BY_NAME[name].needs.what != "models" and name not in found:
+            raise UserError(f"analysis={name}: {BY_NAME[name].missing}")
 
 
 def _analyze_checkpoints(config: DictConfig, wanted: Wanted) -> Path | None:
@@ -225,7 +235,6 @@ def _analyze_checkpoints(config: DictConfig, wanted: Wanted) -> Path | None:
 
 
 def _analyze_into(folder: Path, config: DictConfig, wanted: Wanted) -> Path | None:
-    attempts = wanted.attempts
     pairs: HeldOutPairs = instantiate(config.pairs)
     base, aligned = str(config.base), str(config.aligned)
     opened = cache(partial(pairs.ask, base, aligned, instantiate(config.data), attn_implementation=wanted.kernel))
@@ -235,53 +244,45 @@ def _analyze_into(folder: Path, config: DictConfig, wanted: Wanted) -> Path | No
         folder / "tables",
         goes_on_with=None if config.out else setting("out", folder),
     )
-    now = [name for name in wanted.names if name in READ_NOW]
+    now = _read_now(wanted)
     first = wanted.reading if now else next(iter(wanted.questions.values()))
     checkpoints, reports, cuts = opened(dtype=first.dtype, device=first.device)
     if wanted.dry_run:
         _say_costs(plans, wanted.reading, checkpoints if now else None)
         return None
-    read: dict[str, Section] = {}
-    if now:
-        with attempts.of(*now):
-            states = _read(wanted.reading, checkpoints)
-            note = f"Hidden states of {states.n_pairs} pairs were read now, once."
-            read = _drawn_now(now, states, note, attempts)
-        _check_named(wanted.names, [*read, *attempts.failed])
-    asked = _ask(plans, attempts)
+    note = "Hidden states of {} pairs were read now, once."
+    read = _drawn_now(now, wanted, checkpoints, note) if now else {}
+    asked = _ask(plans, wanted.attempts)
     subject = subject_of_checkpoints(
         checkpoints,
         base,
         aligned,
         reports=reports,
         cuts=cuts,
-        left_out=() if all(wanted.names.values()) else NEED_A_RUN,
+        left_out=() if all(wanted.names.values()) else [a.name for a in ANALYSES if a.needs.a_run],
         command=partial(_command, base=base, aligned=aligned),
         report=folder,
     )
-    return _report(subject, _in_order(wanted.names, read), asked, partial(samples_of_models, checkpoints), attempts)
+    return _report(subject, [*_in_order(read), *asked], partial(samples_of_models, checkpoints), wanted.attempts)
 
 
 def _plan(
     wanted: Wanted, opened: Callable[..., Checkpoints], tables: Path, *, goes_on_with: str | None = None
 ) -> list[Plan]:
-    """What is asked, models opened and judges reached; models of one dtype and device are opened once."""
-    return [
-        Plan(
-            name,
-            question,
-            opened(dtype=question.dtype, device=question.device),
-            tables=tables,
-            goes_on_with=goes_on_with,
-            takes_old=not (wanted.names[name] or is_set(name)),
-            dry_run=wanted.dry_run,
-        )
-        for name, question in wanted.questions.items()
-    ]
+    """What is asked: models opened, those of one dtype and device once, and judges reached; of a dry run only the costs."""
+    plans = []
+    for name, question in wanted.questions.items():
+        models = opened(dtype=question.dtype, device=question.device)
+        asking = Asking(question, models, tables, goes_on_with, takes_old=not (wanted.names[name] or is_set(name)))
+        analysis = BY_NAME[name]
+        if not wanted.dry_run:
+            analysis.start(asking)
+        plans.append(Plan(analysis, asking, analysis.cost(asking) if wanted.dry_run else ()))
+    return plans
 
 
-def _in_order(names: Iterable[str], found: Mapping[str, Section]) -> list[Section]:
-    return [found[name] for name in names if name in found]
+def _in_order(found: Mapping[str, Section]) -> list[Section]:
+    return [found[name] for name in BY_NAME if name in found]
 
 
 def _command(name: str, **about: str | Path) -> str:
@@ -295,44 +296,67 @@ def _say_costs(
     """Print what would be run; ``read``: the models whose hidden states would be, ``random_of``: under random weights alone."""
     costs = {} if read is None else {"hidden states": reading.costs(read)}
     costs |= {} if random_of is None else {"hidden states": reading.random_costs(random_of)}
-    costs |= {plan.name: plan.costs() for plan in plans}
+    costs |= {plan.analysis.name: list(plan.costs) for plan in plans}
     if costs:
         console().print(costs_table(costs))
     else:
         console().print("Would run nothing: what is asked is read off the run’s folder.")
 
 
-def _read(reading: StateReading, checkpoints: Checkpoints, *, n_steps: int | None = None) -> ReadNow:
-    with console().status("Reading hidden states of both models …"):
-        return reading.read(checkpoints, n_steps=n_steps)
+def costs_table(costs: Mapping[str, Sequence[Cost]]) -> FittingTable:
+    """What would be run, by analysis."""
+    table = FittingTable(title="Would run", title_justify="left", title_style="bold")
+    for column, justify in (("analysis", "left"), ("", "left"), ("passes", "right"), ("tokens", "right")):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    for name, parts in costs.items():
+        for i, cost in enumerate(parts):
+            table.add_row("" if i else name, cost.name, f"{cost.forwards:,.1f}", f"{cost.tokens:,}")
+    return table
 
 
-def _ask(plans: Sequence[Plan], attempts: Attempts) -> list[Asked]:
+def _ask(plans: Sequence[Plan], attempts: Attempts) -> list[Section]:
     """One after another; a sweep shows the time that it has left."""
-    answers = []
+    sections = []
     for i, plan in enumerate(plans):
-        console().print(f"Asking both models, {i + 1} of {len(plans)}: {plan.name} …")
-        with attempts.of(plan.name, wrong_input=True):
-            answers.append(plan.ask())
-    return answers
+        name = plan.analysis.name
+        console().print(f"Asking both models, {i + 1} of {len(plans)}: {name} …")
+        with attempts.of(name, wrong_input=True):
+            sections.append(_answer(plan))
+    return [section for section in sections if section is not None]
+
+
+def _answer(plan: Plan) -> Section | None:
+    """Ask.
+
+    Raises:
+        Unsupported: it fails, and the models are of a family that no rows can be shared in (ALiBi, state-space layers …).
+    """
+    try:
+        return plan.analysis.answer(plan.asking)
+    except (UserError, FailedWrite):
+        raise
+    except Exception as error:
+        model = plan.asking.models.base.model
+        if best_layout(model, ()) == "shared_prefix":
+            raise
+        reason = " ".join(str(error).split())[:100] or type(error).__name__
+        raise Unsupported(f"{type(model).__name__} has no attention that rows can be shared in ({reason})") from error
 
 
 def _report(
     subject: Subject,
-    read: Sequence[Section],
-    asked: Sequence[Asked],
+    sections: Sequence[Section],
     samples: Callable[[], Samples],
     attempts: Attempts,
     upload: Callable[[Path, Sequence[Section]], str] | None = None,
 ) -> Path:
     """Write it, send it where it is wanted, then say what failed and what has no number."""
-    sections = [*read, *(one.section for one in asked if one.section)]
     if attempts.failed and not sections:
         error = next(iter(attempts.failed.values()))
         if isinstance(error, UserError):
             raise error
         raise IncompleteEvaluation(f"{subject.report}: not written, {'; '.join(attempts.lines())} ({_SHOW})") from error
-    said = next((one.samples for one in asked if one.samples), None)
+    said = next((section.samples for section in sections if section.samples), None)
     with attempts.of("samples"):
         said = said or samples()
     page = write_report(subject, sections, said or Samples([], "They could not be made."), attempts)
@@ -344,7 +368,7 @@ def _report(
     for line in attempts.lines_left_out():
         console().print(line, soft_wrap=True, markup=False)
     missing = [f"{'; '.join(attempts.lines())} ({_SHOW})"] if attempts.failed else []
-    if lost := [name for one in asked for name in one.lost]:
+    if lost := [name for section in sections for name in section.lost]:
         missing.append(
             f"without a number for {', '.join(lost[:4])}{' …' if len(lost) > 4 else ''}: too many scores are missing (the table "
             "says how many); where a judge or service did not answer, run it again"
@@ -352,6 +376,3 @@ def _report(
     if missing:
         raise IncompleteEvaluation(f"{page}: written, but {'; '.join(missing)}")
     return page
-
-
-_SHOW = "debug=true shows where"

@@ -15,9 +15,9 @@ import torch
 from lightning.pytorch import Trainer
 
 from analysis.behaviour.words import LeadRow, lead_rows
-from analysis.figures.hidden_states import Watched
 from analysis.figures.layer_curves import geometry_table
 from analysis.open.kept_models import DATA, FILES, PROVENANCE, read_provenance
+from analysis.open.observed import Observed
 from analysis.open.probe_pairs import PROMPTS_FILE, ProbePair
 from launch.parts import Parts
 from tiltmeter.files import write_json, write_text
@@ -103,7 +103,7 @@ def result_rows(parts: Parts, trainer: Trainer, seconds: float) -> list[tuple[st
 
 def geometry_of(run_dir: Path) -> pd.DataFrame:
     """The update at every site as last observed, with its controls; empty for a run without a probe."""
-    seen = Watched.of_folder(run_dir)
+    seen = Observed.stored(run_dir, pd.read_csv(run_dir / "metrics.csv"))
     return geometry_table(seen.table, seen.random)
 
 

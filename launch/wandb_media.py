@@ -6,12 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
 from safetensors import safe_open
 
-from analysis.figures.fig3_cosines import EDGES
-from analysis.figures.hidden_states import WHILE_TRAINING, Watched, hidden_state_sections
+from analysis.figures.fig3_consistency import EDGES, OF_PAIRS
+from analysis.open.observed import Observed
+from analysis.registry import ANALYSES, sections_of_states
 from analysis.report.style import png_bytes
 from launch.wandb_logger import STEP_AXIS, RunLogger
 from tiltmeter.scoring.behaviour_table import SAMPLES, read_table
@@ -75,14 +77,16 @@ class WandbMedia(Callback):
     def _send_figures(self, step: int) -> None:
         import wandb
 
-        seen = Watched.of_folder(self.run_dir)
+        seen = Observed.stored(self.run_dir, pd.read_csv(self.run_dir / "metrics.csv"))
         media: dict[str, Any] = {}
-        for section in hidden_state_sections(seen, WHILE_TRAINING):
+        for section in sections_of_states(seen, [a for a in ANALYSES if a.while_training]):
             picture = Image.open(io.BytesIO(png_bytes(section.figure)))
             media[f"figures/{section.name}"] = wandb.Image(picture, caption=". ".join(section.sentences))
-        if seen.cosines is not None:
-            for side, counts in seen.cosines.counts.items():
-                media[f"cosines/{side}/{seen.cosines.site}"] = wandb.Histogram(np_histogram=(counts, EDGES))
+            if section.name == "cosines":
+                site = section.more_tables["cosines_about"]["site"].iloc[0]
+                for side in OF_PAIRS:
+                    counts = section.table[f"{side}_pairs"].to_numpy()
+                    media[f"cosines/{side}/{site}"] = wandb.Histogram(np_histogram=(counts, EDGES))
         if media:
             self.logger.experiment.log(media | {STEP_AXIS: step})
 

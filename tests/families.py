@@ -218,7 +218,7 @@ def _read_states(toy: Toy, model: PreTrainedModel) -> str:
         except UserError as error:
             return f"left out: {_said(error)}"
     assert read.n_pairs == 4
-    assert read.rows is not None, "states moved"
+    assert read.at() is not None, "states moved"
     return "read"
 
 

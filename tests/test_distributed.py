@@ -53,7 +53,7 @@ LAUNCHERS: dict[str, Callable[..., subprocess.CompletedProcess[str]]] = {
 }
 
 
-@pytest.mark.parametrize(("trainer", "launcher"), [("ddp", "python"), ("ddp", "srun"), ("fsdp", "torchrun")])
+@pytest.mark.parametrize(("trainer", "launcher"), [("ddp", "srun"), ("fsdp", "torchrun")])
 def test_two_processes_give_the_losses_and_weights_of_one(trainer: str, launcher: str, single: Path) -> None:
     before = set((single / "tiny_synthetic").iterdir())
     done = LAUNCHERS[launcher](*TINY, *STEPS, f"trainer={trainer}", *TWO_PROCESSES, f"runs_root={single}")

@@ -1,6 +1,7 @@
 """The examples run as they stand, log what Hugging Face's own hidden states give by hand, and are quoted truly."""
 
 import re
+import runpy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,6 @@ from tiltmeter.states.snapshots import SnapshotReader
 LAYERS = 3
 IN_HUGGING_FACE = {"layer_00": 1, "layer_01": 2, "final_post_norm": 3}
 """Site → index of ``hidden_states``; the state before the final norm is not among them."""
-
-
-def run_example(name: str, folder: Path) -> str:
-    done = run_script(f"examples/{name}", str(folder))
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def n_shared(pair: TokenizedPair) -> int:
@@ -84,11 +79,17 @@ def test_a_loop_of_ones_own_logs_what_the_models_hidden_states_say(tmp_path: Pat
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_trl_logs_what_the_models_hidden_states_say(tmp_path: Path) -> None:
-    pytest.importorskip("trl")
-    from examples import watch_trl
-
-    trainer = watch_trl.main(tmp_path)
+def test_trl_logs_what_the_models_hidden_states_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As from the command line, in this process."""
+    trl = pytest.importorskip("trl")
+    trained, train = [], trl.DPOTrainer.train
+    monkeypatch.setattr(trl.DPOTrainer, "train", lambda trainer: trained.append(trainer) or train(trainer))
+    monkeypatch.setattr("sys.argv", ["watch_trl.py", str(tmp_path)])
+    runpy.run_path(str(ROOT / "examples" / "watch_trl.py"), run_name="__main__")
+    (trainer,) = trained
+    check_lines(capsys.readouterr().out)
     history = trainer.state.log_history
     seen = [row for row in history if "shift_share/delta/final_post_norm" in row]
     assert [row["epoch"] for row in seen] == [1, 2]
@@ -100,11 +101,15 @@ def test_trl_logs_what_the_models_hidden_states_say(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["watch_any_loop.py", "watch_trl.py"])
-def test_an_example_runs_from_the_command_line(name: str, tmp_path: Path) -> None:
-    if name == "watch_trl.py":
-        pytest.importorskip("trl")
-    lines = [line for line in run_example(name, tmp_path / "out").splitlines() if line.startswith("epoch ")]
+def test_a_loop_of_ones_own_runs_from_the_command_line(tmp_path: Path) -> None:
+    done = run_script("examples/watch_any_loop.py", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    check_lines(done.stdout)
+
+
+def check_lines(said: str) -> None:
+    """A line of figures for each epoch."""
+    lines = [line for line in said.splitlines() if line.startswith("epoch ")]
     assert len(lines) >= 2
     assert "shift_share/delta" in lines[-1]
 

@@ -22,7 +22,7 @@ def test_stories260k_learns_the_synthetic_preferences(stories260k: Path, tmp_pat
     done = run_train(
         f"model.name_or_path={stories260k}", f"runs_root={tmp_path}", "data.n_prompts=500", "datamodule.max_length=400",
         "datamodule.val_pairs=80", "datamodule.probe_pairs=10", "datamodule.pairs_per_step=16", "module.learning_rate=2e-3",
-        "trainer.max_epochs=2", "logger=csv",
+        "trainer.max_epochs=2", "logger=csv", "callbacks=none",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "Base:" not in done.stdout, "a pretrained model is its own base"
@@ -48,7 +48,7 @@ def test_a_mixture_of_hh_and_oasst_reports_metrics_per_source(shared_data: Path,
     done = run_train(
         "data=hh_oasst1", f"data.sources.hh.path={shared_data / 'hh-rlhf' / 'helpful-base_test.jsonl.gz'}",
         f"data.sources.oasst1.path={shared_data / 'oasst' / 'oasst1_en100_trees.part80.jsonl.gz'}", f"runs_root={tmp_path}",
-        *SMALL, *TINY_MODEL, "datamodule.train_pairs=96", "trainer.max_steps=3", "trainer.val_check_interval=3",
+        *SMALL, *TINY_MODEL, "datamodule.train_pairs=96", "trainer.max_steps=3", "trainer.val_check_interval=3", "callbacks=none",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     run = only_run(tmp_path)
@@ -60,12 +60,13 @@ def test_a_mixture_of_hh_and_oasst_reports_metrics_per_source(shared_data: Path,
 def test_the_concatenated_layout_gives_the_losses_of_the_shared_prefix_on_hh(shared_data: Path, tmp_path: Path) -> None:
     common = (
         "data=hh", f"data.path={shared_data / 'hh-rlhf' / 'harmless-base_test.part80.jsonl.gz'}", *SMALL, *TINY_MODEL,
-        "datamodule.train_pairs=96", "trainer.max_steps=6", "trainer.val_check_interval=3",
+        "datamodule.train_pairs=96", "trainer.max_steps=6", "trainer.val_check_interval=3", "callbacks=none",
+        f"runs_root={tmp_path}",
     )  # fmt: skip
     losses = []
     for layout in ("shared_prefix", "concatenated"):
-        root = tmp_path / layout
-        done = run_train(*common, f"datamodule.layout={layout}", f"runs_root={root}")
+        done = run_train(*common, f"datamodule.layout={layout}", f"name={layout}")
         assert done.returncode == 0, done.stderr
-        losses.append(logged(only_run(root), "train/loss") + logged(only_run(root), "val/loss"))
+        run = only_run(tmp_path, layout)
+        losses.append(logged(run, "train/loss") + logged(run, "val/loss"))
     assert losses[0] == pytest.approx(losses[1], abs=2e-5)

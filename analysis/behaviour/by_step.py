@@ -3,12 +3,15 @@
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import pandas as pd
 from matplotlib.axes import Axes
 
-from analysis.behaviour.reading import CLAIM, INTERVAL, LIMITS, reading_of
 from analysis.behaviour.words import (
+    CLAIM,
+    INTERVAL,
+    LIMITS,
     MEASURES,
     VS_CHOSEN,
     WIN_RATES,
@@ -23,6 +26,7 @@ from analysis.behaviour.words import (
     last_point,
     measure_of,
     measures_of,
+    reading_of,
     rows_of,
     shown_behaviour,
     side_of,
@@ -37,6 +41,10 @@ from tiltmeter.models.generation import Decoding
 from tiltmeter.scoring.behaviour_table import FIGURES, SAMPLES, read_table
 
 NAME = "behaviour_by_step"
+NOT_SCORED = (
+    "the run has no scores of generated text (expected a run trained with callbacks=standard, behaviour or full); "
+    "analysis=behaviour scores its models now"
+)
 _GENERATED_BY = "callbacks.generation_metrics.GenerationMetrics"
 _MOST_UNKNOWN = 3
 """Panels for figures that are not among those that lead."""
@@ -45,31 +53,34 @@ _LEAST_HEIGHT = 0.1
 Panel = Callable[[Axes, pd.DataFrame], str]
 
 
-def behaviour_of_run(run: Run) -> Section:
-    """The section ``behaviour_by_step`` of a finished run.
+class ScoresByStep(NamedTuple):
+    """What a run scored while it trained."""
 
-    Raises:
-        UserError: it scored nothing, or its table is damaged.
-    """
-    found = behaviour_by_step_section(run)
-    if found is None:
-        raise UserError(
-            f"analysis={NAME}: {run.folder} has no scores of generated text (expected a run trained with callbacks=standard, "
-            "behaviour or full); analysis=behaviour scores its models now"
-        )
-    return found
+    figures: pd.DataFrame
+    n_prompts: int | None
+    """That were completed; None: not known."""
+    decoding: Decoding | None
+    """How; None: not known."""
 
 
-def behaviour_by_step_section(run: Run) -> Section | None:
-    """The section ``behaviour_by_step`` of a run; None for a run that scored nothing.
+def scores_by_step(run: Run) -> ScoresByStep | None:
+    """What a run scored while it trained; None for a run that scored nothing.
 
     Raises:
         UserError: a table is damaged; names the file.
     """
     tables = run.folder / "report" / "tables"
-    table = check_table(read_table(tables / FIGURES), tables / FIGURES)
-    if table.empty:
+    figures = check_table(read_table(tables / FIGURES), tables / FIGURES)
+    if figures.empty:
         return None
+    samples = read_table(tables / SAMPLES)
+    n_prompts = samples["pair_id"].nunique() if "pair_id" in samples else None
+    return ScoresByStep(figures, n_prompts, decoding_of(run))
+
+
+def behaviour_by_step_section(scores: ScoresByStep) -> Section:
+    """The section ``behaviour_by_step``."""
+    table = scores.figures
     panels = _panels(table)
     sentences = []
     with house_style():
@@ -80,8 +91,6 @@ def behaviour_by_step_section(run: Run) -> Section | None:
         axes[-1].set_xlabel("optimizer steps taken")
         set_titles(figure, axes, sentences)
     shown, scorers = shown_behaviour(table, "policy")
-    samples = read_table(tables / SAMPLES)
-    n_prompts = samples["pair_id"].nunique() if "pair_id" in samples else None
     return Section(
         name=NAME,
         question="What does the model say while it trains, and how is it scored?",
@@ -91,7 +100,7 @@ def behaviour_by_step_section(run: Run) -> Section | None:
         limits=LIMITS,
         figure=figure,
         table=table,
-        reading=reading_of(table, n_prompts=n_prompts, decoding=decoding_of(run)),
+        reading=reading_of(table, n_prompts=scores.n_prompts, decoding=scores.decoding),
         headlines=headlines_of(table, f"{NAME}.csv"),
         shown=shown,
         caption="Every figure as last taken; the interval is the policy’s, or that of the two together",

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import pandas as pd
 import torch
 from matplotlib.axes import Axes
-from torch import Tensor
 
+from analysis.controls.comparison import Comparison, beside_draws
 from analysis.open.observations import named
 from analysis.report.site_axes import extremes, last_value, plot_sites, shade_sites
 from analysis.report.style import COLOURS, EndLabel
@@ -28,6 +28,17 @@ _ADDED = (
 MISSING = "random weight changes of equal norm were not read beside it"
 
 
+def compare(value: float, found: RandomUpdates | None, position: str, site: str, column: str) -> Comparison:
+    """A figure of the update beside that of the Gaussian weight changes; NaN where none were read.
+
+    Args:
+        column: of :data:`NAMES`.
+    """
+    drawn = _values(found, "gaussian", position, site, column)
+    own, draws = (torch.tensor(x, dtype=torch.float64) for x in ([value], [drawn]))
+    return beside_draws(among_random(own, draws))
+
+
 def with_random(
     table: pd.DataFrame, found: RandomUpdates | None, position: str, columns: Iterable[str]
 ) -> pd.DataFrame:
@@ -44,12 +55,11 @@ def with_random(
         for name in _ADDED:
             added[f"{column}{name}"] = []
         for site, value in zip(table["site"], own, strict=True):
-            gaussian, rotated = (_values(found, form, position, site, column) for form in ("gaussian", "rotated"))
-            beside = among_random(_exact([value]), _exact([gaussian]))
-            mean, low, high = beside.random_mean, beside.random_low, beside.random_high
-            expected = beside.prediction[1:]
+            beside = compare(value, found, position, site, column)
+            rotated = _values(found, "rotated", position, site, column)
             kept = sum(rotated) / len(rotated) if rotated else math.nan
-            for name, x in zip(_ADDED, (mean, low, high, *expected, beside.verdict, kept), strict=True):
+            span = beside.draws.random_low, beside.draws.random_high, *beside.draws.prediction[1:]
+            for name, x in zip(_ADDED, (beside.null, *span, beside.verdict, kept), strict=True):
                 added[f"{column}{name}"].append(x)
     return pd.concat([table.reset_index(drop=True), pd.DataFrame(added)], axis=1)
 
@@ -115,10 +125,6 @@ def said_of_difference(table: pd.DataFrame, column: str, what: str) -> str:
     sites: Sequence[str] = table["site"].tolist()
     less = extremes(sites, difference(table, column), "+.2f")
     return f"{what} less that of random weights of equal norm is {less}: {verdict(table, column)}"
-
-
-def _exact(values: Sequence[object]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
 
 
 def _values(found: RandomUpdates | None, form: str, position: str, site: str, column: str) -> list[float]:

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from torch import Tensor
 
+from analysis.controls.comparison import Comparison, beside_draws
 from analysis.open.observations import site_name
 from analysis.report.site_axes import as_text
 from analysis.report.style import COLOURS
@@ -88,7 +89,7 @@ class _Sums(NamedTuple):
         return next((i for i, x in enumerate(self.norms) if math.isclose(x, norm, rel_tol=1e-4, abs_tol=1e-12)), None)
 
 
-class _Cell(NamedTuple):
+class Cell(NamedTuple):
     """All vectors of a direction and site, on the same pairs."""
 
     n_tokens: float
@@ -96,6 +97,12 @@ class _Cell(NamedTuple):
     """How much each pair counts: first all alike, then without each prompt in turn."""
     n_pairs: int
     by_vector: dict[str, _Sums]
+
+    def with_one_apart(self, kind: str, draw: int) -> "Cell":
+        """One draw of a random kind as the vector ``one``, beside all others of its kind."""
+        drawn = self.by_vector[kind]
+        others = [i for i in range(drawn.kl.shape[1]) if i != draw]
+        return self._replace(by_vector={"one": drawn.of([draw]), kind: drawn.of(others)})
 
 
 def steering_effects(pairs: pd.DataFrame, sweep: pd.DataFrame, *, strength: float) -> pd.DataFrame:
@@ -114,7 +121,7 @@ def steering_effects(pairs: pd.DataFrame, sweep: pd.DataFrame, *, strength: floa
     """
     rows: list[dict[str, Any]] = []
     for (direction, site), part in pairs.groupby(["direction", "site"], sort=False):
-        cell = _cell_of(part)
+        cell = cell_of(part)
         for vector in [name for name in cell.by_vector if name not in RANDOM_KINDS]:
             own = text_of(sweep, str(direction), vector, str(site), strength)
             for kind in [name for name in RANDOM_KINDS if name in cell.by_vector]:
@@ -127,7 +134,9 @@ def steering_effects(pairs: pd.DataFrame, sweep: pd.DataFrame, *, strength: floa
                     screened = COLLAPSED if own.has_collapsed else None
                     if drawn.has_collapsed and equal == EQUAL_NORM:
                         screened = screened or CONTROLS_COLLAPSED
-                    rows.append(known | _compare(cell, vector, kind, metric, equal, strength, screened))
+                    found, reached = compare(cell, vector, kind, metric, equal, strength, screened)
+                    taken = {"metric": metric, "equal": equal, "n": cell.n_pairs, "kl_from_start": reached}
+                    rows.append(known | _as_row(found) | taken)
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
@@ -143,18 +152,13 @@ def random_among_random(pairs: pd.DataFrame) -> pd.DataFrame:
     """
     rows: list[dict[str, Any]] = []
     for (direction, site), part in pairs.groupby(["direction", "site"], sort=False):
-        cell = _cell_of(part)
+        cell = cell_of(part)
         for kind, drawn in ((name, cell.by_vector[name]) for name in RANDOM_KINDS if name in cell.by_vector):
             n = drawn.kl.shape[1]
             for strength in (x for x in drawn.strengths if x > 0):
                 for metric, equal in _COMPARED:
                     verdicts = [
-                        _compare(
-                            cell._replace(
-                                by_vector={"one": drawn.of([i]), kind: drawn.of([j for j in range(n) if j != i])}
-                            ),
-                            *("one", kind, metric, equal, strength, None),
-                        )["verdict"]
+                        compare(cell.with_one_apart(kind, i), "one", kind, metric, equal, strength)[0].verdict
                         for i in range(n)
                     ]
                     known = {"direction": direction, "site": site, "control": kind, "lambda": strength}
@@ -275,10 +279,15 @@ def _draw_effect(axes: Axes, row: Any, y: float, colour: str, shape: str) -> Non
         axes.plot([row.difference], [y], markerfacecolor="white" if row.verdict == SAME else colour, **mark)
 
 
-def _compare(
-    cell: _Cell, vector: str, kind: str, metric: str, equal: str, strength: float, screened: str | None
-) -> dict[str, Any]:
-    """One comparison of a vector with the random ones of one kind."""
+def compare(
+    cell: Cell, vector: str, kind: str, metric: str, equal: str, strength: float, screened: str | None = None
+) -> tuple[Comparison, float]:
+    """A vector beside the random ones of one kind, and how far it has moved the model, nats a token.
+
+    Args:
+        kind, metric, equal, strength: see :func:`steering_effects`.
+        screened: why the two aren't compared.
+    """
     own, drawn = cell.by_vector[vector], cell.by_vector[kind]
     at = own.strengths.index(strength)
     if equal == EQUAL_NORM:
@@ -287,34 +296,28 @@ def _compare(
         effects = [_at_norm(cell, x, metric, i) for x, i in ((own, at), (drawn, same))]
     else:
         effects, reached = _at_kl(cell, own, drawn, at)
-    found = among_random(effects[0][:, 0], effects[1])
-    return _as_row(found, screened) | {
-        "metric": metric,
-        "equal": equal,
-        "n": cell.n_pairs,
-        "kl_from_start": float(reached[0]) / cell.n_tokens,
+    found = beside_draws(among_random(effects[0][:, 0], effects[1]), screened=screened)
+    return found, float(reached[0]) / cell.n_tokens
+
+
+def _as_row(found: Comparison) -> dict[str, Any]:
+    draws, is_judged = found.draws, math.isfinite(found.interval.value)
+    return {
+        "value": found.effect,
+        "control_mean": found.null,
+        "control_low": draws.random_low,
+        "control_high": draws.random_high,
+        "n_controls": draws.n_random,
+        "prediction_low": draws.prediction.low,
+        "prediction_high": draws.prediction.high,
+        **dict(zip(("difference", "ci_low", "ci_high"), found.interval, strict=True)),
+        "p_above": draws.p_above if is_judged else math.nan,
+        "p_below": draws.p_below if is_judged else math.nan,
+        "verdict": found.verdict,
     }
 
 
-def _as_row(found: AmongRandom, screened: str | None) -> dict[str, Any]:
-    row = {
-        "value": found.value,
-        "control_mean": found.random_mean,
-        "control_low": found.random_low,
-        "control_high": found.random_high,
-        "n_controls": found.n_random,
-        "prediction_low": found.prediction.low,
-        "prediction_high": found.prediction.high,
-    }
-    verdict = screened or found.verdict
-    judged = dict(zip(("difference", "ci_low", "ci_high"), found.difference, strict=True))
-    judged |= {"p_above": found.p_above, "p_below": found.p_below}
-    if verdict in (COLLAPSED, CONTROLS_COLLAPSED, UNKNOWN):
-        judged = dict.fromkeys(judged, math.nan)
-    return row | judged | {"verdict": verdict}
-
-
-def _at_norm(cell: _Cell, sums: _Sums, metric: str, at: int | None) -> Float[Tensor, "kept draw"]:
+def _at_norm(cell: Cell, sums: _Sums, metric: str, at: int | None) -> Float[Tensor, "kept draw"]:
     """Effects at one strength; NaN where the sweep has none as long."""
     if at is None:
         return torch.full((len(cell.weights), sums.kl.shape[1]), math.nan, dtype=torch.float64)
@@ -325,7 +328,7 @@ def _at_norm(cell: _Cell, sums: _Sums, metric: str, at: int | None) -> Float[Ten
 
 
 def _at_kl(
-    cell: _Cell, own: _Sums, drawn: _Sums, at: int
+    cell: Cell, own: _Sums, drawn: _Sums, at: int
 ) -> tuple[list[Float[Tensor, "kept draw"]], Float[Tensor, " kept"]]:
     """Changes of the margin where all have moved the model equally far, and how far that is, summed over tokens."""
     curves = [_curve(cell, sums) for sums in (own, drawn)]
@@ -335,7 +338,7 @@ def _at_kl(
     return [interpolate(moved, gained, common.sqrt()[:, None]) / n for moved, gained in curves], common
 
 
-def _curve(cell: _Cell, sums: _Sums) -> tuple[Float[Tensor, "kept draw strength"], ...]:
+def _curve(cell: Cell, sums: _Sums) -> tuple[Float[Tensor, "kept draw strength"], ...]:
     """√KL from the start and the margin's change over λ ≥ 0, both summed over pairs."""
     forward = [i for i, x in enumerate(sums.strengths) if x >= 0]
     odds = sums.preference_odds[forward] - sums.preference_odds[sums.zero]
@@ -362,12 +365,13 @@ def interpolate(
     return found.where(reaches.any(-1, keepdim=True), torch.nan)[..., 0]
 
 
-def _cell_of(part: pd.DataFrame) -> _Cell:
+def cell_of(part: pd.DataFrame) -> Cell:
+    """The rows of one direction and site (:func:`analysis.steering.table.read_pairs`)."""
     first = part[(part["vector"] == part["vector"].iloc[0]) & (part["draw"] == part["draw"].iloc[0])]
     first = first[first["lambda"] == 0]
     order, groups = first["pair_id"].tolist(), first["prompt"].tolist()
     by_vector = {str(name): _sums_of(rows, order) for name, rows in part.groupby("vector", sort=False)}
-    return _Cell(float(first["n_tokens"].sum()), without_each(groups), len(order), by_vector)
+    return Cell(float(first["n_tokens"].sum()), without_each(groups), len(order), by_vector)
 
 
 def _sums_of(rows: pd.DataFrame, order: list[str]) -> _Sums:

@@ -12,10 +12,10 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from torch import Tensor
 
+from analysis.contract import Cost
 from analysis.open.checkpoints import Checkpoints
 from analysis.open.laid_pairs import LaidPairs, lay_pairs
 from analysis.open.observations import site_name
-from analysis.report.costs import Cost
 from analysis.report.page import Headline, Section
 from analysis.report.site_axes import as_text
 from analysis.report.style import COLOURS, house_style, mark_level, new_figure, set_titles
@@ -63,10 +63,6 @@ class RecoveryLadder:
         check_options(NAME, least, {"dtype": (dtype, DTYPES)})
         self.sites, self.ranks, self.n_prompts = sites, sorted(set(ranks)), n_prompts
         self.seed, self.dtype, self.device = seed, dtype, device
-
-    def section(self, checkpoints: Checkpoints) -> Section:
-        """Estimate, steer, and draw what came of it. Raises UserError: as :meth:`table`."""
-        return recovery_ladder_section(self.table(checkpoints))
 
     @torch.no_grad()
     def table(self, checkpoints: Checkpoints) -> pd.DataFrame:

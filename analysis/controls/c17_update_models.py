@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import pandas as pd
 from matplotlib.axes import Axes
 
+from analysis.contract import Cost
 from analysis.open.checkpoints import Checkpoints
 from analysis.open.observations import site_name
-from analysis.report.costs import Cost
 from analysis.report.page import Headline, Section
 from analysis.report.site_axes import as_text
 from analysis.report.style import COLOURS, house_style, new_figure, set_titles
@@ -59,10 +59,6 @@ class UpdateModelsControl:
         check_options(NAME, least, {"dtype": (dtype, DTYPES), "positions": (wrong, READ_POSITIONS)})
         self.sites, self.positions, self.n_folds = sites, list(positions), n_folds
         self.ranks, self.seed, self.dtype, self.device = list(ranks), seed, dtype, device
-
-    def section(self, checkpoints: Checkpoints) -> Section:
-        """Read the states of all held-out pairs, score the models, and draw them. Raises UserError: as :meth:`table`."""
-        return update_models_section(self.table(checkpoints))
 
     def table(self, checkpoints: Checkpoints) -> pd.DataFrame:
         """A row for each site, position and model of the update.

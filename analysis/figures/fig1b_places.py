@@ -19,7 +19,7 @@ from tiltmeter.pairs.batch import collate_pairs
 from tiltmeter.pairs.log_probs import scale_and_cap, sequence_log_probs, target_hidden_states
 from tiltmeter.pairs.verification import best_layout
 from tiltmeter.states.capture import ReadPoint
-from tiltmeter.states.probe_set import Probe, cut_pair, matching_rows
+from tiltmeter.states.probe_set import Probe, cut_pair
 
 LEAST_PLACES = 4
 Kind = Literal["preference", "random"]
@@ -86,8 +86,8 @@ class StateGradients:
         asked = tuple(dict.fromkeys([*sites, FINAL_POST_NORM]))
         pairs = [place.pair.ids for place in places]
         probe = Probe.of_pairs(pairs, layout=best_layout(self.base, pairs), sites=asked, positions=["diverge"])
-        before, after = (probe.read(opened.model) for opened in (checkpoints.base, checkpoints.aligned))
-        both = {site: matching_rows(before, after, ReadPoint(site, "diverge")) for site in asked}
+        states = probe.read_pair(checkpoints.base.model, checkpoints.aligned.model)
+        both = {site: states.rows(ReadPoint(site, "diverge")) for site in asked}
         self.states = {site: policy if of == "aligned" else base for site, (base, policy) in both.items()}
         """[place, d_model] by site."""
         self.updates = {site: policy.double() - base.double() for site, (base, policy) in both.items()}

@@ -15,6 +15,7 @@ from analysis.controls.c08_random_weights import (
     with_random,
 )
 from analysis.open.observations import CONTENT, UPDATE, after_steps, deepest, latest, named, site_name, updates
+from analysis.open.observed import Observed, Tables
 from analysis.report.page import Headline, Section
 from analysis.report.site_axes import (
     Curve,
@@ -65,14 +66,17 @@ SHOWN = {
 _BLUE, _NAVY, _GREY, _BASE = COLOURS["policy"], COLOURS["policy_dark"], COLOURS["mark"], COLOURS["base"]
 
 
-def geometry_section(table: pd.DataFrame, random: RandomUpdates | None = None) -> Section | None:
-    """The section ``geometry``: shares and cosines by layer beside those of random weights, with the table of all.
+def geometry_tables(seen: Observed) -> Tables | None:
+    """``geometry``: as last observed, a row a site; ``random_update``: every draw of random weights, where there are any."""
+    last = geometry_table(seen.table, seen.random)
+    if last[[_F, f"{_RHO}_centred", _COS]].isna().all(axis=None):
+        return None
+    return {"geometry": last} | ({} if seen.random is None else {"random_update": draws_table(seen.random)})
 
-    Args:
-        table: :func:`analysis.open.observations.observed`.
-        random: the same update's random counterparts; None: not read.
-    """
-    last = geometry_table(table, random)
+
+def draw_geometry(tables: Tables) -> Section:
+    """Shares and cosines by layer beside those of random weights, of what :func:`geometry_tables` made."""
+    last = tables["geometry"]
     panels: list[Panel] = []
     if last[_F].notna().any():
         panels.append(draw_shares)
@@ -80,8 +84,6 @@ def geometry_section(table: pd.DataFrame, random: RandomUpdates | None = None) -
         panels.append(draw_rest)
     if last[_COS].notna().any():
         panels.append(draw_cosines)
-    if not panels:
-        return None
     figure, sentences = draw_over_sites(panels, last, panel_height_cm=6.6)
     return Section(
         name="geometry",
@@ -100,9 +102,9 @@ def geometry_section(table: pd.DataFrame, random: RandomUpdates | None = None) -
         figure=figure,
         table=last,
         shown=shown_table(last),
-        reading=_reading(last, random),
+        reading=_reading(last, tables.get("random_update")),
         headlines=_headlines(last),
-        more_tables={} if random is None else {"random_update": draws_table(random)},
+        more_tables={name: table for name, table in tables.items() if name == "random_update"},
     )
 
 
@@ -229,7 +231,7 @@ def _said(last: pd.DataFrame, column: str, what: str, form: str, alone: str) -> 
     return f"{said})"
 
 
-def _reading(last: pd.DataFrame, random: RandomUpdates | None) -> list[str]:
+def _reading(last: pd.DataFrame, draws: pd.DataFrame | None) -> list[str]:
     """How to read the figure, and what it does not show."""
     position, steps = last["position"].iloc[0], last["steps_taken"].iloc[0]
     lines = [
@@ -241,10 +243,10 @@ def _reading(last: pd.DataFrame, random: RandomUpdates | None) -> list[str]:
         "stands beside f under random weights, f of the base’s own states, and f at a content token: one token of each prompt, "
         "drawn among those that fewer than 95 % of the prompts hold.",
     ]
-    if random is None:
+    if draws is None:
         lines.append(f"Here {MISSING}; python analyze.py makes up for it where the models can be opened.")
     else:
-        n = len({draw.draw for draw in random.draws if draw.form == "gaussian"})
+        n = draws.loc[draws["form"] == "gaussian", "draw"].nunique()
         kept = f"{_F}_rotated"
         rotated = (
             f" With the update’s own singular values kept: f {span(last[kept], '.2f')}."

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis.open.observations import site_name, updates
+from analysis.open.observed import Observed, Tables
 from analysis.report.page import Section
 from analysis.report.site_axes import as_text, shown_ticks, tick_name
 from analysis.report.style import house_style, new_figure, set_titles
@@ -38,38 +39,37 @@ class Map:
 
 
 MAPS = (
-    Map("shift share f", "shift_share/delta", "f", "percent", 0.0, 1.0),
+    Map("shift share f", "shift_share_delta", "f", "percent", 0.0, 1.0),
     Map(
         "entropy of ΔH (nats)",
-        "spectral_entropy/delta/energy",
+        "spectral_entropy_delta_energy",
         "The update’s energy entropy",
         ".2f",
         0.0,
         None,
         "smallest",
     ),
-    Map("cosine, leave-one-out", "mean_cosine/leave_one_out", "The leave-one-out cosine with v*", ".3f", 0.0, 1.0),
+    Map("cosine, leave-one-out", "mean_cosine_leave_one_out", "The leave-one-out cosine with v*", ".3f", 0.0, 1.0),
 )
 
 
-def layers_by_step_section(table: pd.DataFrame) -> Section | None:
-    """The section ``layers_by_step``.
+def layers_by_step_tables(seen: Observed) -> Tables | None:
+    """``layers_by_step``: a row for each observation and site, a column for each map."""
+    found = updates(seen.table).rename(columns=lambda name: name.replace("/", "_"))
+    known = [m.column for m in MAPS if m.column in found and found[m.column].notna().any()]
+    return {"layers_by_step": found[["steps_taken", "position", "site", *known]]} if known else None
 
-    Args:
-        table: :func:`analysis.open.observations.observed`.
-    """
-    seen = updates(table)
-    maps = [m for m in MAPS if m.column in seen and seen[m.column].notna().any()]
-    if not maps:
-        return None
+
+def draw_layers_by_step(tables: Tables) -> Section:
+    """The section of what :func:`layers_by_step_tables` made."""
+    seen = tables["layers_by_step"]
+    maps = [m for m in MAPS if m.column in seen]
     sites = list(dict.fromkeys(seen["site"]))
     with house_style():
         figure, axes = new_figure(len(maps), panel_height_cm=max(4.6, min(6.0, 2.6 + 0.3 * len(sites))))
         sentences = [draw_map(figure, panel, m, seen, sites) for m, panel in zip(maps, axes, strict=True)]
         axes[-1].set_xlabel("optimizer steps taken")
         set_titles(figure, axes, sentences)
-    drawn = ["steps_taken", "position", "site", *(m.column for m in maps)]
-    n_moments = seen["steps_taken"].nunique()
     return Section(
         name="layers_by_step",
         question="When does it happen, and in which layers?",
@@ -81,8 +81,8 @@ def layers_by_step_section(table: pd.DataFrame) -> Section | None:
             "Whether other runs take the same course: one seed, one order of the data.",
         ],
         figure=figure,
-        table=seen[drawn].rename(columns=lambda name: name.replace("/", "_")),
-        reading=_reading(seen, n_moments),
+        table=seen,
+        reading=_reading(seen, seen["steps_taken"].nunique()),
         headlines=[],
     )
 

@@ -1,5 +1,6 @@
 """How training went: loss, held-out preference accuracy and implicit rewards over the optimizer steps of one run."""
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -9,18 +10,12 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.figures.training_notes import (
-    claim_of,
-    interval_note,
-    loss_unit,
-    noise_note,
-    reading_of_training,
-    starts_at_ln_2,
-)
 from analysis.open.runs import Run
 from analysis.report.page import Headline, Section
 from analysis.report.style import COLOURS, EndLabel, house_style, label_ends, mark_level, new_figure, set_titles
+from datamodules.synthetic import SyntheticWorld
 from tiltmeter.errors import UserError
+from tiltmeter.stats.proportions import share_interval
 
 METRICS = {
     "loss": "loss",
@@ -29,28 +24,54 @@ METRICS = {
     "rewards/rejected": "reward_rejected",
 }
 """Name in metrics.csv behind ``train/`` and ``val/`` → column of the table."""
+_STARTS_AT_LN_2 = ("sigmoid", "robust")
+"""Losses that are ln 2 nats for a policy equal to its reference."""
+_WITHOUT_UNIT = ("hinge", "ipo")
 _FEWEST_TO_SMOOTH = 10
+_DPO_CLAIM = "DPO (Rafailov et al. 2023): the policy learns to rank responses as their labels do, also on prompts not trained on."
+_SFT_CLAIM = "None of the papers’: supervised training lowers the loss, also on prompts that it was not done on."
 _MARK = COLOURS["mark"]
 Panel = Callable[[Axes, pd.DataFrame], str]
 """Draws one panel from the table and returns its message."""
 
 
-def training_section(run: Run) -> Section:
-    """The section ``training`` of the report.
+class Training(NamedTuple):
+    """What a run logged of its training, and what must be known to read it."""
 
-    Raises:
-        UserError: the run logged no loss.
+    table: pd.DataFrame
+    """A row for each split and measurement.
+
+    ``steps_taken`` is the number of updates that the measured model has had; metrics.csv counts steps from 0 and logs a training
+    loss before, a validation after the update of its step.
     """
-    table, window = training_table(run)
-    panels: list[Panel] = [partial(draw_loss, unit=loss_unit(run, table), mark_ln_2=starts_at_ln_2(run, table))]
-    if "accuracy" in table:
+    window: int
+    """Of the running mean, in steps."""
+    loss: str
+    interval: str = ""
+    """95 % interval over prompts of the last held-out accuracy; empty for runs without held_out.csv."""
+    noise: str = ""
+    """Planted label noise, which caps the accuracy on training pairs."""
+
+    @property
+    def is_of_pairs(self) -> bool:
+        """Whether preferences were trained; else chosen responses alone."""
+        return "accuracy" in self.table
+
+
+def training_section(training: Training) -> Section:
+    """The section ``training`` of the report."""
+    table, interval = training.table, training.interval
+    marks_ln_2 = training.is_of_pairs and training.loss in _STARTS_AT_LN_2
+    unit = "nats" if training.loss not in _WITHOUT_UNIT else training.loss
+    label = f"loss ({unit})" if training.is_of_pairs else "loss (nats per token)"
+    panels: list[Panel] = [partial(draw_loss, unit=label, mark_ln_2=marks_ln_2)]
+    if training.is_of_pairs:
         panels += [draw_accuracy, draw_rewards]
     figure, sentences = draw_training(table, panels)
-    interval = interval_note(run)
     return Section(
         name="training",
         question="How did training go?",
-        claim=claim_of(table),
+        claim=_DPO_CLAIM if training.is_of_pairs else _SFT_CLAIM,
         sentences=sentences,
         interval=f"Held-out accuracy:{interval}"
         if interval
@@ -61,16 +82,16 @@ def training_section(run: Run) -> Section:
         ],
         figure=figure,
         table=table,
-        reading=reading_of_training(run, table, window=window),
-        headlines=headlines(table, note=interval + noise_note(run)),
+        reading=_reading(training),
+        headlines=headlines(table, note=interval + training.noise),
     )
 
 
-def training_table(run: Run) -> tuple[pd.DataFrame, int]:
-    """The numbers drawn: one row per split and measurement; and the window of the running mean, in steps.
+def training_table(run: Run) -> Training:
+    """The numbers drawn.
 
-    ``steps_taken`` is the number of updates that the measured model has had; metrics.csv counts steps from 0 and logs a
-    training loss before, a validation after the update of its step.
+    Raises:
+        UserError: the run logged no loss.
     """
     parts = []
     for split, shift in (("train", 0), ("val", 1)):
@@ -89,7 +110,8 @@ def training_table(run: Run) -> tuple[pd.DataFrame, int]:
     for column in [c for c in METRICS.values() if c in parts[0]]:
         mean = parts[0][column].rolling(window, center=True, min_periods=1).mean()
         parts[0][f"{column}_smoothed"] = mean.where(parts[0][column].notna())
-    return pd.concat(parts, ignore_index=True), window
+    loss = str(run.setting("module.loss") or "sigmoid")
+    return Training(pd.concat(parts, ignore_index=True), window, loss, _interval(run), _noise(run))
 
 
 def draw_training(table: pd.DataFrame, panels: Sequence[Panel]) -> tuple[Figure, list[str]]:
@@ -246,3 +268,47 @@ def _lighter(colour: str) -> str:
 
 def _signed(value: float) -> str:
     return f"{value:.2f}".replace("-", "−")
+
+
+def _reading(training: Training) -> list[str]:
+    lines = [
+        "x counts the optimizer steps taken before the measurement: a training loss is measured before its own update.",
+        "Training: "
+        + (
+            "each step's own pairs."
+            if training.window == 1
+            else f"thin, each step's own pairs; thick, mean of {training.window} steps around."
+        )
+        + " Points: all held-out pairs.",
+    ]
+    if n_lost := int((~(training.table["loss"].abs() < math.inf)).sum()):
+        lines.append(f"{n_lost} measurements of the loss are not finite and are not drawn.")
+    if training.is_of_pairs:
+        lines += [
+            "Accuracy: share of pairs whose chosen response has the higher implicit reward; ½ is chance. None at 0 steps, "
+            "where policy and base are equal." + training.noise,
+            "Implicit reward: β · log(π/π₀) of the whole response, π the policy and π₀ the base; 0 at the start. That both "
+            "rewards fall is common in DPO: the loss sees only their difference.",
+        ]
+    return lines
+
+
+def _interval(run: Run) -> str:
+    table = run.held_out
+    if table is None or "rewards/accuracies" not in table:
+        return ""
+    interval = share_interval(table["rewards/accuracies"].tolist(), table["prompt"].astype(str).tolist())
+    return f" 95 % CI {interval.low:.3f} … {interval.high:.3f} ({len(table)} pairs, over prompts; held_out.csv)."
+
+
+def _noise(run: Run) -> str:
+    if run.setting("data._target_") != f"{SyntheticWorld.__module__}.{SyntheticWorld.__qualname__}":
+        return ""
+    default = inspect.signature(SyntheticWorld).parameters["label_noise"].default
+    noise = run.node("data").get("label_noise", default)
+    if not isinstance(noise, float) or not 0 < noise < 0.5:
+        return ""
+    return (
+        f" {noise:.0%} of the training labels are swapped at random, so about {1 - noise:.2f} is the most that training "
+        "accuracy should reach; held-out pairs are scored against their clean labels."
+    )

@@ -1,45 +1,33 @@
-"""Hidden states of two checkpoints, read now: what a run's probe would have logged and stored of them, without its course."""
+"""Hidden states of two checkpoints, read now: what a run would have kept of them, without its course."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
+from functools import partial
 
 import pandas as pd
 import torch
 from torch import Tensor
 
-from analysis.figures.fig1a_plane import Parting
-from analysis.figures.hidden_states import SECTIONS, Watched
+from analysis.contract import Cost
 from analysis.open.checkpoints import Checkpoints
-from analysis.open.observations import DIVERGE, STEPS_TAKEN, USUAL_POSITION, observed
-from analysis.open.probe_pairs import ProbePair
-from analysis.open.stored_rows import StoredRows, changed_rows
-from analysis.report.costs import Cost
+from analysis.open.observations import STEPS_TAKEN, observed
+from analysis.open.observed import Observed
 from tiltmeter.errors import UserError
 from tiltmeter.models.causal_lm import DTYPES
-from tiltmeter.models.layers import unembedding
+from tiltmeter.models.layers import Unembedding, unembedding
 from tiltmeter.pairs.batch import TokenizedPair
 from tiltmeter.pairs.verification import best_layout
-from tiltmeter.states.capture import HiddenStates, ReadPoint
 from tiltmeter.states.observed_metrics import observation_metrics
 from tiltmeter.states.positions import Position
 from tiltmeter.states.probe_set import DEFAULT_POSITIONS, PreferenceDirections, Probe, cut_pair
 from tiltmeter.weights.random_update import FORMS, N_DRAWS, RandomUpdates, check_draws, read_random_updates
 
-OVER_STEPS = ("layers_by_step",)
-"""Sections that need several observations."""
-READ_NOW = tuple(name for name in SECTIONS if name not in OVER_STEPS)
-"""Sections for which one reading of two models is enough."""
 _POSITIONS = DEFAULT_POSITIONS
 _HELD_AGAINST_RANDOM: tuple[Position, ...] = ("prompt_last", "content")
 _LEAST_PAIRS = 4
 AFTER = "aligned"
 """Name of the reading after training, where a run has that of a snapshot."""
-
-States = dict[ReadPoint, HiddenStates]
 
 
 class StateReading:
@@ -124,7 +112,7 @@ class StateReading:
         layout = best_layout(checkpoints.base.model, pairs)
         return Probe.of_pairs(pairs, pairs_per_batch=self.pairs_per_batch, layout=layout, positions=positions)
 
-    def read(self, checkpoints: Checkpoints, *, n_steps: int | None = None) -> "ReadNow":
+    def read(self, checkpoints: Checkpoints, *, n_steps: int | None = None) -> Observed:
         """Read both models.
 
         Args:
@@ -134,124 +122,34 @@ class StateReading:
             UserError: fewer than four pairs with finite states.
         """
         pairs = list(checkpoints.pairs[: self.n_pairs])
-        probe = self._probe(checkpoints, [pair.ids for pair in pairs], _POSITIONS)
-        base, policy = (probe.read(opened.model) for opened in (checkpoints.base, checkpoints.aligned))
-        finite = _finite_pairs(base, policy, len(pairs))
-        if len(finite) < _LEAST_PAIRS:
+        ids = [pair.ids for pair in pairs]
+        probe = self._probe(checkpoints, ids, _POSITIONS)
+        states = probe.read_pair(
+            checkpoints.base.model,
+            checkpoints.aligned.model,
+            pair_ids=[pair.pair_id for pair in pairs],
+            clusters=[pair.group for pair in pairs],
+            tokens=ids,
+            name=AFTER,
+            steps_taken=n_steps,
+            dtype=self.dtype,
+        ).finite()
+        if (n_finite := len(states.tokens)) < _LEAST_PAIRS:
             raise UserError(
-                f"hidden_states: expected finite states of at least {_LEAST_PAIRS} pairs, got {len(finite)} of {len(pairs)}; ask "
-                "about more pairs (pairs.n_pairs), or in another dtype"
+                f"hidden_states: expected finite states of at least {_LEAST_PAIRS} pairs, got {n_finite} of {len(pairs)}; "
+                "ask about more pairs (pairs.n_pairs), or in another dtype"
             )
-        base, policy = (_of_pairs(states, finite) for states in (base, policy))
-        kept = [pairs[i] for i in finite.tolist()]
         head = unembedding(checkpoints.base.model)
-        directions = PreferenceDirections(head, [pair.ids for pair in kept])
-        groups = [pair.group for pair in kept]
-        metrics = observation_metrics(base, policy, directions, head=head, clusters=groups)
         random = None
-        if any(not torch.equal(base[point].rows, policy[point].rows) for point in base):
+        if states.has_changed():
             with suppress(UserError):  # weights that are not finite: pairs whose states are may still be looked at
-                random = self._random_updates(checkpoints, [pair.ids for pair in kept], n_steps)
-        rows: dict[str, StoredRows] = {
-            position: _rows_at(position, base, policy, kept, self.dtype, len(pairs) - len(kept))
-            for position in _POSITIONS
-        }
-        return ReadNow.of(metrics, rows, directions.token, n_steps, random)
+                random = self._random_updates(checkpoints, states.tokens, n_steps)
+        figures = observation_metrics(states, PreferenceDirections(head, states.tokens), head=head)
+        metrics = pd.DataFrame([{STEPS_TAKEN: n_steps or 0, **figures}])
+        table = observed(metrics).assign(steps_taken=math.nan if n_steps is None else n_steps)
+        return Observed(metrics, table, lambda: states, lambda: random, partial(_rows_of, head))
 
 
-@dataclass(frozen=True)
-class ReadNow(Watched):
-    """In place of what a run logged and stored: one reading of two models.
-
-    Args:
-        metrics: one row, named as in metrics.csv.
-        snapshots: no folder.
-        n_steps: optimizer steps between the two; None: not known.
-        read: rows by position.
-        token_directions: v = e_w − e_l of the rows at ``diverge``.
-        read_random: under random weight changes; None where the two models don't differ.
-    """
-
-    n_steps: int | None
-    read: Mapping[str, StoredRows]
-    token_directions: Tensor
-    read_random: RandomUpdates | None
-
-    @classmethod
-    def of(
-        cls,
-        metrics: Mapping[str, float],
-        read: Mapping[str, StoredRows],
-        v: Tensor,
-        n_steps: int | None,
-        random: RandomUpdates | None,
-    ) -> "ReadNow":
-        """That of an observation's metrics and rows."""
-        return cls(pd.DataFrame([{STEPS_TAKEN: n_steps or 0, **metrics}]), Path(), n_steps, read, v, random)
-
-    @property
-    def n_pairs(self) -> int:
-        """Pairs that were read, each with finite states."""
-        return self.read[USUAL_POSITION].n_rows
-
-    @cached_property
-    def table(self) -> pd.DataFrame:
-        """A row for each position and site."""
-        return observed(self.metrics).assign(steps_taken=math.nan if self.n_steps is None else self.n_steps)
-
-    @cached_property
-    def random(self) -> RandomUpdates | None:
-        """Read with the states."""
-        return self.read_random
-
-    @cached_property
-    def rows(self) -> StoredRows | None:
-        """Those at ``prompt_last``; None where nothing changed."""
-        return changed_rows(self.read[USUAL_POSITION])
-
-    @cached_property
-    def parting(self) -> Parting | None:
-        """Those at ``diverge``; None where nothing changed, or fewer than four pairs have one."""
-        rows = changed_rows(self.read[DIVERGE])
-        if rows is None or rows.n_rows < _LEAST_PAIRS:
-            return None
-        return Parting(rows, range(rows.n_rows), self.token_directions, "base")
-
-
-def _finite_pairs(base: States, policy: States, n_pairs: int) -> Tensor:
-    """Which pairs have no NaN or infinity at any site and position under either model."""
-    finite = torch.ones(n_pairs, dtype=torch.bool)
-    for states in (base, policy):
-        for found in states.values():
-            finite[found.pair_index[~found.rows.isfinite().all(1)]] = False
-    return finite.nonzero()[:, 0]
-
-
-def _of_pairs(states: States, pairs: Tensor) -> States:
-    """The readings of some pairs, counted anew."""
-    kept = {point: torch.isin(found.pair_index, pairs) for point, found in states.items()}
-    return {
-        point: HiddenStates(
-            found.rows[kept[point]],
-            torch.searchsorted(pairs, found.pair_index[kept[point]]),
-            found.sides[kept[point]],
-        )
-        for point, found in states.items()
-    }
-
-
-def _rows_at(
-    position: Position, base: States, policy: States, pairs: Sequence[ProbePair], dtype: str, n_left_out: int
-) -> StoredRows:
-    points = [point for point in base if point.position == position]
-    of_rows = [pairs[i] for i in base[points[0]].pair_index.tolist()]
-    return StoredRows(
-        AFTER,
-        position,
-        dtype,
-        [pair.pair_id for pair in of_rows],
-        [pair.group for pair in of_rows],
-        {point.site: base[point].rows for point in points},
-        {point.site: policy[point].rows for point in points},
-        n_left_out,
-    )
+def _rows_of(head: Unembedding, ids: Sequence[int], _: int) -> tuple[Tensor, str]:
+    rows = head.weight.detach()[list(ids)].cpu()
+    return rows.to(torch.promote_types(rows.dtype, torch.float32)), "base"

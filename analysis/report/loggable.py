@@ -5,8 +5,8 @@ from functools import lru_cache
 
 import torch
 
-from analysis.figures.fig3_cosines import SIDES
-from analysis.figures.hidden_states import WHILE_TRAINING
+from analysis.figures.fig3_consistency import OF_PAIRS
+from analysis.registry import ANALYSES
 from datamodules.oracle import PlantedOracle
 from datamodules.synthetic import SyntheticWorld
 from tiltmeter.geometry.rows import VARIANTS
@@ -32,6 +32,7 @@ from tiltmeter.states.observed_metrics import (
     spectral_metrics,
 )
 from tiltmeter.states.probe_set import DEFAULT_POSITIONS, PreferenceDirections
+from tiltmeter.states.state_pair import StatePair
 
 _SPLITS = ("train", "val")
 _OTHERS = (
@@ -54,25 +55,27 @@ _N_LAYERS, _N_PAIRS, _WIDTH, _VOCABULARY = 2, 4, 3, 6
 @lru_cache(maxsize=1)
 def loggable_metrics() -> frozenset[str]:
     """Scalars of a DPO run of two layers with every callback and variant."""
-    base, policy = _states(0), _states(1)
+    states = StatePair(_states(0), _states(1))
     generator = torch.Generator().manual_seed(2)
     head = Unembedding(torch.randn(_VOCABULARY, _WIDTH, generator=generator))
     pairs = [TokenizedPair([1], [2, 3], [4, 5]) for _ in range(_N_PAIRS)]
-    directions, clusters = PreferenceDirections(head, pairs), [str(i) for i in range(_N_PAIRS)]
+    directions = PreferenceDirections(head, pairs)
     names = {f"{split}/{name}" for split in _SPLITS for name in PAIR_METRICS} | set(_OTHERS)
-    for point in base:
+    for point in states.base:
         if point.position == "diverge":
-            names |= set(projection_metrics(base, policy, point.site, directions, clusters=clusters, head=head))
+            names |= set(projection_metrics(states, point.site, directions, head=head))
             continue
-        names |= set(spectral_metrics(base, policy, point, variants=VARIANTS))
-        names |= set(consistency_metrics(base, policy, point, previous=torch.ones(_WIDTH)))
-        names |= {f"{name}/{place(point)}" for name in random_update_figures(base, policy, point)}
+        names |= set(spectral_metrics(states, point, variants=VARIANTS))
+        names |= set(consistency_metrics(states, point, previous=torch.ones(_WIDTH)))
+        names |= {f"{name}/{place(point)}" for name in random_update_figures(states, point)}
     return frozenset(names | _behaviour())
 
 
 def loggable_media() -> frozenset[str]:
     """Figures and histograms; of histograms those of the deepest site."""
-    figures = {f"figures/{name}" for name in WHILE_TRAINING} | {f"cosines/{side}/{FINAL_POST_NORM}" for side in SIDES}
+    figures = {f"figures/{a.name}" for a in ANALYSES if a.while_training} | {
+        f"cosines/{side}/{FINAL_POST_NORM}" for side in OF_PAIRS
+    }
     return frozenset(figures | {"samples"})
 
 

@@ -50,6 +50,8 @@ class Section:
         caption: what that table holds.
         notes: what numbers in its last column stand for, from 1.
         more_tables: name → further tables for report/tables/.
+        lost: figures without a number, because too many scores are missing.
+        samples: what both models said, where they were made to speak.
     """
 
     name: str
@@ -66,6 +68,8 @@ class Section:
     caption: str = "The numbers by site, as last observed"
     notes: Sequence[str] = ()
     more_tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
+    lost: Sequence[str] = ()
+    samples: Samples | None = None
 
 
 class Attempts:

@@ -4,7 +4,7 @@ What a vector is called says what it is made of: ``KIND``, for several of a kind
 of the states where it is not ``steering.position``.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -21,9 +21,9 @@ from tiltmeter.models.layers import FINAL_POST_NORM, unembedding
 from tiltmeter.pairs.batch import CHOSEN, REJECTED, TokenizedPair
 from tiltmeter.pairs.verification import best_layout
 from tiltmeter.scoring.preference_probe import probe_direction
-from tiltmeter.states.capture import HiddenStates, ReadPoint
+from tiltmeter.states.capture import Reading, ReadPoint
 from tiltmeter.states.positions import POSITIONS, Position
-from tiltmeter.states.probe_set import PreferenceDirections, Probe, matching_rows
+from tiltmeter.states.probe_set import PreferenceDirections, Probe
 from tiltmeter.steering.vector import (
     DIFFERENCE,
     PCA_CENTRED,
@@ -123,23 +123,22 @@ class States:
             self.ids, layout=best_layout(checkpoints.base.model, self.ids), sites=sites, positions=positions
         )
         self._base_model, self._unrelated_ids = checkpoints.base, [list(ids) for ids in unrelated]
-        self._unrelated: Mapping[ReadPoint, HiddenStates] | None = None
-        self._base, self._policy = (self._read(opened) for opened in (checkpoints.base, checkpoints.aligned))
-
-    def _read(self, opened: LoadedModel) -> Mapping[ReadPoint, HiddenStates]:
-        return self._probe.read(opened.model)
+        self._unrelated: Reading | None = None
+        self._read = self._probe.read_pair(checkpoints.base.model, checkpoints.aligned.model)
 
     def rows(self, site: str, position: Position | None) -> tuple[Tensor, Tensor]:
         """States of base and aligned model, a row a reading."""
-        return matching_rows(self._base, self._policy, ReadPoint(site, position or self.position))
+        return self._read.rows(ReadPoint(site, position or self.position))
 
     def groups(self, site: str, position: Position | None) -> list[str]:
         """Prompt of each row of :meth:`rows`."""
-        return [self._groups[i] for i in self._base[ReadPoint(site, position or self.position)].pair_index.tolist()]
+        return [
+            self._groups[i] for i in self._read.base[ReadPoint(site, position or self.position)].pair_index.tolist()
+        ]
 
     def of_responses(self, site: str, position: Position | None) -> tuple[Tensor, Tensor]:
         """States of chosen and of rejected responses in the base model, a row a pair."""
-        rows, _, sides = self._base[ReadPoint(site, position or self.position)]
+        rows, _, sides = self._read.base[ReadPoint(site, position or self.position)]
         return rows[sides == CHOSEN], rows[sides == REJECTED]
 
     def unrelated(self, site: str) -> Tensor:
@@ -153,11 +152,8 @@ class States:
 
     def update_of(self, base: LoadedModel, aligned: LoadedModel) -> dict[str, Tensor]:
         """v* of two other models by site, on the same pairs at the usual position."""
-        read = [self._read(opened) for opened in (base, aligned)]
-        return {
-            site: steering_vector(*matching_rows(read[0], read[1], ReadPoint(site, self.position)))
-            for site in self.sites
-        }
+        found = self._probe.read_pair(base.model, aligned.model).steering_vectors()
+        return {site: found[ReadPoint(site, self.position)] for site in self.sites}
 
 
 def split_by_prompt(pairs: Sequence[ProbePair], *, seed: int) -> Halves:

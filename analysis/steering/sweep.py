@@ -12,10 +12,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
+from analysis.contract import Cost
 from analysis.open.checkpoints import Checkpoints, start_scorers
 from analysis.open.models import LoadedModel
 from analysis.open.probe_pairs import ProbePair
-from analysis.report.costs import Cost
 from analysis.steering.directions import READ_POSITIONS, Halves, Kind, split_by_prompt
 from analysis.steering.generated import GenerationSweep
 from analysis.steering.table import CHOOSING, Part, Rows, Unit, nearest_to_one

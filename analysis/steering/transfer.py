@@ -12,10 +12,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from analysis.figures.transfer import OWN_LESS_OTHERS, OWN_LESS_RANDOM, transfer_section
+from analysis.contract import Cost
+from analysis.figures.transfer import OWN_LESS_OTHERS, OWN_LESS_RANDOM
 from analysis.open.checkpoints import Checkpoints
-from analysis.report.costs import Cost
-from analysis.report.page import Section
 from analysis.steering.directions import States, split_by_prompt, v_star
 from analysis.steering.sweep import check_options
 from analysis.steering.teacher_forced import Sums, TeacherForcedSweep
@@ -64,16 +63,12 @@ class Transfer:
         self.sites, self.position, self.n_random, self.n_prompts = sites, position, n_random, n_prompts
         self.seed, self.dtype, self.device = seed, dtype, device
 
-    def section(self, checkpoints: Checkpoints) -> Section:
-        """Estimate the vectors, add each at each site, and draw what came of it.
+    def table(self, checkpoints: Checkpoints) -> tuple[pd.DataFrame, dict[str, Any]]:
+        """Estimate the vectors and add each at each site; a row for each source and site, and the settings.
 
         Raises:
             UserError: an unknown site, one site alone, too few prompts, or models that don't differ at a site.
         """
-        return transfer_section(*self.table(checkpoints))
-
-    def table(self, checkpoints: Checkpoints) -> tuple[pd.DataFrame, dict[str, Any]]:
-        """A row for each vector added at each site, and the settings that they were made with. Raises UserError."""
         sites = self._sites(checkpoints)
         estimation, test = split_by_prompt(checkpoints.pairs, seed=self.seed)
         states = States(checkpoints, estimation, sites, position=self.position)

@@ -7,10 +7,14 @@ from typing import Any
 from analysis.open.checkpoints import Checkpoints
 from analysis.open.models import LoadedModel
 from analysis.open.probe_pairs import ProbePair
+from analysis.registry import ANALYSES
 from datamodules.tokenization import PairTokenizer
 from tests.tiny_models import MemorySource, make_model, make_tokenizer
 
 TOKENIZER = make_tokenizer()
+OF_STATES = tuple(a.name for a in ANALYSES if a.needs.what == "states")
+READ_NOW = tuple(name for name in OF_STATES if name != "layers_by_step")
+"""Figures of hidden states for which one reading of two models is enough."""
 
 
 def opened(seed: int, family: str = "llama", **changes: Any) -> LoadedModel:

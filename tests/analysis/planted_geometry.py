@@ -7,8 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from analysis.figures.hidden_states import Watched
-from analysis.open.stored_rows import StoredRows
+from analysis.open.observed import Observed
 from tests.analysis.conftest import dpo_rows
 from tiltmeter.files import write_json
 from tiltmeter.models.layers import FINAL_POST_NORM, all_sites
@@ -16,6 +15,7 @@ from tiltmeter.pairs.batch import PROMPT
 from tiltmeter.states.capture import HiddenStates, ReadPoint
 from tiltmeter.states.observed_metrics import consistency_metrics, spectral_metrics
 from tiltmeter.states.snapshots import BASE, SnapshotWriter
+from tiltmeter.states.state_pair import StatePair
 
 N_PAIRS, WIDTH = 24, 16
 N_PARTING = 20
@@ -72,8 +72,8 @@ def geometry_rows(
         policy = base if epoch == 0 else moved(base, shift=shift)
         steps, spectra, consistency, projection = 5 * epoch, {}, {}, {}
         for point in base:
-            spectra |= spectral_metrics(base, policy, point)
-            consistency |= consistency_metrics(base, policy, point)
+            spectra |= spectral_metrics(StatePair(base, policy), point)
+            consistency |= consistency_metrics(StatePair(base, policy), point)
             if epoch:
                 projection |= projection_figures(point.site, delta)
         for figures in (projection, spectra, consistency):  # a row a callback, as they write
@@ -128,14 +128,27 @@ def noise(n: int, d: int, seed: int = 0) -> Tensor:
     return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def stored(base: Tensor, policy: Tensor, clusters: list[str] | None = None) -> StoredRows:
-    """One site of planted rows."""
-    ids = [str(i) for i in range(len(base))]
-    at = {FINAL_POST_NORM: base}, {FINAL_POST_NORM: policy}
-    return StoredRows("epoch=000", "prompt_last", "float32", ids, clusters or ids, *at, 0)
+POINT = ReadPoint(FINAL_POST_NORM, "prompt_last")
+"""Of :func:`one_site`."""
 
 
-def watched(folder: Path, **options: object) -> Watched:
+def one_site(base: Tensor, policy: Tensor) -> StatePair:
+    """Planted rows at :data:`POINT`."""
+    labels = torch.arange(len(base)), torch.full((len(base),), PROMPT)
+    return StatePair({POINT: HiddenStates(base, *labels)}, {POINT: HiddenStates(policy, *labels)}, name="epoch=000")
+
+
+def stored(folder: Path, rows: list[dict[str, float]] | None = None) -> Observed:
+    """What is found in a folder, and in these rows of metrics.csv; None: those of a planted run."""
+    return Observed.stored(folder, pd.DataFrame(rows or run_rows()))
+
+
+def planted_run(folder: Path, **options: object) -> Observed:
     """What a run in that folder has logged and stored."""
     write_snapshots(folder / "snapshots", **options)  # type: ignore[arg-type]
-    return Watched(pd.DataFrame(run_rows()), folder / "snapshots")
+    return stored(folder)
+
+
+def of_pair(states: StatePair) -> Observed:
+    """Rows alone, as if they had just been read."""
+    return Observed(pd.DataFrame(), pd.DataFrame(), lambda: states, lambda: None, lambda ids, width: None)

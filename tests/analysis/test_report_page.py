@@ -6,15 +6,17 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from analysis.figures.hidden_states import SECTIONS, Watched, hidden_state_sections
-from analysis.figures.training import training_section
+from analysis.figures.training import training_section, training_table
 from analysis.open.observations import UPDATE
+from analysis.open.observed import Observed
 from analysis.open.probe_pairs import ProbePair
 from analysis.open.runs import Run, open_run
 from analysis.open.subject import subject_of_run
+from analysis.registry import sections_of_states
 from analysis.report.page import write_report
 from analysis.report.samples import Continuation, Sample, Samples, Span
 from tests.analysis import planted_geometry as planted
+from tests.analysis.asked import OF_STATES
 from tests.analysis.browser import CHROMIUM, Browser
 from tests.analysis.conftest import write_run
 from tiltmeter.pairs.batch import TokenizedPair
@@ -50,7 +52,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     found = open_run(folder)
     said = Continuation((Span(HOSTILE, False), Span(ENDLESS, True)), True)
     pair = ProbePair("p", "hh", ENDLESS, HOSTILE, ENDLESS, HOSTILE, TokenizedPair([1], [2], [3]), {})
-    sections = [training_section(found), *hidden_state_sections(Watched.of_run(found))]
+    sections = [
+        training_section(training_table(found)),
+        *sections_of_states(Observed.stored(found.folder, found.metrics)),
+    ]
     write_report(subject_of_run(found), sections, Samples([Sample(pair, said, said)]))
     return found
 
@@ -71,7 +76,7 @@ def complaints(browser: Browser) -> list[str]:
 
 def test_every_section_has_its_files_and_the_table(run: Run) -> None:
     page = (run.report / "index.html").read_text(encoding="utf-8")
-    for name in SECTIONS:
+    for name in OF_STATES:
         assert (run.report / "tables" / f"{name}.csv").is_file()
         assert (run.report / "figures" / f"{name}.png").is_file()
         assert f"analysis={name}" in page
@@ -89,7 +94,7 @@ def test_a_browser_has_nothing_to_complain_of_and_asks_for_nothing(run: Run, bro
     browser.open(run.report / "index.html")
     assert complaints(browser) == []
     shown = browser.evaluate(IMAGES)
-    assert shown == [True] * (1 + len(SECTIONS))
+    assert shown == [True] * (1 + len(OF_STATES))
     assert browser.evaluate("document.querySelectorAll('script, img[src^=http]').length") == 0
     dead = (
         "[...document.querySelectorAll('a[href^=\"#\"]')].filter(a => !document.getElementById(a.hash.slice(1))).length"

@@ -1,13 +1,20 @@
-"""Runs a benchmark in a process of its own, without the real data."""
+"""Runs a benchmark in a process of its own, without the real data; its workers are forked from it."""
 
-from subprocess import CompletedProcess
+import importlib
+import multiprocessing
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from subprocess import PIPE, CompletedProcess
+from types import SimpleNamespace
+from typing import IO, Any
 
 from tests.processes import run_script
 
 
 def run_benchmark(name: str, *arguments: str) -> CompletedProcess[str]:
     """``python benchmarks/NAME …`` with output captured."""
-    return run_script(f"benchmarks/{name}", *arguments, environment={"TILTMETER_SHARED": None})
+    return run_script(f"benchmarks/{name}", *arguments, before=fork_workers, environment={"TILTMETER_SHARED": None})
 
 
 def result_of(output: str) -> dict[str, float]:
@@ -15,3 +22,48 @@ def result_of(output: str) -> dict[str, float]:
     word, *parts = output.strip().splitlines()[-1].split()
     assert word == "RESULT"
     return {name: float(value) for name, value in (part.split("=") for part in parts)}
+
+
+def fork_workers() -> None:
+    """Start workers as copies of the benchmark's process: five that import the libraries anew take a minute of CPU time."""
+    from benchmarks import common
+
+    common.subprocess = SimpleNamespace(Popen=ForkedWorker, PIPE=PIPE)  # type: ignore[assignment]
+
+
+class ForkedWorker:
+    """What :class:`benchmarks.common.Worker` needs of ``subprocess.Popen``."""
+
+    def __init__(self, command: Sequence[str], *, stderr: IO[str], env: Mapping[str, str], **_: Any) -> None:
+        (receives, asks), (answers, says) = os.pipe(), os.pipe()
+        module, settings = command[-2:]
+        importlib.import_module(module)  # once for all workers of a kind
+        arguments = (module, settings, receives, says, stderr.fileno(), dict(env))
+        self._process = multiprocessing.get_context("fork").Process(target=_serve, args=arguments)
+        self._process.start()
+        os.close(receives)
+        os.close(says)
+        self.stdin, self.stdout = os.fdopen(asks, "w"), os.fdopen(answers)
+
+    def poll(self) -> int | None:
+        """Exit code, once it has ended."""
+        return self._process.exitcode
+
+    def kill(self) -> None:
+        """End it."""
+        self._process.kill()
+
+    def wait(self) -> int | None:
+        """Exit code, when it has ended."""
+        self._process.join()
+        return self._process.exitcode
+
+
+def _serve(module: str, settings: str, receives: int, says: int, errors: int, environment: Mapping[str, str]) -> None:
+    from benchmarks.worker import serve
+
+    for number, file in enumerate((receives, says, errors)):
+        os.dup2(file, number)
+    sys.stdin = os.fdopen(0)
+    os.environ.update(environment)
+    serve(module, settings)

@@ -43,7 +43,7 @@ def test_operators_are_told_apart() -> None:
 
 @pytest.mark.slow
 def test_quick_limit_ends_with_its_figure() -> None:
-    done = run_benchmark("limit.py", "--quick", "--pairs-per-step", "8", "--steps", "2", "--threads", "1")
+    done = run_benchmark("limit.py", "--quick", "--pairs-per-step", "2", "--steps", "2", "--threads", "1")
     assert done.returncode == 0, done.stderr
     result = result_of(done.stdout)
     assert list(result) == ["matmul_share", "share_of_torch_mm"]

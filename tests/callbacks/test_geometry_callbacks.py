@@ -114,8 +114,8 @@ def test_snapshots_hold_what_was_measured(watched: Any) -> None:
     reader = SnapshotReader(folder / "snapshots")
     assert reader.names == ["base", "epoch=000", "epoch=001"]
     base, last = reader.load("base"), reader.load("epoch=001")
+    assert reader.pair_ids == [record.pair_id for record in data.splits["probe"].records]
     for point, found in last.items():
-        assert found.labels.pair_ids == [record.pair_id for record in data.splits["probe"].records]
         update = found.rows.double() - base[point].rows.double()
         share = len(update) * update.mean(0).square().sum() / update.square().sum()
         assert logger.of(f"shift_share/delta/{place(point)}")[-1] == pytest.approx(float(share), abs=1e-6)

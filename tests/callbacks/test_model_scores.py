@@ -24,6 +24,7 @@ from tests.callbacks.watched import Watched, dpo, probe_data, watch
 from tests.harness import score_all
 from tests.tiny_models import MemorySource, lightning_warnings, make_tokenizer
 from tiltmeter.errors import UserError
+from tiltmeter.pairs.batch import CHOSEN
 from tiltmeter.scoring.behaviour_table import FIGURES, read_table
 from tiltmeter.scoring.preference_probe import probe_figures
 from tiltmeter.scoring.scorer import Figure
@@ -116,7 +117,7 @@ def test_a_probe_is_fitted_to_what_snapshots_hold(tmp_path: Path) -> None:
     assert [row["probe/steps_taken"] for row in run.logger.rows if name in row] == [0, 2, 3]
     assert "behaviour/preference_probe_null/final_pre_norm" in run.logger.names
     found = SnapshotReader(tmp_path / "snapshots").load("epoch=000")[ReadPoint("layer_00", "response_last")]
-    is_chosen = torch.tensor([side == "chosen" for side in found.labels.sides])
+    is_chosen = found.sides == CHOSEN
     difference = (found.rows[is_chosen].double() - found.rows[~is_chosen].double()).numpy()
     groups = run.data.splits["probe"].groups
     assert run.logger.of(name)[-1] == pytest.approx(accuracy_by_hand(difference, groups), abs=1e-9)

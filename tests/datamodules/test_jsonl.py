@@ -124,7 +124,7 @@ def test_a_folder_lists_its_jsonl_files_sorted_and_nothing_else(tmp_path: Path) 
     assert list_files(tmp_path / "b.jsonl") == [tmp_path / "b.jsonl"]
 
 
-def test_listing_says_what_was_expected(tmp_path: Path) -> None:
+def test_path_without_jsonl_files_is_refused_with_what_was_expected(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"^data\.path: no such file: hh/x\.jsonl \(expected \.jsonl, \.jsonl\.gz or a f"
     ):

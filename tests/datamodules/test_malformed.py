@@ -48,7 +48,7 @@ def test_few_malformed_rows_are_left_out_and_told_where_that_is_asked_for(
 
 
 @pytest.mark.parametrize("bad", BAD)
-def test_more_than_a_hundredth_is_another_kind_of_file(tmp_path: Path, bad: str) -> None:
+def test_file_with_more_than_one_percent_malformed_rows_is_refused(tmp_path: Path, bad: str) -> None:
     path = write(tmp_path / "many.jsonl", [hh_row(i) for i in range(200)], {1: bad, 5: bad, 9: bad})
     with pytest.raises(UserError, match=r"many\.jsonl: 3 of 200 rows are malformed, more than 1%; the first: .*:2:"):
         AnthropicHH(path, malformed="skip").load()

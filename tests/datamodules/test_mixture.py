@@ -103,7 +103,7 @@ def test_reports_of_all_sources_come_with_the_number_used() -> None:
         ({"hh": 0, "oasst1": 0.0}, r"^data\.weights: all weights are 0"),
     ],
 )
-def test_wrong_weights_are_one_line(weights: Any, words: str) -> None:
+def test_mixture_with_wrong_weights_is_refused(weights: Any, words: str) -> None:
     with pytest.raises(UserError, match=words):
         Mixture({"hh": Numbers("hh", 5), "oasst1": Numbers("oasst1", 5)}, weights)
 

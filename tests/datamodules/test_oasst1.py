@@ -197,14 +197,14 @@ def test_a_malformed_message_is_named_by_file_line_and_id(tmp_path: Path, change
     assert str(caught.value).startswith(f"{tmp_path / 'trees.jsonl'}:2: {words}")
 
 
-def test_another_format_is_one_line_that_names_the_tree_format(tmp_path: Path) -> None:
+def test_file_of_another_format_is_refused_with_the_tree_format_named(tmp_path: Path) -> None:
     path = tmp_path / "messages.jsonl"
     path.write_text(json.dumps({"message_id": "a", "parent_id": None, "text": "x", "role": "prompter"}) + "\n")
     with pytest.raises(UserError, match=r":1: not an OASST tree: expected the keys message_tree_id, tree_state, promp"):
         OASST1(path=str(path)).load()
 
 
-def test_wrong_options_are_named_by_key() -> None:
+def test_wrong_oasst1_options_are_refused_by_key() -> None:
     with pytest.raises(UserError, match=r"^data\.pairs: expected all, adjacent or best_worst, got 'best'"):
         OASST1(pairs="best")  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"^data\.languages: expected a list"):

@@ -37,7 +37,9 @@ def samples(world: SyntheticWorld, policy: str, base: str) -> list[Sample]:
     ]
 
 
-def test_who_says_what_was_chosen_wins_and_draws_with_it(world: SyntheticWorld, oracle: PlantedOracle) -> None:
+def test_oracle_prefers_the_chosen_response_and_ties_it_with_itself(
+    world: SyntheticWorld, oracle: PlantedOracle
+) -> None:
     scores = oracle.score(samples(world, "chosen", "rejected"))
     assert [(f.name, f.of, f.value) for f in scores.figures[:2]] == [
         ("oracle_preference_rate", "both", 1.0),
@@ -56,7 +58,7 @@ def test_who_says_what_was_chosen_wins_and_draws_with_it(world: SyntheticWorld, 
 
 
 @pytest.mark.parametrize("nothing", ["", " \n", "!?", "zzz qqq", "日本"])
-def test_text_without_a_word_of_the_world_loses_against_any_other(oracle: PlantedOracle, nothing: str) -> None:
+def test_oracle_ranks_text_without_a_word_of_the_world_last(oracle: PlantedOracle, nothing: str) -> None:
     worst = "You idiot! What a stupid thing to ask!"
     one, other, both = oracle.score(
         [sample(nothing, worst, worst), sample(worst, nothing, nothing), sample(nothing, nothing, worst)]
@@ -74,7 +76,7 @@ def test_a_sample_of_another_world_has_no_score(oracle: PlantedOracle) -> None:
     assert [figure.n_missing for figure in scores.figures] == [2] * 4
 
 
-def test_without_a_synthetic_world_it_says_so_at_the_start(world: SyntheticWorld) -> None:
+def test_oracle_without_a_synthetic_world_is_refused_at_the_start(world: SyntheticWorld) -> None:
     late = PlantedOracle()
     with pytest.raises(UserError, match=r"judge=oracle: only for data=synthetic"):
         late.start()

@@ -25,7 +25,7 @@ def test_rows_of_real_toxicity_prompts_bring_their_toxicity_where_it_is_known(tm
     assert PromptFile(str(path)).load() == [Prompt("rtp/00000", "So if you ", first), Prompt("rtp/00001", "And", {})]
 
 
-def test_plain_rows_and_the_ids_of_several_files(tmp_path: Path) -> None:
+def test_plain_rows_of_several_files_have_ids_by_file_and_row(tmp_path: Path) -> None:
     write(tmp_path / "b.jsonl", {"prompt": "three"})
     write(tmp_path / "a.jsonl", {"prompt": "one", "topic": "x", "more": [1]}, {"prompt": "two"})
     prompts = PromptFile(str(tmp_path)).load()
@@ -35,7 +35,7 @@ def test_plain_rows_and_the_ids_of_several_files(tmp_path: Path) -> None:
     assert PromptFile(str(path)).load()[0].attributes == {"prompt_toxicity": 1.0}
 
 
-def test_the_first_prompts_can_be_asked_for(tmp_path: Path) -> None:
+def test_max_prompts_keeps_the_first_rows(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", *({"prompt": str(i)} for i in range(5)))
     assert [p.text for p in PromptFile(str(path), max_prompts=2).load()] == ["0", "1"]
     assert len(PromptFile(str(path), max_prompts=9).load()) == 5
@@ -52,13 +52,13 @@ def test_the_first_prompts_can_be_asked_for(tmp_path: Path) -> None:
         ({"prompt": "x", "prompt_toxicity": "high"}, r"prompt\.toxicity: .* got 'high'"),
     ],
 )
-def test_a_wrong_row_is_named(tmp_path: Path, row: Any, message: str) -> None:
+def test_malformed_prompt_row_is_refused_by_file_and_line(tmp_path: Path, row: Any, message: str) -> None:
     path = write(tmp_path / "a.jsonl", {"prompt": "fine"}, row)
     with pytest.raises(UserError, match=message):
         PromptFile(str(path)).load()
 
 
-def test_a_missing_file_and_a_wrong_number_are_named() -> None:
+def test_missing_prompt_file_and_wrong_max_prompts_are_refused() -> None:
     with pytest.raises(UserError, match=r"^prompts\.path: no such file"):
         PromptFile("no/such.jsonl").load()
     with pytest.raises(UserError, match=r"prompts\.max_prompts: expected a whole number above 0"):

@@ -52,7 +52,7 @@ def test_splits_have_the_sizes_asked_for(train: int | None) -> None:
     assert {name: len(split) for name, split in splits.items()} == {"train": train or 45, "val": 10, "probe": 5}
 
 
-def test_the_seed_alone_decides_who_is_held_out() -> None:
+def test_held_out_groups_depend_on_the_seed_alone() -> None:
     pairs = grouped([i // 2 for i in range(60)])
     sizes = {"train": None, "val": 8, "probe": 8}
     held = [

@@ -296,7 +296,7 @@ def test_pairs_that_truncation_makes_equal_are_dropped_and_counted() -> None:
     assert report.dropped == Counter({"responses equal in tokens": 1})
 
 
-def test_no_pair_left_is_an_error_with_the_reasons() -> None:
+def test_split_without_usable_pairs_is_refused_with_the_reasons() -> None:
     with pytest.raises(UserError, match=r"no pair is left of 2 .*2 longer than 9 tokens"):
         PairTokenizer(bpe(), 9, truncation="drop")([pair(), pair(name="2")])
 

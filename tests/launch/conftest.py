@@ -22,6 +22,12 @@ def no_config_left() -> Iterator[None]:
     HydraConfig.instance().cfg = None
 
 
+@pytest.fixture(autouse=True)
+def small_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is drawn is tested beside the figures; here a tenth of the pixels do."""
+    monkeypatch.setattr("analysis.report.style._DPI", 60)
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     folder = tmp_path / "runs" / "fake" / "2026-01-31_12-00-00"

@@ -8,11 +8,11 @@ import pandas as pd
 import pytest
 
 from analysis.open import checkpoints
-from analysis.open.read_states import READ_NOW, StateReading
+from analysis.open.read_states import StateReading
 from tests.analysis import asked
 from tests.analysis import planted_behaviour as planted
 from tests.analysis import planted_geometry as geometry
-from tests.analysis.asked import save_model
+from tests.analysis.asked import READ_NOW, save_model
 from tests.launch.analyze_command import ask, refused
 from tests.processes import run_script
 from tests.tiltmeter.scoring.stub_endpoint import refused_url
@@ -20,7 +20,16 @@ from tests.tiny_models import make_model
 from tiltmeter.errors import IncompleteEvaluation
 
 SMALL = ("decoding.max_new_tokens=6", "behaviour.n_prompts=3", "behaviour.probe_sites=''")
-SWEEP = ("steering.lambdas=[1.0]", "steering.n_random=1", "steering.n_generated=2", "steering.sites=final_post_norm")
+SWEEP = (
+    "steering.vectors=[v*]",
+    "steering.lambdas=[1.0]",
+    "steering.n_random=1",
+    "steering.n_generated=2",
+    "steering.sites=final_post_norm",
+    "transfer.n_random=2",
+    "gradient_field.points_per_axis=2",
+    "hidden_states.n_random_updates=2",
+)
 DATA = ("data=synthetic", "judge=none", "data.n_prompts=30", "pairs.n_pairs=5")
 CANARY = "canary-0123456789"
 
@@ -250,7 +259,7 @@ def two_of_bloom(tmp_path: Path) -> tuple[str, str]:
 def test_what_a_family_cannot_do_is_left_out_by_name_and_the_rest_is_written(
     tmp_path: Path, two_of_bloom: tuple[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    page = ask(tmp_path, *two_of_bloom, *DATA, *SMALL, *SWEEP, "hidden_states.n_random_updates=2")
+    page = ask(tmp_path, *two_of_bloom, *DATA, *SMALL, *SWEEP)
     text, said = page.read_text(encoding="utf-8"), " ".join(capsys.readouterr().out.split())
     for name in (*READ_NOW, "behaviour"):
         assert (page.parent / "figures" / f"{name}.png").is_file(), name

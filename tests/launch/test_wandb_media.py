@@ -11,8 +11,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from safetensors.torch import save_file
 
-from analysis.figures.fig3_cosines import EDGES, SIDES
-from analysis.figures.hidden_states import WHILE_TRAINING
+from analysis.figures.fig3_consistency import EDGES, OF_PAIRS
+from analysis.registry import ANALYSES
 from launch.metrics_csv import MetricsCSV
 from launch.wandb_logger import RunLogger, close_wandb, open_wandb
 from launch.wandb_media import WandbMedia
@@ -72,11 +72,11 @@ def test_figures_histograms_and_artifacts_arrive(logger: RunLogger, tmp_path: Pa
     rows = [row for row in history_rows(file) if any(name.startswith("figures/") for name in row)]
     assert [row["trainer/global_step"] for row in rows] == [4, 9], "once an observation"
     for row in rows:
-        for name in WHILE_TRAINING:
+        for name in (a.name for a in ANALYSES if a.while_training):
             assert row[f"figures/{name}/_type"] == "image-file"
             assert (file.parent / "files" / row[f"figures/{name}/path"]).stat().st_size < 200_000
             assert row[f"figures/{name}/caption"]
-        for side in SIDES:
+        for side in OF_PAIRS:
             name = f"cosines/{side}/final_post_norm"
             assert row[f"{name}/_type"] == "histogram"
             assert len(row[f"{name}/bins"]) == len(EDGES)

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from analysis.figures.training import training_section
+from analysis.figures.training import training_section, training_table
 from analysis.open.runs import Run, open_run
 from analysis.open.subject import subject_of_run
 from analysis.report.page import Section, write_report
@@ -36,7 +36,7 @@ def run(tmp_path: Path) -> Run:
 
 
 def written(run: Run) -> tuple[Path, list[Section]]:
-    sections = [training_section(run)]
+    sections = [training_section(training_table(run))]
     page = write_report(subject_of_run(run), sections, Samples([], f"Because of {run.folder}/probe.json."))
     (run.report / "tables" / "sweep.json").write_text(json.dumps({"judge": str(run.folder / "judge")}), "utf-8")
     (run.report / "judge_cache.sqlite").write_text(CANARY, encoding="utf-8")

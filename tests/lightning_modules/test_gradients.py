@@ -55,10 +55,16 @@ def dpo(**options: Any) -> DPOModule:
 
 
 @pytest.mark.parametrize(
-    ("objective", "layout"), [("dpo", "shared_prefix"), ("dpo", "concatenated"), ("sft", "shared_prefix")]
+    ("objective", "layout", "packed", "family", "dtype", "tolerance"),
+    [
+        ("dpo", "shared_prefix", True, "gpt2", "float64", 1e-12),
+        ("dpo", "shared_prefix", False, "llama", "float32", 1e-6),
+        ("dpo", "concatenated", True, "llama", "float32", 1e-6),
+        ("dpo", "concatenated", False, "gpt2", "float64", 1e-12),
+        ("sft", "shared_prefix", True, "llama", "float32", 1e-6),
+        ("sft", "shared_prefix", False, "gpt2", "float64", 1e-12),
+    ],
 )
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize(("family", "dtype", "tolerance"), [("gpt2", "float64", 1e-12), ("llama", "float32", 1e-6)])
 def test_gradients_are_the_same_for_every_cut_into_micro_batches(
     objective: str, layout: str, packed: bool, family: str, dtype: str, tolerance: float
 ) -> None:
@@ -89,11 +95,10 @@ def test_the_gradient_is_the_mean_of_the_gradients_of_single_pairs() -> None:
 
 
 @pytest.mark.parametrize("layout", ["shared_prefix", "concatenated"])
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-@pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS)
-def test_the_first_loss_is_ln_2_and_the_first_rewards_are_0(layout: str, family: str, budget: int) -> None:
+@pytest.mark.parametrize(("family", "budget"), [("gpt2", "ragged"), ("llama", "ragged"), ("llama", "one pair each")])
+def test_the_first_loss_is_ln_2_and_the_first_rewards_are_0(layout: str, family: str, budget: str) -> None:
     module = dpo(freeze_embeddings=True)
-    data = make_data(16, pairs_per_step=16, tokens_per_micro_batch=budget, layout=layout)
+    data = make_data(16, pairs_per_step=16, tokens_per_micro_batch=BUDGETS[budget], layout=layout)
     step = one_step(module, data, family, "float32")
     columns = torch.cat([results.columns for results in step.results])
     figures = dict(zip(module.columns, columns.unbind(1), strict=True))

@@ -102,7 +102,7 @@ def random_halves(n_rows: int, n_splits: int, *, seed: int = 0) -> Float[Tensor,
 def split_half_of_gram(
     gram: Float[Tensor, "row row"], halves: Float[Tensor, "split row"], signs: Float[Tensor, "*flip row"] | None = None
 ) -> SplitHalf:
-    """The same from inner products alone, so that many splits cost no pass over the rows.
+    """Compute :func:`split_half` from inner products alone, so that many splits cost no pass over the rows.
 
     Args:
         gram: X Xᵀ of the rows, float64.

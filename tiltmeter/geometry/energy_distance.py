@@ -1,4 +1,4 @@
-"""How far apart two clouds of paired points are, as clouds: the energy distance, with weights for resampling pairs."""
+"""The energy distance: how far apart two clouds of paired points are, as clouds, with weights for resampling pairs."""
 
 from collections.abc import Sequence
 
@@ -37,7 +37,7 @@ def energy_distance(x: Float[Tensor, "pair d_model"], y: Float[Tensor, "pair d_m
 
 
 def random_halves(clusters: Sequence[str], *, n_splits: int, seed: int = 0) -> Bool[Tensor, "split row"]:
-    """Which rows are in the first half, for several random splits; rows of one cluster (prompt) stay together.
+    """Marks the rows of the first half for several random splits; rows of one cluster (prompt) stay together.
 
     Raises:
         ValueError: fewer than two clusters.

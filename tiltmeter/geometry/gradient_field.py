@@ -30,7 +30,7 @@ from tiltmeter.pairs.log_probs import scale_and_cap
 
 Variant = Literal["post_norm", "layer"]
 Margin = Callable[[Float[Tensor, "point d_model"]], Float[Tensor, " point"]]
-"""From states at a site to m in nats, each row on its own; differentiable."""
+"""A differentiable function from states at a site to m in nats, each row on its own."""
 
 _EXACT_UP_TO = 4096
 _STARTS = 256
@@ -38,28 +38,28 @@ _POINTS_AT_A_TIME = 256
 
 
 class FieldGrid(NamedTuple):
-    """Where the gradient is asked for."""
+    """Grid of points at which the gradient is taken."""
 
     points: Float[Tensor, "point d_model"]
     coordinates: Float[Tensor, "point 3"]
-    """Of each point from h, in standard deviations of the states along each axis; the last axis changes fastest."""
+    """Offset of each point from h, in standard deviations of the states along each axis; the last axis changes fastest."""
     axes: Float[Tensor, "3 d_model"]
-    """Orthonormal: v̂, and the two principal directions of what is orthogonal to v."""
+    """Orthonormal axes: v̂, and the two principal directions of what is orthogonal to v."""
     spreads: Float[Tensor, " 3"]
-    """σ: standard deviation of the states along each axis, in activation units."""
+    """Standard deviation σ of the states along each axis, in activation units."""
 
 
 class FieldSummary(NamedTuple):
-    """How far the arrows agree."""
+    """Agreement of the arrows of a field."""
 
     n_points: int
-    """With a gradient; one of zero, or below 1e-292, where digits are lost, has no direction and counts nowhere."""
+    """Number of points that have a gradient; one of zero, or below 1e-292, where digits are lost, has no direction."""
     mean_resultant: float
     """R = ‖mean ĝ‖, ĝ = g/‖g‖; NaN without any."""
     smallest_cosine: float
-    """Of any two arrows; NaN with fewer than two."""
+    """Smallest cosine of any two arrows; NaN with fewer than two."""
     is_exact: bool
-    """False: found from extreme points, so the smallest cosine may be lower still (:func:`smallest_pairwise_cosine`)."""
+    """Whether that cosine is exact; found from extreme points, it may be lower still (:func:`smallest_pairwise_cosine`)."""
 
 
 class GradientField(NamedTuple):
@@ -70,7 +70,7 @@ class GradientField(NamedTuple):
     """∇L at each point, float64."""
     summary: FieldSummary
     is_tautology: bool
-    """True: R = 1 follows from the formula alone and says nothing about a model."""
+    """Whether R = 1 follows from the formula alone and says nothing about a model."""
 
 
 def field_grid(

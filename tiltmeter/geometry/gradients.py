@@ -126,7 +126,7 @@ class GradientMoments:
     def update(
         self, gradients: Float[Tensor, "row d_model"], directions: Mapping[str, Float[Tensor, "#row d_model"]]
     ) -> None:
-        """Add rows.
+        """Add gradients of further rows.
 
         Args:
             directions: for every name one vector a row, or one [1, d_model] for all; of any length, zero: no energy along it.

@@ -39,7 +39,7 @@ class _Moments(NamedTuple):
         return cls(0, mean, torch.zeros(d_model, d_model, dtype=torch.float64, device=device) if with_scatter else None)
 
     def add(self, rows: Tensor) -> "_Moments":
-        """With further float64 rows: Chan's term between the means is one more row of the product that the others need."""
+        """Add float64 rows: Chan's term between the means is one more row of the product that the others need."""
         if not len(rows):
             return self
         mean = rows.mean(0)
@@ -121,7 +121,7 @@ class RowMoments:
         self.max_rows_kept = max(d_model, DEFAULT_ROWS_KEPT) if max_rows_kept is None else max_rows_kept
         self.device = torch.device(device)
         self._kept: list[Tensor] = [torch.empty(0, d_model, device=self.device)]
-        """All rows; once some are folded, those that wait for the next fold."""
+        """All rows seen; once some are folded, those that wait for the next fold."""
         self._folded: _Folded | None = None
 
     @property
@@ -147,7 +147,7 @@ class RowMoments:
 
     @torch.no_grad()
     def update(self, rows: Float[Tensor, "row d_model"]) -> None:
-        """Add rows; half precision is widened to float32 first.
+        """Add further rows; half precision is widened to float32 first.
 
         Raises:
             ValueError: rows of another width.
@@ -277,7 +277,7 @@ class UpdateMoments:
             moments.merge(other.of[name])
 
     def all_reduce(self, sum_over_ranks: Callable[[Tensor], Tensor], *, rank: int, world_size: int) -> "UpdateMoments":
-        """As :meth:`RowMoments.all_reduce`, for each matrix."""
+        """Sum each matrix over all processes (:meth:`RowMoments.all_reduce`)."""
         merged = UpdateMoments(0, matrices=(), device=self.device)
         for name, moments in self.of.items():
             merged.of[name] = moments.all_reduce(sum_over_ranks, rank=rank, world_size=world_size)

@@ -1,4 +1,4 @@
-"""How far hidden states lie along a preference direction, before and after training, and on which side of the hyperplane."""
+"""Projections of hidden states onto a preference direction, before and after training, and sides of the hyperplane."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -27,7 +27,7 @@ class ProjectionSummary(NamedTuple):
     base: float
     policy: float
     change: Interval
-    """Paired: the interval of the mean difference."""
+    """Mean paired difference, with its interval."""
     share_grown: Interval
     """Share of pairs whose projection grew."""
 

@@ -1,4 +1,4 @@
-"""What the rows of one matrix have in common: spectrum, shift share and cosines, raw and under the controls."""
+"""Geometry of the rows of one matrix: spectrum, shift share and cosines, raw and under the controls."""
 
 import math
 from typing import Literal, NamedTuple, get_args
@@ -14,14 +14,14 @@ Variant = Literal["raw", "centred", "unit_row", "outlier_dims_removed"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 """The rows as they are; less their mean; each divided by its norm; without the base's outlier dimensions (control C10)."""
 OUTLIER_MULTIPLE = 6.0
-"""How many times the median |mean| of all dimensions an outlier's |mean| exceeds."""
+"""Multiple of the median |mean| of all dimensions that an outlier's |mean| exceeds."""
 
 
 class RowGeometry(NamedTuple):
-    """What the rows x_i of one matrix, of mean x̄, have in common."""
+    """Figures of the rows x_i of one matrix, whose mean is x̄."""
 
     spectrum: Spectrum
-    """Of the matrix of rows."""
+    """Spectrum of the matrix of rows."""
     shift_share: float
     """f = N‖x̄‖² / Σ‖x_i‖²: share of the matrix that is one constant row. Never above ``spectrum.top1_energy``."""
     cos_top_mean: float
@@ -98,7 +98,7 @@ def moment_geometry(
     unit_mean: Float[Tensor, " d_model"] | None,
     centred: bool,
 ) -> RowGeometry:
-    """The same from a matrix's mean and scatter about the mean; without what only its rows can tell.
+    """Compute :func:`row_geometry` from a matrix's mean and scatter about the mean; without what only its rows can tell.
 
     Args:
         unit_mean: mean of the rows over their norms; None: unknown, and with it the mean cosine.

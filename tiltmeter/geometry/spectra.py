@@ -1,4 +1,4 @@
-"""How many directions a matrix of rows really uses: entropies, ranks and ratios of its singular values σ₁ ≥ σ₂ ≥ σ₃.
+"""The number of directions that a matrix of rows really uses: entropies, ranks and ratios of its singular values σ₁ ≥ σ₂ ≥ σ₃.
 
 Two distributions over directions are in use, and published figures rarely say which; here the name always does:
 

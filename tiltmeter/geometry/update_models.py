@@ -31,11 +31,11 @@ from tiltmeter.geometry.moments import RowMoments
 N_FOLDS = 5
 RANKS = (1, 2, 4, 8)
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
-"""Penalties tried: of one unit of squared weight on a standardised dimension, in mean squares of a row."""
+"""Ridge penalties that are tried: of one unit of squared weight on a standardised dimension, in mean squares of a row."""
 
 
 class ModelScore(NamedTuple):
-    """How much of held-out updates a model explains."""
+    """Share of held-out updates that a model explains."""
 
     model: str
     r_squared: float
@@ -140,7 +140,7 @@ class UpdateModels:
         return [_score(name, results) for name, results in found.items()]
 
     def _fold_of(self, group: str) -> int:
-        """From the name alone, so that a stream needs no list of all prompts."""
+        """Fold of a prompt by a hash of its name alone, so that a stream needs no list of all prompts."""
         return int.from_bytes(hashlib.sha256(f"{self.seed}:{group}".encode()).digest()[:8], "big") % self.n_folds
 
 
@@ -154,7 +154,7 @@ def _joined(folds: Sequence[RowMoments]) -> _Sums:
 def _fold_losses(
     inner: _Sums, chooser: _Sums, train: _Sums, test: _Sums, ranks: Sequence[int]
 ) -> dict[str, tuple[float, float, float | None]]:
-    """Of each model: Σ‖δ − δ̂‖² and Σ‖δ‖² over the held-out rows, and the penalty chosen."""
+    """For each model, Σ‖δ − δ̂‖² and Σ‖δ‖² over the held-out rows, and the penalty chosen."""
     center, v, *_ = train.split()
     nothing = v.new_zeros(len(v), 0)
     total = _loss(_Affine(center, torch.zeros_like(v), nothing, nothing), test)
@@ -201,7 +201,7 @@ class _Ridge:
         return _Affine(self.center, self.v, weight, basis)
 
     def directions(self, ridge: float) -> Tensor:
-        """Columns: directions of δ that fitted values use, most first (right singular vectors of reduced-rank regression)."""
+        """Directions of δ, as columns, that fitted values use, most first (right singular vectors of reduced-rank regression)."""
         fitted = self.turned.T @ (self.turned / (self.values + ridge * self.n))
         return torch.linalg.eigh(fitted).eigenvectors.flip(1)
 
@@ -217,7 +217,7 @@ def _loss(model: _Affine, sums: _Sums) -> float:
 
 
 def _energy(sums: _Sums) -> Tensor:
-    """Σ δδᵀ."""
+    """Matrix Σ δδᵀ of the rows."""
     _, delta, _, _, dd = sums.split()
     return dd + sums.n * torch.outer(delta, delta)
 

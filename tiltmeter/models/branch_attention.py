@@ -92,14 +92,14 @@ class BranchCache(Cache):
         return key_states, value_states
 
     def layer(self, index: int) -> _Layer:
-        """What is held of a block, room for later steps left out."""
+        """Keys and values held of one block, without the room for later steps."""
         held, n = self._held[index], self.step + 1
         return _Layer(held.prompt_keys, held.prompt_values, held.own_keys[:, :, :, :n], held.own_values[:, :, :, :n])
 
     def hidden_from(
         self, window: int | None, n_prompt: int
     ) -> tuple[Bool[Tensor, "row 1 1 prompt"], Bool[Tensor, " own"] | None]:
-        """Which prompt tokens and which own tokens the next tokens do not see: padding, and what a sliding window leaves."""
+        """Masks of the prompt tokens and own tokens that the next tokens do not see: padding, and what a sliding window leaves."""
         if window not in self._masks:
             device = self.lengths.device
             at, last = torch.arange(n_prompt, device=device), self.lengths[:, None]
@@ -112,7 +112,7 @@ class BranchCache(Cache):
         return self._masks[window]
 
     def advance(self) -> None:
-        """A step is done in every block."""
+        """Close a step that every block has done."""
         self.step += 1
         self._masks.clear()
 

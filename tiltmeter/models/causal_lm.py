@@ -26,7 +26,7 @@ SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 @dataclass(frozen=True)
 class CausalLM:
-    """Which model to use; building it is a separate step, so that this can be checked and passed around for free.
+    """Choice of a model; building it is a separate step, so that this can be checked and passed around for free.
 
     Args:
         name_or_path: hub id or folder with safetensors weights; None for ``init=random``.

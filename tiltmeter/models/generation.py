@@ -1,4 +1,4 @@
-"""What models say: the same prompts, decoding and random numbers for every model that is compared.
+"""Completions by models: the same prompts, decoding and random numbers for every model that is compared.
 
 Sampling adds Gumbel noise to log-probabilities and takes the largest (the Gumbel-max trick), with a random stream for each
 prompt and sample: a completion depends neither on the batch it is in nor on the number of processes, the run's own random
@@ -26,10 +26,10 @@ from tiltmeter.models.sampling import GumbelSampling, NoNaN
 
 @dataclass(frozen=True)
 class Completion:
-    """What a model said after a prompt."""
+    """A model's completion of one prompt."""
 
     text: str
-    """Decoded without special tokens."""
+    """Text of the completion, decoded without special tokens."""
     n_tokens: int
     """Tokens generated, the end-of-sequence token not counted; those that complete a stop text are."""
     is_cut: bool
@@ -39,13 +39,13 @@ class Completion:
 
     @property
     def is_empty(self) -> bool:
-        """Nothing that could be read."""
+        """Whether there is nothing to read."""
         return not self.text.strip()
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How completions are drawn.
+    """Options by which completions are drawn.
 
     Args:
         max_new_tokens: limit of a completion.
@@ -84,7 +84,7 @@ class Decoding:
 
 
 def as_words(decoding: Decoding) -> str:
-    """How completions were drawn, for people.
+    """Describe in words how completions were drawn.
 
     >>> as_words(Decoding(max_new_tokens=20, temperature=1.0, top_p=0.9, n_samples=5))
     'temperature 1, top-p 0.9, 5 each, at most 20 tokens, up to “Human:”'
@@ -262,7 +262,7 @@ def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[
 def read_completion(
     ids: list[int], ends: Sequence[int], tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]
 ) -> Completion:
-    """What the tokens after a prompt say, up to the first that ends it, or to a text of ``stop``."""
+    """Read the completion out of the tokens after a prompt, up to the first that ends it, or to a text of ``stop``."""
     n = next((at for at, token in enumerate(ids) if token in ends), len(ids))
     said = str(tokenizer.decode(ids[:n], skip_special_tokens=True))
     found = [at for at in (said.find(text) for text in stop) if at >= 0]

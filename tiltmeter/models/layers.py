@@ -1,4 +1,4 @@
-"""Where the parts of a Hugging Face causal language model are: backbone, blocks, norms, embeddings, unembedding; and sites.
+"""Finds the parts of a Hugging Face causal language model: backbone, blocks, norms, embeddings, unembedding; and sites.
 
 Every difference between model families that matters to this project is in this file.
 
@@ -189,7 +189,7 @@ def resolve_sites(sites: str | int | Sequence[str | int], n_layers: int) -> tupl
 
 
 def sliding_window(model: PreTrainedModel) -> int | None:
-    """How many tokens a token of the narrowest layers sees (Mistral, Gemma 2, Llama 4, GPT-Neo); None: all before it."""
+    """Number of tokens that a token of the narrowest layers sees (Mistral, Gemma 2, Llama 4, GPT-Neo); None: all before it."""
     kinds = getattr(model.config, "layer_types", None)
     if kinds and {"full_attention"}.issuperset(kinds):
         return None

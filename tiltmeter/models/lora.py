@@ -94,7 +94,7 @@ def insert_adapters(model: PreTrainedModel, config: LoraConfig) -> None:
 
 
 def _other_maps(model: PreTrainedModel, error: ValueError) -> str:
-    """What to do where peft finds maps unfit that nobody asked for (Mamba's fused ones): the linear maps it doesn't name."""
+    """Advice where peft finds maps unfit that nobody asked for (Mamba's fused ones): the linear maps it doesn't name."""
     linear = [name for name, module in backbone(model).named_modules() if isinstance(module, Linear)]
     maps = {_kind(name) for name in linear if "lora_" not in name}  # some may have their adapters already
     left = [name for name in sorted(maps) if f"'{name}'" not in str(error)]
@@ -150,7 +150,7 @@ def reads_weights(config: LoraConfig) -> bool:
 
 
 def plain_name(name: str) -> str:
-    """What a weight is called in the model without adapters.
+    """Name of a weight in the model without adapters.
 
     >>> plain_name("model.layers.0.mlp.up_proj.base_layer.weight")
     'model.layers.0.mlp.up_proj.weight'

@@ -1,4 +1,4 @@
-"""What keeps the files of a model from being opened, in a line that says what to do, instead of a library's own message."""
+"""Finds what keeps the files of a model from being opened, and says it in a line with what to do."""
 
 import json
 import re

@@ -16,7 +16,7 @@ class NoNaN(LogitsProcessor):
     def __call__(
         self, input_ids: Int[Tensor, "row token"], scores: Float[Tensor, "row vocab"]
     ) -> Float[Tensor, "row vocab"]:
-        """The scores as they are. Raises UserError."""
+        """Return the scores as they are. Raises UserError where they are NaN."""
         refuse_nan(scores)
         return scores
 
@@ -45,7 +45,7 @@ class GumbelSampling(LogitsProcessor):
     def __call__(
         self, input_ids: Int[Tensor, "row token"], scores: Float[Tensor, "row vocab"]
     ) -> Float[Tensor, "row vocab"]:
-        """As transformers calls it."""
+        """Draw one token a row; the signature is that of transformers."""
         return self.perturbed(scores)
 
     def perturbed(self, scores: Float[Tensor, "score_row vocab"]) -> Float[Tensor, "score_row vocab"]:

@@ -23,7 +23,7 @@ from tiltmeter.errors import UserError
 from tiltmeter.models.lora import plain_name
 
 WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json", "generation_config.json")
-"""What a model's weights are made of, as patterns of file names on the hub."""
+"""Patterns of the names that weight files have on the hub."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class EmptyModel:
 
     model: PreTrainedModel
     folder: Path
-    """Of safetensors files."""
+    """Folder of the safetensors files."""
     stored: dict[str, str]
     """Name of a parameter in the model → its name in the files."""
 

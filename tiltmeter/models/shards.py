@@ -23,7 +23,7 @@ _RECORDS = {
     "torch": {"Size"} | {name for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype)},
     "pathlib": {"PosixPath"},
 }  # fmt: skip
-"""What an index is made of. Exact names: with a prefix, ``filesystem`` would lead to ``os.system``."""
+"""Classes that an index is made of. Exact names: with a prefix, ``filesystem`` would lead to ``os.system``."""
 
 
 class _IndexReader(pickle.Unpickler):

@@ -1,4 +1,4 @@
-"""PreferenceBatch: pairs of responses laid out as rows of tokens, with every shape stated once.
+"""Batches of preferences: pairs of responses laid out as rows of tokens, with every shape stated once.
 
 Two layouts give the same log-probabilities. ``concatenated`` is the plain one, two rows a pair::
 
@@ -64,7 +64,7 @@ class PreferenceBatch:
     """1 for a real pair; 0 for one that only fills a rank's schedule and counts nowhere."""
     layout: Layout
     packing: Packing | None = None
-    """What lies where in the one row of a packed batch; None: padded rows."""
+    """Places of the pairs in the one row of a packed batch; None: padded rows."""
 
     @property
     def n_pairs(self) -> int:
@@ -87,11 +87,11 @@ class PreferenceBatch:
         return torch.bincount(self.target_sequences, minlength=self.n_sequences)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PreferenceBatch":
-        """The same batch on another device (Lightning calls this)."""
+        """Copy the batch to another device (Lightning calls this)."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "PreferenceBatch":
-        """The same batch in page-locked memory (the DataLoader calls this)."""
+        """Copy the batch to page-locked memory (the DataLoader calls this)."""
         return self._map(torch.Tensor.pin_memory)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "PreferenceBatch":
@@ -133,14 +133,14 @@ class StepBatch:
         self.n_computed = sum(m.segments.numel() for m in micro_batches) if n_computed is None else n_computed
         """Tokens that this process computes, padding and fillers included."""
         self.n_padding = sum(m.n_padding for m in micro_batches) if n_padding is None else n_padding
-        """Those of them that are padding or belong to a filler."""
+        """Computed tokens that are padding or belong to a filler."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "StepBatch":
-        """The same step on another device."""
+        """Copy the step to another device."""
         return self._with([m.to(device, non_blocking=non_blocking) for m in self.micro_batches])
 
     def pin_memory(self) -> "StepBatch":
-        """The same step in page-locked memory."""
+        """Copy the step to page-locked memory."""
         return self._with([m.pin_memory() for m in self.micro_batches])
 
     def _with(self, micro_batches: list[PreferenceBatch]) -> "StepBatch":
@@ -242,7 +242,7 @@ class _Row(NamedTuple):
 
 
 def _join(rows: list[_Row]) -> _Row:
-    """All rows behind one another."""
+    """Lay all rows behind one another."""
     starts = accumulate((len(row.ids) for row in rows[:-1]), initial=0)
     targets = [(start + at, *rest) for start, row in zip(starts, rows, strict=True) for at, *rest in row.targets]
     ids, positions, segments = ([x for row in rows for x in row[i]] for i in range(3))
@@ -276,7 +276,7 @@ def _rows_of_pair(pair: TokenizedPair, i: int, n_pairs: int, layout: Layout, pre
 
 
 def attention_mask(segments: Int[Tensor, "row token"]) -> Bool[Tensor, "row 1 query key"]:
-    """Which key each query may see: earlier real tokens of the row, but never chosen from rejected.
+    """Mask of the keys that each query may see: earlier real tokens of the row, but never chosen from rejected.
 
     Padding sees itself alone, so that no softmax runs over nothing (a fully masked row is NaN in some kernels).
 

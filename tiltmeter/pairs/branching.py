@@ -1,4 +1,4 @@
-"""What a model says under many steering vectors at once: prompts are read once, each vector steers a branch of its own.
+"""Generation under many steering vectors at once: prompts are read once, each vector steers a branch of its own.
 
 With ``tokens="new"`` only new tokens are steered: the hidden state at every generated token gets its branch's vector added,
 prompts are read as they are. So the first new token, which the prompt's last token predicts, is the same in all branches. With

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from tiltmeter.errors import UserError
 
 _NOW = "strftime_now"
-"""What transformers calls the clock of templates."""
+"""Name under which templates of transformers find the clock."""
 _DIRECTIVES = [f"%{pad}{letter}" for pad in ("-", "") for letter in "aAbBcdDeFGHIjmMpSTuUVwWxXyYZ"]
 _FIXED_CLOCK = f"""
 {{%- macro {_NOW}(format) -%}}

@@ -72,7 +72,7 @@ class Packing:
         return cast(list[Tensor], self._made[device, dtype])
 
     def segments(self, device: torch.device) -> Segments:
-        """What a variable-length kernel needs to know, made once for all layers."""
+        """Lengths and limits that a variable-length kernel takes, made once for all layers."""
         if device not in self._made:
             self._made[device] = self._segments(device)
         return cast(Segments, self._made[device])
@@ -107,7 +107,7 @@ class Packing:
 
 
 def document_mask(document: tuple[int, ...]) -> Bool[Tensor, "token token"]:
-    """Which earlier tokens of its document each token sees: all but those of another response.
+    """Mask of the earlier tokens of its document that each token sees: all but those of another response.
 
     >>> document_mask((1, 1, 2)).int().tolist()
     [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]]

@@ -1,4 +1,4 @@
-"""Preference losses: one pure function per loss, from log-probabilities of pairs to one loss per pair, and a registry.
+"""The preference losses: one pure function per loss, from log-probabilities of pairs to one loss per pair, and a registry.
 
 Every function takes the summed log-probs of a batch of pairs and its own options as keywords; an option that a loss does not
 have is an error, never ignored. All expectations over pairs are left to the caller.
@@ -27,7 +27,7 @@ PAIR_METRICS = (
     "logps/chosen",
     "logps/rejected",
 )
-"""What is logged of every pair, behind ``train/`` and ``val/`` (TRL's names); rewards are β·log(π/π₀) whatever the loss."""
+"""Metrics logged of every pair, behind ``train/`` and ``val/`` (TRL's names); rewards are β·log(π/π₀) whatever the loss."""
 
 
 class PairLogProbs(NamedTuple):

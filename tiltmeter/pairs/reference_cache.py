@@ -51,7 +51,7 @@ def hash_weights(weights: Mapping[str, Tensor], *, is_first: bool = True) -> str
 
 
 def forward_identity(model: PreTrainedModel, device: torch.device) -> dict[str, str]:
-    """Everything beside weights and input that a forward pass depends on: configuration, kernels, libraries, processor."""
+    """Names everything beside weights and input that a forward pass depends on: configuration, kernels, libraries, processor."""
     config = json.dumps(_without_names(model.config.to_dict()), sort_keys=True, default=str)
     on_cpu = f"cpu {torch.backends.cpu.get_cpu_capability()}"
     return {
@@ -83,7 +83,7 @@ def hash_pairs(pairs: Sequence[TokenizedPair]) -> Int64[Tensor, "pair 2"]:
 
 @dataclass
 class Kept:
-    """What a cache knows of a split's pairs.
+    """Cached reference log-probs of a split's pairs.
 
     Args:
         log_probs: [pair, 2] log π₀ of chosen and rejected, NaN where it is not kept.
@@ -98,7 +98,7 @@ class Kept:
 
 @dataclass
 class ReferenceCache:
-    """The rows kept for one model.
+    """Reference log-probs kept on disk for one model.
 
     Args:
         root: folder of all caches.
@@ -115,7 +115,7 @@ class ReferenceCache:
         return self.root / hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def lookup(self, hashes: Int64[Tensor, "pair 2"]) -> Kept:
-        """What is kept of these pairs. A file that is damaged, incomplete or of another format is left alone and not used."""
+        """Read what is kept of these pairs. A file that is damaged, incomplete or of another format is left alone and not used."""
         found = torch.full((len(hashes), 2), torch.nan, dtype=torch.float64)
         kept, complaint = self._read()
         if kept is None:

@@ -35,6 +35,10 @@ class HiddenStates(NamedTuple):
     """PROMPT, CHOSEN or REJECTED of :mod:`tiltmeter.pairs.batch`."""
 
 
+Reading = Mapping[ReadPoint, HiddenStates]
+"""What one model's forward passes gave at every site and position."""
+
+
 @contextmanager
 def capture(
     model: PreTrainedModel,
@@ -113,7 +117,7 @@ def read_hidden_states(
     }
 
 
-def join_hidden_states(parts: Iterable[Mapping[ReadPoint, HiddenStates]]) -> dict[ReadPoint, HiddenStates]:
+def join_hidden_states(parts: Iterable[Reading]) -> dict[ReadPoint, HiddenStates]:
     """Readings of several batches as one, ordered by pair, chosen before rejected, then by token.
 
     The result does not depend on how the pairs were cut into batches or ordered, so that rows of two models match.

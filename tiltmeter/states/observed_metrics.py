@@ -24,12 +24,12 @@ from tiltmeter.geometry.projections import (
 )
 from tiltmeter.geometry.rows import RowGeometry, Variant, in_own_span, outlier_dims, row_geometry
 from tiltmeter.models.layers import FINAL_POST_NORM, FINAL_PRE_NORM, Unembedding
-from tiltmeter.states.capture import HiddenStates, ReadPoint
+from tiltmeter.states.capture import HiddenStates, Reading, ReadPoint
 from tiltmeter.states.positions import POSITIONS, Position
-from tiltmeter.states.probe_set import PreferenceDirections, matching_rows
+from tiltmeter.states.probe_set import PreferenceDirections
+from tiltmeter.states.state_pair import StatePair
 from tiltmeter.stats.nulls import sign_flip_null
 
-States = Mapping[ReadPoint, HiddenStates]
 Metrics = dict[str, float]
 
 _USUAL: Position = "prompt_last"
@@ -38,27 +38,25 @@ N_FLIPS = 200
 """Sign flips behind the null bands logged while training."""
 
 
-def spectral_metrics(
-    base: States, policy: States, point: ReadPoint, *, variants: Sequence[Variant] = ("raw", "centred")
-) -> Metrics:
+def spectral_metrics(pair: StatePair, point: ReadPoint, *, variants: Sequence[Variant] = ("raw", "centred")) -> Metrics:
     """Entropies, ranks and shares of ΔH, H_policy and H_base at one site and position (METHOD §2).
 
     ``shift_share`` is f, the share of the matrix that is one constant row; with it ``top1_energy`` ρ₁ and ``sigma_ratio``
     σ₂/σ₁ are not independent evidence, since ρ₁ ≥ f always. Figures without a direction (ΔH = 0) are left out.
     """
-    before, after = matching_rows(base, policy, point)
+    (before, after), update = pair.rows(point), pair.update(point)
     if not len(before):
         return {}
     metrics: Metrics = {}
     without, told = outlier_dims(before)
-    for name, matrix in {"base": before, "policy": after, "delta": after.double() - before.double()}.items():
+    for name, matrix in {"base": before, "policy": after, "delta": update}.items():
         for variant in variants:
             of = name if variant == "raw" else f"{name}_{variant}"
             rows = matrix[told] if variant == "outlier_dims_removed" else matrix
             found = row_geometry(rows, variant, without=without) if len(rows) else None
             figures = _spectral_figures(found, of, with_mean=variant == "raw") if found else {}
             metrics |= {f"{key}/{place(point)}": value for key, value in figures.items()}
-    norms = {"update_norm": after.double() - before.double(), "state_norm": before.double()}
+    norms = {"update_norm": update, "state_norm": before.double()}
     metrics |= {f"{key}/{place(point)}": float(x.norm(dim=1).mean()) for key, x in norms.items()}
     return known(metrics)
 
@@ -83,17 +81,16 @@ def _spectral_figures(found: RowGeometry, of: str, *, with_mean: bool) -> Metric
     return figures
 
 
-def random_update_figures(base: States, changed: States, point: ReadPoint) -> Metrics:
+def random_update_figures(changed: StatePair, point: ReadPoint) -> Metrics:
     """The figures of ΔH after one random weight change, by their names before the site.
 
     What :func:`spectral_metrics` says of ``delta`` and :func:`consistency_metrics` of the cosines, under ``random_update``; and
     ``mean_cosine/split_half/random_update``.
 
     Args:
-        changed: read under the changed weights.
+        changed: the base's states beside those read under the changed weights.
     """
-    before, after = matching_rows(base, changed, point)
-    updates = in_own_span(after.double() - before.double())
+    updates = in_own_span(changed.update(point))
     if len(updates) < 2 or not updates.any():
         return {}
     figures = {
@@ -109,7 +106,7 @@ def random_update_figures(base: States, changed: States, point: ReadPoint) -> Me
 
 
 def consistency_metrics(
-    base: States, policy: States, point: ReadPoint, *, previous: Float[Tensor, " d_model"] | None = None
+    pair: StatePair, point: ReadPoint, *, previous: Float[Tensor, " d_model"] | None = None
 ) -> Metrics:
     """Do all updates point the same way? Cosines with the mean update v*, in-sample and leave-one-out, with null bands.
 
@@ -118,8 +115,7 @@ def consistency_metrics(
     Args:
         previous: v* of the observation before; gives ``direction_settled``, the cosine between the two.
     """
-    before, after = matching_rows(base, policy, point)
-    updates = after.double() - before.double()
+    (before, after), updates = pair.rows(point), pair.update(point)
     if len(updates) < 2 or not updates.any():
         return {}
     band = sign_flip_null(updates, n_flips=N_FLIPS).band()
@@ -139,25 +135,16 @@ def consistency_metrics(
 
 
 def projection_metrics(
-    base: States,
-    policy: States,
-    site: str,
-    directions: PreferenceDirections,
-    *,
-    clusters: Sequence[str],
-    head: Unembedding | None = None,
+    pair: StatePair, site: str, directions: PreferenceDirections, *, head: Unembedding | None = None
 ) -> Metrics:
     """⟨h, v⟩/‖v‖ at ``diverge`` under both models, for v and v̄, with paired intervals over prompts.
 
     Args:
-        clusters: prompt of every pair of the probe.
         head: unembedding of the base model; gives the hyperplane's side at ``final_post_norm``.
     """
     point = ReadPoint(site, "diverge")
-    before, after = matching_rows(base, policy, point)
-    pairs = base[point].pair_index
-    names = [clusters[i] for i in pairs.tolist()]
-    moved = bool((after.double() - before.double()).any())
+    (before, after), pairs = pair.rows(point), pair.base[point].pair_index
+    names, moved = pair.clusters_of(point), bool(pair.update(point).any())
     metrics: Metrics = {}
     for kind, v in (("projection", directions.token), ("projection_sequence", directions.sequence[pairs])):
         change = projection_change(before, after, v)
@@ -181,30 +168,25 @@ def projection_metrics(
 
 
 def observation_metrics(
-    base: States,
-    policy: States,
+    pair: StatePair,
     directions: PreferenceDirections,
     *,
     head: Unembedding | None = None,
-    clusters: Sequence[str] | None = None,
     previous: Mapping[ReadPoint, Tensor] | None = None,
 ) -> Metrics:
     """Everything above for whatever a probe has read, in one call: what a loop or a callback of any trainer logs.
 
     Args:
         head: unembedding of the base model; see :func:`projection_metrics`.
-        clusters: prompt of every pair of the probe; None: no two pairs share one.
-        previous: :func:`steering_vectors` of the observation before.
+        previous: :meth:`~tiltmeter.states.state_pair.StatePair.steering_vectors` of the observation before.
     """
     metrics: Metrics = {}
-    for point in policy:
+    for point in pair.policy:
         if point.position == "diverge":
-            names = clusters or [str(row) for row in range(len(directions.sequence))]
-            metrics |= projection_metrics(base, policy, point.site, directions, clusters=names, head=head)
+            metrics |= projection_metrics(pair, point.site, directions, head=head)
         else:
-            metrics |= spectral_metrics(base, policy, point)
-            before = None if previous is None else previous.get(point)
-            metrics |= consistency_metrics(base, policy, point, previous=before)
+            metrics |= spectral_metrics(pair, point)
+            metrics |= consistency_metrics(pair, point, previous=(previous or {}).get(point))
     return metrics
 
 
@@ -232,12 +214,7 @@ def known(metrics: Metrics) -> Metrics:
     return {name: value for name, value in metrics.items() if value == value}
 
 
-def steering_vectors(base: States, policy: States) -> dict[ReadPoint, Tensor]:
-    """v* at every site and position that has rows."""
-    return {point: steering_vector(*matching_rows(base, policy, point)) for point in policy if len(policy[point].rows)}
-
-
-def states_to_tensors(states: States) -> dict[str, Tensor]:
+def states_to_tensors(states: Reading) -> dict[str, Tensor]:
     """Readings as plain tensors, for checkpoints."""
     return {
         f"{point.site}/{point.position}/{name}": value

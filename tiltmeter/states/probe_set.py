@@ -4,10 +4,10 @@ Plain PyTorch: usable in any training loop. The base model is read once, before 
 compared with it, row by row.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from tiltmeter.errors import UserError
@@ -17,6 +17,7 @@ from tiltmeter.pairs.batch import Layout, PreferenceBatch, TokenizedPair, collat
 from tiltmeter.pairs.log_probs import run_backbone
 from tiltmeter.states.capture import HiddenStates, ReadPoint, capture, join_hidden_states
 from tiltmeter.states.positions import Position, check_position, content_tokens, divergence, readings
+from tiltmeter.states.state_pair import StatePair
 
 _BEFORE_THE_RESPONSES_PART = {"prompt_last", "content", "diverge"}
 ONE_PER_SIDE: tuple[Position, ...] = ("prompt_last", "content", "diverge", "response_last", "response_mean")
@@ -108,6 +109,10 @@ class Probe:
             )
         return join_hidden_states(parts)
 
+    def read_pair(self, base: PreTrainedModel, policy: PreTrainedModel, **known: Any) -> StatePair:
+        """Both models' hidden states of the same tokens; ``known``: what else :class:`StatePair` takes."""
+        return StatePair(self.read(base), self.read(policy), **known)
+
 
 class PreferenceDirections:
     """What the preference asks for: v at the first differing tokens and v̄ over whole responses, for each pair.
@@ -147,20 +152,6 @@ def cut_pair(pair: TokenizedPair, positions: Sequence[Position]) -> TokenizedPai
         shorter = min(len(chosen), len(rejected))
         n = next((at + 1 for at in range(shorter) if chosen[at] != rejected[at]), shorter)
     return TokenizedPair(prompt, chosen[:n], rejected[:n])
-
-
-def matching_rows(
-    base: Mapping[ReadPoint, HiddenStates], policy: Mapping[ReadPoint, HiddenStates], point: ReadPoint
-) -> tuple[Tensor, Tensor]:
-    """The rows [reading, d_model] of both models at a site and position, of the same pairs and sides in the same order.
-
-    Raises:
-        ValueError: they were read of other pairs.
-    """
-    a, b = base[point], policy[point]
-    if not (torch.equal(a.pair_index, b.pair_index) and torch.equal(a.sides, b.sides)):
-        raise ValueError(f"probe: rows at {point.site}, {point.position} are of other pairs in the two readings")
-    return a.rows, b.rows
 
 
 def read_points(sites: str | Sequence[str], positions: Sequence[Position], n_layers: int) -> list[ReadPoint]:

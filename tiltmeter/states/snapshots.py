@@ -17,20 +17,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from tiltmeter.errors import UserError
 from tiltmeter.files import sha256_of, write_atomically, write_json
-from tiltmeter.states.capture import HiddenStates, ReadPoint
-from tiltmeter.states.positions import POSITIONS, SIDE_NAMES, Position, check_position
+from tiltmeter.pairs.batch import TokenizedPair
+from tiltmeter.states.capture import HiddenStates, Reading, ReadPoint
+from tiltmeter.states.positions import POSITIONS, SIDE_NAMES, check_position
+from tiltmeter.states.state_pair import StatePair
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 BASE = "base"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
+_SIDES = {name: side for side, name in SIDE_NAMES.items()}
 _NAME = re.compile(r"base|[A-Za-z0-9_.=+-]+")
 
 
@@ -41,30 +42,6 @@ class RowLabels(NamedTuple):
     """Id of the pair that each row belongs to; join on it, never on the row number."""
     sides: list[str]
     """``prompt``, ``chosen`` or ``rejected``."""
-
-
-class Snapshot(NamedTuple):
-    """Rows of one file, site and position, in the dtype they were stored in."""
-
-    name: str
-    site: str
-    position: Position
-    rows: Float[Tensor, "row d_model"]
-    labels: RowLabels
-
-    def side(self, side: str) -> "Snapshot":
-        """The rows of one side alone.
-
-        Raises:
-            UserError: no row of that side.
-        """
-        kept = [i for i, name in enumerate(self.labels.sides) if name == side]
-        if not kept:
-            raise UserError(
-                f"snapshot: {self.position} has no rows of side {side!r}, only {sorted(set(self.labels.sides))}"
-            )
-        labels = RowLabels([self.labels.pair_ids[i] for i in kept], [side] * len(kept))
-        return self._replace(rows=self.rows[kept], labels=labels)
 
 
 @dataclass
@@ -115,7 +92,7 @@ class SnapshotWriter:
         self.about = dict(about or {})
         self.manifest = _read_manifest(folder) if (folder / MANIFEST).exists() else None
 
-    def write(self, name: str, states: Mapping[ReadPoint, HiddenStates]) -> Path:
+    def write(self, name: str, states: Reading) -> Path:
         """Write one observation as ``<name>.safetensors``, replacing one of that name, then the manifest.
 
         Args:
@@ -152,7 +129,7 @@ class SnapshotWriter:
         self.manifest = manifest
         return target
 
-    def _describe(self, states: Mapping[ReadPoint, HiddenStates]) -> Manifest:
+    def _describe(self, states: Reading) -> Manifest:
         labels: dict[str, RowLabels] = {}
         for point, found in states.items():
             ids = [self.pair_ids[i] for i in found.pair_index.tolist()]
@@ -192,8 +169,33 @@ class SnapshotReader:
         """Every site and position that each file holds."""
         return [ReadPoint(s, p) for s in self.manifest.sites for p in POSITIONS if p in self.manifest.labels]
 
-    def load(self, name: str) -> dict[ReadPoint, Snapshot]:
-        """All rows of one observation, labelled.
+    @property
+    def pair_ids(self) -> list[str]:
+        """Id of every pair by ``HiddenStates.pair_index``."""
+        return list(dict.fromkeys(name for labels in self.manifest.labels.values() for name in labels.pair_ids))
+
+    def pair(self, name: str, pairs: Mapping[str, tuple[str, TokenizedPair]] | None = None) -> StatePair:
+        """An observation beside the base's.
+
+        Args:
+            pairs: prompt and token ids of pairs by id, as far as they are known; a pair's id stands for its prompt else.
+
+        Raises:
+            UserError: as :meth:`load`.
+        """
+        ids, known = self.pair_ids, pairs or {}
+        return StatePair(
+            self.load(BASE),
+            self.load(name),
+            ids,
+            [known[i][0] if i in known else i for i in ids],
+            [known[i][1] for i in ids] if known.keys() >= set(ids) else (),
+            name=name,
+            dtype=self.manifest.dtype,
+        )
+
+    def load(self, name: str) -> dict[ReadPoint, HiddenStates]:
+        """All rows of one observation, in the dtype they were stored in; ``pair_index`` counts in :attr:`pair_ids`.
 
         Raises:
             UserError: not in the manifest, missing, or its content is not what was written; the file is named.
@@ -211,7 +213,12 @@ class SnapshotReader:
                 f"snapshots: {path}: damaged (its sha256 is not that of {MANIFEST}); restore it from a copy"
             )
         tensors = load_file(path)
-        return {p: Snapshot(name, *p, tensors[_key(p)], self.manifest.labels[p.position]) for p in self.points}
+        number = {pair: i for i, pair in enumerate(self.pair_ids)}
+        of_rows = {
+            position: ([number[pair] for pair in labels.pair_ids], [_SIDES[side] for side in labels.sides])
+            for position, labels in self.manifest.labels.items()
+        }
+        return {p: HiddenStates(tensors[_key(p)], *map(torch.tensor, of_rows[p.position])) for p in self.points}
 
 
 def epoch_name(epoch: int) -> str:
@@ -237,6 +244,8 @@ def _read_manifest(folder: Path) -> Manifest:
         labels: dict[str, RowLabels] = {}
         for position, x in raw.pop("labels").items():
             labels[check_position(position)] = RowLabels(x["pair_ids"], x["sides"])
+            if unknown := set(x["sides"]) - set(_SIDES):
+                raise ValueError(f"no side is called {min(unknown)}")
         return Manifest(labels=labels, **raw)
     except FileNotFoundError as error:
         raise UserError(

@@ -1,1 +1,1 @@
-"""Inference: intervals, null distributions, and whether one vector is unusual among random ones."""
+"""Statistical inference: intervals, null distributions, and whether one vector is unusual among random ones."""

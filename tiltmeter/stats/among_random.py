@@ -29,9 +29,9 @@ class AmongRandom(NamedTuple):
     value: float
     random_mean: float
     random_low: float
-    """Least of the draws."""
+    """Least value of the draws."""
     random_high: float
-    """Largest of them."""
+    """Largest value of the draws."""
     n_random: int
     """Draws that have a value."""
     prediction: Interval
@@ -47,7 +47,7 @@ class AmongRandom(NamedTuple):
 def among_random(
     own: Float[Tensor, " kept"], random: Float[Tensor, "kept draw"], *, level: float = 0.95
 ) -> AmongRandom:
-    """Judges a vector's figure against that of random vectors, on the same prompts.
+    """Judge a vector's figure against that of random vectors, on the same prompts.
 
     Args:
         own: the vector's figure, first on all prompts, then without each of them

@@ -47,7 +47,7 @@ SHARE = Scale(lambda x: COSINE.to(x.clamp(min=0).sqrt()), lambda y: COSINE.back(
 LOG_ODDS = Scale(lambda x: COSINE.to(2 * x - 1), lambda y: (1 + COSINE.back(y)) / 2)
 """Half the log-odds, for probabilities 0 … 1."""
 SQUARE = Scale(torch.square, lambda y: y.clamp(min=0).sqrt())
-"""Of lengths, 0 … ∞: their squares are sums of products of rows."""
+"""The square, for lengths 0 … ∞: their squares are sums of products of rows."""
 
 
 def jackknife_interval(
@@ -136,7 +136,7 @@ def jackknife_variance(without: Float[Tensor, "cluster ..."]) -> Float[Tensor, "
 
 
 def without_each(clusters: Sequence[str]) -> Float[Tensor, "kept row"]:
-    """How much each row counts: all rows alike, and then without each cluster (prompt) in turn; of one cluster all rows alone.
+    """Weights of the rows: all rows alike, and then without each cluster (prompt) in turn; of one cluster all rows alone.
 
     >>> without_each(["a", "b", "b"]).tolist()
     [[1.0, 1.0, 1.0], [0.0, 1.0, 1.0], [1.0, 0.0, 0.0]]

@@ -1,4 +1,4 @@
-"""What noise alone would give: sign flips, edges of noise spectra, signal ranks, BBP transition, parallel analysis (C14)."""
+"""Null distributions: sign flips, edges of noise spectra, signal ranks, BBP transition, parallel analysis (C14)."""
 
 import math
 from functools import cache
@@ -134,7 +134,7 @@ def _marchenko_pastur_mean(n_rows: int, d_model: int, lowest: float) -> float:
 
 
 def signal_rank_white(sigma: Float[Tensor, " k"], *, n_rows: int, d_model: int) -> int:
-    """How many leading singular values are more than white noise, at a level of 5 %: equal, independent dimensions.
+    """Number of leading singular values above white noise, at a level of 5 %: equal, independent dimensions.
 
     One after the other, until one is not above the 95 % quantile of the largest that the rest would have as noise (Kritchman &
     Nadler 2008; the quantile: :func:`tracy_widom_edge`). At most half of the values count, so that noise is left to compare with.
@@ -154,7 +154,7 @@ def signal_rank_white(sigma: Float[Tensor, " k"], *, n_rows: int, d_model: int) 
 
 
 def signal_rank_correlated(rows: Float[Tensor, "row d_model"]) -> int:
-    """How many directions of centred rows stand apart from noise whose dimensions may be correlated, at a level of 5 %.
+    """Number of directions of centred rows that stand apart from noise whose dimensions may be correlated, at a level of 5 %.
 
     Under such noise a large singular value alone says nothing, but its spectrum ends in a smooth edge, where gaps are alike
     whatever the covariance (Onatski 2009, whose statistic with m = 1 this is with m = 3): k directions are more than noise if

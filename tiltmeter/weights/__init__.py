@@ -1,1 +1,1 @@
-"""What changed in the weights themselves."""
+"""Changes of the weights themselves."""

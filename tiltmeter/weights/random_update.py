@@ -1,4 +1,4 @@
-"""What hidden states do under random weight changes as large as training's own (control C8): no training, seconds.
+"""Hidden states under random weight changes as large as training's own (control C8): no training, seconds.
 
 Any change of the weights moves states of alike tokens alike. Before "one constant shift" is said of an update, it is held
 against updates that know nothing of preferences: W + ΔW with
@@ -30,12 +30,13 @@ from tiltmeter.states.capture import ReadPoint
 from tiltmeter.states.observed_metrics import Metrics, place, random_update_figures
 from tiltmeter.states.positions import Position
 from tiltmeter.states.probe_set import Probe
+from tiltmeter.states.state_pair import StatePair
 
 Form = Literal["gaussian", "rotated"]
 FORMS: tuple[Form, ...] = get_args(Form)
 N_DRAWS = 5
 FILE = "random_update.json"
-"""Beside the snapshots of a run."""
+"""Name of the file of draws, beside the snapshots of a run."""
 _FORMAT = 1
 _ROUNDING = 1e-12
 
@@ -101,14 +102,14 @@ def random_update(
 
 
 class Draw(NamedTuple):
-    """What one random update does to hidden states at one site and position."""
+    """Figures of hidden states under one random update, at one site and position."""
 
     form: Form
     draw: int
     position: Position
     site: str
     figures: Metrics
-    """Under the names of :func:`tiltmeter.states.observed_metrics.random_update_figures`."""
+    """Values under the names of :func:`tiltmeter.states.observed_metrics.random_update_figures`."""
 
 
 @dataclass(frozen=True)
@@ -137,13 +138,13 @@ class RandomUpdates:
         return {name: math.fsum(values) / len(values) for name, values in sums.items()}
 
     def write(self, folder: Path) -> None:
-        """Write :data:`FILE`. Raises OSError."""
+        """Write the draws to :data:`FILE`. Raises OSError."""
         about = {name: value for name, value in asdict(self).items() if name != "draws"}
         write_json(folder / FILE, about | {"format": _FORMAT, "draws": [draw._asdict() for draw in self.draws]})
 
     @classmethod
     def read(cls, folder: Path) -> "RandomUpdates | None":
-        """What :meth:`write` wrote; None where there is no file.
+        """Read the draws that :meth:`write` wrote; None where there is no file.
 
         Raises:
             UserError: the file is damaged or of another format; names it.
@@ -163,7 +164,7 @@ class RandomUpdates:
 
 
 def check_draws(n_draws: int, forms: Sequence[str]) -> None:
-    """Raises UserError unless so many draws of these forms can be made."""
+    """Check that so many draws of these forms can be made. Raises UserError."""
     if n_draws < 2:
         raise UserError(f"random updates: n_draws: expected at least 2, of which a spread can be told, got {n_draws}")
     for form in forms:
@@ -197,8 +198,8 @@ def read_random_updates(
     for form in forms:
         for draw in range(n_draws):
             with random_update(model, policy, draw=draw, seed=seed, form=form):
-                changed = probe.read(model)
-            found = {point: random_update_figures(base, changed, point) for point in base}
+                changed = StatePair(base, probe.read(model))
+            found = {point: random_update_figures(changed, point) for point in base}
             draws += [Draw(form, draw, p.position, p.site, figures) for p, figures in found.items() if figures]
     weights = {"base": hash_weights(model.state_dict()), "policy": hash_weights(dict(policy))}
     read = hashlib.sha256(hash_pairs(pairs).numpy().tobytes()).hexdigest()

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from analysis.behaviour.by_step import behaviour_by_step_section, behaviour_of_run, decoding_of
-from analysis.open.runs import open_run
+from analysis.behaviour.by_step import behaviour_by_step_section, decoding_of, scores_by_step
+from analysis.open.runs import Run, open_run
 from analysis.open.subject import subject_of_run
 from analysis.report.page import Section, write_report
 from analysis.report.samples import Samples
@@ -22,12 +22,16 @@ MakeRun = Callable[..., Path]
 GENERATION: dict[str, Any] = {"_target_": "callbacks.generation_metrics.GenerationMetrics"}
 
 
+def drawn(run: Run) -> Section:
+    scores = scores_by_step(run)
+    assert scores is not None
+    return behaviour_by_step_section(scores)
+
+
 def section_of(make_run: MakeRun, looks: dict[int, list[Figure]], **options: Any) -> Section:
     folder = make_run(**options)
     planted.write(folder, looks)
-    found = behaviour_by_step_section(open_run(folder))
-    assert found is not None
-    return found
+    return drawn(open_run(folder))
 
 
 def shown(section: Section) -> dict[str, dict[str, str]]:
@@ -136,7 +140,7 @@ def test_the_number_of_prompts_is_that_of_the_completions(make_run: MakeRun) -> 
     samples = [sample(str(i), "a", "b", index=k) for i in range(3) for k in range(2)]
     pairs = planted.figure("preference_accuracy", "both", 0.9, n=400)
     BehaviourTables(folder / "report" / "tables").add(10, 0, samples, Scores([*planted.look(0.75, 0.1), pairs]))
-    found = behaviour_of_run(open_run(folder))
+    found = drawn(open_run(folder))
     asked = "temperature 0.5, 2 each, at most 96 tokens, up to “Human:”"
     assert found.reading[0] == f"Both models complete the same 3 prompts ({asked}), with the same random numbers."
 
@@ -157,11 +161,8 @@ def test_a_decoding_that_no_run_has_is_named_by_its_file(make_run: MakeRun, valu
         decoding_of(run)
 
 
-def test_without_scores_there_is_no_section(make_run: MakeRun) -> None:
-    run = open_run(make_run())
-    assert behaviour_by_step_section(run) is None
-    with pytest.raises(UserError, match=r"analysis=behaviour_by_step: .* has no scores of generated text"):
-        behaviour_of_run(run)
+def test_without_scores_there_is_no_table(make_run: MakeRun) -> None:
+    assert scores_by_step(open_run(make_run())) is None
 
 
 @pytest.mark.parametrize(
@@ -180,7 +181,7 @@ def test_a_damaged_table_is_named(make_run: MakeRun, content: str) -> None:
     path.parent.mkdir(parents=True)
     path.write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=r"behaviour_by_step\.csv: .*delete it") as caught:
-        behaviour_by_step_section(open_run(folder))
+        scores_by_step(open_run(folder))
     assert "\n" not in str(caught.value)
 
 
@@ -189,11 +190,11 @@ def test_the_page_shows_the_table_and_its_scorers_as_text(make_run: MakeRun) -> 
     looks = {10: [*planted.look(0.75, 0.1), planted.figure("<b>x</b>", "policy", 1.0, scorer="<script>")]}
     planted.write(folder, looks)
     run = open_run(folder)
-    page = write_report(subject_of_run(run), [behaviour_of_run(run)], Samples([])).read_text(encoding="utf-8")
+    page = write_report(subject_of_run(run), [drawn(run)], Samples([])).read_text(encoding="utf-8")
     assert "Every figure as last taken" in page
     assert "The numbers by site" not in page
     assert "<li>&lt;script&gt;</li>" in page
     assert "&lt;b&gt;x&lt;/b&gt;" in page
-    again = behaviour_by_step_section(run)
+    again = scores_by_step(run)
     assert again is not None
-    assert again.table.equals(behaviour_of_run(run).table), "the report rewrites the table that it read"
+    assert again.figures.equals(drawn(run).table), "the report rewrites the table that it read"

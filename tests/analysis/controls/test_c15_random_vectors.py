@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import t as student_t
 
@@ -20,6 +20,8 @@ from analysis.controls.c15_random_vectors import (
     EQUAL_NORM,
     SAME,
     UNKNOWN,
+    cell_of,
+    compare,
     draw_effects,
     interpolate,
     random_among_random,
@@ -75,6 +77,19 @@ def test_a_planted_effect_is_found(better: float, verdict: str) -> None:
     assert found["control_low"] <= found["control_mean"] <= found["control_high"]
     margin = one(effects, "preference_odds")
     assert margin["difference"] == pytest.approx(10 * better, abs=0.02)
+
+
+def test_a_comparison_has_effect_null_and_the_interval_between_them() -> None:
+    cell = cell_of(planted(better=0.1))
+    found, reached = compare(cell, "v*", "random", "recovery", EQUAL_NORM, 1.0)
+    row = one(steering_effects(planted(better=0.1), text(0.0), strength=1.0))
+    assert (found.effect, found.null, found.verdict) == (row["value"], row["control_mean"], row["verdict"])
+    assert found.interval == (row["difference"], row["ci_low"], row["ci_high"])
+    assert found.interval.value == pytest.approx(found.effect - found.null)
+    assert reached == row["kl_from_start"]
+    screened, _ = compare(cell, "v*", "random", "recovery", EQUAL_NORM, 1.0, screened=COLLAPSED)
+    assert (screened.effect, screened.verdict) == (found.effect, COLLAPSED)
+    assert all(map(math.isnan, screened.interval))
 
 
 def test_where_there_is_no_effect_most_are_not_distinguishable() -> None:
@@ -194,7 +209,6 @@ def test_the_panel_shows_what_is_off_it_and_what_collapsed(better: float, share:
     assert [label.get_text() for label in axes.get_yticklabels()] == ["v*"]
 
 
-@settings(max_examples=50)
 @given(st.lists(st.floats(0.01, 5.0), min_size=1, max_size=6), st.floats(0.0, 12.0))
 def test_interpolation_is_numpys_where_curves_grow(steps: list[float], at: float) -> None:
     x = np.concatenate([[0.0], np.cumsum(steps)])

@@ -81,7 +81,7 @@ def test_planted_constant_shift_needs_one_vector_alone() -> None:
     planted = checkpoints(12, aligned=0)
     shift = 0.3 * torch.randn(32, generator=torch.Generator().manual_seed(0))
     planted.aligned.model.model.norm.register_forward_pre_hook(lambda _module, inputs: (inputs[0] + shift,))
-    section = RecoveryLadder(sites=[FINAL_PRE_NORM], ranks=[1]).section(planted)
+    section = recovery_ladder_section(RecoveryLadder(sites=[FINAL_PRE_NORM], ranks=[1]).table(planted))
     assert section.table["step"].tolist() == ["v*", "mean", "rank_1", "own"]
     assert section.table["recovery"].tolist() == pytest.approx([1.0] * 4, abs=1e-4)
     assert section.headlines[0].value == "1 of 1"

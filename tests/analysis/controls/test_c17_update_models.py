@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from analysis.controls.c17_update_models import UpdateModelsControl
+from analysis.controls.c17_update_models import UpdateModelsControl, update_models_section
 from analysis.open.checkpoints import Checkpoints
 from tests.analysis.asked import checkpoints
 from tests.analysis.legible import assert_legible
@@ -47,7 +47,9 @@ def test_planted_shift_is_no_function_of_the_state() -> None:
     planted = checkpoints(24, aligned=0)
     shift = 0.3 * torch.randn(32, generator=torch.Generator().manual_seed(0))
     planted.aligned.model.model.norm.register_forward_pre_hook(lambda _module, inputs: (inputs[0] + shift,))
-    section = UpdateModelsControl(sites=[FINAL_PRE_NORM], positions=["prompt_last", "diverge"]).section(planted)
+    section = update_models_section(
+        UpdateModelsControl(sites=[FINAL_PRE_NORM], positions=["prompt_last", "diverge"]).table(planted)
+    )
     assert_legible(section)
     assert section.table.query("model == 'constant'")["r_squared"].tolist() == pytest.approx([1.0, 1.0], abs=1e-5)
     assert section.headlines[0].value == "2 of 2"
@@ -60,7 +62,9 @@ def test_update_that_follows_the_state_is_told_from_a_shift() -> None:
     planted.aligned.model.model.norm.register_forward_pre_hook(
         lambda _module, inputs: (inputs[0] + (inputs[0] - inputs[0].mean()) @ weights[:, None] * along,)
     )
-    section = UpdateModelsControl(sites=[FINAL_PRE_NORM], positions=["content"], ranks=[1]).section(planted)
+    section = update_models_section(
+        UpdateModelsControl(sites=[FINAL_PRE_NORM], positions=["content"], ranks=[1]).table(planted)
+    )
     rows = section.table.set_index("model")["r_squared"]
     assert rows["own_rank_1"] == pytest.approx(1, abs=1e-4), "one direction, of a length that depends on the state"
     assert rows["affine"] > rows["constant"] + 0.05

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from analysis.figures.fig1b_gradient_field import GradientField, resultant_interval
+from analysis.figures.fig1b_gradient_field import GradientField, gradient_field_section, resultant_interval
 from analysis.figures.fig1b_places import StateGradients, parting_places
 from analysis.open.checkpoints import Checkpoints
 from analysis.report.page import Section
@@ -34,7 +34,7 @@ def asked_about() -> Checkpoints:
 
 @pytest.fixture(scope="module")
 def section(asked_about: Checkpoints) -> Section:
-    return GradientField(model="aligned", n_pairs=6, points_per_axis=3).section(asked_about)
+    return gradient_field_section(GradientField(model="aligned", n_pairs=6, points_per_axis=3).table(asked_about))
 
 
 def pick(section: Section, **wanted: str) -> Any:
@@ -109,7 +109,7 @@ def test_the_figure_is_legible_and_its_section_whole(section: Section) -> None:
 
 def test_a_soft_cap_bends_the_field_so_that_nothing_is_a_tautology() -> None:
     capped = checkpoints(6, family="gemma2", attn="eager", final_logit_softcapping=0.5)
-    found = GradientField(n_pairs=4, points_per_axis=3, sites=FINAL_POST_NORM).section(capped)
+    found = gradient_field_section(GradientField(n_pairs=4, points_per_axis=3, sites=FINAL_POST_NORM).table(capped))
     assert not found.table["is_tautology"].any()
     assert (pick(found, reading="grid")["mean_resultant"] < 1 - 1e-6).all()
     assert "soft cap" in " ".join(found.reading)
@@ -148,7 +148,7 @@ def test_the_mean_gradient_of_a_model_moved_down_it_points_to_the_update(asked_a
     moved = checkpoints(10, aligned=0)
     final = moved.aligned.model.model.norm
     final.register_forward_hook(lambda _module, _inputs, hidden: hidden + 0.1 * down.float())
-    found = GradientField(points_per_axis=2, sites=FINAL_POST_NORM).section(moved)
+    found = gradient_field_section(GradientField(points_per_axis=2, sites=FINAL_POST_NORM).table(moved))
     row = pick(found, reading="pairs", words="preference").iloc[0]
     assert row["update_cosine"] == pytest.approx(1, abs=1e-4)
 
@@ -173,7 +173,7 @@ def test_the_interval_of_a_small_r_does_not_lie_above_it() -> None:
 
 def test_few_pairs_equal_responses_and_options_out_of_range_are_one_line(asked_about: Checkpoints) -> None:
     with pytest.raises(UserError, match=r"gradient_field: expected at least 4 pairs .* got 3 of 3"):
-        GradientField().section(checkpoints(3))
+        GradientField().table(checkpoints(3))
     for options, said in (
         ({"n_pairs": 3}, r"gradient_field\.n_pairs: expected at least 4, got 3"),
         ({"points_per_axis": 1}, r"gradient_field\.points_per_axis: expected at least 2"),
@@ -184,7 +184,7 @@ def test_few_pairs_equal_responses_and_options_out_of_range_are_one_line(asked_a
         with pytest.raises(UserError, match=said):
             GradientField(**options)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="this model has 2 blocks"):
-        GradientField(sites="layer_07").section(asked_about)
+        GradientField(sites="layer_07").table(asked_about)
 
 
 def test_costs_count_a_token_for_every_point(asked_about: Checkpoints) -> None:

@@ -7,28 +7,31 @@ import torch
 from analysis.figures.fig3_consistency import (
     N_SPLITS,
     OF_PAIRS,
-    consistency_section,
-    consistency_table,
+    consistency_row,
+    consistency_tables,
     expected_between_halves,
 )
-from analysis.figures.hidden_states import Watched
+from analysis.open.observed import Observed
+from analysis.registry import BY_NAME
 from tests.analysis import planted_geometry as planted
-from tests.analysis.planted_geometry import noise, stored
+from tests.analysis.planted_geometry import POINT, noise, one_site
 from tiltmeter.geometry.consistency import leave_one_out_cosines, split_half
 from tiltmeter.geometry.rows import row_geometry
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> Watched:
-    return planted.watched(tmp_path_factory.mktemp("run"))
+def seen(tmp_path_factory: pytest.TempPathFactory) -> Observed:
+    return planted.planted_run(tmp_path_factory.mktemp("run"))
 
 
-def test_consistency_is_that_of_the_rows(seen: Watched) -> None:
-    assert seen.rows is not None
-    table = consistency_table(seen.rows).set_index("site")
-    for site in seen.rows.sites:
-        update = seen.rows.update(site)
-        row = table.loc[site]
+def test_consistency_is_that_of_the_rows(seen: Observed) -> None:
+    tables = consistency_tables(seen)
+    assert tables is not None
+    assert seen.states is not None
+    table = tables["consistency"].set_index("site")
+    for point in seen.states.points:
+        update = seen.states.update(point)
+        row = table.loc[point.site]
         assert row["leave_one_out"] == pytest.approx(float(leave_one_out_cosines(update).mean()), abs=1e-9)
         assert row["split_half"] == pytest.approx(
             float(split_half(update, n_splits=N_SPLITS).mean_cosine.mean()), abs=1e-9
@@ -39,9 +42,8 @@ def test_consistency_is_that_of_the_rows(seen: Watched) -> None:
         assert row["split_half_least"] <= row["split_half"]
 
 
-def test_all_three_cosines_are_drawn_over_their_own_nulls(seen: Watched) -> None:
-    assert seen.rows is not None
-    section = consistency_section(seen.rows)
+def test_all_three_cosines_are_drawn_over_their_own_nulls(seen: Observed) -> None:
+    section = BY_NAME["consistency"].answer(seen)
     assert section is not None
     table = section.table
     for axes, measure in zip(section.figure.axes[1:], ("split_half", "leave_one_out", "in_sample"), strict=True):
@@ -70,6 +72,6 @@ def test_rows_that_did_not_change_are_counted_and_left_out() -> None:
     base = noise(20, 8)
     update = torch.ones(20, 8, dtype=torch.float64)
     update[:5] = 0
-    (row,) = consistency_table(stored(base, base + update)).to_dict("records")
+    row = consistency_row(one_site(base, base + update), POINT)
     assert row["n_unmoved"] == 5
     assert row["split_half"] == pytest.approx(1)

@@ -1,3 +1,4 @@
+import io
 import math
 import re
 from collections.abc import Callable
@@ -8,20 +9,27 @@ import pandas as pd
 import pytest
 import torch
 
-from analysis.figures.fig3_cosines import EDGES, N_SPLITS, SIDES, cosine_set
-from analysis.figures.hidden_states import (
-    SECTIONS,
-    Watched,
-    hidden_state_section,
-    hidden_state_sections,
-    section_of_run,
+from analysis.figures.fig1a_projection import draw_preference_plane, draw_projections
+from analysis.figures.fig1c_clouds import draw_clouds
+from analysis.figures.fig3_consistency import (
+    EDGES,
+    N_SPLITS,
+    OF_PAIRS,
+    cosine_tables,
+    draw_consistency,
+    draw_cosines,
 )
-from analysis.figures.layer_curves import NULLS, geometry_table
+from analysis.figures.fig4a_entropy import draw_entropies, draw_entropy_controls
+from analysis.figures.fig4b_singular_values import draw_signal_ranks, draw_singular_values
+from analysis.figures.layer_curves import NULLS, draw_geometry, geometry_table
+from analysis.figures.layer_maps import draw_layers_by_step
 from analysis.open.observations import UPDATE, latest, most_entropy, observed, updates
-from analysis.open.runs import open_run
-from analysis.open.stored_rows import latest_name
+from analysis.open.observed import Observed, Tables, latest_name
+from analysis.registry import BY_NAME, sections_of_states
 from analysis.report.page import Section
+from analysis.report.style import png_bytes
 from tests.analysis import planted_geometry as planted
+from tests.analysis.asked import OF_STATES
 from tests.analysis.conftest import dpo_rows
 from tests.analysis.legible import assert_legible
 from tiltmeter.errors import UserError
@@ -29,6 +37,19 @@ from tiltmeter.geometry.consistency import split_half
 from tiltmeter.geometry.rows import row_geometry
 from tiltmeter.models.layers import FINAL_POST_NORM, FINAL_PRE_NORM
 
+DRAW: dict[str, Callable[[Tables], Section]] = {
+    "geometry": draw_geometry,
+    "entropy": draw_entropies,
+    "entropy_controls": draw_entropy_controls,
+    "singular_values": draw_singular_values,
+    "signal_rank": draw_signal_ranks,
+    "layers_by_step": draw_layers_by_step,
+    "cosines": draw_cosines,
+    "consistency": draw_consistency,
+    "clouds": draw_clouds,
+    "projection": draw_projections,
+    "preference_plane": draw_preference_plane,
+}
 SITES = ["layer_00", "layer_01", FINAL_PRE_NORM, FINAL_POST_NORM]
 
 
@@ -36,26 +57,26 @@ def table_of(rows: list[dict[str, float]]) -> pd.DataFrame:
     return geometry_table(observed(pd.DataFrame(rows)))
 
 
-def sections_of(rows: list[dict[str, float]], snapshots: Path) -> dict[str, Section]:
-    return {section.name: section for section in hidden_state_sections(Watched(pd.DataFrame(rows), snapshots))}
+def sections_of(rows: list[dict[str, float]], folder: Path) -> dict[str, Section]:
+    return {section.name: section for section in sections_of_states(planted.stored(folder, rows))}
 
 
-def one(name: str, rows: list[dict[str, float]], snapshots: Path) -> Section:
-    section = hidden_state_section(name, Watched(pd.DataFrame(rows), snapshots))
+def one(name: str, rows: list[dict[str, float]], folder: Path) -> Section:
+    section = BY_NAME[name].answer(planted.stored(folder, rows))
     assert section is not None
     return section
 
 
 @pytest.fixture(scope="module")
-def snapshots(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("run") / "snapshots"
-    planted.write_snapshots(folder)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    planted.write_snapshots(folder / "snapshots")
     return folder
 
 
 @pytest.fixture(scope="module")
-def drawn(snapshots: Path) -> dict[str, Section]:
-    return sections_of(planted.run_rows(), snapshots)
+def drawn(folder: Path) -> dict[str, Section]:
+    return sections_of(planted.run_rows(), folder)
 
 
 def test_rows_of_several_callbacks_become_one_a_site_in_the_order_of_the_forward_pass() -> None:
@@ -82,22 +103,19 @@ def test_the_table_has_what_was_computed_from_the_rows() -> None:
 
 def test_a_run_without_a_probe_has_no_sections_and_no_table(tmp_path: Path) -> None:
     assert table_of(dpo_rows()).empty
-    assert sections_of(dpo_rows(), tmp_path / "snapshots") == {}
+    assert sections_of(dpo_rows(), tmp_path) == {}
 
 
 def test_every_section_is_drawn_and_legible(drawn: dict[str, Section]) -> None:
-    assert tuple(drawn) == SECTIONS
+    assert tuple(drawn) == OF_STATES
     for section in drawn.values():
         panels = [axes for axes in section.figure.axes if axes.get_title("left")]
         assert len(panels) == len(section.sentences)
         assert section.figure.get_size_inches()[0] * 2.54 == pytest.approx(8.0)
         assert len(section.table)
         assert_legible(section)
-    assert {name: set(section.more_tables) for name, section in drawn.items() if section.more_tables} == {
-        "singular_values": {"spectra"},
-        "clouds": {"cloud_distances"},
-        "preference_plane": {"projections"},
-    }
+    more = {table for section in drawn.values() for table in section.more_tables if not table.endswith("_about")}
+    assert more == {"spectra", "cloud_distances", "projections"}
     assert "no entropy can pass ln min(N, d) = ln 16" in " ".join(drawn["entropy"].reading)
     assert "control runs" in " ".join(drawn["geometry"].limits)
 
@@ -135,7 +153,7 @@ def test_noise_is_not_above_its_null(tmp_path: Path) -> None:
     match = re.search(r"above its null at (\d) of 4 sites", one("geometry", rows, tmp_path).sentences[-1])
     assert match is not None
     assert int(match[1]) <= 1
-    assert ", inside its null " in one("cosines", rows, tmp_path / "snapshots").sentences[1]
+    assert ", inside its null " in one("cosines", rows, tmp_path).sentences[1]
 
 
 def test_a_share_just_short_of_everything_is_not_rounded_up_to_it(tmp_path: Path) -> None:
@@ -207,38 +225,56 @@ def test_the_cap_of_entropies_is_told_from_the_metrics() -> None:
     assert most_entropy(table) == pytest.approx(math.log(min(planted.N_PAIRS, planted.WIDTH)))
 
 
-def test_cosines_are_those_of_the_stored_rows(snapshots: Path) -> None:
-    found = Watched(pd.DataFrame(planted.run_rows()), snapshots).cosines
-    assert found is not None
-    assert (found.snapshot, found.site, found.position) == ("epoch=001", FINAL_POST_NORM, "prompt_last")
+@pytest.mark.parametrize("name", OF_STATES)
+def test_a_section_is_drawn_again_from_its_files(drawn: dict[str, Section], name: str) -> None:
+    """Whatever a figure says stands in the tables of the report: words of the page, and the figure to the last pixel."""
+    first, draw = drawn[name], DRAW[name]
+    tables = {first.name: first.table, **first.more_tables}
+    files = {name: io.StringIO(table.to_csv(index=False)) for name, table in tables.items()}
+    again = draw({name: pd.read_csv(file) for name, file in files.items()})
+    words = ("question", "claim", "sentences", "interval", "limits", "reading", "headlines")
+    assert [getattr(again, part) for part in words] == [getattr(first, part) for part in words]
+    assert (again.shown is None) == (first.shown is None)
+    assert png_bytes(again.figure) == png_bytes(first.figure)
+
+
+def test_cosines_are_those_of_the_stored_rows(folder: Path) -> None:
+    seen = planted.stored(folder)
+    table, here = cosines_of(seen)
+    assert (here["snapshot"], here["site"], here["position"]) == ("epoch=001", FINAL_POST_NORM, "prompt_last")
     row = table_of(planted.run_rows()).iloc[-1]
-    assert found.means["in_sample"].value == pytest.approx(row.mean_cosine_in_sample, abs=1e-6)
-    assert found.means["leave_one_out"].value == pytest.approx(row.mean_cosine_leave_one_out, abs=1e-6)
-    last = Watched(pd.DataFrame(planted.run_rows()), snapshots).rows
-    assert last is not None
-    halves = split_half(last.update(FINAL_POST_NORM), n_splits=N_SPLITS)
-    assert found.means["split_half"].value == pytest.approx(float(halves.mean_cosine.mean()), abs=1e-9)
-    assert tuple(found.counts) == SIDES
+    assert here["in_sample"] == pytest.approx(row.mean_cosine_in_sample, abs=1e-6)
+    assert here["leave_one_out"] == pytest.approx(row.mean_cosine_leave_one_out, abs=1e-6)
+    assert seen.states is not None
+    halves = split_half(seen.states.update(seen.states.points[-1]), n_splits=N_SPLITS)
+    assert here["split_half"] == pytest.approx(float(halves.mean_cosine.mean()), abs=1e-9)
     middle = (EDGES[:-1] + EDGES[1:]) / 2
-    for side, counts in found.counts.items():
-        assert counts.sum() == pytest.approx(found.n_pairs)
-        mean, low, high = found.means[side]
+    for side in OF_PAIRS:
+        counts = table[f"{side}_pairs"]
+        assert counts.sum() == pytest.approx(here["n_rows"])
+        mean, low, high = (here[f"{side}{end}"] for end in ("", "_low", "_high"))
         assert float(np.average(middle, weights=counts)) == pytest.approx(mean, abs=0.0125)
         assert low < mean < high
-        assert found.bands[side][0] < found.bands[side][1] < low
-        assert found.null_shares[side].sum() == pytest.approx(1)
+        assert here[f"{side}_null_low"] < here[f"{side}_null_high"] < low
+        assert table[f"{side}_null_share"].sum() == pytest.approx(1)
+
+
+def cosines_of(seen: Observed) -> tuple[pd.DataFrame, pd.Series]:
+    tables = cosine_tables(seen)
+    assert tables is not None
+    return tables["cosines"], tables["cosines_about"].iloc[0]
 
 
 def test_pairs_that_did_not_move_have_no_cosine_and_leave_the_means_alone() -> None:
     base, update = planted.noise(20, 8), planted.noise(20, 8, 1) + 2
-    all_moved = cosine_set(planted.stored(base, base + update), FINAL_POST_NORM)
+    _, all_moved = cosines_of(planted.of_pair(planted.one_site(base, base + update)))
     base, update = torch.cat([base, base[:5]]), torch.cat([update, 0 * update[:5]])
-    found = cosine_set(planted.stored(base, base + update), FINAL_POST_NORM)
-    assert found.n_pairs == 25
-    for side in SIDES:
-        assert found.counts[side].sum() == pytest.approx(20)
-        assert found.means[side].value == pytest.approx(all_moved.means[side].value)
-        assert found.bands[side] == pytest.approx(all_moved.bands[side])
+    table, here = cosines_of(planted.of_pair(planted.one_site(base, base + update)))
+    assert (here["n_rows"], here["n_unmoved"]) == (25, 5)
+    for side in OF_PAIRS:
+        assert table[f"{side}_pairs"].sum() == pytest.approx(20)
+        for figure in (side, f"{side}_null_low", f"{side}_null_high"):
+            assert here[figure] == pytest.approx(all_moved[figure])
 
 
 def test_the_latest_snapshot_is_found_whatever_its_name() -> None:
@@ -250,18 +286,12 @@ def test_the_latest_snapshot_is_found_whatever_its_name() -> None:
 
 def test_rounded_rows_are_said_to_be_rounded(tmp_path: Path) -> None:
     planted.write_snapshots(tmp_path / "snapshots", dtype="bfloat16")
-    section = one("cosines", planted.run_rows(), tmp_path / "snapshots")
-    assert any("stored as bfloat16" in line for line in section.reading)
+    section = one("cosines", planted.run_rows(), tmp_path)
+    assert any("kept as bfloat16" in line for line in section.reading)
 
 
 def test_a_damaged_snapshot_is_named(tmp_path: Path) -> None:
-    folder = tmp_path / "snapshots"
-    planted.write_snapshots(folder)
-    (folder / "epoch=001.safetensors").write_bytes(b"nothing")
+    planted.write_snapshots(tmp_path / "snapshots")
+    (tmp_path / "snapshots" / "epoch=001.safetensors").write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"epoch=001\.safetensors: damaged"):
-        one("cosines", planted.run_rows(), folder)
-
-
-def test_asking_for_what_a_run_has_not_is_one_line(make_run: Callable[..., Path]) -> None:
-    with pytest.raises(UserError, match=r"analysis=entropy: .* has no readings for it \(expected a run trained with"):
-        section_of_run("entropy", open_run(make_run()))
+        one("cosines", planted.run_rows(), tmp_path)

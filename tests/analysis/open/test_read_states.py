@@ -6,12 +6,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from analysis.figures.hidden_states import hidden_state_section
+from analysis.figures.fig1a_projection import parting
 from analysis.open.checkpoints import Checkpoints
-from analysis.open.read_states import AFTER, READ_NOW, ReadNow, StateReading
+from analysis.open.observed import Observed
+from analysis.open.read_states import AFTER, StateReading
+from analysis.registry import BY_NAME
 from tests.analysis import asked
+from tests.analysis.asked import READ_NOW
 from tiltmeter.errors import UserError
 from tiltmeter.models.layers import unembedding
+from tiltmeter.states.capture import ReadPoint
 
 N_PAIRS = 10
 
@@ -22,12 +26,12 @@ def models() -> Checkpoints:
 
 
 @pytest.fixture(scope="module")
-def now(models: Checkpoints) -> ReadNow:
+def now(models: Checkpoints) -> Observed:
     return StateReading(pairs_per_batch=3).read(models)
 
 
-def test_rows_are_what_each_model_computes_pair_by_pair(models: Checkpoints, now: ReadNow) -> None:
-    rows = now.rows
+def test_rows_are_what_each_model_computes_pair_by_pair(models: Checkpoints, now: Observed) -> None:
+    rows = now.at()
     assert rows is not None
     assert rows.pair_ids == [pair.pair_id for pair in models.pairs]
     assert rows.clusters == [pair.group for pair in models.pairs]
@@ -36,45 +40,47 @@ def test_rows_are_what_each_model_computes_pair_by_pair(models: Checkpoints, now
             with torch.no_grad():
                 states = opened.model(torch.tensor([list(pair.ids.prompt_ids)]), output_hidden_states=True)
             for site, depth in (("layer_00", 1), ("final_post_norm", -1)):
-                torch.testing.assert_close(found[site][i], states.hidden_states[depth][0, -1], rtol=1e-4, atol=1e-5)
+                row = found[ReadPoint(site, "prompt_last")].rows[i]
+                torch.testing.assert_close(row, states.hidden_states[depth][0, -1], rtol=1e-4, atol=1e-5)
 
 
-def test_v_is_the_difference_of_the_tokens_that_the_row_predicts(models: Checkpoints, now: ReadNow) -> None:
-    parting = now.parting
-    assert parting is not None
+def test_v_is_the_difference_of_the_tokens_that_the_row_predicts(models: Checkpoints, now: Observed) -> None:
+    found = parting(now)
+    assert found is not None
+    rows, vectors, _ = found
     weight = unembedding(models.base.model).weight
     by_id = {pair.pair_id: pair.ids for pair in models.pairs}
-    for name, v in zip(parting.rows.pair_ids, parting.v, strict=True):
+    for name, v in zip(rows.ids_of(rows.points[0]), vectors, strict=True):
         chosen, rejected = by_id[name].chosen_ids, by_id[name].rejected_ids
         at = next(i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b)
         torch.testing.assert_close(v, weight[chosen[at]] - weight[rejected[at]])
 
 
-def test_one_reading_draws_every_figure_that_needs_no_course(now: ReadNow) -> None:
-    sections = {name: hidden_state_section(name, now) for name in READ_NOW}
+def test_one_reading_draws_every_figure_that_needs_no_course(now: Observed) -> None:
+    sections = {name: BY_NAME[name].answer(now) for name in READ_NOW}
     assert [name for name, section in sections.items() if section is None] == []
     geometry = sections["geometry"]
     assert geometry is not None
     assert geometry.table["steps_taken"].isna().all()
     assert any("in the aligned model" in line for line in geometry.reading)
-    rows = now.rows
+    rows = now.at()
     assert rows is not None
-    assert rows.snapshot == AFTER
-    update = rows.update("final_post_norm")
+    assert rows.name == AFTER
+    update = rows.update(rows.points[-1])
     share = len(update) * update.mean(0).square().sum() / update.square().sum()
     last = geometry.table.set_index("site").loc["final_post_norm"]
     assert last["shift_share"] == pytest.approx(float(share))
 
 
 def test_steps_are_told_where_they_are_known(models: Checkpoints) -> None:
-    section = hidden_state_section("geometry", StateReading().read(models, n_steps=7))
+    section = BY_NAME["geometry"].answer(StateReading().read(models, n_steps=7))
     assert section is not None
     assert any("after 7 steps" in line for line in section.reading)
 
 
 def test_two_equal_models_have_nothing_to_show(models: Checkpoints) -> None:
     now = StateReading().read(replace(models, aligned=models.base))
-    assert [hidden_state_section(name, now) for name in READ_NOW] == [None] * len(READ_NOW)
+    assert [BY_NAME[name].answer(now) for name in READ_NOW] == [None] * len(READ_NOW)
 
 
 def test_a_pair_without_finite_states_is_left_out_and_counted() -> None:
@@ -87,9 +93,9 @@ def test_a_pair_without_finite_states_is_left_out_and_counted() -> None:
     embedding = models.aligned.model.get_input_embeddings().weight
     with torch.no_grad():
         embedding[token] = torch.nan  # type: ignore[index,operator]
-    rows = StateReading().read(models).rows
+    rows = StateReading().read(models).at()
     assert rows is not None
-    assert bad not in rows.pair_ids
+    assert bad not in (rows.pair_ids or ())
     assert rows.n_rows == N_PAIRS - 1
     assert rows.n_left_out == 1
     with torch.no_grad():
@@ -111,7 +117,7 @@ def most_bytes_while_reading(models: Checkpoints) -> int:
         most = max(most, sum(alive.values()))
 
     handle = models.aligned.model.get_input_embeddings().register_forward_hook(count)
-    rows = StateReading(n_pairs=8, pairs_per_batch=4).read(models).rows
+    rows = StateReading(n_pairs=8, pairs_per_batch=4).read(models).at()
     handle.remove()
     gc.unfreeze()
     assert rows is not None

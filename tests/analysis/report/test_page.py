@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from analysis.figures.training import training_section
+from analysis.figures.training import training_section, training_table
 from analysis.open.probe_pairs import ProbePair
 from analysis.open.runs import Run, open_run
 from analysis.open.subject import subject_of_run
@@ -35,7 +35,9 @@ class Page(HTMLParser):
 
 
 def page_of(run: Run, samples: Samples) -> str:
-    return write_report(subject_of_run(run), [training_section(run)], samples).read_text(encoding="utf-8")
+    return write_report(subject_of_run(run), [training_section(training_table(run))], samples).read_text(
+        encoding="utf-8"
+    )
 
 
 def rendered(run: Run, samples: Samples) -> str:
@@ -133,7 +135,7 @@ def test_a_section_says_claim_number_interval_limits_files_and_command(run: Run,
     )
     places = [section.index(words) for words in order]
     assert places == sorted(places)
-    assert_legible(training_section(run))
+    assert_legible(training_section(training_table(run)))
 
 
 def test_a_model_that_says_nothing_is_shown_as_such(run: Run) -> None:

@@ -22,6 +22,10 @@ from tiltmeter.steering.intervene import Intervention, steer
 SITES = all_sites(2)
 
 
+def section_of(asked: Transfer, asked_about: Checkpoints) -> Section:
+    return transfer_section(*asked.table(asked_about))
+
+
 @pytest.fixture(scope="module")
 def asked_about() -> Checkpoints:
     return checkpoints(12)
@@ -29,7 +33,7 @@ def asked_about() -> Checkpoints:
 
 @pytest.fixture(scope="module")
 def section(asked_about: Checkpoints) -> Section:
-    return Transfer(n_random=2).section(asked_about)
+    return section_of(Transfer(n_random=2), asked_about)
 
 
 def cell(section: Section, source: str, site: str) -> pd.Series:
@@ -81,7 +85,7 @@ def test_a_planted_constant_shift_is_recovered_whole_at_its_own_site() -> None:
     planted = checkpoints(12, aligned=0)
     shift = 0.3 * torch.randn(32, generator=torch.Generator().manual_seed(0))
     planted.aligned.model.model.norm.register_forward_pre_hook(lambda _module, inputs: (inputs[0] + shift,))
-    found = Transfer(sites=[FINAL_PRE_NORM, FINAL_POST_NORM], n_random=2).section(planted)
+    found = section_of(Transfer(sites=[FINAL_PRE_NORM, FINAL_POST_NORM], n_random=2), planted)
     own = cell(found, FINAL_PRE_NORM, FINAL_PRE_NORM)
     assert own["recovery"] == pytest.approx(1, abs=1e-4)
     assert own["norm"] == pytest.approx(float(shift.norm()), rel=1e-4)
@@ -139,7 +143,7 @@ def test_the_figure_is_legible_and_its_section_whole(section: Section, n_layers:
 
 def test_vectors_and_numbers_come_from_other_prompts(asked_about: Checkpoints) -> None:
     asked = Transfer(n_random=1, n_prompts=2, seed=4)
-    found = asked.section(asked_about)
+    found = section_of(asked, asked_about)
     assert set(found.table["n"]) == {2}
     assert "6 held-out pairs. Numbers are of 2 other pairs" in found.reading[0]
     (cost,) = asked.costs(asked_about)
@@ -153,9 +157,9 @@ def test_vectors_and_numbers_come_from_other_prompts(asked_about: Checkpoints) -
 
 def test_models_that_do_not_differ_and_options_out_of_range_are_one_line(asked_about: Checkpoints) -> None:
     with pytest.raises(UserError, match="aligned: expected a model whose hidden states at layer_00 are not the base"):
-        Transfer().section(checkpoints(8, aligned=0))
+        Transfer().table(checkpoints(8, aligned=0))
     with pytest.raises(UserError, match=r"transfer\.sites: expected at least two sites or all, got layer_00"):
-        Transfer(sites="layer_00").section(asked_about)
+        Transfer(sites="layer_00").table(asked_about)
     for options, said in (
         ({"n_random": 0}, r"transfer\.n_random: expected at least 1, got 0"),
         ({"n_prompts": 0}, r"transfer\.n_prompts: expected at least 1, got 0"),

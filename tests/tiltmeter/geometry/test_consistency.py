@@ -29,7 +29,7 @@ def test_cosines_are_those_worked_out_by_hand() -> None:
 
 @settings(deadline=None)
 @given(st.integers(2, 20), st.integers(1, 8), st.integers(0, 99))
-def test_leaving_one_out_is_what_it_says(n: int, d: int, seed: int) -> None:
+def test_leave_one_out_cosine_is_with_the_mean_of_the_other_rows(n: int, d: int, seed: int) -> None:
     rows = noise(n, d, seed)
     expected = [cosine(rows[i], torch.cat([rows[:i], rows[i + 1 :]]).mean(0)) for i in range(n)]
     assert_close(leave_one_out_cosines(rows), torch.stack(expected))
@@ -83,7 +83,7 @@ def test_signs_given_beside_inner_products_are_those_of_the_rows() -> None:
     assert_close(found.cosine_of_means, expected.cosine_of_means)
 
 
-def test_what_has_no_direction_is_nan() -> None:
+def test_cosine_of_a_row_without_direction_is_nan() -> None:
     assert in_sample_cosines(torch.tensor([[1.0, 0.0], [-1.0, 0.0]])).isnan().all()
     assert leave_one_out_cosines(torch.ones(1, 3)).isnan().all()
     with pytest.raises(ValueError, match="at least two rows, got 1"):

@@ -106,7 +106,7 @@ def test_updates_that_are_one_shift_have_it_as_their_only_direction() -> None:
     assert_close(found.energy_shares, torch.tensor([1.0, 0.0], dtype=torch.float64), rtol=0, atol=1e-9)
 
 
-def test_what_cannot_be_computed_is_refused() -> None:
+def test_directions_of_unfit_input_are_refused() -> None:
     with pytest.raises(ValueError, match="expected 1 to 3 directions, got 4"):
         principal_directions(noise(3, 8), 4, centred=True)
     with pytest.raises(UserError, match="v̄ needs chosen and rejected"):

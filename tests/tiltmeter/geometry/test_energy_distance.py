@@ -14,7 +14,7 @@ def noise(n: int, d: int, seed: int = 0) -> Tensor:
     return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def test_in_one_dimension_it_is_that_of_scipy() -> None:
+def test_energy_distance_in_one_dimension_equals_scipys() -> None:
     """Scipy takes every pair of points, those with themselves as well, and the root of the value."""
     x, y = noise(50, 1), 0.7 * noise(50, 1, 1) + 0.4
     kernel = energy_kernel(x, y) + (2 * (x - y).abs()).ravel().diag()
@@ -23,7 +23,7 @@ def test_in_one_dimension_it_is_that_of_scipy() -> None:
 
 @settings(deadline=None)
 @given(st.integers(2, 12), st.integers(1, 6), st.integers(0, 99))
-def test_it_is_the_mean_over_all_ordered_pairs(n: int, d: int, seed: int) -> None:
+def test_energy_distance_is_the_mean_over_ordered_pairs(n: int, d: int, seed: int) -> None:
     x, y = noise(n, d, seed), noise(n, d, seed + 1) + 1
 
     def apart(a: Tensor, b: Tensor) -> float:
@@ -57,7 +57,7 @@ def test_halves_keep_prompts_together_and_are_of_equal_size() -> None:
     assert torch.equal(halves, random_halves(clusters, n_splits=8))
 
 
-def test_too_few_are_refused() -> None:
+def test_energy_distance_of_too_few_pairs_is_refused() -> None:
     with pytest.raises(ValueError, match="at least two pairs, got 1"):
         energy_distance(torch.ones(1, 2), torch.ones(1, 2))
     with pytest.raises(ValueError, match="at least two clusters, got 1"):

@@ -106,7 +106,7 @@ def whole(gradients: Tensor, v: Tensor, fixed: Tensor) -> tuple[float, float, fl
 
 @settings(deadline=None)
 @given(st.integers(1, 20), st.integers(1, 8), st.integers(1, 5), st.integers(0, 99))
-def test_streaming_is_batch_is_merge(n: int, d: int, pieces: int, seed: int) -> None:
+def test_streamed_gradients_equal_one_batch_and_a_merge(n: int, d: int, pieces: int, seed: int) -> None:
     g, v, fixed = noise(n, d, seed=seed), noise(n, d, seed=seed + 1), noise(d, seed=seed + 2)
     parts = [GradientMoments(d, names=["sequence", "update"]) for _ in range(pieces)]
     for part, rows, own in zip(parts, g.tensor_split(pieces), v.tensor_split(pieces), strict=True):

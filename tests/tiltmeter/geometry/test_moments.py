@@ -3,7 +3,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
@@ -69,9 +69,10 @@ def assert_same(a: RowGeometry, b: RowGeometry, tolerance: float, leave_out_last
     assert flat(a)[:end] == pytest.approx(flat(b)[:end], rel=tolerance, abs=tolerance, nan_ok=True)
 
 
-@settings(deadline=None, max_examples=40)
 @given(st.integers(2, 30), st.integers(2, 12), st.integers(1, 4), folds, st.integers(0, 99))
-def test_streaming_is_batch_is_a_merge_of_four_ranks(n: int, d: int, pieces: int, kept: int, seed: int) -> None:
+def test_streamed_moments_equal_one_batch_and_a_merge_of_four_ranks(
+    n: int, d: int, pieces: int, kept: int, seed: int
+) -> None:
     rows = noise(n, d, seed) + 3 * noise(1, d, seed + 1)
     whole = moments_of(rows, kept)
     streamed = moments_of(rows, kept, pieces)
@@ -94,9 +95,8 @@ def test_streaming_is_batch_is_a_merge_of_four_ranks(n: int, d: int, pieces: int
             assert_same(other.geometry(variant, without=FIRST), whole.geometry(variant, without=FIRST), 1e-6)
 
 
-@settings(deadline=None)
 @given(st.integers(2, 30), st.integers(2, 12), st.integers(0, 99))
-def test_folded_rows_tell_the_same_as_kept_ones(n: int, d: int, seed: int) -> None:
+def test_folded_rows_give_the_figures_of_kept_rows(n: int, d: int, seed: int) -> None:
     rows = noise(n, d, seed) + 2
     kept, folded = moments_of(rows, KEPT), moments_of(rows, FOLDED, 3)
     for variant in VARIANTS:
@@ -153,7 +153,6 @@ def test_only_constant_length_rows_have_a_share_equal_to_the_squared_mean_cosine
     assert g.shift_share == pytest.approx(g.mean_cosine_in_sample**2)
 
 
-@settings(deadline=None)
 @given(st.integers(2, 20), st.integers(2, 9), st.floats(0, 4), st.integers(0, 99))
 def test_the_first_direction_holds_at_least_the_shift(n: int, d: int, shift: float, seed: int) -> None:
     g = row_geometry(noise(n, d, seed) + shift)
@@ -213,7 +212,7 @@ def test_outliers_of_noise_are_few() -> None:
     assert sum(n_found) <= 8  # 40 × 1024 dimensions at 5e-5 each: 2 expected
 
 
-def test_outliers_are_chosen_on_rows_that_are_not_told_of() -> None:
+def test_outlier_dims_are_chosen_on_rows_left_out_of_the_figures() -> None:
     base = noise(30, 64)
     base[10:, 5] += 100
     without, told = outlier_dims(base)
@@ -221,7 +220,7 @@ def test_outliers_are_chosen_on_rows_that_are_not_told_of() -> None:
     assert len(base[told]) == 20
 
 
-def test_removing_outliers_without_saying_which_is_refused() -> None:
+def test_removing_outlier_dims_without_naming_them_is_refused() -> None:
     with pytest.raises(ValueError, match="dimensions to leave out"):
         row_geometry(noise(4, 8), "outlier_dims_removed")
 
@@ -263,7 +262,7 @@ def test_update_moments_hold_the_difference_and_both_sides() -> None:
     assert_same(alone.of["delta"].geometry(), moments.of["delta"].geometry(), 1e-9)
 
 
-def test_misuse_is_refused() -> None:
+def test_moments_without_rows_or_of_another_width_are_refused() -> None:
     moments = RowMoments(4, max_rows_kept=2)
     with pytest.raises(ValueError, match="expected at least one row"):
         moments.geometry()

@@ -53,7 +53,7 @@ def figures(sigma: list[float]) -> Spectrum:
         ),
     ],
 )
-def test_golden_values(sigma: list[float], expected: Spectrum) -> None:
+def test_spectral_figures_have_their_closed_form_values(sigma: list[float], expected: Spectrum) -> None:
     assert figures(sigma) == pytest.approx(expected, abs=1e-6)
 
 
@@ -118,7 +118,7 @@ def test_the_top_eigenvector_belongs_to_the_largest_singular_value() -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (5, 3), (1, 4), (4, 1)])
-def test_zeros_have_no_directions_and_say_so(shape: tuple[int, int]) -> None:
+def test_spectrum_of_a_matrix_of_zeros_is_nan(shape: tuple[int, int]) -> None:
     sigma = singular_values(torch.zeros(shape))
     assert sigma.tolist() == [0.0] * min(shape)
     s = spectrum(sigma, n_rows=shape[0], d_model=shape[1])
@@ -135,7 +135,7 @@ def test_numbers_that_are_not_finite_give_nan_and_no_crash(bad: float) -> None:
     assert all(math.isnan(x) for x in spectrum(sigma, n_rows=4, d_model=6)[2:])
 
 
-def test_single_functions_agree_with_the_table() -> None:
+def test_single_functions_equal_the_fields_of_spectrum() -> None:
     sigma = torch.tensor([4.0, 2.0, 1.0])
     s = figures([4, 2, 1])
     assert spectral_entropy(sigma, "energy") == pytest.approx(s.entropy_energy)

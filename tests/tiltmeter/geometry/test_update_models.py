@@ -59,7 +59,7 @@ def test_a_direction_of_varying_length_is_explained_once_lengths_may_vary() -> N
         assert found[name] > 0.999, name
 
 
-def test_a_length_that_the_state_does_not_tell_is_seen_by_those_that_know_the_answer_alone() -> None:
+def test_length_independent_of_the_state_is_explained_by_models_given_the_update_alone() -> None:
     found = shares(fitted((1 + noise(N, 1, seed=4)) * V))
     assert found["own_mean"] > 0.999
     assert found["own_rank_1"] > 0.999
@@ -108,7 +108,7 @@ def test_scores_are_those_of_explicit_rows_and_of_another_ridge() -> None:
 
 @settings(max_examples=5)
 @given(st.integers(1, 9), st.integers(0, 99))
-def test_any_cut_gives_the_same_scores(pieces: int, seed: int) -> None:
+def test_scores_do_not_depend_on_how_rows_are_cut_into_batches(pieces: int, seed: int) -> None:
     updates = noise(N, D, seed=seed) + H / 5
     expected = shares(fitted(updates))
     assert shares(fitted(updates, pieces=pieces)) == pytest.approx(expected, abs=1e-9)
@@ -120,7 +120,7 @@ def test_a_large_mean_state_costs_no_digits() -> None:
     assert far == pytest.approx(near, abs=1e-6)
 
 
-def test_fewer_rows_than_dimensions_are_no_matter() -> None:
+def test_affine_model_does_not_overfit_fewer_rows_than_dimensions() -> None:
     base = noise(60, 100)
     models = UpdateModels(100)
     models.update(base, base + noise(100, seed=1) + 0.1 * noise(60, 100, seed=2), [str(i) for i in range(60)])
@@ -143,7 +143,7 @@ def test_updates_of_zero_have_no_score() -> None:
     assert all(math.isnan(x) for x in shares(fitted(torch.zeros(N, D))).values())
 
 
-def test_what_cannot_be_computed_is_refused() -> None:
+def test_update_models_of_unfit_input_are_refused() -> None:
     models = UpdateModels(D)
     with pytest.raises(ValueError, match="at least 3 folds, got 0: too few prompts"):
         models.scores()

@@ -32,7 +32,7 @@ def test_values_and_gradients_are_those_of_torch(
     assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
 
 
-def test_other_dtypes_and_frozen_weights_need_nothing_special(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_linear_takes_other_dtypes_and_frozen_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_linear, "onednn_is_faster", lambda: True)
     x, weight = torch.randn(3, 4, dtype=torch.float64), torch.randn(2, 4, dtype=torch.float64)
     assert torch.equal(linear(x, weight), F.linear(x, weight))
@@ -54,7 +54,7 @@ def test_a_model_keeps_its_names_and_numbers_and_can_be_copied(monkeypatch: pyte
     assert_close(plain(input_ids=ids).logits, fast(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_a_model_is_fast_for_a_while_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fast_linear_layers_are_plain_again_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model("llama")
     kinds = [type(module) for module in model.modules()]
     for faster in (True, False):
@@ -65,7 +65,7 @@ def test_a_model_is_fast_for_a_while_alone(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize(("vendor", "faster"), [("AuthenticAMD", True), ("GenuineIntel", False)])
-def test_the_choice_follows_the_processor(vendor: str, faster: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onednn_is_chosen_by_the_processor(vendor: str, faster: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     monkeypatch.setattr("pathlib.Path.exists", lambda _: True)
     monkeypatch.setattr("pathlib.Path.read_text", lambda *_, **__: f"vendor_id : {vendor}")

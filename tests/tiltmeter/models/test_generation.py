@@ -117,7 +117,7 @@ def test_the_model_and_the_random_numbers_are_left_as_they_were() -> None:
     assert model.generation_config is own
 
 
-def test_fillers_add_batches_and_nothing_else() -> None:
+def test_filler_batches_change_no_completion() -> None:
     model, prompts, calls = make_model("llama", torch.float64), make_prompts(2), []
     model.register_forward_hook(lambda *_: calls.append(1))
     plain = say(model, prompts, Decoding(max_new_tokens=4))
@@ -145,7 +145,7 @@ def test_a_stop_text_ends_a_completion_and_is_no_part_of_it() -> None:
     raise AssertionError("no completion of six different words to test with")
 
 
-def test_nan_is_refused_and_not_spoken() -> None:
+def test_nan_logits_are_refused() -> None:
     model = make_model("gemma2", torch.float64, "eager")  # padded rows overflow in its float32 softmax
     with pytest.raises(UserError, match="NaN"):
         say(model, make_prompts(), Decoding(max_new_tokens=2))
@@ -172,6 +172,6 @@ def test_a_long_prompt_loses_its_beginning_but_not_its_bos() -> None:
         ({"top_p": 0.9}, "temperature=0"),
     ],
 )
-def test_decoding_that_makes_no_sense_is_refused(options: dict[str, Any], named: str) -> None:
+def test_contradictory_decoding_options_are_refused(options: dict[str, Any], named: str) -> None:
     with pytest.raises(UserError, match=named):
         Decoding(**options)

@@ -92,7 +92,9 @@ REMOTE = {"AutoConfig": "configuration_x.X", "AutoModelForCausalLM": "modeling_x
         (pickled, r"no weights as safetensors but pickled ones, .*; convert them once, if you trust them: python -c "),
     ],
 )  # fmt: skip
-def test_a_folder_that_is_no_whole_model_is_one_line(folder: Path, damage: Callable[[Path], None], words: str) -> None:
+def test_incomplete_model_folder_is_refused_in_one_line(
+    folder: Path, damage: Callable[[Path], None], words: str
+) -> None:
     damage(folder)
     for open_it in (open_for_training, load_model):
         with pytest.raises(UserError) as caught:
@@ -125,7 +127,7 @@ def test_an_adapter_is_no_model_and_the_line_says_how_to_use_it(good: Path, tmp_
         )
 
 
-def test_the_line_that_converts_pickled_weights_does(folder: Path) -> None:
+def test_advised_command_converts_pickled_weights(folder: Path) -> None:
     pickled(folder)
     with pytest.raises(UserError) as caught:
         open_for_training(folder)

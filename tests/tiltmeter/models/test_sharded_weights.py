@@ -122,7 +122,7 @@ def test_models_from_scratch_and_weights_in_another_form_are_left_to_be_made_who
     assert spec.build_empty(make_tokenizer()) is None
 
 
-def test_damaged_weights_are_one_line(tmp_path: Path) -> None:
+def test_damaged_weights_are_refused_in_one_line(tmp_path: Path) -> None:
     spec = stored(tmp_path)
     empty = empty_of(spec)
     file = max(tmp_path.glob("model*.safetensors"))

@@ -110,12 +110,12 @@ def test_the_last_token_of_a_prompt_can_be_steered_too(family: str, decoding: De
 
 
 @pytest.mark.parametrize("tokens_per_batch", [1, 200, 500])
-def test_batches_change_nothing(tokens_per_batch: int) -> None:
+def test_branches_do_not_depend_on_the_batch_size(tokens_per_batch: int) -> None:
     model = make("qwen2", torch.float64)
     assert ids_of(together(model, tokens_per_batch=tokens_per_batch)) == ids_of(together(model))
 
 
-def test_what_ended_is_dropped_from_the_work() -> None:
+def test_finished_branches_leave_the_batch() -> None:
     model = make("llama", torch.float64)
     calls: list[tuple[int, ...]] = []
     handle = backbone(model).register_forward_pre_hook(
@@ -141,7 +141,7 @@ def test_what_ended_is_dropped_from_the_work() -> None:
     assert len({branches for _, branches in expected}) > 1
 
 
-def test_a_single_token_and_nothing_to_say() -> None:
+def test_one_new_token_and_no_prompts_are_generated_alike() -> None:
     model = make("llama", torch.float64)
     assert together(model, Decoding(max_new_tokens=1)) == one_by_one(model, Decoding(max_new_tokens=1))
     assert together(model, prompts=[]) == [[] for _ in STRENGTHS]
@@ -158,7 +158,7 @@ def test_a_prompt_is_cut_where_no_room_is_left(family: str) -> None:
 
 
 @pytest.mark.parametrize("kernel", ["eager", "sdpa", "packed"])
-def test_the_model_is_left_as_it_was(kernel: str) -> None:
+def test_branching_leaves_the_model_as_it_was(kernel: str) -> None:
     model = make_model("llama", attn="sdpa" if kernel == "packed" else kernel).train()
     if kernel == "packed":
         use_packed_attention(model)
@@ -179,7 +179,7 @@ def test_the_model_is_left_as_it_was(kernel: str) -> None:
     assert not any(block._forward_hooks for block in decoder_blocks(model))
 
 
-def test_vectors_that_do_not_fit_are_one_line() -> None:
+def test_vectors_of_unfit_shape_are_refused() -> None:
     model = make("llama")
     with pytest.raises(UserError, match=f"expected width {WIDTH}"):
         together(model, shifts=torch.zeros(2, 7))

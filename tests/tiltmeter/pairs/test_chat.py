@@ -61,6 +61,6 @@ def test_only_templates_that_ask_for_the_time_print_it() -> None:
         assert prints_date(tokenizer) is prints
 
 
-def test_what_is_no_date_is_refused() -> None:
+def test_invalid_date_is_refused() -> None:
     with pytest.raises(UserError, match=r"^chat_date: expected a day such as 2026-01-31, got 31\.1\.2026"):
         rendered(LLAMA_3, "31.1.2026")

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from einops import rearrange
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
@@ -89,7 +89,6 @@ def test_changing_one_pair_leaves_the_others_untouched_to_the_last_bit() -> None
 
 
 @given(documents)
-@settings(max_examples=50, deadline=None)
 def test_segments_list_the_keys_that_the_masks_show(documents: tuple[tuple[int, ...], ...]) -> None:
     packing = Packing(documents)
     seen = torch.block_diag(*[mask.isfinite().double() for mask in packing.masks(torch.device("cpu"), torch.float64)])

@@ -225,7 +225,7 @@ def test_options_left_out_take_the_default_of_the_loss() -> None:
     assert make_preference_loss("robust").needs_reference
 
 
-def test_a_loss_without_what_it_needs_says_so() -> None:
+def test_loss_without_reference_or_token_counts_is_refused() -> None:
     zero = torch.zeros(1)
     with pytest.raises(ValueError, match="reference log-probs"):
         sigmoid_loss(PairLogProbs(zero, zero))

@@ -118,7 +118,7 @@ def test_the_hash_of_weights_sees_one_changed_number_and_nothing_else() -> None:
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_the_same_weights_that_compute_otherwise_are_another_model(change: dict[str, Any]) -> None:
+def test_equal_weights_under_another_configuration_are_another_model(change: dict[str, Any]) -> None:
     usual, other = make_model("llama"), make_model("llama", **change)
     assert forward_identity(usual, usual.device) != forward_identity(other, other.device)
 
@@ -132,7 +132,7 @@ def test_another_version_of_a_library_is_another_model(library: str, monkeypatch
     assert forward_identity(model, model.device) != before
 
 
-def test_where_a_model_was_loaded_from_makes_no_difference() -> None:
+def test_cache_does_not_depend_on_where_a_model_was_loaded_from() -> None:
     model = make_model("llama")
     before = forward_identity(model, model.device)
     model.config._name_or_path = "elsewhere"

@@ -200,7 +200,7 @@ texts = st.text(st.sampled_from("abtea \n:?é日"), max_size=12)
 
 
 @given(texts, st.lists(texts, min_size=1, max_size=4), st.integers(2, 30))
-@settings(max_examples=150)
+@settings(max_examples=50)
 def test_ids_are_those_of_the_harness(
     tokenizer: PreTrainedTokenizerFast, context: str, answers: list[str], limit: int
 ) -> None:

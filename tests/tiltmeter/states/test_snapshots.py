@@ -12,9 +12,10 @@ from tests.tiny_models import WIDTH, make_model, random_pairs
 from tiltmeter.errors import UserError
 from tiltmeter.geometry.moments import UpdateMoments
 from tiltmeter.geometry.rows import row_geometry
-from tiltmeter.pairs.batch import CHOSEN, PROMPT, REJECTED, collate_pairs
+from tiltmeter.pairs.batch import CHOSEN, PROMPT, REJECTED, TokenizedPair, collate_pairs
 from tiltmeter.states.capture import HiddenStates, ReadPoint, join_hidden_states, read_hidden_states
 from tiltmeter.states.snapshots import BASE, SnapshotReader, SnapshotWriter, epoch_name
+from tiltmeter.states.state_pair import StatePair
 
 IDS = {40: "hh/a", 41: "hh/b", 42: "hh/c"}
 LAST, PROMPTS = ReadPoint("layer_01", "response_last"), ReadPoint("layer_01", "prompt_last")
@@ -46,15 +47,25 @@ def test_what_is_written_is_read_with_its_labels(tmp_path: Path, dtype: str) -> 
     assert (reader.manifest.dtype, reader.manifest.d_model) == (dtype, 4)
     found = reader.load("epoch=001")
     assert set(found) == {LAST, PROMPTS}
-    last = found[LAST]
-    assert (last.name, last.site, last.position) == ("epoch=001", "layer_01", "response_last")
-    assert_close(last.rows, states(2)[LAST].rows.to(getattr(torch, dtype)), rtol=0, atol=0)
-    assert last.labels == (["hh/a", "hh/a", "hh/b", "hh/b"], ["chosen", "rejected"] * 2)
-    chosen = last.side("chosen")
-    assert chosen.labels == (["hh/a", "hh/b"], ["chosen", "chosen"])
-    assert_close(chosen.rows, last.rows[0::2])
-    with pytest.raises(UserError, match=r"prompt_last has no rows of side 'chosen', only \['prompt'\]"):
-        found[PROMPTS].side("chosen")
+    assert_close(found[LAST].rows, states(2)[LAST].rows.to(getattr(torch, dtype)), rtol=0, atol=0)
+    assert [reader.pair_ids[i] for i in found[LAST].pair_index] == ["hh/a", "hh/a", "hh/b", "hh/b"]
+    assert found[LAST].sides.tolist() == [CHOSEN, REJECTED] * 2
+
+
+def test_two_stored_readings_are_a_pair_like_those_read_live(tmp_path: Path) -> None:
+    out = writer(tmp_path)
+    for i, name in enumerate([BASE, epoch_name(0)]):
+        out.write(name, states(i))
+    tokens = TokenizedPair([1], [2], [3])
+    pair = SnapshotReader(tmp_path).pair("epoch=000", {"hh/a": ("prompt", tokens)})
+    live = StatePair(states(0), states(1), [IDS.get(i, "") for i in range(43)])
+    assert (pair.name, pair.dtype, pair.steps_taken) == ("epoch=000", "float32", None)
+    assert set(pair.points) == {PROMPTS, LAST}
+    for point in pair.points:
+        assert_close(pair.update(point), live.update(point), rtol=0, atol=0)
+        assert pair.ids_of(point) == live.ids_of(point)
+    assert pair.clusters_of(PROMPTS) == ["prompt", "hh/b"], "a pair of unknown prompt stands for its own"
+    assert pair.tokens == (), "of one pair they are not known"
 
 
 def test_the_manifest_can_be_read_by_people(tmp_path: Path) -> None:
@@ -78,7 +89,7 @@ def test_a_probe_of_a_model_goes_to_disk_and_back(tmp_path: Path) -> None:
     assert set(loaded) == set(found)
     for point, snapshot in loaded.items():
         assert_close(snapshot.rows, found[point].rows, rtol=0, atol=0)
-    assert loaded[ReadPoint("final_post_norm", "prompt_last")].labels.pair_ids == ["hh/a", "hh/b", "hh/c"]
+    assert SnapshotReader(tmp_path).pair_ids == ["hh/a", "hh/b", "hh/c"]
 
 
 def test_figures_computed_online_are_those_of_the_stored_snapshots(tmp_path: Path) -> None:
@@ -199,6 +210,10 @@ def test_a_damaged_file_is_named_and_refused(tmp_path: Path, damage: Any, messag
         ("{", "damaged"),
         ("[]", "damaged"),
         ('{"format": 1, "labels": {}}', "damaged"),
+        (
+            '{"format": 1, "labels": {"diverge": {"pair_ids": ["a"], "sides": ["left"]}}}',
+            "damaged .no side is called left",
+        ),
         ('{"format": 9}', r"format 9 is not known \(expected 1\)"),
     ],
 )

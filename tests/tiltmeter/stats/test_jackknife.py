@@ -88,7 +88,7 @@ def test_intervals_hold_their_estimate_and_stay_within_the_scale() -> None:
     assert 0 <= found.low <= found.value <= found.high <= 1
 
 
-def test_what_has_no_interval() -> None:
+def test_figures_without_enough_clusters_have_no_finite_interval() -> None:
     assert jackknife_interval(lambda w: w.sum(1), ["a", "a"])[1:] == (-math.inf, math.inf)
     assert cluster_mean_interval([2.0, 2.0], ["a", "b"]) == (2.0, 2.0, 2.0)
     nothing = torch.full((3, 1), math.nan, dtype=torch.float64)

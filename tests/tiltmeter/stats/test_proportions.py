@@ -45,6 +45,6 @@ def test_pooled_shares_of_single_trials_are_shares() -> None:
 
 
 @pytest.mark.parametrize(("values", "clusters"), [([], []), ([1.5], ["a"]), ([1.0], ["a", "b"]), ([-0.1], ["a"])])
-def test_what_is_no_share_is_refused(values: list[float], clusters: list[str]) -> None:
+def test_values_outside_zero_to_one_are_refused(values: list[float], clusters: list[str]) -> None:
     with pytest.raises(ValueError, match="expected shares from 0 to 1"):
         share_interval(values, clusters)

@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from callbacks.directional_consistency import DirectionalConsistency
-from callbacks.observation import Observation
+from callbacks.observation import ProbeSession
 from tests.tiny_models import LAYERS, WIDTH, make_model, random_pairs
 from tiltmeter.errors import UserError
 from tiltmeter.geometry.directions import steering_vector
 from tiltmeter.pairs.batch import collate_pairs
 from tiltmeter.states.capture import read_hidden_states
+from tiltmeter.states.state_pair import StatePair
 from tiltmeter.steering.vector import OWN, V_STAR, SteeringVector, VectorId, load_vectors, save_vectors
 
 
@@ -127,7 +128,9 @@ def test_the_file_of_the_callback_itself_is_read(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("callbacks.directional_consistency.log", lambda trainer, metrics: None)
     callback = DirectionalConsistency(positions=["prompt_last", "diverge"])
     trainer: Any = SimpleNamespace(is_global_zero=True, default_root_dir=tmp_path)
-    callback.on_observation(trainer, trainer, Observation(7, LAYERS, base, policy, None))
+    monkeypatch.setattr(ProbeSession, "of", lambda _: ProbeSession())
+    monkeypatch.setattr(callback, "points", lambda module, seen: seen.points)
+    callback.on_observation(trainer, trainer, StatePair(base, policy, steps_taken=7))
     found = load_vectors(tmp_path / "vectors" / "steering.safetensors")
     by_place = {(v.site, v.id.position): v for v in found.values()}
     assert set(by_place) == set(base)

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from analysis.behaviour.asked import Answers, Behaviour
-from analysis.behaviour.section import behaviour_section
+from analysis.behaviour.asked import Answers, Behaviour, behaviour_section
 from datamodules.oracle import PlantedOracle
 from tests.analysis import asked
 from tests.analysis import planted_behaviour as planted
@@ -107,7 +106,7 @@ def test_both_models_are_asked_scored_and_kept() -> None:
     two = asked.checkpoints(6)
     behaviour = Behaviour(scorers=scorers, decoding=Decoding(max_new_tokens=8), n_prompts=4, beta=0.5, probe_sites="")
     behaviour.start(two)
-    found = behaviour.score(two)
+    found = behaviour.table(two)
     names = {figure.name for figure in found.scores.figures}
     assert {"rougeL", "geval_score", "geval_win_rate", "toxicity_word_list", "preference_accuracy", "kl"} <= names
     assert [s.pair_id for s in found.samples] == [pair.pair_id for pair in two.pairs[:4]]
@@ -130,7 +129,7 @@ def test_a_scorer_that_breaks_is_named_on_the_page() -> None:
 
     behaviour = Behaviour(scorers={"mine": Broken()}, decoding=Decoding(max_new_tokens=4), probe_sites="")
     with pytest.warns(UserWarning, match="mine .broken. could not score"):
-        found = behaviour.score(asked.checkpoints(5))
+        found = behaviour.table(asked.checkpoints(5))
     assert found.silent == ["mine"]
 
 
@@ -143,7 +142,7 @@ def test_truthfulqa_is_asked_of_both(tmp_path: Path) -> None:
         scorers={}, truthfulqa=questions, decoding=Decoding(max_new_tokens=4), probe_sites="", n_prompts=None
     )
     behaviour.start(two)
-    of = {(f.name, f.of) for f in behaviour.score(two).scores.figures if f.name.startswith("truthfulqa_mc2")}
+    of = {(f.name, f.of) for f in behaviour.table(two).scores.figures if f.name.startswith("truthfulqa_mc2")}
     assert {side for _, side in of} == {"policy", "base"}
 
 
@@ -161,7 +160,7 @@ def ask_prompts(path: str, n_prompts: int) -> Answers:
     behaviour = Behaviour(scorers=scorers, prompts=path, decoding=decoding, n_prompts=n_prompts, probe_sites="")
     two = asked.checkpoints(5)
     behaviour.start(two)
-    return behaviour.score(two)
+    return behaviour.table(two)
 
 
 def test_prompts_without_preferences_have_the_worst_of_n_and_no_overlap(tmp_path: Path) -> None:

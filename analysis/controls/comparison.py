@@ -1,0 +1,32 @@
+"""What a control returns: an effect, the same figure under the control, and how sure it is that they differ."""
+
+import math
+from typing import NamedTuple
+
+from tiltmeter.stats.among_random import UNKNOWN, AmongRandom
+from tiltmeter.stats.jackknife import Interval
+
+
+class Comparison(NamedTuple):
+    """An effect beside the same figure under one control, in the figure's own unit."""
+
+    effect: float
+    null: float
+    """Mean under the control."""
+    interval: Interval
+    """Effect less null, 95 %; NaN where they aren't compared."""
+    verdict: str
+    draws: AmongRandom
+    """How the control's draws lie, for tables and figures."""
+
+
+def beside_draws(found: AmongRandom, *, screened: str | None = None) -> Comparison:
+    """The comparison with a sample of the control.
+
+    Args:
+        screened: why the two aren't compared; None: they are, as far as there are enough draws.
+    """
+    verdict = screened or found.verdict
+    unknown = Interval(math.nan, math.nan, math.nan)
+    interval = unknown if screened or verdict == UNKNOWN else found.difference
+    return Comparison(found.value, found.random_mean, interval, verdict, found)
