@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from analysis.behaviour.asked import behaviour_section
 from analysis.behaviour.by_step import NOT_SCORED, behaviour_by_step_section, scores_by_step
 from analysis.contract import Analysis, Needs, of_models, of_states
+from analysis.controls.c16_recovery_ladder import recovery_ladder_section
+from analysis.controls.c17_update_models import update_models_section
 from analysis.figures.fig1a_projection import (
     draw_preference_plane,
     draw_projections,
@@ -32,10 +34,10 @@ from analysis.figures.fig4b_singular_values import (
 from analysis.figures.layer_curves import draw_geometry, geometry_tables
 from analysis.figures.layer_maps import draw_layers_by_step, layers_by_step_tables
 from analysis.figures.training import training_section, training_table
+from analysis.figures.transfer import transfer_section
 from analysis.open.observed import Observed
 from analysis.report.page import Section
 from analysis.steering.run_sweep import cost_of_sweep, run_sweep, swept_section
-from analysis.steering.transfer_section import transfer_section
 
 SCORERS = ("decoding", "judge", "toxicity")
 ANALYSES: tuple[Analysis, ...] = (
@@ -57,6 +59,8 @@ ANALYSES: tuple[Analysis, ...] = (
     ),
     of_models("steering_sweep", swept_section, node="steering", table=run_sweep, cost=cost_of_sweep, reaches=SCORERS),
     of_models("transfer", lambda found: transfer_section(*found), node="transfer"),
+    of_models("recovery_ladder", recovery_ladder_section, node="recovery_ladder"),
+    of_models("update_models", update_models_section, node="update_models"),
     of_models("gradient_field", gradient_field_section, node="gradient_field"),
 )
 BY_NAME: Mapping[str, Analysis] = {analysis.name: analysis for analysis in ANALYSES}

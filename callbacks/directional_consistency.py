@@ -4,15 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lightning.pytorch import LightningModule, Trainer
-from safetensors.torch import save_file
 
 from callbacks.observation import ProbeSession, log, report_failed_write
 from callbacks.observer import Observer
-from tiltmeter.files import write_atomically
 from tiltmeter.metric_names import place
 from tiltmeter.states.capture import ReadPoint
 from tiltmeter.states.observed_metrics import Metrics, consistency_metrics
 from tiltmeter.states.state_pair import StatePair
+from tiltmeter.steering.vector import V_STAR, SteeringVector, VectorId, save_vectors
 
 
 class DirectionalConsistency(Observer):
@@ -38,13 +37,14 @@ class DirectionalConsistency(Observer):
 
     def _write(self, trainer: Trainer, seen: StatePair, wanted: Sequence[ReadPoint]) -> None:
         path = Path(trainer.default_root_dir) / "vectors" / "steering.safetensors"
-        vectors = {place(p): v.float() for p, v in seen.steering_vectors().items() if p in wanted}
-        about = {
-            "what": "v*, mean of h_policy - h_base over the probe's pairs",
-            "n_rows": str(len(seen.base[wanted[0]].rows)),
-            "steps_taken": str(seen.steps_taken),
+        made = "v*, mean of h_policy - h_base over the probe's pairs"
+        facts = {"n_rows": str(len(seen.base[wanted[0]].rows)), "steps_taken": str(seen.steps_taken)}
+        vectors = {
+            place(p): SteeringVector(VectorId(V_STAR, *p), v.float(), made=made, provenance=facts)
+            for p, v in seen.steering_vectors().items()
+            if p in wanted
         }
         try:
-            write_atomically(path, lambda temporary: save_file(vectors, temporary, metadata=about))
+            save_vectors(path, vectors, about={"what": made, **facts})
         except OSError as error:
             report_failed_write(path, error, trainer)

@@ -132,12 +132,7 @@ def _analyze_run(wanted: Wanted, run: Run) -> Path | None:
     _check_named(wanted.names, [*read, *attempts.failed, *(a.name for a in again)])
     if not again:
         refuse_unused(wanted.questions, of_run=True)
-    try:
-        checkpoints = opened(dtype=wanted.reading.dtype, device=wanted.reading.device) if again else None
-    except UserError as error:
-        raise UserError(
-            f"analysis={again[0].name}: {run.folder} stored no hidden states for it, and they can’t be read again: {error}"
-        ) from error
+    checkpoints = _opened_again(again, run, wanted.reading, opened)
     if wanted.dry_run:
         random_of = opened() if lacks_random and checkpoints is None else None
         _say_costs(plans, wanted.reading, checkpoints, random_of=random_of)
@@ -158,6 +153,18 @@ def _analyze_run(wanted: Wanted, run: Run) -> Path | None:
     samples = partial(compare_samples, run) if models is None else partial(samples_of_models, models)
     upload = partial(upload_report, run) if wanted.upload else None
     return _report(subject, [*_in_order(read), *asked], samples, attempts, upload)
+
+
+def _opened_again(
+    again: Sequence[Analysis], run: Run, reading: StateReading, opened: Callable[..., Checkpoints]
+) -> Checkpoints | None:
+    """Both models of a run, whose hidden states these analyses need; None where none does."""
+    try:
+        return opened(dtype=reading.dtype, device=reading.device) if again else None
+    except UserError as error:
+        raise UserError(
+            f"analysis={again[0].name}: {run.folder} stored no hidden states for it, and they can’t be read again: {error}"
+        ) from error
 
 
 def _with_random(seen: Observed, run: Run, reading: StateReading, opened: Callable[..., Checkpoints]) -> Observed:

@@ -311,22 +311,12 @@ def at(key: str, point: tuple[str, Position]) -> str:
 
 
 def place(point: tuple[str, Position]) -> str:
-    """How a file of vectors names a site and position; :func:`split_place` is the inverse.
+    """How a file of vectors names a site and position.
 
     >>> place(("layer_03", "prompt_last")), place(("layer_03", "diverge"))
     ('layer_03', 'diverge/layer_03')
     """
     return _place(*point, usual=_USUAL)
-
-
-def split_place(name: str) -> tuple[str, Position] | None:
-    """Site and position; None where the name is of something else.
-
-    >>> split_place("diverge/layer_03"), split_place("layer_03"), split_place("v")
-    (('layer_03', 'diverge'), ('layer_03', 'prompt_last'), None)
-    """
-    found = find(f"shift_share/delta/{name}")
-    return None if found is None or found.site is None or found.position is None else (found.site, found.position)
 
 
 def _place(site: str, position: Position, *, usual: Position | None) -> str:

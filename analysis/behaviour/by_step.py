@@ -1,7 +1,6 @@
 """What the model said while it trained, by every scorer that was asked: curves over steps, and the table of start and end."""
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -36,8 +35,8 @@ from analysis.behaviour.words import (
 )
 from analysis.open.runs import Run
 from analysis.report.page import Section
-from analysis.report.site_axes import as_text
-from analysis.report.style import COLOURS, EndLabel, house_style, label_ends, mark_level, new_figure, set_titles
+from analysis.report.site_axes import Panel, as_text, draw_over_steps
+from analysis.report.style import COLOURS, EndLabel, label_ends, mark_level
 from tiltmeter.errors import UserError
 from tiltmeter.models.generation import Decoding
 from tiltmeter.scoring.behaviour import FIGURES, SAMPLES, read_table
@@ -52,7 +51,6 @@ _MOST_UNKNOWN = 3
 """Panels for figures that are not among those that lead."""
 _LEAST_HEIGHT = 0.1
 """Of an axis that begins at 0, so that curves at 0 don't lie in the middle."""
-Panel = Callable[[Axes, pd.DataFrame], str]
 
 
 class ScoresByStep(NamedTuple):
@@ -83,15 +81,7 @@ def scores_by_step(run: Run) -> ScoresByStep | None:
 def behaviour_by_step_section(scores: ScoresByStep) -> Section:
     """The section ``behaviour_by_step``."""
     table = scores.figures
-    panels = _panels(table)
-    sentences = []
-    with house_style():
-        figure, axes = new_figure(len(panels), panel_height_cm=4.6)
-        for panel, draw in zip(axes, panels, strict=True):
-            panel.set_xlim(0, max(1.0, float(table["steps_taken"].max())))
-            sentences.append(draw(panel, table))
-        axes[-1].set_xlabel("optimizer steps taken")
-        set_titles(figure, axes, sentences)
+    figure, sentences = draw_over_steps(_panels(table), table, panel_height_cm=4.6)
     shown, scorers = shown_behaviour(table, "policy")
     return Section(
         name=NAME,

@@ -7,18 +7,23 @@ and of its controls: whatever broke the model isn't compared.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
 from jaxtyping import Float
+from matplotlib.axes import Axes
 from torch import Tensor
 
 from analysis.controls.comparison import Comparison, beside_draws
-from analysis.steering.directions import RANDOM_KINDS
-from analysis.steering.generated import DEGENERATION_P
-from tiltmeter.stats.among_random import ABOVE, BELOW, SAME, UNKNOWN, among_random
+from analysis.open.observations import site_name
+from analysis.report.site_axes import as_text
+from analysis.report.style import COLOURS
+from analysis.steering.table import DEGENERATION_P, rows_of, value_at
+from tiltmeter.stats.among_random import ABOVE, BELOW, SAME, UNKNOWN, AmongRandom, among_random
 from tiltmeter.stats.jackknife import without_each
+from tiltmeter.steering.vector import RANDOM, RANDOM_KINDS, V_STAR
 
 DEGENERATE = 0.1
 """Degenerate completions beyond the unsteered model's share, above which a strength is past a vector's ceiling."""
@@ -27,6 +32,11 @@ COLLAPSE_LEVEL = 0.05
 EQUAL_NORM, EQUAL_KL = "norm", "kl"
 COLLAPSED, CONTROLS_COLLAPSED = "collapsed", "controls collapsed"
 VERDICTS = (ABOVE, SAME, BELOW, COLLAPSED, CONTROLS_COLLAPSED, UNKNOWN)
+EFFECTS = "steering_effects"
+LOWEST = -1.0
+"""Recovery is drawn down to here: what leads further away is off the figure, not off the table."""
+SITE_LOOKS = (("policy_dark", "o"), ("policy", "s"), ("policy_light", "^"))
+"""Colour and mark, so that sites can be told apart without colour."""
 COLUMNS = (
     *("direction", "vector", "site", "lambda", "metric", "equal", "control", "value", "control_mean", "control_low"),
     *("control_high", "n_controls", "prediction_low", "prediction_high", "difference", "ci_low", "ci_high", "p_above"),
@@ -166,6 +176,107 @@ def text_of(sweep: pd.DataFrame, direction: str, vector: str, site: str, strengt
         return float(found.iloc[0]) if len(found) else math.nan
 
     return Text(at("degeneration", strength), at("degeneration", 0.0), at(DEGENERATION_P, strength))
+
+
+def ceiling(table: pd.DataFrame, direction: str, vector: str, site: str) -> float | None:
+    """The smallest λ above 0 of the grid at which text has collapsed; None: there is none."""
+    strengths = rows_of(table, direction, vector, site, "degeneration")["lambda"].tolist()
+    collapsed = [x for x in strengths if x > 0 and text_of(table, direction, vector, site, x).has_collapsed]
+    return min(collapsed, default=None)
+
+
+def controls_at(table: pd.DataFrame, direction: str, site: str, metric: str, strength: float) -> list[float]:
+    """The random vectors of a site, as long as λ times its v*."""
+    rows = rows_of(table, direction, RANDOM, site, metric)
+    found: list[float] = rows[rows["lambda"] == strength]["value"].tolist()
+    return found
+
+
+def beside_random(table: pd.DataFrame, direction: str, site: str, metric: str, strength: float) -> AmongRandom:
+    """v* at a site beside random vectors as long, on the test pairs as they are."""
+    value = value_at(table, direction, V_STAR, site, metric, strength)
+    drawn = controls_at(table, direction, site, metric, strength)
+    return among_random(torch.tensor([value]).double(), torch.tensor([drawn]).double())
+
+
+def random_span(found: AmongRandom) -> str:
+    """Where 95 % of further random vectors lie, in words."""
+    low, high = (as_text(x, "percent") for x in (found.prediction.low, found.prediction.high))
+    return f"95\u00a0% of random vectors there {low} to {high}"
+
+
+def counted_verdicts(effects: pd.DataFrame) -> str:
+    """How many comparisons of R at equal norm said what, for each random kind."""
+    rows = effects[(effects["metric"] == "recovery") & (effects["equal"] == EQUAL_NORM)]
+    parts = []
+    for kind, of_kind in rows.groupby("control", sort=False):
+        counts = of_kind["verdict"].value_counts()
+        said = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if verdict in counts)
+        parts.append(f"{kind} ({said})")
+    return (
+        "A vector that is not distinguishable from random ones of its length has no claim of its own. It is called above them "
+        "where at most one in forty of them does as much, by rank and by where one more would lie, and where that holds for "
+        f"other prompts. R, in {EFFECTS}.csv: {'; '.join(parts)}. There too: the margin at equal norm, and where all have moved "
+        "the model equally far, KL(unsteered ‖ steered); subtracting is meant to lower it, so there below random is the aim."
+    )
+
+
+def draw_effects(
+    axes: Axes,
+    effects: pd.DataFrame,
+    *,
+    direction: str,
+    sites: Sequence[str],
+    site: str,
+    labels: Mapping[str, str],
+    how: str,
+) -> str:
+    """What each vector recovers beyond random ones, site by site; hollow where the interval includes 0.
+
+    Args:
+        effects: :func:`steering_effects`.
+        sites: drawn.
+        site: that the message is about.
+        labels: vectors on the page, by name.
+        how: what was done, such as ``added``.
+    """
+    rows = effects[(effects["direction"] == direction) & (effects["metric"] == "recovery")]
+    rows = rows[(rows["equal"] == EQUAL_NORM) & (rows["control"] == RANDOM)]
+    shown = rows[rows["site"].isin(sites)]
+    names = list(dict.fromkeys(shown["vector"]))
+    ends = [0.0, *shown["ci_low"].dropna(), *shown["ci_high"].dropna()]
+    axes.set_xlim(max(LOWEST, min(ends)) - 0.05, max(ends) + 0.05)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_yticks(range(len(names)), [labels.get(name, name) for name in names], fontsize=6)
+    axes.grid(visible=False, axis="y")
+    axes.grid(axis="x")
+    axes.axvline(0, color=COLOURS["mark"], linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+    for row in shown.itertuples():
+        at = list(sites).index(row.site)
+        y = names.index(row.vector) + 0.22 * (at - (len(sites) - 1) / 2)
+        colour, mark = SITE_LOOKS[at]
+        _draw_effect(axes, row, y, COLOURS[colour], mark)
+    axes.set_xlabel("R less that of random vectors")
+    own = rows[(rows["vector"] == V_STAR) & (rows["site"] == site)].iloc[0]
+    n_above = int((rows["verdict"] == ABOVE).sum())
+    said = f"{n_above} of {len(rows)} vectors and sites recover more than random ones when {how}"
+    if not math.isfinite(own["difference"]):
+        return f"{said}; v* at {site_name(site)}: {own['verdict']}"
+    interval = f"{as_text(own['ci_low'], '+.2f')} to {as_text(own['ci_high'], '+.2f')}"
+    return f"{said}; v* at {site_name(site)}: {as_text(own['difference'], '+.2f')} ({interval}), {own['verdict']}"
+
+
+def _draw_effect(axes: Axes, row: Any, y: float, colour: str, shape: str) -> None:
+    """A mark with its interval; a cross on the line where text collapsed, an arrow where it is off the figure."""
+    low, _ = axes.get_xlim()
+    mark: dict[str, Any] = {"marker": shape, "markersize": 3, "color": colour, "linestyle": ""}
+    if row.verdict in (COLLAPSED, CONTROLS_COLLAPSED):
+        axes.plot([0], [y], **(mark | {"marker": "x"}))
+    elif row.difference < low:
+        axes.plot([low], [y], **(mark | {"marker": "<", "clip_on": False}))
+    else:
+        axes.plot([row.ci_low, row.ci_high], [y, y], linewidth=1.0, color=colour)
+        axes.plot([row.difference], [y], markerfacecolor="white" if row.verdict == SAME else colour, **mark)
 
 
 def compare(

@@ -1,50 +1,60 @@
-"""The report's section on steering: Figures 2a and 2b of the paper from the sweep's tables alone, beside their controls."""
+"""Figures 2a and 2b of the paper from the sweep's tables alone: curves over λ with random vectors in grey, effects, verdicts."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
+from matplotlib.axes import Axes
 
+from analysis.behaviour.words import rules_fired
 from analysis.controls.c15_random_vectors import (
     COLLAPSE_LEVEL,
     COLLAPSED,
+    DEGENERATE,
+    EFFECTS,
     EQUAL_KL,
     EQUAL_NORM,
-    VERDICTS,
+    LOWEST,
+    SITE_LOOKS,
+    beside_random,
+    ceiling,
+    controls_at,
+    counted_verdicts,
+    draw_effects,
+    random_span,
     steering_effects,
 )
-from analysis.figures.fig2_panels import (
-    GOALS,
-    HOW,
-    LOWEST,
-    beside_random,
-    best_site,
-    ceiling,
-    compared_at,
-    draw_degeneration,
-    draw_effects,
-    draw_preference,
-    draw_recovery,
-    drawn_sites,
-    random_span,
-    rows_of,
-    short_site,
-    value_at,
-    vector_name,
-)
+from analysis.figures.vector_labels import LAMBDA, NAMES, doing, how, how_many, short_site, vector_labels, words
 from analysis.open.observations import site_name
 from analysis.report.page import Headline, Section
 from analysis.report.site_axes import Panel, as_text
-from analysis.report.style import house_style, new_figure, set_titles
-from analysis.steering.directions import RANDOM, RANDOM_KINDS, V_STAR
-from analysis.steering.sweep import CHOOSING
-from analysis.steering.table import PAIRS, SETTINGS, TABLE, read_pairs, read_settings, read_sweep
+from analysis.report.style import COLOURS, house_style, mark_level, new_figure, set_titles
+from analysis.steering.table import (
+    CHOOSING,
+    PAIRS,
+    SETTINGS,
+    TABLE,
+    VECTORS,
+    best_site,
+    compared_at,
+    read_pairs,
+    read_settings,
+    read_sweep,
+    read_vectors,
+    rows_of,
+    sites_by_recovery,
+    value_at,
+)
+from tiltmeter.scoring.odds import Kind, fit_decay
+from tiltmeter.stats.among_random import among_random
+from tiltmeter.steering.vector import RANDOM, RANDOM_KINDS, V_BAR, V_STAR
 
 NAME = "steering_sweep"
-EFFECTS = "steering_effects"
+DECAY = "steering_decay"
 VECTORS_FILE = f"{NAME}.safetensors"
 """The vectors that were swept, in ``vectors/`` beside the tables."""
 _ENOUGH_TEXTS = 64
@@ -60,6 +70,13 @@ _TOKENS = {
     "new": "to every token after the prompt; the first new one, predicted from the prompt’s last, is never changed",
     "prompt": "to the prompt’s tokens alone",
 }
+_SITES_DRAWN = 3
+_ASIDE = 0.012
+"""Share of the span of λ by which curves stand beside each other, so that none hides another's interval."""
+_LEGEND_ABOVE = 2.4
+"""Upper end of the axis of R, whose values end at 1: the legend stands between."""
+_LINES = {V_STAR: "-", V_BAR: "--"}
+GOALS = {"interpolation": "aligned model", "inversion": "base"}
 
 
 def steering_section_of(tables: Path) -> Section | None:
@@ -71,25 +88,35 @@ def steering_section_of(tables: Path) -> Section | None:
     if not (tables / TABLE).exists():
         return None
     settings = read_settings(tables)
-    return steering_section(read_sweep(tables / TABLE), read_pairs(tables / PAIRS), settings)
+    return steering_section(read_sweep(tables / TABLE), read_pairs(tables / PAIRS), settings, read_vectors(tables))
 
 
-def steering_section(table: pd.DataFrame, pairs: pd.DataFrame, settings: Mapping[str, Any]) -> Section | None:
+def steering_section(
+    table: pd.DataFrame, pairs: pd.DataFrame, settings: Mapping[str, Any], vectors: pd.DataFrame
+) -> Section | None:
     """The section ``steering_sweep``; None where no sweep has got as far as one vector and its controls in both directions.
 
     Args:
         table: :func:`analysis.steering.table.read_sweep`.
         pairs: :func:`analysis.steering.table.read_pairs`.
         settings: that they were made with.
+        vectors: :func:`analysis.steering.table.read_vectors`.
     """
     if any(rows_of(table, direction, V_STAR, None, CHOOSING).empty for direction in GOALS):
         return None
-    effects = steering_effects(pairs, table, strength=compared_at(table))
+    effects, labels = steering_effects(pairs, table, strength=compared_at(table)), vector_labels(vectors, settings)
     if any(_of_v_star(effects, direction, best_site(table, direction)).empty for direction in GOALS):
         return None
+    decay = decay_of_v_star(table)
     panels: list[Panel] = []
     for direction in GOALS:
-        about = {"direction": direction, "sites": drawn_sites(table), "site": best_site(table, direction)}
+        about = {
+            "direction": direction,
+            "sites": drawn_sites(table),
+            "site": best_site(table, direction),
+            "labels": labels,
+            "how": how(table, direction),
+        }
         panels += [
             partial(draw_recovery, direction=direction),
             lambda axes, _, about=about: draw_effects(axes, effects, **about),  # type: ignore[misc]
@@ -108,16 +135,50 @@ def steering_section(table: pd.DataFrame, pairs: pd.DataFrame, settings: Mapping
         "strength from which text falls apart; subtracting v* from the aligned model gives back the base.",
         sentences=sentences,
         interval=_interval(table, effects, settings),
-        limits=_limits(settings),
+        limits=_limits(vectors, labels),
         figure=figure,
         table=drawn_numbers(table),
-        reading=_reading(table, effects, settings),
+        reading=[*_reading(table, effects, settings, labels), _where_it_decays(table, decay)],
         headlines=[_headline(table, effects, direction) for direction in GOALS],
-        shown=shown_table(table, effects),
+        shown=shown_table(table, effects, labels),
         caption=f"At λ = {compared_at(table):g}, where v* is best on other pairs, or at the vector’s one site; all sites and "
         f"comparisons are in {EFFECTS}.csv",
-        more_tables={EFFECTS: effects},
+        more_tables={EFFECTS: effects, DECAY: decay},
     )
+
+
+def decay_of_v_star(table: pd.DataFrame) -> pd.DataFrame:
+    """Decay of v*'s log-odds over λ (:func:`tiltmeter.scoring.odds.fit_decay`), by direction, site and metric.
+
+    Returns:
+        ``half_plus`` and ``half_minus``: λ at which validity has fallen to ½ on either side; NaN without a fit, and ``reason`` says
+        why: a fit takes more λ than it has parameters.
+    """
+    rows = []
+    kinds: dict[str, Kind] = {"preference_odds": "preference", "utility_odds": "utility"}
+    for direction in GOALS:
+        for site in dict.fromkeys(rows_of(table, direction, V_STAR, None, CHOOSING)["site"]):
+            for metric, kind in kinds.items():
+                curve = rows_of(table, direction, V_STAR, site, metric)
+                fit = fit_decay(curve["lambda"].tolist(), curve["value"].tolist(), kind=kind)
+                found = {"half_plus": fit.plus.half, "half_minus": fit.minus.half, "r_squared": fit.r_squared}
+                rows.append(
+                    {"direction": direction, "site": site, "metric": metric, **found, "n": fit.n, "reason": fit.reason}
+                )
+    return pd.DataFrame(rows)
+
+
+def _where_it_decays(table: pd.DataFrame, decay: pd.DataFrame) -> str:
+    """λ at which the log-odds of v* have lost half of their validity, at its best site."""
+    own = decay[(decay["direction"] == "interpolation") & (decay["site"] == best_site(table, "interpolation"))]
+    fits = own.set_index("metric")
+    said = [
+        f"{metric} at λ = {as_text(row['half_plus'], '.2f')}"
+        if math.isfinite(row["half_plus"])
+        else f"{metric}: {row['reason'] or 'not within the λ that were swept'}"
+        for metric, row in fits.iterrows()
+    ]
+    return f"Where the log-odds with v* added have lost half of their validity, at its best site: {'; '.join(said)}. {DECAY}.csv."
 
 
 def drawn_numbers(table: pd.DataFrame) -> pd.DataFrame:
@@ -125,7 +186,7 @@ def drawn_numbers(table: pd.DataFrame) -> pd.DataFrame:
     return table[table["metric"].isin(["recovery", "preference_odds_change", "degeneration"])].reset_index(drop=True)
 
 
-def shown_table(table: pd.DataFrame, effects: pd.DataFrame) -> pd.DataFrame:
+def shown_table(table: pd.DataFrame, effects: pd.DataFrame, labels: Mapping[str, str]) -> pd.DataFrame:
     """The table for the page, as text: a line for each direction and vector, where v* is best or at the vector's one site."""
     lines = []
     own = effects[effects["control"] == RANDOM]
@@ -139,7 +200,7 @@ def shown_table(table: pd.DataFrame, effects: pd.DataFrame) -> pd.DataFrame:
         past = ceiling(table, direction, vector, site)
         lines.append(
             {
-                "vector": f"{vector_name(vector)}, {HOW[direction]}",
+                "vector": f"{labels.get(vector, vector)}, {how(table, direction)}",
                 "site": short_site(site),
                 "R": as_text(at_norm["value"], ".2f"),
                 "R − random": _difference(at_norm, "+.2f"),
@@ -163,7 +224,7 @@ def _interval(table: pd.DataFrame, effects: pd.DataFrame, settings: Mapping[str,
     parts = []
     for direction in GOALS:
         row = _of_v_star(effects, direction, best_site(table, direction)).iloc[0]
-        parts.append(f"{HOW[direction]} at {site_name(row['site'])}: {_difference(row, '+.2f')}")
+        parts.append(f"{how(table, direction)} at {site_name(row['site'])}: {_difference(row, '+.2f')}")
     return (
         f"R of v* less that of random vectors, {'; '.join(parts)}. Beside the curves, 95\u00a0% intervals over the prompts of "
         f"{settings['n_test']} pairs. Bars beside random vectors: where one more of these may lie, or the prompts’ interval where "
@@ -172,15 +233,15 @@ def _interval(table: pd.DataFrame, effects: pd.DataFrame, settings: Mapping[str,
     )
 
 
-def _limits(settings: Mapping[str, Any]) -> list[str]:
+def _limits(vectors: pd.DataFrame, labels: Mapping[str, str]) -> list[str]:
     lines = [
         "That the model still works where the margin grows: a vector can raise it while text falls apart. Look at R and at "
         "degeneration at the same λ.",
         "That the answers are better: R and the margin are taken on given answers, and degeneration is all that is asked of "
         "the text, unless a judge was.",
     ]
-    others = [vector_name(name) for name in settings["vectors"] if name.startswith(f"{V_STAR}_of_")]
-    if others:
+    of_runs = vectors[(vectors["kind"] == V_STAR) & (vectors["source"] != "")] if "kind" in vectors else vectors
+    if others := [labels[name] for name in dict.fromkeys(of_runs.get("vector", ()))]:
         lines.append(f"More than one training of each: {', '.join(others)} and this v* are of one run each.")
     else:
         lines.append(
@@ -190,12 +251,15 @@ def _limits(settings: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _reading(table: pd.DataFrame, effects: pd.DataFrame, settings: Mapping[str, Any]) -> list[str]:
+def _reading(
+    table: pd.DataFrame, effects: pd.DataFrame, settings: Mapping[str, Any], labels: Mapping[str, str]
+) -> list[str]:
     drawn, there = drawn_sites(table), list(dict.fromkeys(table["site"]))
     text = f" and the completions of {settings['n_generated']} test prompts at most" if settings["n_generated"] else ""
     first = {
         d: value_at(table, d, V_STAR, best_site(table, d), "recovery_first_token", compared_at(table)) for d in GOALS
     }
+    operator = table["operator"].iloc[0]
     lines = [
         f"v* is the mean change of the hidden state at {settings['position']} over {settings['n_estimation']} held-out pairs; "
         f"every number is of {settings['n_test']} other pairs{text}, whose prompts it has not seen. {_LENGTHS[settings['norm']]} "
@@ -203,15 +267,17 @@ def _reading(table: pd.DataFrame, effects: pd.DataFrame, settings: Mapping[str, 
         f"R = 1 − KL(goal ‖ steered) / KL(goal ‖ unsteered) over the tokens of the chosen responses: 0 is the model that steering "
         "starts from, 1 the one that it aims at, below 0 is further away. "
         f"Drawn down to {as_text(LOWEST, '.0f')} (arrows: what is further away); dashed: the goal.",
-        f"Each vector is added {_TOKENS[settings['tokens']]}: the same tokens on given answers and in text that is generated.",
+        *([LAMBDA[operator]] if operator in LAMBDA else []),
+        f"Each vector is {how(table, 'interpolation')} {_TOKENS[settings['tokens']]}: the same tokens on given "
+        "answers and in text that is generated.",
         f"At the first token of a response alone v* has R = {as_text(first['interpolation'], '.2f')} added and "
         f"{as_text(first['inversion'], '.2f')} subtracted, at its best site and λ = {compared_at(table):g}: column metric, "
         "recovery_first_token. Where it is far above R, one vector does not fit all tokens.",
         "Preference margin: log π(chosen) − log π(rejected), summed over tokens; with chosen and rejected as the polarity pair "
         "it is PrefOdds (column metric: preference_odds). Drawn: its change from λ = 0, paired (preference_odds_change).",
-        f"Grey: where 95\u00a0% of random vectors lie that are as long as v*, by {_drawn(settings)} of them.",
-        _verdicts(effects),
-        *_vectors_and_files(settings),
+        f"Grey: where 95\u00a0% of random vectors lie that are as long as v*, by {how_many(settings['n_random'])} of them.",
+        counted_verdicts(effects),
+        *_vectors_and_files(settings, labels),
     ]
     if settings["n_generated"]:
         lines.insert(
@@ -232,51 +298,22 @@ def _reading(table: pd.DataFrame, effects: pd.DataFrame, settings: Mapping[str, 
     return lines
 
 
-def _vectors_and_files(settings: Mapping[str, Any]) -> list[str]:
+def _vectors_and_files(settings: Mapping[str, Any], labels: Mapping[str, str]) -> list[str]:
+    named = [f"{labels.get(x, x)}: {settings['made'][x]}" for x in settings["vectors"] if x not in RANDOM_KINDS]
     return [
         "Adding v at the final norm’s output is a logit bias, W_U v, the same numbers whatever the context: nothing that it does "
         "there depends on the prompt.",
-        f"Vectors: {'; '.join(f'{vector_name(name)}: {how}' for name, how in _named(settings))}. They are in "
-        f"vectors/{VECTORS_FILE} beside the tables, their lengths and cosines with v* in steering_vectors.csv.",
+        f"Vectors: {'; '.join(named)}. They are in "
+        f"vectors/{VECTORS_FILE} beside the tables, their lengths and cosines with v* in {VECTORS}.",
         f"All metrics are in {TABLE}, what each pair adds in {PAIRS}, the settings in {SETTINGS}: run the command again and it "
         "goes on where it stopped.",
     ]
-
-
-def _verdicts(effects: pd.DataFrame) -> str:
-    """How many comparisons of R at equal norm said what, for each random kind."""
-    rows = effects[(effects["metric"] == "recovery") & (effects["equal"] == EQUAL_NORM)]
-    parts = []
-    for kind, of_kind in rows.groupby("control", sort=False):
-        counts = of_kind["verdict"].value_counts()
-        said = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if verdict in counts)
-        parts.append(f"{kind} ({said})")
-    return (
-        "A vector that is not distinguishable from random ones of its length has no claim of its own. It is called above them "
-        "where at most one in forty of them does as much, by rank and by where one more would lie, and where that holds for "
-        f"other prompts. R, in {EFFECTS}.csv: {'; '.join(parts)}. There too: the margin at equal norm, and where all have moved "
-        "the model equally far, KL(unsteered ‖ steered); subtracting is meant to lower it, so there below random is the aim."
-    )
-
-
-def _drawn(settings: Mapping[str, Any]) -> str:
-    """How many random vectors there are at a site, in words.
-
-    >>> _drawn({"n_random": {"layer_00": 20, "final_post_norm": 99}})
-    '20 to 99'
-    """
-    counts = sorted(set(settings["n_random"].values()))
-    return f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
 
 
 def _of_v_star(effects: pd.DataFrame, direction: str, site: str) -> pd.DataFrame:
     """What v* recovers beyond random vectors at a site."""
     rows = effects[(effects["metric"] == "recovery") & (effects["control"] == RANDOM) & (effects["vector"] == V_STAR)]
     return rows[(rows["direction"] == direction) & (rows["site"] == site)]
-
-
-def _named(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [(name, settings["made"][name]) for name in settings["vectors"] if name not in RANDOM_KINDS]
 
 
 def _headline(table: pd.DataFrame, effects: pd.DataFrame, direction: str) -> Headline:
@@ -289,3 +326,119 @@ def _headline(table: pd.DataFrame, effects: pd.DataFrame, direction: str) -> Hea
         f"{site_name(best)}, λ = {strength:g}, its best site on other pairs; {random_span(found)}: {verdict}. {TABLE}, metric "
         "recovery.",
     )
+
+
+def draw_recovery(axes: Axes, table: pd.DataFrame, *, direction: str) -> str:
+    """R over λ for every vector, with intervals and the span of the random controls."""
+    _draw_lines(axes, table, direction, "recovery")
+    low, _ = axes.get_ylim()
+    axes.set_ylim(max(low, LOWEST), _LEGEND_ABOVE)
+    axes.set_yticks([tick for tick in (-1.0, -0.5, 0.0, 0.5, 1.0) if tick >= max(low, LOWEST)])
+    mark_level(axes, 1.0)
+    axes.set_ylabel("recovery R")
+    axes.legend(
+        loc="upper center",
+        frameon=False,
+        fontsize=6,
+        ncols=2,
+        columnspacing=0.8,
+        handlelength=1.4,
+    )
+    best, strength = best_site(table, direction), compared_at(table)
+    found = beside_random(table, direction, best, "recovery", strength)
+    done, goal = f"{doing(table, direction)} at {site_name(best)}", f"the {GOALS[direction]} at λ = {strength:g}"
+    if found.value < 0:
+        return f"{done} leads away from {goal}: R is {as_text(found.value, 'percent')}, {random_span(found)}"
+    return f"{done} recovers {as_text(found.value, 'percent')} of the way to {goal}; {random_span(found)}"
+
+
+def draw_preference(axes: Axes, table: pd.DataFrame, *, direction: str) -> str:
+    """Change of the preference margin over λ, pair by pair, and where the goal's lies."""
+    _draw_lines(axes, table, direction, "preference_odds_change")
+    best, strength = best_site(table, direction), compared_at(table)
+    at_zero = {d: value_at(table, d, V_STAR, best, "preference_odds", 0.0) for d in GOALS}
+    goal = at_zero["inversion" if direction == "interpolation" else "interpolation"]
+    mark_level(axes, goal - at_zero[direction])
+    axes.set_ylabel("change of the margin, nats")
+    reached = value_at(table, direction, V_STAR, best, "preference_odds", strength)
+    return (
+        f"Preference margin: {as_text(at_zero[direction], '+.1f')} nats unsteered, {as_text(reached, '+.1f')} with v* at "
+        f"{site_name(best)} {words(table, direction)} at λ = {strength:g}, {as_text(goal, '+.1f')} in the {GOALS[direction]}"
+    )
+
+
+def draw_degeneration(axes: Axes, table: pd.DataFrame) -> str:
+    """Share of degenerate completions over λ, interpolation."""
+    direction = "interpolation"
+    _draw_lines(axes, table, direction, "degeneration", band=False)
+    axes.set_ylim(-0.03, 1.03)
+    sites = drawn_sites(table)
+    usual = value_at(table, direction, V_STAR, sites[0], "degeneration", 0.0)
+    mark_level(axes, usual + DEGENERATE)
+    axes.set_ylabel("degenerate completions")
+    ceilings = {site: ceiling(table, direction, V_STAR, site) for site in sites}
+    found = {site: x for site, x in ceilings.items() if x is not None}
+    more = (
+        "10\u00a0% of the completions" if usual == 0 else f"10 points above the unsteered {as_text(usual, 'percent')}"
+    )
+    if not found:
+        return f"{doing(table, direction)} breaks no more than {more} up to λ = {table['lambda'].max():g}"
+    first = min(found, key=found.__getitem__)
+    fired = rules_fired(lambda name: value_at(table, direction, V_STAR, first, name, found[first]))
+    return (
+        f"{doing(table, direction)} breaks more than {more} from λ = {found[first]:g} on, at {site_name(first)} "
+        f"(by rule: {fired})"
+    )
+
+
+def _draw_lines(axes: Axes, table: pd.DataFrame, direction: str, metric: str, *, band: bool = True) -> None:
+    """Every vector of the sites drawn with its interval; behind them from least to largest random control."""
+    sites = drawn_sites(table)
+    if band and (bands := _random_bands(table, direction, metric, sites)):
+        strengths, lows, highs = zip(*bands, strict=True)
+        axes.fill_between(
+            strengths, lows, highs, color=COLOURS["null"], alpha=0.45, linewidth=0, label="95\u00a0% of random"
+        )
+    named = table[table["vector"] != RANDOM]["lambda"]
+    low, high = named.min(), named.max()
+    curves = [
+        (vector, site, look, rows)
+        for site, look in zip(sites, SITE_LOOKS, strict=False)
+        for vector in _LINES
+        if not (rows := rows_of(table, direction, vector, site, metric)).empty
+    ]
+    for i, (vector, site, (colour, shape), rows) in enumerate(curves):
+        aside = (high - low) * _ASIDE * (i - (len(curves) - 1) / 2)
+        axes.vlines(rows["lambda"] + aside, rows["ci_low"], rows["ci_high"], colors=COLOURS[colour], linewidth=0.6)
+        axes.plot(
+            rows["lambda"] + aside,
+            rows["value"],
+            _LINES[vector],
+            linewidth=1.0,
+            marker=shape,
+            markersize=2.5,
+            color=COLOURS[colour],
+            label=f"{NAMES.get(vector, vector)} {short_site(site)}",
+        )
+    room = (high - low) * _ASIDE * (len(curves) + 1) / 2
+    axes.set_xlim(low - room, high + room)
+    axes.set_xlabel("λ (1: the vector at its own length)")
+
+
+def _random_bands(
+    table: pd.DataFrame, direction: str, metric: str, sites: Sequence[str]
+) -> list[tuple[float, float, float]]:
+    """By λ the prediction interval of random vectors, from the lowest to the highest of the sites."""
+    found = []
+    for strength in sorted(rows_of(table, direction, RANDOM, None, metric)["lambda"].unique()):
+        drawn = [torch.tensor([controls_at(table, direction, site, metric, strength)]).double() for site in sites]
+        spans = [among_random(one[:, 0], one).prediction for one in drawn if one.numel()]
+        if spans:
+            found.append((strength, min(span.low for span in spans), max(span.high for span in spans)))
+    return found
+
+
+def drawn_sites(table: pd.DataFrame) -> list[str]:
+    """The best sites, in the order of the table."""
+    best = set(sites_by_recovery(table, "interpolation")[:_SITES_DRAWN])
+    return [site for site in dict.fromkeys(table["site"]) if site in best]

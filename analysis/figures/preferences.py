@@ -9,6 +9,7 @@ from analysis.open.checkpoints import Checkpoints
 from analysis.open.models import LoadedModel
 from datamodules.records import score_margins
 from tiltmeter.models.generation import Decoding, fit_prompt
+from tiltmeter.models.layers import resolve_sites
 from tiltmeter.pairs.batch import CHOSEN, TokenizedPair, collate_pairs
 from tiltmeter.pairs.log_probs import sequence_log_probs
 from tiltmeter.pairs.verification import best_layout
@@ -16,8 +17,9 @@ from tiltmeter.scoring.behaviour import Prompt
 from tiltmeter.scoring.preference import kl_figures, preference_scores
 from tiltmeter.scoring.preference_classifier import classifier_figures
 from tiltmeter.scoring.scorer import Figure, Sample, Side
+from tiltmeter.states.capture import Reading, ReadPoint
 from tiltmeter.states.positions import Position
-from tiltmeter.states.probe_set import Probe, read_points
+from tiltmeter.states.probe_set import Probe
 
 _TOKENS_PER_BATCH = 8192
 _POSITION: Position = "response_last"
@@ -58,16 +60,17 @@ def kl_of_samples(
 def probe_accuracies(checkpoints: Checkpoints, sites: str | Sequence[str]) -> list[Figure]:
     """Held-out accuracy of a logistic probe for the preference at sites of both models, a null beside each."""
     ids, groups = [pair.ids for pair in checkpoints.pairs], [pair.group for pair in checkpoints.pairs]
+    layout = best_layout(checkpoints.base.model, ids)
+    probe = Probe.of_pairs(ids, layout=layout, sites=sites, positions=[_POSITION])
+    states = probe.read_pair(checkpoints.base.model, checkpoints.aligned.model)
+    readings: tuple[tuple[Side, Reading], ...] = (("base", states.base), ("policy", states.policy))
     figures = []
-    sides: tuple[tuple[Side, LoadedModel], ...] = (("base", checkpoints.base), ("policy", checkpoints.aligned))
-    for of, opened in sides:
-        layout = best_layout(opened.model, ids)
-        states = Probe.of_pairs(ids, layout=layout, sites=sites, positions=[_POSITION]).read(opened.model)
-        for point in read_points(sites, [_POSITION], opened.model.config.num_hidden_layers):
-            rows, side = states[point].rows, states[point].sides
-            where = f"{point.site} {point.position}"
+    for of, reading in readings:
+        for site in resolve_sites(sites, checkpoints.base.model.config.num_hidden_layers):
+            rows, _, side = reading[ReadPoint(site, _POSITION)]
+            where = f"{site} {_POSITION}"
             found = classifier_figures(rows[side == CHOSEN], rows[side != CHOSEN], groups, of=of, where=where)
-            figures += [figure._replace(name=f"{figure.name}/{point.site}") for figure in found]
+            figures += [figure._replace(name=f"{figure.name}/{site}") for figure in found]
     return figures
 
 

@@ -2,17 +2,16 @@
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from analysis.open.runs import Run
 from analysis.report.page import Headline, Section
-from analysis.report.style import COLOURS, EndLabel, house_style, label_ends, mark_level, new_figure, set_titles
+from analysis.report.site_axes import Panel, draw_over_steps
+from analysis.report.style import COLOURS, EndLabel, label_ends, mark_level
 from datamodules.synthetic import SyntheticWorld
 from tiltmeter.errors import UserError
 from tiltmeter.metric_names import metric
@@ -32,8 +31,6 @@ _FEWEST_TO_SMOOTH = 10
 _DPO_CLAIM = "DPO (Rafailov et al. 2023): the policy learns to rank responses as their labels do, also on prompts not trained on."
 _SFT_CLAIM = "None of the papers’: supervised training lowers the loss, also on prompts that it was not done on."
 _MARK = COLOURS["mark"]
-Panel = Callable[[Axes, pd.DataFrame], str]
-"""Draws one panel from the table and returns its message."""
 
 
 class Training(NamedTuple):
@@ -68,7 +65,7 @@ def training_section(training: Training) -> Section:
     panels: list[Panel] = [partial(draw_loss, unit=label, mark_ln_2=marks_ln_2)]
     if training.is_of_pairs:
         panels += [draw_accuracy, draw_rewards]
-    figure, sentences = draw_training(table, panels)
+    figure, sentences = draw_over_steps(panels, table)
     return Section(
         name="training",
         question="How did training go?",
@@ -113,19 +110,6 @@ def training_table(run: Run) -> Training:
         parts[0][f"{column}_smoothed"] = mean.where(parts[0][column].notna())
     loss = str(run.setting("module.loss") or "sigmoid")
     return Training(pd.concat(parts, ignore_index=True), window, loss, _interval(run), _noise(run))
-
-
-def draw_training(table: pd.DataFrame, panels: Sequence[Panel]) -> tuple[Figure, list[str]]:
-    """Draw the panels below each other; returns the figure and each panel's message."""
-    sentences = []
-    with house_style():
-        figure, axes = new_figure(len(panels))
-        for panel, draw in zip(axes, panels, strict=True):
-            panel.set_xlim(0, max(1.0, float(table["steps_taken"].max())))
-            sentences.append(draw(panel, table))
-        axes[-1].set_xlabel("optimizer steps taken")
-        set_titles(figure, axes, sentences)
-    return figure, sentences
 
 
 def draw_loss(axes: Axes, table: pd.DataFrame, *, unit: str, mark_ln_2: bool) -> str:

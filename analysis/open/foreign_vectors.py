@@ -1,6 +1,5 @@
 """Vectors that are not estimated from this pair of models: v* of other runs, opened as data, and files of the user's own."""
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,16 +8,16 @@ from transformers import PreTrainedModel
 
 from analysis.open.models import LoadedModel, load_model
 from analysis.open.runs import Run, open_run
-from analysis.steering.directions import V_STAR
 from tiltmeter.errors import UserError
 from tiltmeter.models.causal_lm import DTYPES
 from tiltmeter.steering.vector import SteeringVector, load_vectors
 
-_ARM = re.compile(r"[a-z0-9_]{1,30}")
+_LONGEST = 30
+"""Characters of the name of an arm that is shown."""
 
 
-def named_runs(folders: Sequence[Path]) -> list[tuple[str, Run]]:
-    """Runs by what their v* is called: their arm, which counts on where two have the same. Raises UserError."""
+def runs_by_arm(folders: Sequence[Path]) -> list[tuple[str, Run]]:
+    """Runs by their arm, which counts on where two have the same. Raises UserError."""
     found: list[tuple[str, Run]] = []
     seen: Counter[str] = Counter()
     for folder in folders:
@@ -27,9 +26,9 @@ def named_runs(folders: Sequence[Path]) -> list[tuple[str, Run]]:
         except UserError as error:
             raise UserError(f"steering.controls: {error}") from error
         arm = str(run.setting("arm") or "")
-        arm = arm if _ARM.fullmatch(arm) else "run"
+        arm = arm if arm.isidentifier() and len(arm) <= _LONGEST else "run"
         seen[arm] += 1
-        found.append((f"{V_STAR}_of_{arm}" + (f"_{seen[arm]}" if seen[arm] > 1 else ""), run))
+        found.append((arm + (f"_{seen[arm]}" if seen[arm] > 1 else ""), run))
     return found
 
 

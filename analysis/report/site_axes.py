@@ -1,4 +1,4 @@
-"""Curves over sites, in the order of the forward pass, and numbers as the sentences above them say them."""
+"""Curves over sites, in the order of the forward pass, or over steps; and numbers as the sentences above them say them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ _LARGEST = 1e6
 
 
 Panel = Callable[[Axes, pd.DataFrame], str]
-"""Draws one panel from a table with a row for each site, and returns its message."""
+"""Draws one panel from a table and returns its message."""
 
 
 class Curve(NamedTuple):
@@ -40,6 +40,21 @@ def draw_over_sites(
         figure, axes = new_figure(len(panels), panel_height_cm=panel_height_cm)
         sentences = [draw(panel, table) for draw, panel in zip(panels, axes, strict=True)]
         axes[-1].set_xlabel(SITES_LABEL)
+        set_titles(figure, axes, sentences)
+    return figure, sentences
+
+
+def draw_over_steps(
+    panels: Sequence[Panel], table: pd.DataFrame, *, panel_height_cm: float = 5.2
+) -> tuple[Figure, list[str]]:
+    """Panels below each other over the table's column ``steps_taken``, and the message of each."""
+    sentences = []
+    with house_style():
+        figure, axes = new_figure(len(panels), panel_height_cm=panel_height_cm)
+        for panel, draw in zip(axes, panels, strict=True):
+            panel.set_xlim(0, max(1.0, float(table["steps_taken"].max())))
+            sentences.append(draw(panel, table))
+        axes[-1].set_xlabel("optimizer steps taken")
         set_titles(figure, axes, sentences)
     return figure, sentences
 

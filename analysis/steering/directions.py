@@ -5,6 +5,7 @@ of the states where it is not ``steering.position``.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -23,14 +24,19 @@ from tiltmeter.scoring.preference_classifier import classifier_direction
 from tiltmeter.states.capture import Reading, ReadPoint
 from tiltmeter.states.positions import POSITIONS, Position
 from tiltmeter.states.probe_set import PreferenceDirections, Probe
+from tiltmeter.steering.vector import (
+    DIFFERENCE,
+    PCA_CENTRED,
+    PCA_RAW,
+    PROBE,
+    RANDOM_KINDS,
+    SHUFFLED,
+    SINGULAR_CENTRED,
+    SINGULAR_RAW,
+    V_BAR,
+    V_STAR,
+)
 
-V_STAR, V_BAR = "v*", "v_bar"
-DIFFERENCE, PROBE = "difference_of_means", "probe"
-RANDOM, RANDOM_PCA, RANDOM_COVARIANCE = "random", "random_pca", "random_covariance"
-UNRELATED = "unrelated_contrast"
-RANDOM_KINDS = (RANDOM, RANDOM_PCA, RANDOM_COVARIANCE, UNRELATED)
-"""Kinds of which many are drawn, and whose distribution the others are judged against."""
-SHUFFLED = "shuffled_layer"
 READ_POSITIONS: tuple[Position, ...] = tuple(p for p in POSITIONS if p != "response_all")
 """Where states can be read: one row a pair or a response."""
 _OF_RESPONSES: tuple[Position, ...] = ("response_mean", "response_last")
@@ -63,7 +69,7 @@ class Kind(NamedTuple):
             raise UserError(
                 f"steering.vectors: {text}: expected a file of vectors (.safetensors) or one of {', '.join(KINDS)}"
             )
-        known = _OF_RESPONSES if kind in (DIFFERENCE, PROBE) else () if kind in _WITHOUT_POSITION else READ_POSITIONS
+        known = _OF_RESPONSES if kind in (DIFFERENCE, PROBE) else () if kind in WITHOUT_POSITION else READ_POSITIONS
         if at and place not in known:
             raise UserError(
                 f"steering.vectors: {text}: expected {kind}{''.join(f', {kind}@{p}' for p in known)}, got position {place!r}"
@@ -71,9 +77,9 @@ class Kind(NamedTuple):
         default = _OF_RESPONSES[0] if kind in (DIFFERENCE, PROBE) else None
         return cls(kind, place if at else default)  # type: ignore[arg-type]
 
-    def name(self, number: int | None = None) -> str:
-        """Vector name; ``number`` selects one of several."""
-        counted = self.kind if number is None else f"{self.kind}_{number}"
+    def name(self, number: int = 0) -> str:
+        """Vector name in tables; ``number`` selects one of several, from 1."""
+        counted = f"{self.kind}_{number}" if number else self.kind
         return counted if self.position is None else f"{counted}@{self.position}"
 
 
@@ -108,6 +114,7 @@ class States:
         unrelated: Sequence[Sequence[int]] = (),
     ) -> None:
         self.position, self.ids = position, [pair.ids for pair in pairs]
+        self._groups = [pair.group for pair in pairs]
         self.n_layers = checkpoints.base.model.config.num_hidden_layers
         self.sites = sites
         self.head = unembedding(checkpoints.base.model)
@@ -122,6 +129,12 @@ class States:
     def rows(self, site: str, position: Position | None) -> tuple[Tensor, Tensor]:
         """States of base and aligned model, a row a reading."""
         return self._read.rows(ReadPoint(site, position or self.position))
+
+    def groups(self, site: str, position: Position | None) -> list[str]:
+        """Prompt of each row of :meth:`rows`."""
+        return [
+            self._groups[i] for i in self._read.base[ReadPoint(site, position or self.position)].pair_index.tolist()
+        ]
 
     def of_responses(self, site: str, position: Position | None) -> tuple[Tensor, Tensor]:
         """States of chosen and of rejected responses in the base model, a row a pair."""
@@ -198,16 +211,14 @@ def _mean_unembedding(_: Kind, states: States, site: str, __: int) -> Made:
     return Made(PreferenceDirections(states.head, states.ids).sequence.mean(0).detach()[None], how)
 
 
-def _singular(kind: Kind, states: States, site: str, n_directions: int) -> Made:
-    centred = kind.kind.endswith("_centred")
+def _singular(kind: Kind, states: States, site: str, n_directions: int, *, centred: bool) -> Made:
     found = update_directions(*states.rows(site, kind.position), n_directions, centred=centred)
     what = "h_policy - h_base" + (" less its mean" if centred else "")
     return Made(found.directions, f"singular vector of {what}, on the side of v*", has_length=False)
 
 
-def _pca(kind: Kind, states: States, site: str, n_directions: int) -> Made:
+def _pca(kind: Kind, states: States, site: str, n_directions: int, *, centred: bool) -> Made:
     base, policy = states.rows(site, kind.position)
-    centred = kind.kind.endswith("_centred")
     found = principal_directions(base, n_directions, centred=centred).directions
     along = found @ steering_vector(base, policy)
     what = "h_base less its mean" if centred else "h_base, not centred"
@@ -229,16 +240,16 @@ def _probe(kind: Kind, states: States, site: str, _: int) -> Made:
 _MAKERS: dict[str, Callable[[Kind, States, str, int], Made]] = {
     V_STAR: _mean_update,
     V_BAR: _mean_unembedding,
-    "singular_raw": _singular,
-    "singular_centred": _singular,
-    "pca_raw": _pca,
-    "pca_centred": _pca,
+    SINGULAR_RAW: partial(_singular, centred=False),
+    SINGULAR_CENTRED: partial(_singular, centred=True),
+    PCA_RAW: partial(_pca, centred=False),
+    PCA_CENTRED: partial(_pca, centred=True),
     DIFFERENCE: _difference,
     PROBE: _probe,
 }
 CONTROLS = (*RANDOM_KINDS, SHUFFLED)
 KINDS = (*_MAKERS, *CONTROLS)
 """What ``steering.vectors`` may name, beside files."""
-COUNTED = tuple(name for name, maker in _MAKERS.items() if maker in (_singular, _pca))
+COUNTED = (SINGULAR_RAW, SINGULAR_CENTRED, PCA_RAW, PCA_CENTRED)
 """Kinds of which there are several."""
-_WITHOUT_POSITION = (V_BAR, *CONTROLS)
+WITHOUT_POSITION = (V_BAR, *CONTROLS)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from analysis.open.models import LoadedModel
 from analysis.open.probe_pairs import ProbePair
-from analysis.steering.table import Row, Rows, Unit
+from analysis.steering.table import DEGENERATION_P, Row, Rows, Unit
 from analysis.steering.teacher_forced import Tokens
 from tiltmeter.models.generation import Completion, Decoding, generate
 from tiltmeter.pairs.branching import generate_branches
@@ -17,10 +17,8 @@ from tiltmeter.scoring.behaviour import Prompt, one_a_group, pair_up, score_all
 from tiltmeter.scoring.scorer import Scorer, Scores
 from tiltmeter.stats.paired import more_often
 from tiltmeter.steering.intervene import Intervention, steer
+from tiltmeter.steering.operators import Operator, vectors_of
 from tiltmeter.steering.vector import SteeringVector
-
-DEGENERATION_P = "degeneration_p"
-"""Metric: p-value of the exact test whether completions are degenerate more often than without steering."""
 
 
 class GenerationSweep:
@@ -35,6 +33,8 @@ class GenerationSweep:
         strengths: λ, with 0 among them.
         tokens: whose hidden states are moved. Where those of the prompt are, its keys and values differ from λ to λ, and
             each λ takes a run of its own.
+        operator: what is done along a vector; of another than ``add`` every prompt and λ takes a run of its own.
+        means: mean base state of each site, from which ``rotate`` turns towards a vector.
     """
 
     def __init__(
@@ -48,7 +48,10 @@ class GenerationSweep:
         sign: int,
         strengths: Sequence[float],
         tokens: Tokens = "predicting",
+        operator: Operator = "add",
+        means: Mapping[str, Tensor] | None = None,
     ) -> None:
+        self.operator, self.means = operator, means or {}
         self.start, self.scorers, self.decoding, self.tokens = start, scorers, decoding, tokens
         self.sign, self.strengths = sign, list(strengths)
         asked = [Prompt(p.pair_id, p.prompt, p.ids.prompt_ids, p.chosen, p.group, p.attributes) for p in pairs]
@@ -64,8 +67,12 @@ class GenerationSweep:
         """
         keys = [prompt.pair_id for prompt in self.prompts]
         values = torch.stack([v.values for v in vectors])[[i % len(vectors) for i in range(len(keys))]]
-        shifts = self.sign * values[:, None] * torch.tensor(self.strengths)[:, None]
-        said = [dict(zip(keys, branch, strict=True)) for branch in self._complete(unit.site, shifts, keys)]
+        if self.operator == "add":
+            shifts = self.sign * values[:, None] * torch.tensor(self.strengths)[:, None]
+            branches = self._complete(unit.site, shifts, keys)
+        else:
+            branches = [self._complete_one_by_one(unit.site, values, x, keys) for x in self.strengths]
+        said = [dict(zip(keys, branch, strict=True)) for branch in branches]
         unsteered = said[self.strengths.index(0.0)]
         found, missing = [], []
         for strength, steered in zip(self.strengths, said, strict=True):
@@ -101,6 +108,22 @@ class GenerationSweep:
                     )
                 of_prompt |= dict(zip(rows, completed, strict=True))
             said.append([of_prompt[row] for row in range(len(ids))])
+        return said
+
+    def _complete_one_by_one(
+        self, site: str, values: Float[Tensor, "prompt d_model"], strength: float, keys: Sequence[str]
+    ) -> list[list[Completion]]:
+        """The completions of each prompt alone, so that its last token has a place that is known."""
+        said = []
+        for prompt, v, key in zip(self.prompts, values, keys, strict=True):
+            tokens: str | Tensor = self.tokens
+            if tokens == "predicting":
+                tokens = torch.ones(1, len(prompt.ids) + self.decoding.max_new_tokens, dtype=torch.bool)
+                tokens[:, : len(prompt.ids) - 1] = False
+            along = vectors_of(self.operator, v, self.means.get(site))
+            steering = Intervention(site, along, self.sign * strength, self.operator, tokens)
+            with steer(self.start.model, [steering] if strength else []):
+                said += generate(self.start.model, self.start.tokenizer, [prompt.ids], self.decoding, keys=[key])
         return said
 
 

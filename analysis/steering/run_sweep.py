@@ -11,8 +11,7 @@ from rich.progress import track
 from analysis.contract import Asking, Cost
 from analysis.figures.fig2_steering import VECTORS_FILE, steering_section_of
 from analysis.report.page import Section
-from analysis.steering.costs import sweep_costs
-from analysis.steering.sweep import Sweep
+from analysis.steering.sweep import Sweep, sweep_costs
 from analysis.steering.table import OtherSettings, Rows, SweepTable
 from analysis.steering.vectors import describe
 from tiltmeter.files import write_text

@@ -6,31 +6,31 @@ estimated on one half of the held-out prompts, all numbers are of the other half
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
+from analysis.contract import Cost
 from analysis.open.checkpoints import Checkpoints, start_scorers
 from analysis.open.models import LoadedModel
 from analysis.open.probe_pairs import ProbePair
-from analysis.steering.directions import RANDOM, RANDOM_KINDS, READ_POSITIONS, V_STAR, Halves, Kind, split_by_prompt
+from analysis.steering.directions import READ_POSITIONS, Halves, Kind, split_by_prompt
 from analysis.steering.generated import GenerationSweep
-from analysis.steering.table import Part, Rows, Unit
+from analysis.steering.table import CHOOSING, Part, Rows, Unit, nearest_to_one
 from analysis.steering.teacher_forced import TeacherForcedSweep, Tokens
 from analysis.steering.vectors import Norm, Vectors, Wanted, estimate_vectors
 from tiltmeter.errors import UserError
 from tiltmeter.models.causal_lm import DTYPES
 from tiltmeter.models.generation import Decoding
-from tiltmeter.models.layers import FINAL_POST_NORM, FINAL_PRE_NORM, layer_site, resolve_sites
+from tiltmeter.models.layers import FINAL_POST_NORM, FINAL_PRE_NORM, layer_site, resolve_sites, site_depth
 from tiltmeter.scoring.scorer import Scorer
 from tiltmeter.states.positions import Position
+from tiltmeter.steering.operators import OPERATORS, SCALED, SIGNED, Operator
 from tiltmeter.steering.recovery import Direction
-from tiltmeter.steering.vector import SteeringVector
-
-CHOOSING = "recovery_on_estimation_pairs"
-"""Metric of the part ``choosing``."""
+from tiltmeter.steering.sweep_logits import sweep_cost
+from tiltmeter.steering.vector import RANDOM, RANDOM_KINDS, V_STAR, SteeringVector
 
 
 class SteeringSweep:
@@ -46,6 +46,10 @@ class SteeringSweep:
             ``response_mean``.
         tokens: whose hidden states are moved: ``predicting``, those that a token of the response is predicted from; ``all``;
             ``new``, those after the prompt; ``prompt``.
+        operator: what is done to hidden states along a vector: ``add``; ``subtract``; ``add_keeping_norm``, the sum at the state's
+            length; ``project_out``, λ the share of what a state has along it that is taken out; ``clamp``, λ what it has along it
+            afterwards; ``rotate``, λ radians from the base's mean state towards it. λ = 0 is the model as it is. Inversion takes
+            −λ, but for project_out and clamp, which have no opposite.
         sites: where vectors are added: a site, several, or ``all``; null: after the middle block, and before and after the
             final norm.
         lambdas: strengths; 0 is added where it is missing.
@@ -82,6 +86,7 @@ class SteeringSweep:
         controls: Sequence[str] = (),
         position: Position = "prompt_last",
         tokens: Tokens = "predicting",
+        operator: Operator = "add",
         sites: str | Sequence[str] | None = None,
         lambdas: Sequence[float] = (-1.0, 0.0, 0.5, 1.0, 2.0),
         n_directions: int = 1,
@@ -102,22 +107,18 @@ class SteeringSweep:
             "n_generated": (n_generated, 0),
             "seed": (seed, 0),
         }
-        for name, (value, lowest) in least.items():
-            if value is not None and value < lowest:
-                raise UserError(f"steering.{name}: expected at least {lowest}, got {value}")
-        if not all(math.isfinite(x) for x in lambdas) or not any(lambdas) or len(set(lambdas)) < len(lambdas):
-            raise UserError(f"steering.lambdas: expected different finite numbers, not only 0, got {list(lambdas)}")
         options = {
             "dtype": (dtype, DTYPES),
             "position": (position, READ_POSITIONS),
             "tokens": (tokens, get_args(Tokens)),
             "norm": (norm, get_args(Norm)),
+            "operator": (operator, OPERATORS),
         }
-        for name, (text, known) in options.items():
-            if text not in known:
-                raise UserError(f"steering.{name}: expected one of {', '.join(known)}, got {text}")
+        check_options("steering", least, options)
+        if not all(math.isfinite(x) for x in lambdas) or not any(lambdas) or len(set(lambdas)) < len(lambdas):
+            raise UserError(f"steering.lambdas: expected different finite numbers, not only 0, got {list(lambdas)}")
         self.scorers = {name: scorer for name, scorer in scorers.items() if scorer is not None}
-        self.decoding, self.sites, self.tokens = decoding or Decoding(), sites, tokens
+        self.decoding, self.sites, self.tokens, self.operator = decoding or Decoding(), sites, tokens, operator
         self.notes: list[str] = []
         """What was added to what was asked for."""
         if 0.0 not in lambdas:
@@ -187,6 +188,8 @@ class Sweep:
         At equal norm a vector is compared with random ones of its own length; at equal KL, with all that these make of a curve.
         """
         at, unit = nearest_to_one(self.asked.lambdas), self.vectors[V_STAR, site].norm()
+        if self.asked.operator not in SCALED:
+            return sorted({0.0, max(self.asked.lambdas), at})
         lengths = {float(f"{v.norm() / unit:.6g}") for (_, where), v in self.vectors.items() if where == site}
         return sorted({0.0, max(self.asked.lambdas), *(at * x for x in lengths)})
 
@@ -214,6 +217,7 @@ class Sweep:
             "norm": asked.wanted.norm,
             "position": asked.wanted.position,
             "tokens": asked.tokens,
+            "operator": asked.operator,
             "n_random": {site: len(drawn) for (_, site), drawn in self.made.drawn.items()},
             "seed": asked.seed,
             "dtype": asked.dtype,
@@ -232,6 +236,10 @@ class Sweep:
 
     def rows(self, unit: Unit) -> Rows:
         """Compute one unit."""
+        found = self._rows(unit)
+        return found._replace(rows=[row._replace(operator=self.asked.operator) for row in found.rows])
+
+    def _rows(self, unit: Unit) -> Rows:
         where = unit.vector, unit.site
         vectors = self.made.drawn[where] if unit.vector in RANDOM_KINDS else [self.vectors[where]]
         if unit.part == "generated":
@@ -266,9 +274,11 @@ class Sweep:
             scorers=asked.scorers,
             decoding=asked.decoding,
             n_prompts=asked.n_generated,
-            sign=1 if direction == "interpolation" else -1,
+            sign=-1 if direction == "inversion" and asked.operator in SIGNED else 1,
             strengths=asked.lambdas,
             tokens=asked.tokens,
+            operator=asked.operator,
+            means=self.made.means,
         )
 
     @cache  # noqa: B019
@@ -280,16 +290,50 @@ class Sweep:
             direction=direction,
             strengths=[0.0, nearest_to_one(asked.lambdas)] if chooses else asked.lambdas,
             tokens=asked.tokens,
+            operator=asked.operator,
+            means=self.made.means,
         )
 
 
-def nearest_to_one(strengths: Sequence[float]) -> float:
-    """The λ at which vectors are compared: 1, the length of v*, or what the grid has nearest to it.
+def check_options(
+    node: str, least: Mapping[str, tuple[int | None, int]], choices: Mapping[str, tuple[str, Collection[str]]]
+) -> None:
+    """Check numbers against the least that each may be, and texts against those that there are. Raises UserError."""
+    for name, (value, lowest) in least.items():
+        if value is not None and value < lowest:
+            raise UserError(f"{node}.{name}: expected at least {lowest}, got {value}")
+    for name, (text, known) in choices.items():
+        if text not in known:
+            raise UserError(f"{node}.{name}: expected one of {', '.join(known)}, got {text}")
 
-    >>> nearest_to_one([0.0, 0.75, 2.0])
-    0.75
-    """
-    return min((x for x in strengths if x), key=lambda x: abs(x - 1))
+
+def sweep_costs(sweep: Sweep) -> list[Cost]:
+    """What the units of a sweep take, teacher-forced and generated."""
+    asked, n_layers = sweep.asked, sweep.checkpoints.base.model.config.num_hidden_layers
+    costs = []
+    for part, pairs in (("choosing", sweep.choosing), ("teacher_forced", sweep.tested)):
+        passes = float(len(get_args(Direction)))
+        for unit in (unit for unit in sweep.units if unit.part == part):
+            depth = min(site_depth(unit.site, n_layers), n_layers - 1)
+            passes += sweep_cost(n_layers, depth, _n_moving(sweep, unit))
+        costs.append(Cost(part.replace("_", "-"), passes, round(passes * sum(pair.n_row_tokens for pair in pairs))))
+    if n := sum(unit.part == "generated" for unit in sweep.units):
+        prompts = sweep.halves.test[: asked.n_generated]
+        prompt_tokens = sum(len(pair.ids.prompt_ids) for pair in prompts)
+        new_tokens = len(prompts) * len(asked.lambdas) * asked.decoding.max_new_tokens
+        steps = float(n * asked.decoding.max_new_tokens)
+        costs.append(Cost("generated, at most", steps, n * (prompt_tokens + new_tokens)))
+    return costs
+
+
+def _n_moving(sweep: Sweep, unit: Unit) -> int:
+    """How many vectors and strengths other than 0 a unit takes."""
+    if unit.part == "choosing":
+        return 1
+    drawn = sweep.made.drawn.get((unit.vector, unit.site))
+    if drawn is None:
+        return len(sweep.asked.lambdas) - 1
+    return len(drawn) * (len(sweep.random_strengths(unit.site)) - 1)
 
 
 def default_sites(n_layers: int) -> tuple[str, ...]:

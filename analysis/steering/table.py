@@ -8,6 +8,7 @@ and taken again, and rows of other settings never meet.
 import csv
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -16,10 +17,15 @@ import pandas as pd
 
 from tiltmeter.errors import UserError
 from tiltmeter.files import write_json, write_text, writing
+from tiltmeter.steering.vector import V_STAR
 
-TABLE, PAIRS, SETTINGS = "sweep.csv", "sweep_pairs.csv", "sweep.json"
+TABLE, PAIRS, SETTINGS, VECTORS = "sweep.csv", "sweep_pairs.csv", "sweep.json", "steering_vectors.csv"
 Part = Literal["choosing", "teacher_forced", "generated"]
 """``choosing``: v* on the pairs that it was estimated on, by which the site of a headline is chosen."""
+CHOOSING = "recovery_on_estimation_pairs"
+"""Metric of the part ``choosing``."""
+DEGENERATION_P = "degeneration_p"
+"""Metric: p-value of the exact test whether completions are degenerate more often than without steering."""
 _SHOWN = 60
 """Characters of a setting that an error shows."""
 
@@ -50,6 +56,8 @@ class Row(NamedTuple):
     ci_low: float
     ci_high: float
     n: int
+    operator: str = "add"
+    """What was done along the vector (:mod:`tiltmeter.steering.operators`)."""
 
 
 class PairRow(NamedTuple):
@@ -85,7 +93,9 @@ class Rows(NamedTuple):
 COLUMNS = tuple(name.replace("strength", "lambda") for name in Row._fields)
 PAIR_COLUMNS = tuple(name.replace("strength", "lambda") for name in PairRow._fields)
 _FILES = {TABLE: COLUMNS, PAIRS: PAIR_COLUMNS}
-_TEXTS = ("direction", "vector", "site", "metric", "pair_id", "prompt")
+_TEXTS = ("direction", "vector", "site", "metric", "pair_id", "prompt", "operator")
+_ADDED = "operator"
+"""Last column of the table, and a setting, which tables had none of while there was one operator alone."""
 _MAY_BE_EMPTY = ("value", "ci_low", "ci_high", "kl", "kl_from_start", "preference_odds")
 
 
@@ -152,6 +162,15 @@ class SweepTable:
                 file.truncate(n_bytes)
         read_sweep(self.path)
         read_pairs(self.folder / PAIRS)
+        self._add_column()
+
+    def _add_column(self) -> None:
+        """Give a table of before the column that it lacks."""
+        head, *rows = self.path.read_text(encoding="utf-8").splitlines()
+        if not head.endswith(f",{_ADDED}"):
+            lines = [f"{head},{_ADDED}", *(f"{row},add" for row in rows)]
+            write_text(self.path, "".join(f"{line}\n" for line in lines))
+            self._note()
 
     def _note(self) -> None:
         sizes = {name: (self.folder / name).stat().st_size for name in _FILES}
@@ -183,6 +202,8 @@ def _read(path: Path, columns: Sequence[str]) -> pd.DataFrame:
         raise UserError(f"{path}: no such file; run analysis=steering_sweep") from error
     except (ValueError, OSError) as error:
         raise UserError(f"{path}: damaged ({' '.join(str(error).split())[:100]}); {_BEGIN_ANEW}") from error
+    if _ADDED in columns and _ADDED not in table:
+        table[_ADDED] = "add"
     if list(table.columns) != list(columns):
         raise UserError(f"{path}: expected the columns {', '.join(columns)}; {_BEGIN_ANEW}")
     never_empty = [name for name in columns if name not in _MAY_BE_EMPTY]
@@ -201,6 +222,7 @@ def _read_state(path: Path) -> dict[str, Any]:
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
         is_whole = isinstance(state["settings"], dict) and all(type(state["bytes"][name]) is int for name in _FILES)
+        state["settings"].setdefault(_ADDED, "add")
         if not (is_whole and all(len(unit) == len(Unit._fields) for unit in state["finished"])):
             raise ValueError("another content")
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -209,6 +231,51 @@ def _read_state(path: Path) -> dict[str, Any]:
             f"{path}: expected the settings that the sweep was made with ({reason}); {_BEGIN_ANEW}"
         ) from error
     return state  # type: ignore[no-any-return]
+
+
+def read_vectors(folder: Path) -> pd.DataFrame:
+    """A row for each vector that was swept (:func:`analysis.steering.vectors.describe`); empty where there is no such table."""
+    path = folder / VECTORS
+    return pd.read_csv(path, keep_default_na=False) if path.exists() else pd.DataFrame()
+
+
+def nearest_to_one(strengths: Sequence[float]) -> float:
+    """The λ at which vectors are compared: 1, the length of v*, or what the grid has nearest to it.
+
+    >>> nearest_to_one([0.0, 0.75, 2.0])
+    0.75
+    """
+    return min((x for x in strengths if x), key=lambda x: abs(x - 1))
+
+
+def rows_of(table: pd.DataFrame, direction: str, vector: str, site: str | None, metric: str) -> pd.DataFrame:
+    """Rows of a vector, in the order of λ."""
+    found = table[(table["direction"] == direction) & (table["vector"] == vector) & (table["metric"] == metric)]
+    return (found if site is None else found[found["site"] == site]).sort_values("lambda")
+
+
+def value_at(table: pd.DataFrame, direction: str, vector: str, site: str, metric: str, strength: float) -> float:
+    """One value of the table; NaN where it has none."""
+    rows = rows_of(table, direction, vector, site, metric)
+    rows = rows[rows["lambda"] == strength]
+    return math.nan if rows.empty else float(rows["value"].iloc[0])
+
+
+def compared_at(table: pd.DataFrame) -> float:
+    """The λ that vectors are compared at."""
+    return nearest_to_one(table[table["vector"] == V_STAR]["lambda"].unique().tolist())
+
+
+def best_site(table: pd.DataFrame, direction: str) -> str:
+    """The site where v* recovers most at λ = 1 of the pairs that it was estimated on, which no other number is of."""
+    return sites_by_recovery(table, direction)[0]
+
+
+def sites_by_recovery(table: pd.DataFrame, direction: str) -> list[str]:
+    """Sites by what v* recovers there of the pairs that it was estimated on, most first."""
+    rows = rows_of(table, direction, V_STAR, None, CHOOSING)
+    ranked: list[str] = rows.sort_values("value", ascending=False, kind="stable")["site"].tolist()
+    return ranked
 
 
 def _as_csv(rows: Sequence[Sequence[Any]]) -> str:

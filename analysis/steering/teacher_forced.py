@@ -2,38 +2,56 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from analysis.open.laid_pairs import lay_pairs
+from analysis.open.laid_pairs import LaidPairs, lay_pairs
 from analysis.open.models import LoadedModel
 from analysis.open.probe_pairs import ProbePair
-from analysis.steering.directions import RANDOM_KINDS
 from analysis.steering.table import PairRow, Row, Rows, Unit
 from tiltmeter.pairs.batch import PreferenceBatch
+from tiltmeter.pairs.log_probs import sequence_log_probs
 from tiltmeter.scoring.odds import odds_scores, perplexity_figure
 from tiltmeter.stats.jackknife import Interval, jackknife_intervals
+from tiltmeter.steering.intervene import Intervention
+from tiltmeter.steering.operators import SCALED, SIGNED, Operator, vectors_of
 from tiltmeter.steering.recovery import Direction, RecoveryMoments, kl_divergences
-from tiltmeter.steering.sweep_logits import steered_logits, steered_sums
-from tiltmeter.steering.vector import SteeringVector
+from tiltmeter.steering.sweep_logits import (
+    SteeredLogits,
+    SteeredSums,
+    intervened_logits,
+    intervened_sums,
+    reached_tokens,
+    steered_logits,
+    steered_sums,
+)
+from tiltmeter.steering.vector import RANDOM_KINDS, SteeringVector
 
 Tokens = Literal["predicting", "all", "new", "prompt"]
 """Which tokens' hidden states are moved. ``predicting``: those that a token of the response is predicted from, which are the
 prompt's last and those after it; ``new``: those after the prompt."""
 
 
-class _Sums(NamedTuple):
-    """What every pair adds at every λ."""
+Moves = Float[Tensor, "shift d_model"] | Sequence[tuple[Tensor, float]]
+
+
+class Sums(NamedTuple):
+    """What every pair adds under every shift."""
 
     recovery: RecoveryMoments
-    log_probs: Float[Tensor, "strength pair side"]
-    kl_from_start: Float[Tensor, "strength pair"]
+    log_probs: Float[Tensor, "shift pair side"]
+    kl_from_start: Float[Tensor, "shift pair"]
     first: RecoveryMoments
     """Of the first token of each response alone."""
+
+    @property
+    def margins(self) -> Float[Tensor, "shift pair"]:
+        """log π(chosen) − log π(rejected), nats."""
+        return self.log_probs[..., 0] - self.log_probs[..., 1]
 
 
 class TeacherForcedSweep:
@@ -44,8 +62,10 @@ class TeacherForcedSweep:
         goal: that recovery is measured towards.
         pairs: not those that vectors were estimated on.
         direction: interpolation adds λ v, inversion subtracts it.
-        strengths: λ, with 0 among them.
+        strengths: λ, with 0 among them, which is the model as it is.
         tokens: whose hidden states are moved.
+        operator: what is done along a vector (:mod:`tiltmeter.steering.operators`).
+        means: mean base state of each site, from which ``rotate`` turns towards a vector.
     """
 
     def __init__(
@@ -57,7 +77,10 @@ class TeacherForcedSweep:
         direction: Direction,
         strengths: Sequence[float],
         tokens: Tokens = "predicting",
+        operator: Operator = "add",
+        means: Mapping[str, Tensor] | None = None,
     ) -> None:
+        self.operator, self.means = operator, means or {}
         self.start, self.goal = start.model, goal.model
         self.pair_ids, self.groups = [pair.pair_id for pair in pairs], [pair.group for pair in pairs]
         self.direction, self.strengths, self.tokens = direction, list(strengths), tokens
@@ -77,7 +100,11 @@ class TeacherForcedSweep:
 
     def _rows_of_one(self, unit: Unit, values: Float[Tensor, " d_model"]) -> Rows:
         """All metrics at all λ of a vector, with 95 % intervals over prompts, and what each pair adds to them."""
-        sums = self._run(unit.site, values)
+        if self.operator == "add":
+            moves: Moves = self.sign * torch.outer(torch.tensor(self.strengths), values)
+        else:
+            moves = [(values, strength) for strength in self.strengths]
+        sums = self.measure(unit.site, moves, self.strengths)
         reached = sums.recovery.summary(self.groups).steered
         at_first = sums.first.summary(self.groups).steered
         from_start, changes = self._per_token(sums), self._changes(sums)
@@ -96,9 +123,8 @@ class TeacherForcedSweep:
             named += [("preference_odds_change", changes[at], n)]
             where = unit.direction, unit.vector, 0, unit.site, strength
             found += [Row(*where, name, *interval, n) for name, interval, n in named]
-        margins = sums.log_probs[..., 0] - sums.log_probs[..., 1]
-        sums_of_pairs = torch.stack([sums.recovery.row_sums().kl_steered, sums.kl_from_start, margins], dim=-1)
-        return Rows(found, self._pair_rows(unit, 0, self.strengths, float(values.norm()), sums_of_pairs))
+        sums_of_pairs = torch.stack([sums.recovery.row_sums().kl_steered, sums.kl_from_start, sums.margins], dim=-1)
+        return Rows(found, self._pair_rows(unit, 0, self.strengths, self._length(values), sums_of_pairs))
 
     def _rows_of_draws(self, unit: Unit, values: Float[Tensor, "draw d_model"], strengths: list[float]) -> Rows:
         """Figures of each draw without intervals: what prompts make of a single one is nobody's question."""
@@ -114,7 +140,7 @@ class TeacherForcedSweep:
             "preference_odds": odds.mean(-1),
             "preference_odds_change": (odds - odds[:, start, None]).mean(-1),
         }
-        rows, pairs, norms = [], [], values.double().norm(dim=1).tolist()
+        rows, pairs = [], []
         for i in range(len(values)):
             where = unit.direction, unit.vector, i + 1, unit.site
             for j, strength in enumerate(strengths):
@@ -122,17 +148,35 @@ class TeacherForcedSweep:
                     Row(*where, strength, name, float(figure[i, j]), math.nan, math.nan, n)
                     for name, figure in figures.items()
                 ]
-            pairs += self._pair_rows(unit, i + 1, strengths, norms[i], sums[i, :, :, :3])
+            pairs += self._pair_rows(unit, i + 1, strengths, self._length(values[i].double()), sums[i, :, :, :3])
         return Rows(rows, pairs)
 
-    def _per_token(self, sums: _Sums) -> list[Interval]:
+    @property
+    def sign(self) -> int:
+        """By which λ is multiplied: inversion undoes what the operator does, where it can be undone."""
+        return -1 if self.direction == "inversion" and self.operator in SIGNED else 1
+
+    def _length(self, values: Float[Tensor, " d_model"]) -> float:
+        """‖v‖, or 1 where the operator looks at directions alone."""
+        return float(values.norm()) if self.operator in SCALED else 1.0
+
+    def _intervention(
+        self, laid: LaidPairs, site: str, values: Float[Tensor, " d_model"], strength: float
+    ) -> Intervention | None:
+        if not strength:
+            return None
+        tokens = reached_tokens(laid.batch, laid.predicting if self.tokens == "predicting" else self.tokens)
+        along = vectors_of(self.operator, values, self.means.get(site))
+        return Intervention(site, along, self.sign * strength, self.operator, tokens)
+
+    def _per_token(self, sums: Sums) -> list[Interval]:
         """KL(unsteered ‖ steered) in nats a token."""
         kl, n_tokens = sums.kl_from_start.T, sums.recovery.row_sums().n_tokens
         return jackknife_intervals(lambda drawn: drawn @ kl / (drawn @ n_tokens)[:, None], self.groups)
 
-    def _changes(self, sums: _Sums) -> list[Interval]:
+    def _changes(self, sums: Sums) -> list[Interval]:
         """PrefOdds less that of λ = 0, in nats: paired, so that what pairs differ by cancels."""
-        odds = (sums.log_probs[..., 0] - sums.log_probs[..., 1]).T
+        odds = sums.margins.T
         change = odds - odds[:, self.strengths.index(0.0), None]
         return jackknife_intervals(lambda drawn: drawn @ change / drawn.sum(1, keepdim=True), self.groups)
 
@@ -146,9 +190,10 @@ class TeacherForcedSweep:
     ) -> list[PairRow]:
         """What each pair adds: KL to the goal, KL from the start, preference odds."""
         prompts = [hashlib.sha256(group.encode()).hexdigest()[:12] for group in self.groups]
-        sign = 1 if self.direction == "interpolation" else -1
         return [
-            PairRow(unit.direction, unit.vector, draw, unit.site, strength, sign * strength * norm, *known, *numbers)
+            PairRow(
+                unit.direction, unit.vector, draw, unit.site, strength, self.sign * strength * norm, *known, *numbers
+            )
             for at, strength in enumerate(strengths)
             for known, numbers in zip(
                 zip(self.pair_ids, prompts, self.n_tokens, strict=True), sums[at].tolist(), strict=True
@@ -156,25 +201,25 @@ class TeacherForcedSweep:
         ]
 
     @torch.no_grad()
+    def goal_change(self) -> float:
+        """By how many nats the goal's margin exceeds the start's, on average over pairs."""
+        total = 0.0
+        for laid in self._laid:
+            goal, start = (sequence_log_probs(model, laid.batch).double() for model in (self.goal, self.start))
+            chosen, rejected = (goal - start).chunk(2)
+            total += float((chosen - rejected).sum())
+        return total / len(self.groups)
+
+    @torch.no_grad()
     def _run_draws(
         self, site: str, values: Float[Tensor, "draw d_model"], strengths: Sequence[float]
     ) -> Float[Tensor, "draw strength pair 4"]:
         """KL to the goal, KL from the start, preference odds, and KL to the goal at the response's first token."""
-        moving = torch.tensor([x for x in strengths if x]) * (1 if self.direction == "interpolation" else -1)
-        shifts = torch.cat([torch.zeros_like(values[:1]), (values[:, None] * moving[:, None]).flatten(0, 1)])
-        sums = torch.zeros(len(shifts), len(self.groups), 4, dtype=torch.float64)
+        moving = [x for x in strengths if x]
+        sums = torch.zeros(1 + len(values) * len(moving), len(self.groups), 4, dtype=torch.float64)
         for laid in self._laid:
             starts = _starts(laid.batch)
-            tokens = laid.predicting if self.tokens == "predicting" else self.tokens
-            parts = steered_sums(
-                self.start,
-                laid.batch,
-                site=site,
-                shifts=shifts,
-                goal_logits=lambda some, laid=laid: laid.goal_logits(self.goal, some),  # type: ignore[misc]
-                tokens=tokens,
-            )
-            for part in parts:
+            for part in self._sums_of_draws(laid, site, values, moving):
                 is_chosen, of = laid.is_chosen[part.targets], laid.pairs[part.targets].cpu()
                 begins = is_chosen & starts[part.targets]
                 kl, log_probs = part.kl_from_goal, part.log_probs.where(is_chosen, -part.log_probs)
@@ -185,19 +230,46 @@ class TeacherForcedSweep:
         unsteered, at = sums[:1].expand(len(values), -1, -1)[:, None], list(strengths).index(0.0)
         return torch.cat([steered[:, :at], unsteered, steered[:, at:]], dim=1)
 
+    def _sums_of_draws(
+        self, laid: LaidPairs, site: str, values: Float[Tensor, "draw d_model"], moving: list[float]
+    ) -> Iterator[SteeredSums]:
+        """Numbers a target without steering, then under each draw at each strength."""
+
+        def goal_logits(some: Tensor) -> Tensor:
+            return laid.goal_logits(self.goal, some)
+
+        tokens = laid.predicting if self.tokens == "predicting" else self.tokens
+        if self.operator == "add":
+            steps = self.sign * torch.tensor(moving)
+            shifts = torch.cat([torch.zeros_like(values[:1]), (values[:, None] * steps[:, None]).flatten(0, 1)])
+            return steered_sums(
+                self.start, laid.batch, site=site, shifts=shifts, goal_logits=goal_logits, tokens=tokens
+            )
+        steered = [self._intervention(laid, site, v, x) for v in values for x in moving]
+        return intervened_sums(self.start, laid.batch, [None, *steered], goal_logits)
+
+    def _logits(self, laid: LaidPairs, site: str, moves: "Moves") -> Iterator[SteeredLogits]:
+        if isinstance(moves, Tensor):
+            tokens = laid.predicting if self.tokens == "predicting" else self.tokens
+            return steered_logits(self.start, laid.batch, site=site, shifts=moves, tokens=tokens)
+        return intervened_logits(self.start, laid.batch, [self._intervention(laid, site, *move) for move in moves])
+
     @torch.no_grad()
-    def _run(self, site: str, values: Float[Tensor, " d_model"]) -> _Sums:
+    def measure(self, site: str, moves: "Moves", strengths: Sequence[float]) -> Sums:
+        """What every pair adds under each move at a site.
+
+        Args:
+            moves: shifts, one of them zeros; of an operator that is none, vectors and strengths, one of them 0.
+            strengths: what each is called in summaries; 0: the zeros.
+        """
         n = len(self.groups)
-        whole, first = (RecoveryMoments(self.strengths, n_rows=n, direction=self.direction) for _ in range(2))
-        shifts = torch.outer(torch.tensor(self.strengths), values)
-        shifts = shifts if self.direction == "interpolation" else -shifts
-        unsteered = self.strengths.index(0.0)
-        sums = torch.zeros(len(self.strengths), 2 * n, dtype=torch.float64)
-        moved = torch.zeros(len(self.strengths), n, dtype=torch.float64)
+        whole, first = (RecoveryMoments(strengths, n_rows=n, direction=self.direction) for _ in range(2))
+        unsteered = list(strengths).index(0.0)
+        sums = torch.zeros(len(moves), 2 * n, dtype=torch.float64)
+        moved = torch.zeros(len(moves), n, dtype=torch.float64)
         for laid in self._laid:
             starts = _starts(laid.batch)
-            tokens = laid.predicting if self.tokens == "predicting" else self.tokens
-            for part in steered_logits(self.start, laid.batch, site=site, shifts=shifts, tokens=tokens):
+            for part in self._logits(laid, site, moves):
                 is_chosen, of = laid.is_chosen[part.targets], laid.pairs[part.targets]
                 sums.index_add_(1, (2 * of + ~is_chosen).cpu(), part.log_probs(laid.batch).cpu().double())
                 chosen = part.targets[is_chosen]
@@ -210,7 +282,7 @@ class TeacherForcedSweep:
                     first.update(policy[begins], base[begins], steered[:, begins], of[begins])
                 shift = torch.stack([kl_divergences(steered[unsteered], one) for one in steered])
                 moved.index_add_(1, of.cpu(), shift.cpu().double())
-        return _Sums(whole, sums.unflatten(1, (-1, 2)), moved, first)
+        return Sums(whole, sums.unflatten(1, (-1, 2)), moved, first)
 
 
 def _starts(batch: PreferenceBatch) -> Bool[Tensor, " target"]:

@@ -1,4 +1,4 @@
-"""Does v* of one layer do anything at another? Every site's vector is added at every site, beside random vectors.
+"""Does v* of one layer do anything at another? Every site's v* is swept at every site, at one strength, beside random vectors.
 
 v* is estimated on one half of the held-out prompts, all numbers are of the other half, teacher-forced.
 """
@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from analysis.contract import Cost
+from analysis.figures.transfer import OWN_LESS_OTHERS, OWN_LESS_RANDOM
 from analysis.open.checkpoints import Checkpoints
 from analysis.steering.directions import States, split_by_prompt, v_star
-from analysis.steering.transfer_pairs import Sums, TestPairs
-from analysis.steering.transfer_section import OWN_LESS_OTHERS, OWN_LESS_RANDOM, RANDOM
+from analysis.steering.sweep import check_options
+from analysis.steering.teacher_forced import Sums, TeacherForcedSweep
 from analysis.steering.vectors import n_drawn
 from tiltmeter.errors import UserError
 from tiltmeter.geometry.consistency import cosine
@@ -28,6 +29,7 @@ from tiltmeter.stats.among_random import AmongRandom, among_random
 from tiltmeter.stats.jackknife import Interval, jackknife_intervals, without_each
 from tiltmeter.steering.controls import draw_seeds, norm_matched, random_vectors
 from tiltmeter.steering.sweep_logits import sweep_cost
+from tiltmeter.steering.vector import RANDOM, V_STAR
 
 
 class Transfer:
@@ -57,13 +59,7 @@ class Transfer:
         device: str | None = None,
     ) -> None:
         least = {"n_random": (n_random, 1), "n_prompts": (n_prompts, 1), "seed": (seed, 0)}
-        for name, (value, lowest) in least.items():
-            if value is not None and value < lowest:
-                raise UserError(f"transfer.{name}: expected at least {lowest}, got {value}")
-        if dtype not in DTYPES:
-            raise UserError(f"transfer.dtype: expected one of {', '.join(DTYPES)}, got {dtype}")
-        if position not in ONE_PER_SIDE:
-            raise UserError(f"transfer.position: expected one of {', '.join(ONE_PER_SIDE)}, got {position}")
+        check_options("transfer", least, {"dtype": (dtype, DTYPES), "position": (position, ONE_PER_SIDE)})
         self.sites, self.position, self.n_random, self.n_prompts = sites, position, n_random, n_prompts
         self.seed, self.dtype, self.device = seed, dtype, device
 
@@ -77,11 +73,22 @@ class Transfer:
         estimation, test = split_by_prompt(checkpoints.pairs, seed=self.seed)
         states = States(checkpoints, estimation, sites, position=self.position)
         vectors = {site: v_star(states, site) for site in sites}
-        pairs = TestPairs(checkpoints, test[: self.n_prompts])
-        table = pd.DataFrame([row for site in sites for row in self._rows(pairs, vectors, site)])
-        n_random = {site: n_drawn(site, self.n_random) for site in sites}
-        settings = {"n_estimation": len(estimation), "n_test": len(pairs.groups), "n_random": n_random}
-        return table, settings | {"position": self.position, "aligned_change": pairs.aligned_change()}
+        sweep = TeacherForcedSweep(
+            checkpoints.base,
+            checkpoints.aligned,
+            test[: self.n_prompts],
+            direction="interpolation",
+            strengths=[0.0, 1.0],
+        )
+        table = pd.DataFrame([row for site in sites for row in self._rows(sweep, vectors, site)])
+        settings = {
+            "n_estimation": len(estimation),
+            "n_test": len(sweep.groups),
+            "n_random": {site: n_drawn(site, self.n_random) for site in sites},
+            "position": self.position,
+            "aligned_change": sweep.goal_change(),
+        }
+        return table, settings
 
     def costs(self, checkpoints: Checkpoints) -> list[Cost]:
         """Passes of the test pairs and their tokens."""
@@ -102,50 +109,57 @@ class Transfer:
             raise UserError(f"transfer.sites: expected at least two sites or all, got {', '.join(sites)}")
         return sites
 
-    def _rows(self, pairs: TestPairs, vectors: dict[str, Tensor], site: str) -> Iterator[dict[str, object]]:
+    def _rows(
+        self, sweep: TeacherForcedSweep, vectors: dict[str, Tensor], site: str
+    ) -> Iterator[dict[str, float | str]]:
         """A row for every vector added at one site; the last ones compare."""
         own = vectors[site]
-        moved = {source: norm_matched(v[None], own, provenance="v*").vectors[0] for source, v in vectors.items()}
-        seeds = draw_seeds(n_drawn(site, self.n_random), kind="random", site=site, seed=self.seed)
-        drawn = random_vectors(own, seeds).vectors
-        sums = pairs.measure(site, torch.cat([torch.stack(list(moved.values())), drawn]).float())
-        names = [*moved, *(f"{RANDOM}{i + 1}" for i in range(len(drawn)))]
-        for name, recovery, change in compared(sums, pairs.groups, names, own=site):
-            known = {
-                "cosine": float(cosine(moved[name], own)) if name in moved else math.nan,
-                "norm": float(own.norm()),
-            }
-            figures = _named("recovery", recovery) | _named("margin_change", change)
-            yield {"source": name, "site": site, **figures, **known, "n": len(pairs.groups)}
+        moved = {source: norm_matched(v[None], own, how=V_STAR).vectors[0] for source, v in vectors.items()}
+        seeds = draw_seeds(n_drawn(site, self.n_random), kind=RANDOM, site=site, seed=self.seed)
+        added = torch.cat([torch.stack(list(moved.values())), random_vectors(own, seeds).vectors]).float()
+        sums = sweep.measure(site, torch.cat([torch.zeros_like(added[:1]), added]), [0.0] + [1.0] * len(added))
+        known = [(source, V_STAR, 0, float(cosine(v, own))) for source, v in moved.items()]
+        known += [(f"{RANDOM}_{i}", RANDOM, i, math.nan) for i in range(1, len(seeds) + 1)]
+        known += [(name, name, 0, math.nan) for name in (OWN_LESS_OTHERS, OWN_LESS_RANDOM)]
+        figures = compared(sums, sweep.groups, n_sites=len(moved), own=list(moved).index(site))
+        for (name, kind, draw, along), (recovery, change) in zip(known, figures, strict=True):
+            row = {"source": name, "site": site, **_named("recovery", recovery), **_named("margin_change", change)}
+            yield row | {"cosine": along, "norm": float(own.norm()), "n": len(sweep.groups), "kind": kind, "draw": draw}
 
 
-def compared(
-    sums: Sums, groups: Sequence[str], names: Sequence[str], *, own: str
-) -> Iterator[tuple[str, Interval | AmongRandom, Interval | AmongRandom]]:
+Figures = tuple[Interval | AmongRandom, Interval | AmongRandom]
+
+
+def compared(sums: Sums, groups: Sequence[str], *, n_sites: int, own: int) -> Iterator[Figures]:
     """R and change of margin of every vector; then those of ``own`` less the mean of the other sites', and among random ones.
 
     Intervals are 95 % over prompts; other sites' vectors are these and no sample, random ones are a sample
     (:func:`tiltmeter.stats.among_random.among_random`). R is NaN where base and aligned model predict the same up to rounding.
+
+    Args:
+        sums: no shift first, then the vectors of all sites, then random ones.
+        n_sites: how many vectors of sites there are.
+        own: which of them is the site's own.
     """
-    differ = float(sums.kl_start.sum()) > torch.finfo(torch.float32).eps * float(sums.n_tokens.sum())
-    at, others = names.index(own), [i for i, x in enumerate(names) if x != own and not x.startswith(RANDOM)]
-    random = [i for i, x in enumerate(names) if x.startswith(RANDOM)]
+    of_rows, margins = sums.recovery.row_sums(), sums.margins[1:] - sums.margins[0]
+    differ = float(of_rows.kl_start.sum()) > torch.finfo(torch.float32).eps * float(of_rows.n_tokens.sum())
+    others = [i for i in range(n_sites) if i != own]
 
     def recovery(kept: Tensor) -> Tensor:
-        start = kept @ sums.kl_start if differ else torch.full_like(kept[:, 0], math.nan)
-        return 1 - kept @ sums.kl.T / start[:, None]
+        start = kept @ of_rows.kl_start if differ else torch.full_like(kept[:, 0], math.nan)
+        return 1 - kept @ of_rows.kl_steered[1:].T / start[:, None]
 
     def change(kept: Tensor) -> Tensor:
-        return kept @ sums.margin_change.T / kept.sum(1, keepdim=True)
+        return kept @ margins.T / kept.sum(1, keepdim=True)
 
     def and_own_less_others(figures: Callable[[Tensor], Tensor], kept: Tensor) -> Tensor:
         x = figures(kept)
-        return torch.cat([x, x[:, [at]] - x[:, others].mean(1, keepdim=True)], dim=1)
+        return torch.cat([x, x[:, [own]] - x[:, others].mean(1, keepdim=True)], dim=1)
 
     found = [jackknife_intervals(partial(and_own_less_others, x), groups) for x in (recovery, change)]
-    yield from zip([*names, OWN_LESS_OTHERS], *found, strict=True)
+    yield from zip(*found, strict=True)
     r, m = (figures(without_each(groups)) for figures in (recovery, change))
-    yield OWN_LESS_RANDOM, among_random(r[:, at], r[:, random]), among_random(m[:, at], m[:, random])
+    yield among_random(r[:, own], r[:, n_sites:]), among_random(m[:, own], m[:, n_sites:])
 
 
 def _named(name: str, figure: Interval | AmongRandom) -> dict[str, float | str]:

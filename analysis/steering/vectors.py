@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -10,22 +10,9 @@ import pandas as pd
 from torch import Tensor
 
 from analysis.open.checkpoints import Checkpoints
-from analysis.open.foreign_vectors import named_runs, open_like, vectors_of_file
+from analysis.open.foreign_vectors import open_like, runs_by_arm, vectors_of_file
 from analysis.open.probe_pairs import ProbePair
-from analysis.steering.directions import (
-    CONTROLS,
-    COUNTED,
-    RANDOM,
-    RANDOM_COVARIANCE,
-    RANDOM_KINDS,
-    SHUFFLED,
-    UNRELATED,
-    V_STAR,
-    Kind,
-    States,
-    make,
-    v_star,
-)
+from analysis.steering.directions import COUNTED, WITHOUT_POSITION, Kind, States, make, v_star
 from analysis.steering.unrelated_prompts import UNRELATED_PROMPTS
 from datamodules.prompts import PromptFile
 from datamodules.tokenization import SegmentEncoder
@@ -43,7 +30,17 @@ from tiltmeter.steering.controls import (
     shuffled_layers,
     unrelated_contrasts,
 )
-from tiltmeter.steering.vector import SteeringVector
+from tiltmeter.steering.vector import (
+    OWN,
+    RANDOM,
+    RANDOM_COVARIANCE,
+    RANDOM_KINDS,
+    SHUFFLED,
+    UNRELATED,
+    V_STAR,
+    SteeringVector,
+    VectorId,
+)
 
 Key = tuple[str, str]
 """A vector's name, or a random kind, and its site."""
@@ -92,12 +89,14 @@ class Vectors:
         by_key: vectors that are judged.
         drawn: random kind and site → the draws.
         made: name or kind → how, in words.
+        means: mean state of the base by site.
         notes: what a person should know before anything is run.
     """
 
     by_key: dict[Key, SteeringVector] = field(default_factory=dict)
     drawn: dict[Key, list[SteeringVector]] = field(default_factory=dict)
     made: dict[str, str] = field(default_factory=dict)
+    means: dict[str, Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def add(self, name: str, vector: SteeringVector, how: str) -> None:
@@ -112,8 +111,8 @@ class Vectors:
         for (name, _), vector in self.by_key.items():
             yield name, 0, vector
         for (kind, _), drawn in self.drawn.items():
-            for i, vector in enumerate(drawn, 1):
-                yield kind, i, vector
+            for vector in drawn:
+                yield kind, vector.id.draw, vector
 
     @property
     def fingerprint(self) -> str:
@@ -142,9 +141,12 @@ def describe(vectors: Vectors) -> pd.DataFrame:
                 "draw": draw or "",
                 "site": vector.site,
                 "made": vector.made,
-                "position": vector.position or "",
+                "position": vector.id.position or "",
                 "norm": vector.norm(),
                 "cosine_with_v_star": vector.cosine(vectors.by_key[V_STAR, vector.site]),
+                "kind": vector.id.kind,
+                "number": vector.id.draw,
+                "source": vector.id.source,
             }
             for name, draw, vector in vectors.named()
         ]
@@ -165,7 +167,7 @@ def estimate_vectors(
             that doesn't fit.
     """
     kinds = {kind.kind for kind in wanted.kinds}
-    read = [*sites, *_blocks(checkpoints)] if SHUFFLED in kinds else sites
+    read = [*sites, *_block_names(checkpoints.base.model.config.num_hidden_layers)] if SHUFFLED in kinds else sites
     others = [kind.position for kind in wanted.kinds if kind.position is not None]
     unrelated = _unrelated_ids(checkpoints, wanted.unrelated) if UNRELATED in kinds else []
     states = States(
@@ -176,26 +178,28 @@ def estimate_vectors(
         others=others,
         unrelated=unrelated,
     )
-    found, like = Vectors(), {site: _unit_of_length(states, site, wanted) for site in sites}
+    found = Vectors(means={site: states.rows(site, None)[0].double().mean(0).float().cpu() for site in sites})
+    like = {site: _unit_of_length(states, site, wanted) for site in sites}
     known = _Provenance.of(checkpoints, pairs, wanted)
     for kind in wanted.kinds:
         for site in sites:
             if kind.kind in RANDOM_KINDS:
                 drawn = _random(kind.kind, states, site, like[site], wanted)
-                found.made[kind.kind] = drawn.provenance.partition(", at norm")[0]
-                found.drawn[kind.kind, site] = known.vectors(site, drawn, None)
+                found.made[kind.kind] = drawn.how
+                found.drawn[kind.kind, site] = known.vectors(VectorId(kind.kind, site), drawn)
                 continue
-            for name, control in _of_kind(kind, states, site, like[site], wanted).items():
-                position = (kind.position or wanted.position) if kind.kind not in (*CONTROLS, "v_bar") else None
-                (vector,) = known.vectors(site, control, position)
-                found.add(name, vector, control.provenance.partition(", at norm")[0])
-    for name, run in named_runs(wanted.runs):
+            position = None if kind.kind in WITHOUT_POSITION else kind.position or wanted.position
+            for number, control in _of_kind(kind, states, site, like[site], wanted).items():
+                (vector,) = known.vectors(VectorId(kind.kind, site, position, number), control)
+                found.add(kind.name(number), vector, control.how)
+    for arm, run in runs_by_arm(wanted.runs):
         base, aligned = open_like(run, checkpoints.base, wanted.dtype)
+        name = f"{V_STAR}_of_{arm}"
         for site, update in states.update_of(base, aligned).items():
             how = f"v* of the run {run.folder.name}"
             if site in like:
                 control = _at_length(update, like[site], how, name, is_matched=wanted.norm != "own")
-                (vector,) = known.vectors(site, control, wanted.position)
+                (vector,) = known.vectors(VectorId(V_STAR, site, wanted.position, source=arm), control)
                 found.add(name, vector, how)
     for path in wanted.files:
         _add_own(found, path, checkpoints, like, is_matched=wanted.norm != "own")
@@ -240,26 +244,33 @@ class _Provenance:
         digest = hashlib.sha256(vocabulary).hexdigest()[:16]
         return cls({**names, "pairs": len(pairs), "seed": wanted.seed, "tokenizer_sha256": digest})
 
-    def vectors(self, site: str, control: Control, position: Position | None) -> list[SteeringVector]:
+    def vectors(self, first: VectorId, control: Control) -> list[SteeringVector]:
+        """One vector with this identity, or draws that are counted from 1."""
+        rows = control.vectors.float().cpu()
+        ids = [first] if len(rows) == 1 and first.kind not in RANDOM_KINDS else _counted(first, len(rows))
         return [
-            SteeringVector(site, values, made=control.provenance, position=position, provenance=self.facts)
-            for values in control.vectors.float().cpu()
+            SteeringVector(one, values, made=control.made, provenance=self.facts)
+            for one, values in zip(ids, rows, strict=True)
         ]
 
 
-def _of_kind(kind: Kind, states: States, site: str, like: Tensor, wanted: Wanted) -> dict[str, Control]:
-    """Vectors of one kind at one site by name."""
+def _counted(first: VectorId, n: int) -> list[VectorId]:
+    return [first._replace(draw=i) for i in range(1, n + 1)]
+
+
+def _of_kind(kind: Kind, states: States, site: str, like: Tensor, wanted: Wanted) -> dict[int, Control]:
+    """Vectors of one kind at one site by their number; 0: there is one."""
     if kind.kind == SHUFFLED:
-        return {SHUFFLED: _shuffled(states, site, like, wanted.seed)}
+        return {0: _shuffled(states, site, like, wanted.seed)}
     try:
         values, how, has_length = make(kind, states, site, wanted.n_directions)
     except ValueError as error:
         raise _cannot(kind.name(), site, error) from error
-    numbers = range(1, len(values) + 1) if kind.kind in COUNTED else [None] * len(values)
+    numbers = range(1, len(values) + 1) if kind.kind in COUNTED else range(len(values))
     where = f" at {kind.position}" if kind.position else ""
     is_matched = wanted.norm != "own" or not has_length
     return {
-        kind.name(number): _at_length(v, like, how + where, f"{kind.name()} at {site}", is_matched=is_matched)
+        number: _at_length(v, like, how + where, f"{kind.name()} at {site}", is_matched=is_matched)
         for number, v in zip(numbers, values, strict=True)
     }
 
@@ -290,14 +301,13 @@ def _shuffled(states: States, site: str, like: Tensor, seed: int) -> Control:
         raise _cannot(SHUFFLED, site, error) from error
     if own not in given:
         raise _cannot(SHUFFLED, site, ValueError(f"{own} has no update"))
-    how = given[own].provenance.partition(",")[0]
-    return _at_length(given[own].vectors[0], like, how, SHUFFLED, is_matched=True)
+    return _at_length(given[own].vectors[0], like, given[own].how, SHUFFLED, is_matched=True)
 
 
 def _at_length(values: Tensor, like: Tensor, how: str, name: str, *, is_matched: bool) -> Control:
     """A vector as it is, or at the norm of ``like``; of zeros it is refused."""
     try:
-        return norm_matched(values[None], like if is_matched else values, provenance=how)
+        return norm_matched(values[None], like if is_matched else values, how=how)
     except ValueError as error:
         raise UserError(f"steering.vectors: {name}: {error}; leave it out") from error
 
@@ -306,10 +316,6 @@ def _cannot(name: str, site: str, error: ValueError) -> UserError:
     if isinstance(error, UserError):
         return error
     return UserError(f"steering.vectors: {name} at {site}: cannot be made of these models and pairs ({error})")
-
-
-def _blocks(checkpoints: Checkpoints) -> list[str]:
-    return _block_names(checkpoints.base.model.config.num_hidden_layers)
 
 
 def _block_names(n_layers: int) -> list[str]:
@@ -325,5 +331,6 @@ def _add_own(
     if left := len(held) - len(there):
         found.notes.append(f"{path}: {len(there)} of {len(held)} vectors are swept; {left} are at other sites.")
     for name, vector in there.items():
-        own = vector * (float(like[vector.site].norm()) / vector.norm()) if is_matched else vector
+        own = vector.scaled(float(like[vector.site].norm()) / vector.norm()) if is_matched else vector
+        own = replace(own, id=own.id._replace(kind=OWN, source=path.name))
         found.add(f"{path.stem}:{name}", own, f"{vector.made}, from {path.name}")

@@ -9,20 +9,34 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from analysis.figures.fig2_panels import ceiling
-from analysis.figures.fig2_steering import steering_section
+from analysis.controls.c15_random_vectors import ceiling
+from analysis.figures.fig2_steering import GOALS, decay_of_v_star, steering_section, steering_section_of
 from analysis.open.checkpoints import Checkpoints
 from analysis.report.style import COLOURS
-from analysis.steering.directions import V_BAR, V_STAR, split_by_prompt
+from analysis.steering.directions import split_by_prompt
 from analysis.steering.sweep import SteeringSweep
-from analysis.steering.table import COLUMNS, PAIRS, SETTINGS, TABLE, SweepTable, read_pairs, read_settings, read_sweep
+from analysis.steering.table import (
+    CHOOSING,
+    COLUMNS,
+    PAIRS,
+    SETTINGS,
+    TABLE,
+    VECTORS,
+    SweepTable,
+    read_pairs,
+    read_settings,
+    read_sweep,
+)
+from analysis.steering.vectors import describe
 from tests.analysis.asked import checkpoints
 from tests.analysis.legible import assert_legible
 from tests.analysis.sweeps import Listener, make, make_small, run, values
 from tiltmeter.errors import UserError
+from tiltmeter.files import write_text
 from tiltmeter.models.layers import FINAL_POST_NORM
 from tiltmeter.scoring.degeneration import DegenerationScorer
 from tiltmeter.scoring.scorer import Sample, Scores
+from tiltmeter.steering.vector import V_BAR, V_STAR
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +88,36 @@ def test_other_settings_are_refused_and_a_restart_is_not(asked_about: Checkpoint
             SweepTable(tmp_path, make_small(asked_about, **{key: change}).settings)
     assert SweepTable(tmp_path, other.settings, restart=True).finished == []
     assert read_settings(tmp_path)["lambdas"] == [0.0, 2.0]
+
+
+def test_table_without_the_operator_column_is_gone_on_with(asked_about: Checkpoints, tmp_path: Path) -> None:
+    """As sweeps wrote it while adding was all that they did."""
+    sweep = make_small(asked_about)
+    run(sweep, tmp_path, n_units=3)
+    table, state = tmp_path / TABLE, tmp_path / SETTINGS
+    whole, known = table.read_bytes(), json.loads(state.read_text())
+    old = b"".join(line.rpartition(b",")[0] + b"\n" for line in whole.splitlines())
+    table.write_bytes(old)
+    del known["settings"]["operator"]
+    state.write_text(json.dumps(known | {"bytes": known["bytes"] | {TABLE: len(old)}}))
+    assert set(read_sweep(table)["operator"]) == {"add"}
+    assert len(SweepTable(tmp_path, sweep.settings).finished) == 3
+    assert table.read_bytes() == whole
+    assert json.loads(state.read_text())["bytes"][TABLE] == len(whole)
+    with pytest.raises(UserError, match="was begun with operator=add, now it is rotate"):
+        SweepTable(tmp_path, make_small(asked_about, operator="rotate").settings)
+
+
+def test_section_under_an_operator_says_what_was_done(asked_about: Checkpoints, tmp_path: Path) -> None:
+    sweep = make_small(asked_about, operator="project_out", n_generated=0)
+    folder = run(sweep, tmp_path).folder
+    write_text(folder / VECTORS, describe(sweep.made).to_csv(index=False))
+    section = steering_section_of(folder)
+    assert section is not None
+    said = [*section.sentences, *section.reading]
+    assert any(line.startswith("v* projected out at ") for line in said)
+    assert not any("Adding v*" in line or "is added" in line for line in said)
+    assert any("λ is the share of what a state has along a vector" in line for line in said)
 
 
 @pytest.mark.parametrize("damage", ["shorter", "columns", "number", "state", "no state", "no pairs", "pairs"])
@@ -152,7 +196,9 @@ def test_planning_starts_no_scorer_and_starting_does_where_text_is_generated(ask
 
 def test_the_section_is_drawn_from_the_tables_alone(swept: SweepTable) -> None:
     folder = swept.folder
-    section = steering_section(read_sweep(swept.path), read_pairs(folder / PAIRS), read_settings(folder))
+    section = steering_section(
+        read_sweep(swept.path), read_pairs(folder / PAIRS), read_settings(folder), pd.DataFrame()
+    )
     assert section is not None
     assert_legible(section)
     drawn = {line.get_color() for axes in section.figure.axes for line in axes.lines}
@@ -165,7 +211,10 @@ def test_the_section_is_drawn_from_the_tables_alone(swept: SweepTable) -> None:
     assert section.shown is not None
     assert len(section.shown) == 2 * 2  # v* where it is best, v̄ at its one site, both directions
     assert "steering.controls=[RUN]" in section.limits[-1], "no other training's v* was swept"
-    assert set(section.more_tables) == {"steering_effects"}
+    assert set(section.more_tables) == {"steering_effects", "steering_decay"}
+    decay = section.more_tables["steering_decay"]
+    assert len(decay) == 2 * 3 * 2, "directions, sites, metrics"
+    assert decay["reason"].str.contains("expected more than").all(), "four strengths are too few"
     assert any("a logit bias, W_U v" in line for line in section.reading)
 
 
@@ -176,12 +225,29 @@ def test_a_sweep_without_v_star_and_its_controls_yet_is_not_drawn(swept: SweepTa
         table, pairs = (rows[~rows["vector"].str.startswith("random")] for rows in (table, pairs))
     else:
         table = table[(table["direction"] != "inversion")]
-    assert steering_section(table, pairs, read_settings(swept.folder)) is None
+    assert steering_section(table, pairs, read_settings(swept.folder), pd.DataFrame()) is None
+
+
+def test_planted_decay_is_found_at_its_half() -> None:
+    """PrefOdds = (2 λ + 1) D(λ), D = 1 / (1 + (λ − 0.5)² / 2) beyond 0.5, so that D = ½ at 0.5 + √2."""
+    strengths = [0.25 * i for i in range(25)]
+    decay = [1 / (1 + max(x - 0.5, 0) ** 2 / 2) for x in strengths]
+    odds = {"preference_odds": [(2 * x + 1) * d for x, d in zip(strengths, decay, strict=True)]}
+    odds["utility_odds"] = [3 * d for d in decay]
+    known = [
+        (1.0, CHOOSING, 0.5),
+        *((x, name, y) for name, ys in odds.items() for x, y in zip(strengths, ys, strict=True)),
+    ]
+    rows = [(d, V_STAR, 0, "layer_00", x, name, y, math.nan, math.nan, 9, "add") for d in GOALS for x, name, y in known]
+    found = decay_of_v_star(pd.DataFrame(rows, columns=list(COLUMNS)))
+    assert len(found) == 4
+    assert found["half_plus"].tolist() == pytest.approx([0.5 + math.sqrt(2)] * 4, rel=1e-3)
+    assert found["half_minus"].isna().all(), "no strength below 0"
 
 
 def test_the_ceiling_is_the_first_strength_a_tenth_above_the_unsteered() -> None:
     rows = [
-        ("interpolation", V_STAR, 0, "layer_00", x, metric, value, math.nan, math.nan, 64)
+        ("interpolation", V_STAR, 0, "layer_00", x, metric, value, math.nan, math.nan, 64, "add")
         for x, y, p in ((-1.0, 0.9, 0.0), (0.0, 0.1, 1.0), (1.0, 0.2, 0.01), (2.0, 0.3, 0.01), (3.0, 0.9, 0.0))
         for metric, value in (("degeneration", y), ("degeneration_p", p))
     ]
@@ -211,6 +277,7 @@ def test_zero_is_added_to_a_grid_without_it() -> None:
         ({"dtype": "int8"}, "dtype"),
         ({"position": "response_all"}, "position"),
         ({"tokens": "chosen"}, "tokens"),
+        ({"operator": "ablate"}, "operator"),
         ({"n_directions": 0}, "n_directions"),
         ({"vectors": "v*"}, "vectors"),
         ({"vectors": ["probe", "probe"]}, "vectors"),

@@ -9,7 +9,7 @@ from tests.analysis import planted_geometry as planted
 from tiltmeter.errors import UserError
 from tiltmeter.states.snapshots import BASE, SnapshotWriter
 
-STORED = ("entropy_controls", "singular_values", "signal_rank", "consistency", "clouds", "preference_plane")
+STORED = ("cosines", "entropy_controls", "singular_values", "signal_rank", "consistency", "clouds", "preference_plane")
 
 
 def test_without_snapshots_or_change_there_is_nothing(tmp_path: Path) -> None:

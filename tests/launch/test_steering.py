@@ -14,7 +14,7 @@ from tests.launch.analyze_command import ask
 from tests.processes import run_script
 from tiltmeter.errors import IncompleteEvaluation, UserError
 from tiltmeter.scoring.degeneration import DegenerationScorer
-from tiltmeter.steering.vector import SteeringVector, load_vectors, save_vectors
+from tiltmeter.steering.vector import OWN, V_STAR, SteeringVector, VectorId, load_vectors, save_vectors
 
 SWEEP = (
     "analysis=steering_sweep",
@@ -50,6 +50,8 @@ def test_a_run_is_swept_and_its_report_shows_the_sweep(
     assert set(effects["equal"]) == {"norm", "kl"}
     vectors = load_vectors(run / "report" / "vectors" / "steering_sweep.safetensors")
     assert set(vectors) == {f"final_post_norm/{name}" for name in ("v*", "v_bar", "random_1")}
+    assert vectors["final_post_norm/v*"].id == VectorId(V_STAR, "final_post_norm", "prompt_last")
+    assert vectors["final_post_norm/random_1"].id == VectorId("random", "final_post_norm", draw=1)
     assert vectors["final_post_norm/v*"].provenance["aligned"] == str(run / "aligned")
     assert pd.read_csv(table.with_name("steering_vectors.csv"))["cosine_with_v_star"][0] == pytest.approx(1)
     monkeypatch.setattr("analysis.report.page.save_figure", already_saved)
@@ -90,7 +92,7 @@ def test_a_scorer_that_is_down_ends_with_exit_code_3_and_is_asked_again(
 
 def test_vectors_of_files_and_of_other_runs_are_swept(tmp_path: Path, run: Path) -> None:
     mine = tmp_path / "mine.safetensors"
-    save_vectors(mine, {"up": SteeringVector("final_post_norm", torch.ones(32), made="by hand")})
+    save_vectors(mine, {"up": SteeringVector(VectorId(OWN, "final_post_norm"), torch.ones(32), made="by hand")})
     other = tmp_path / "runs" / "fake" / "2026-01-30_12-00-00"
     shutil.copytree(run, other)
     options = [f"steering.vectors=[v*@response_mean,shuffled_layer,{mine}]", f"steering.controls=[{other}]"]

@@ -24,11 +24,8 @@ from tiltmeter.metric_names import (
     keys_of,
     matrix,
     metric,
-    place,
-    split_place,
 )
 from tiltmeter.models.generation import Completion
-from tiltmeter.models.layers import all_sites
 from tiltmeter.scoring.degeneration import DegenerationScorer
 from tiltmeter.scoring.overlap import OverlapScorer
 from tiltmeter.scoring.preference import kl_figures, preference_scores
@@ -93,12 +90,6 @@ NOTHING = ("step", "train/lost", "shift_share/delta", "projection/delta/diverge/
 )
 def test_a_name_that_nothing_builds_stands_for_nothing(name: str) -> None:
     assert find(name) is None
-
-
-def test_a_place_is_read_back() -> None:
-    for point in product(all_sites(3), POSITIONS):
-        assert split_place(place(point)) == point
-    assert split_place("v*") is None
 
 
 def test_matrices_are_those_of_the_controls() -> None:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from tiltmeter.geometry.directions import principal_directions
-from tiltmeter.geometry.gradients import GradientMoments, layer_norm_pullback, rms_norm_pullback, shared_state_gradient
+from tiltmeter.geometry.gradients import GradientMoments, shared_state_gradient
 from tiltmeter.geometry.rows import unit_rows
 from tiltmeter.models.branch_attention import BranchCache, run_branches, use_branch_attention
 from tiltmeter.models.cpu_linear import linear
@@ -28,7 +28,7 @@ from tiltmeter.models.hooks import hook_site
 from tiltmeter.models.layers import FINAL_POST_NORM, FINAL_PRE_NORM, backbone, final_norm, unembedding
 from tiltmeter.pairs.log_probs import scale_and_cap
 
-Variant = Literal["post_norm", "pre_norm", "layer"]
+Variant = Literal["post_norm", "layer"]
 Margin = Callable[[Float[Tensor, "point d_model"]], Float[Tensor, " point"]]
 """A differentiable function from states at a site to m in nats, each row on its own."""
 
@@ -125,36 +125,6 @@ def post_norm_field(
     summary = field_summary(gradients)
     assert not abs(summary.mean_resultant - 1) > 1e-9, "parallel to v by the formula"  # NaN: states that are not finite
     return GradientField("post_norm", gradients, summary, True)
-
-
-def pre_norm_field(
-    points: Float[Tensor, "point d_model"],
-    v: Float[Tensor, " d_model"],
-    *,
-    norm: Literal["rms", "layer"],
-    gain: Float[Tensor, " d_model"],
-    eps: float,
-    reference_gap: float,
-    beta: float,
-) -> GradientField:
-    """The field at ``final_pre_norm``: the one behind the norm, pulled back through it in closed form.
-
-    Args:
-        points: states in front of the norm.
-        v: e_w − e_l.
-        norm: RMSNorm or LayerNorm.
-        gain: what multiplies the normalised state (Gemma stores it less 1).
-        eps: of the norm.
-        reference_gap: Δ_ref in nats; what biases of norm and unembedding add to m belongs into it with a minus.
-    """
-    x, direction, g = (tensor.to(torch.float64) for tensor in (points, v, gain))
-    centred = x if norm == "rms" else x - x.mean(1, keepdim=True)
-    behind = g * centred / (centred.square().mean(1, keepdim=True) + eps).sqrt()
-    margins = behind @ direction - reference_gap
-    gradients = shared_state_gradient(margins, direction.expand(len(x), -1), beta=beta)
-    pull = rms_norm_pullback if norm == "rms" else layer_norm_pullback
-    pulled = pull(gradients, x, g, eps=eps)
-    return GradientField("pre_norm", pulled, field_summary(pulled), False)
 
 
 def layer_field(

@@ -76,42 +76,6 @@ def log_prob_gradients(
     return torch.cat(found)
 
 
-def rms_norm_pullback(
-    gradients: Float[Tensor, "row d_model"],
-    inputs: Float[Tensor, "row d_model"],
-    gain: Float[Tensor, " d_model"],
-    *,
-    eps: float,
-) -> Float[Tensor, "row d_model"]:
-    """Jᵀu for y = g ⊙ x / r, r² = mean(x²) + ε: (1/r) [g⊙u − x · xᵀ(g⊙u) / (d r²)].
-
-    From a gradient at ``final_post_norm`` to one at ``final_pre_norm``. At ε = 0 it is orthogonal to x: an RMSNorm cannot
-    pass a radial gradient on.
-
-    Args:
-        gain: g, what multiplies the normalised x (Gemma stores g − 1).
-    """
-    square = inputs.square().mean(-1, keepdim=True) + eps
-    scaled = gain * gradients
-    radial = (inputs * scaled).mean(-1, keepdim=True) / square
-    return (scaled - inputs * radial) / square.sqrt()
-
-
-def layer_norm_pullback(
-    gradients: Float[Tensor, "row d_model"],
-    inputs: Float[Tensor, "row d_model"],
-    gain: Float[Tensor, " d_model"],
-    *,
-    eps: float,
-) -> Float[Tensor, "row d_model"]:
-    """Jᵀu for y = g ⊙ (x − x̄) / s + b, s² = var(x) + ε: RMSNorm's pull-back of x − x̄, less its mean.
-
-    Orthogonal to 1 and, at ε = 0, to x.
-    """
-    pulled = rms_norm_pullback(gradients, inputs - inputs.mean(-1, keepdim=True), gain, eps=eps)
-    return pulled - pulled.mean(-1, keepdim=True)
-
-
 class GradientSummary(NamedTuple):
     """Geometry of all gradients seen."""
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from tiltmeter.errors import UserError
 from tiltmeter.geometry.directions import mean_unembedding, token_preference_vectors
-from tiltmeter.models.layers import Unembedding, resolve_sites
+from tiltmeter.models.layers import Unembedding
 from tiltmeter.pairs.batch import Layout, PreferenceBatch, TokenizedPair, collate_pairs
 from tiltmeter.pairs.log_probs import run_backbone
 from tiltmeter.states.capture import HiddenStates, ReadPoint, capture, join_hidden_states
@@ -152,8 +152,3 @@ def cut_pair(pair: TokenizedPair, positions: Sequence[Position]) -> TokenizedPai
         shorter = min(len(chosen), len(rejected))
         n = next((at + 1 for at in range(shorter) if chosen[at] != rejected[at]), shorter)
     return TokenizedPair(prompt, chosen[:n], rejected[:n])
-
-
-def read_points(sites: str | Sequence[str], positions: Sequence[Position], n_layers: int) -> list[ReadPoint]:
-    """All sites × positions, resolved."""
-    return [ReadPoint(site, position) for site in resolve_sites(sites, n_layers) for position in positions]

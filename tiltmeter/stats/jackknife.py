@@ -190,25 +190,6 @@ def ratio_variance(sums: ArrayLike, counts: ArrayLike, clusters: Sequence[str]) 
     return float((len(names) - 1) * without.var())
 
 
-def paired_difference_interval(
-    values: Sequence[float], other: Sequence[float], clusters: Sequence[str], *, level: float = 0.95
-) -> Interval:
-    """Mean of ``values − other``, two figures of the same pair, with an interval over whole clusters.
-
-    Narrower than two separate intervals, since what a pair adds to both sides cancels.
-
-    Raises:
-        ValueError: as :func:`cluster_mean_interval`.
-
-    >>> paired_difference_interval([3.0, 13.0], [1.0, 11.0], ["a", "b"])
-    Interval(value=2.0, low=2.0, high=2.0)
-    """
-    if len(values) != len(other):
-        raise ValueError(f"expected the same number of values on both sides, got {len(values)} and {len(other)}")
-    differences = [a - b for a, b in zip(values, other, strict=True)]
-    return cluster_mean_interval(differences, clusters, level=level)
-
-
 def _pairs(n: int) -> Int[Tensor, "pair 2"]:
     """All pairs of n clusters, or as many random ones as are enough."""
     pairs = torch.triu_indices(n, n, 1).T

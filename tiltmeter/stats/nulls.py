@@ -42,15 +42,6 @@ class SignFlipNull(NamedTuple):
         return {name: (low, high) for name, (low, high) in bounds.items()}
 
 
-def in_sample_cosine_null(n_rows: int) -> float:
-    """Mean of cos(δ_i, v*) when the δ_i are noise: about 1/√N, since each row is part of its own mean.
-
-    >>> in_sample_cosine_null(100)
-    0.1
-    """
-    return 1 / math.sqrt(n_rows)
-
-
 def sign_flip_null(updates: Float[Tensor, "row d_model"], *, n_flips: int = 1000, seed: int = 0) -> SignFlipNull:
     """Shift share and mean cosines after flipping each row's sign at random: s_i δ_i, s_i = ±1.
 
@@ -100,23 +91,14 @@ def split_half_null(
     return SplitHalfNull(*torch.cat(parts, dim=1))
 
 
-def marchenko_pastur_edge(n_rows: int, d_model: int, *, noise_variance: float = 1.0) -> float:
-    """s²(1 + √(d/N))²: largest eigenvalue of XᵀX/N for N rows of d independent entries of variance s².
-
-    >>> round(marchenko_pastur_edge(2000, 1000), 4)
-    2.9142
-    """
-    return float(noise_variance * (1 + math.sqrt(d_model / n_rows)) ** 2)
-
-
 def tracy_widom_edge(n_rows: int, d_model: int, *, noise_variance: float = 1.0) -> float:
     """95 % quantile of the largest eigenvalue of XᵀX/N for N rows of d independent entries of variance s².
 
     (μ + .9793 σ)·s²/N with μ = (√n + √p)², σ = (√n + √p)(1/√n + 1/√p)^⅓ (Johnstone 2001), n = N − ½ and p = d − ½ (Ma 2012);
     .9793 is that quantile of the Tracy–Widom law for β = 1 (Bejan 2005, table 1).
 
-    >>> round(tracy_widom_edge(2000, 1000), 4), round(marchenko_pastur_edge(2000, 1000), 4)
-    (2.9273, 2.9142)
+    >>> round(tracy_widom_edge(2000, 1000), 4)
+    2.9273
     """
     n, p = math.sqrt(n_rows - 0.5), math.sqrt(d_model - 0.5)
     return noise_variance * ((n + p) ** 2 + _TRACY_WIDOM_95 * (n + p) * (1 / n + 1 / p) ** (1 / 3)) / n_rows
@@ -204,26 +186,6 @@ def _spatial_signs(rows: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_m
         centre = (rows * weights).sum(0) / weights.sum().where(weights.any(), 1.0)
     signs = unit_rows(rows - centre)
     return signs - signs.mean(0)
-
-
-def bbp_eigenvalue(theta: float, gamma: float) -> float:
-    """Sample eigenvalue of a spike of variance 1 + θ over unit noise: (1+θ)(1 + γ/θ), γ = d/N, if θ > √γ.
-
-    Below that (Baik, Ben Arous & Péché 2005) it stays at the noise's edge (1+√γ)².
-
-    >>> bbp_eigenvalue(2.0, 0.5)
-    3.75
-    """
-    return (1 + theta) * (1 + gamma / theta) if theta > math.sqrt(gamma) else (1 + math.sqrt(gamma)) ** 2
-
-
-def bbp_overlap(theta: float, gamma: float) -> float:
-    """cos² between a spike and the sample's first direction: (1 − γ/θ²) / (1 + γ/θ) if θ > √γ, else 0.
-
-    >>> round(bbp_overlap(2.0, 0.5), 6)
-    0.7
-    """
-    return (1 - gamma / theta**2) / (1 + gamma / theta) if theta > math.sqrt(gamma) else 0.0
 
 
 def parallel_analysis(

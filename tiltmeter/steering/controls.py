@@ -14,36 +14,39 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tiltmeter.models.layers import Unembedding
-
 
 class Control(NamedTuple):
     """Vectors of one kind and how they were made."""
 
     vectors: Float[Tensor, "vector width"]
-    provenance: str
+    how: str
+    norm: float
+
+    @property
+    def made(self) -> str:
+        """How, with the norm."""
+        return f"{self.how}, at norm {self.norm:.6g}"
 
 
-def norm_matched(
-    vectors: Float[Tensor, "vector d_model"], like: Float[Tensor, " d_model"], *, provenance: str
-) -> Control:
+def norm_matched(vectors: Float[Tensor, "vector d_model"], like: Float[Tensor, " d_model"], *, how: str) -> Control:
     """Each vector at the norm of ``like``, in float64.
 
     Args:
-        provenance: what the vectors are; the norm is added to it.
+        how: what the vectors are.
 
     Raises:
         ValueError: a vector, or ``like``, is zero or not finite: it has no norm to give or no direction to keep.
 
-    >>> norm_matched(torch.tensor([[0.0, 2.0]]), torch.tensor([3.0, 4.0]), provenance="SFT's v*")
-    Control(vectors=tensor([[0., 5.]], dtype=torch.float64), provenance="SFT's v*, at norm 5")
+    >>> found = norm_matched(torch.tensor([[0.0, 2.0]]), torch.tensor([3.0, 4.0]), how="SFT's v*")
+    >>> found.vectors.tolist(), found.made
+    ([[0.0, 5.0]], "SFT's v*, at norm 5")
     """
     exact, norm = vectors.detach().to(torch.float64), like.detach().to(torch.float64).norm()
     norms = exact.norm(dim=1)
     for name, found in (("like", norm[None]), ("vectors", norms)):
         if not (found.isfinite() & (found > 0)).all():
-            raise ValueError(f"controls: {provenance}: expected {name} of a finite norm above 0, got {found.tolist()}")
-    return Control(exact / norms[:, None] * norm, f"{provenance}, at norm {float(norm):.6g}")
+            raise ValueError(f"controls: {how}: expected {name} of a finite norm above 0, got {found.tolist()}")
+    return Control(exact / norms[:, None] * norm, how, float(norm))
 
 
 def draw_seeds(n: int, *, kind: str, site: str, seed: int = 0) -> list[int]:
@@ -64,7 +67,7 @@ def random_vectors(like: Float[Tensor, " d_model"], seeds: Sequence[int]) -> Con
     Raises:
         ValueError: ``like`` is zero or not finite.
     """
-    return norm_matched(_normal(seeds, len(like), like), like, provenance="random, uniform on the sphere")
+    return norm_matched(_normal(seeds, len(like), like), like, how="random, uniform on the sphere")
 
 
 def random_in_span(
@@ -85,7 +88,7 @@ def random_in_span(
     if len(exact) > exact.shape[1] or not (sizes > 1e-10 * exact.norm(dim=1)).all():
         raise ValueError(f"controls: expected linearly independent directions, got {len(exact)} that are not")
     drawn = _normal(seeds, len(exact), like) @ basis.T
-    return norm_matched(drawn, like, provenance=f"random in the span of {len(exact)} directions")
+    return norm_matched(drawn, like, how=f"random in the span of {len(exact)} directions")
 
 
 def covariance_matched(
@@ -100,7 +103,7 @@ def covariance_matched(
     """
     exact = _centred(rows)
     drawn = _normal(seeds, len(rows), rows) @ exact / (len(rows) - 1) ** 0.5
-    return norm_matched(drawn, like, provenance=f"random with the covariance of {len(rows)} rows")
+    return norm_matched(drawn, like, how=f"random with the covariance of {len(rows)} rows")
 
 
 def unrelated_contrasts(
@@ -120,9 +123,7 @@ def unrelated_contrasts(
     signs = torch.cat([torch.ones(half), -torch.ones(half), torch.zeros(len(rows) % 2)]).to(torch.float64)
     orders = [torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     drawn = torch.stack([signs[order] for order in orders]).to(rows.device) @ exact / half
-    return norm_matched(
-        drawn, like, provenance=f"difference of the means of random halves of {len(rows)} unrelated prompts"
-    )
+    return norm_matched(drawn, like, how=f"difference of the means of random halves of {len(rows)} unrelated prompts")
 
 
 def shuffled_layers(vectors: Mapping[str, Float[Tensor, " d_model"]], *, seed: int = 0) -> dict[str, Control]:
@@ -138,24 +139,7 @@ def shuffled_layers(vectors: Mapping[str, Float[Tensor, " d_model"]], *, seed: i
         raise ValueError(f"controls: shuffling layers needs at least two sites, got {sites}")
     order = torch.randperm(len(sites), generator=torch.Generator().manual_seed(seed)).tolist()
     giver = {sites[a]: sites[b] for a, b in zip(order, order[1:] + order[:1], strict=True)}
-    return {
-        site: norm_matched(vectors[giver[site]][None], vectors[site], provenance=f"v* of {giver[site]}, seed {seed}")
-        for site in sites
-    }
-
-
-def logit_bias(head: Unembedding, v: Float[Tensor, " d_model"]) -> Control:
-    """scale · W_U v: what to add to all logits, in front of a soft cap, to say the same without any hidden state.
-
-    For v at ``final_post_norm`` it *is* steering: logits(λ) = z + λ W_U v (METHOD §1). For v of a layer it is what v would do if
-    the layers above passed it on unchanged. Its norm follows from v and is not matched. In float32 or better.
-
-    >>> logit_bias(Unembedding(torch.tensor([[1.0, 0.0], [0.0, 2.0]])), torch.tensor([3.0, 4.0])).vectors.tolist()
-    [[3.0, 8.0]]
-    """
-    wide = torch.promote_types(torch.promote_types(head.weight.dtype, v.dtype), torch.float32)
-    bias = head.scale * (head.weight.detach().to(wide) @ v.to(head.weight.device, wide))
-    return Control(bias[None], "logit bias W_U v")
+    return {site: norm_matched(vectors[giver[site]][None], vectors[site], how=f"v* of {giver[site]}") for site in sites}
 
 
 def _centred(rows: Tensor) -> Tensor:

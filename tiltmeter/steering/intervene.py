@@ -19,7 +19,7 @@ from tiltmeter.errors import UserError
 from tiltmeter.models.hooks import hook_site
 from tiltmeter.models.layers import backbone
 from tiltmeter.steering.operators import TABLE, Operator, check_vectors
-from tiltmeter.steering.vector import SteeringVector, check_site_and_width
+from tiltmeter.steering.vector import check_site_and_width
 
 TOKENS = ("all", "new", "prompt")
 
@@ -73,28 +73,6 @@ class Intervention:
                 f"{self.n_strengths}] for {self.operator} along {len(self.vectors)} vectors, got {list(given.shape)}"
             )
 
-    @classmethod
-    def along(
-        cls,
-        vectors: SteeringVector | Sequence[SteeringVector],
-        coefficients: float | int | Tensor = 1.0,
-        *,
-        operator: Operator = "add",
-        tokens: str | Tensor = "all",
-    ) -> "Intervention":
-        """The same from steering vectors, which know their site.
-
-        Raises:
-            UserError: as above, or vectors of different sites.
-        """
-        listed = [vectors] if isinstance(vectors, SteeringVector) else list(vectors)
-        places = {(v.site, v.d_model) for v in listed}
-        if len(places) != 1:
-            raise UserError(
-                f"steering: expected vectors of one site and width, got {sorted(places)}; make an intervention for each site"
-            )
-        return cls(listed[0].site, torch.stack([v.values for v in listed]), coefficients, operator, tokens)
-
     @property
     def n_strengths(self) -> int:
         """Coefficients of one token."""
@@ -141,7 +119,7 @@ def steer(
 
         v = load_vectors(run / "vectors" / "steering.safetensors")["layer_07"]
         strengths = torch.tensor([0.0, 0.5, 1.0])  # one for each row of ids
-        with steer(model, Intervention.along(v, strengths, tokens="new")):
+        with steer(model, Intervention(v.site, v.values[None], strengths, tokens="new")):
             model.generate(input_ids=ids, attention_mask=mask)
     """
     listed = [interventions] if isinstance(interventions, Intervention) else list(interventions)

@@ -138,6 +138,11 @@ def _as_they_are(vectors: Tensor) -> Tensor:
     return vectors
 
 
+SIGNED: tuple[Operator, ...] = ("add", "subtract", "rotate", "add_keeping_norm")
+"""Operators that a strength of the other sign undoes."""
+SCALED: tuple[Operator, ...] = ("add", "subtract", "add_keeping_norm")
+"""Operators that a longer vector does more by."""
+
 TABLE: dict[Operator, Prepared] = {
     "add": Prepared(add, _as_they_are, False, False),
     "subtract": Prepared(subtract, _as_they_are, False, False),
@@ -146,6 +151,13 @@ TABLE: dict[Operator, Prepared] = {
     "rotate": Prepared(rotate, orthonormal_rows, True, False),
     "add_keeping_norm": Prepared(add_keeping_norm, _as_they_are, False, False),
 }
+
+
+def vectors_of(
+    operator: Operator, v: Float[Tensor, " d_model"], mean: Float[Tensor, " d_model"] | None
+) -> Float[Tensor, "vector d_model"]:
+    """The vectors that an operator takes for one steering vector: itself; of ``rotate`` the plane of the mean state and itself."""
+    return torch.stack([mean.to(v), v]) if operator == "rotate" and mean is not None else v[None]
 
 
 def check_vectors(operator: str, vectors: Float[Tensor, "vector d_model"]) -> None:

@@ -72,17 +72,6 @@ def kl_divergences(
     return _Goal.of(logits_p).kl(logits_q)
 
 
-def top1_agreement(
-    logits_p: Float[Tensor, "target vocab"], logits_q: Float[Tensor, "target vocab"]
-) -> Float[Tensor, " target"]:
-    """1 where both rank the same word first, else 0; of equal words the first one counts; NaN where a logit is NaN.
-
-    >>> top1_agreement(torch.tensor([[1.0, 2.0], [3.0, 0.0]]), torch.tensor([[0.0, 0.1], [0.0, 0.1]])).tolist()
-    [1.0, 0.0]
-    """
-    return _Goal.of(logits_p).agreement(logits_q)
-
-
 def restricted_updates(
     updates: Float[Tensor, "row d_model"],
     v: Float[Tensor, " d_model"],

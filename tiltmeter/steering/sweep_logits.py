@@ -7,7 +7,7 @@ Adding a vector at a site changes nothing before it, so what lies before is comp
 - ``layer_l``: one pass, then the blocks above l for each vector (:func:`sweep_cost`).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple, cast
 
@@ -21,6 +21,7 @@ from tiltmeter.models.cpu_linear import fast_linear, linear
 from tiltmeter.models.hooks import hook_site
 from tiltmeter.models.layers import (
     FINAL_POST_NORM,
+    Unembedding,
     decoder_blocks,
     final_norm,
     site_depth,
@@ -28,7 +29,7 @@ from tiltmeter.models.layers import (
 )
 from tiltmeter.pairs.batch import PAD, PROMPT, PreferenceBatch
 from tiltmeter.pairs.log_probs import default_chunk_tokens, run_backbone, scale_and_cap
-from tiltmeter.steering.intervene import Intervention
+from tiltmeter.steering.intervene import Intervention, steer
 from tiltmeter.steering.vector import check_site_and_width
 
 _HIDDEN_AT_A_TIME = 2**25
@@ -124,7 +125,7 @@ def steered_logits(
     Intervention(site, shifts, tokens=tokens)  # checks its arguments
     head = unembedding(model)
     shifts = shifts.to(head.weight.device, torch.promote_types(head.weight.dtype, torch.float32))
-    reached = _reached(batch, tokens)
+    reached = reached_tokens(batch, tokens)
     if site == FINAL_POST_NORM:
         with fast_linear(model):
             hidden = run_backbone(model, batch).flatten(0, 1)[batch.target_rows][None]
@@ -132,11 +133,91 @@ def steered_logits(
     else:
         hidden = _hidden_at_targets(model, batch, site, shifts, reached, tokens_per_batch)
         moves = None
-    at_a_time = max(1, default_chunk_tokens(len(head.weight)) // len(shifts))
-    on = reached.flatten()[batch.target_rows]
-    for targets in torch.arange(len(batch.target_ids), device=on.device).split(at_a_time):
+    yield from _logits_of(hidden, batch, head, moves=moves, on=reached.flatten()[batch.target_rows])
+
+
+@torch.no_grad()
+def intervened_logits(
+    model: PreTrainedModel, batch: PreferenceBatch, interventions: Sequence[Intervention | None]
+) -> Iterator[SteeredLogits]:
+    """Logits at every target of a batch under each intervention, for operators that are no shift: one pass each.
+
+    Args:
+        interventions: None: the model as it is; tokens as a mask, or ``all``.
+
+    Raises:
+        UserError: an intervention that doesn't fit the model.
+    """
+    head, hidden = unembedding(model), []
+    for one in interventions:
+        with steer(model, [] if one is None else one), fast_linear(model):
+            hidden.append(run_backbone(model, batch).flatten(0, 1)[batch.target_rows])
+    yield from _logits_of(torch.stack(hidden), batch, head)
+
+
+@torch.no_grad()
+def moved_logits(
+    model: PreTrainedModel,
+    batch: PreferenceBatch,
+    *,
+    site: str,
+    moves: Sequence[Float[Tensor, "row token d_model"]],
+) -> Iterator[SteeredLogits]:
+    """Logits at every target, of the model as it is and then under each move, which every token has one of its own of.
+
+    Args:
+        site: where (:mod:`tiltmeter.models.layers`).
+        moves: what is added to the hidden states; zeros where nothing is.
+
+    Raises:
+        UserError: an unknown site, or moves of another width.
+    """
+    prefix, head = _run_prefix(model, batch, site), unembedding(model)
+    hidden = [prefix.final.flatten(0, 1)[batch.target_rows]]
+    for move in moves:
+        check_site_and_width(model, site, move.shape[-1])
+        if site == FINAL_POST_NORM:
+            hidden.append((prefix.final + move).to(prefix.final.dtype).flatten(0, 1)[batch.target_rows])
+        else:
+            hidden.append(_run_above(model, prefix, move[None], batch.target_rows)[0])
+    yield from _logits_of(torch.stack(hidden), batch, head)
+
+
+@torch.no_grad()
+def hidden_at(model: PreTrainedModel, batch: PreferenceBatch, site: str) -> Float[Tensor, "row token d_model"]:
+    """Hidden states of every token of a batch at a site."""
+    return _run_prefix(model, batch, site).hidden
+
+
+def intervened_sums(
+    model: PreTrainedModel,
+    batch: PreferenceBatch,
+    interventions: Sequence[Intervention | None],
+    goal_logits: Callable[[Int[Tensor, " some"]], Float[Tensor, "some vocab"]],
+) -> Iterator[SteeredSums]:
+    """Log-probs and KL divergences, as :func:`steered_sums`, under each intervention; they are measured from the model as it is."""
+    for part in intervened_logits(model, batch, [None, *interventions]):
+        yield _sums_of_logits(part, goal_logits(part.targets), batch)
+
+
+def _logits_of(
+    hidden: Float[Tensor, "one_or_shift target d_model"],
+    batch: PreferenceBatch,
+    head: Unembedding,
+    *,
+    moves: Float[Tensor, "shift vocab"] | None = None,
+    on: Bool[Tensor, " target"] | None = None,
+) -> Iterator[SteeredLogits]:
+    """Logits of states behind the final norm, as many targets at a time as logits of all shifts may be held of.
+
+    Args:
+        moves: shifts of logits instead of states, which then have one row for all shifts.
+        on: targets that they reach.
+    """
+    at_a_time = max(1, default_chunk_tokens(len(head.weight)) // len(hidden if moves is None else moves))
+    for targets in torch.arange(len(batch.target_ids), device=batch.target_ids.device).split(at_a_time):
         raw = linear(hidden[:, targets], head.weight, head.bias)
-        if moves is not None:
+        if moves is not None and on is not None:
             raw = raw + moves[:, None] * on[targets, None]
         yield SteeredLogits(scale_and_cap(raw, head), targets)
 
@@ -170,7 +251,7 @@ def steered_sums(
     check_site_and_width(model, site, shifts.shape[1])
     head = unembedding(model)
     if site == FINAL_POST_NORM and head.soft_cap is None:
-        yield from _bias_sums(model, batch, shifts, goal_logits, _reached(batch, tokens))
+        yield from _bias_sums(model, batch, shifts, goal_logits, reached_tokens(batch, tokens))
         return
     held = max(1, _HIDDEN_AT_A_TIME // max(1, len(batch.target_ids) * shifts.shape[1]))
     parts = []
@@ -238,7 +319,8 @@ def _log1p(
     return found
 
 
-def _reached(batch: PreferenceBatch, tokens: str | Tensor) -> Bool[Tensor, "row token"]:
+def reached_tokens(batch: PreferenceBatch, tokens: str | Tensor) -> Bool[Tensor, "row token"]:
+    """Tokens of a batch that are steered: a mask, or what ``all``, ``new`` or ``prompt`` means there."""
     if isinstance(tokens, Tensor):
         if tokens.shape != batch.segments.shape:
             raise ValueError(f"tokens: a mask of {list(tokens.shape)} for a batch of {list(batch.segments.shape)}")
@@ -267,7 +349,8 @@ def _hidden_at_targets(
     if batch.packing is not None:
         n_at_once = 1  # kernels take one packed row
     for some in moved.nonzero()[:, 0].split(n_at_once):
-        hidden[some] = _run_above(model, prefix, shifts[some], reached, batch.target_rows)
+        moves = shifts[some][:, None, None] * reached[:, :, None]
+        hidden[some] = _run_above(model, prefix, moves, batch.target_rows)
     return hidden
 
 
@@ -294,20 +377,18 @@ def _run_prefix(model: PreTrainedModel, batch: PreferenceBatch, site: str) -> _P
 def _run_above(
     model: PreTrainedModel,
     prefix: _Prefix,
-    shifts: Float[Tensor, "shift d_model"],
-    reached: Bool[Tensor, "row token"],
+    moves: Float[Tensor, "shift row token d_model"],
     target_rows: Int[Tensor, " target"],
 ) -> Float[Tensor, "shift target d_model"]:
     """The blocks above the site with rows (shift, row), then the final norm at the targets."""
-    n_rows = len(reached)
-    moves = shifts[:, None, None] * reached[:, :, None]
+    n_shifts, n_rows = moves.shape[:2]
     hidden = (prefix.hidden + moves).to(prefix.hidden.dtype).flatten(0, 1)
     blocks = decoder_blocks(model)
     with torch.compiler.set_stance("force_eager"), fast_linear(model):
         for block, call in zip(blocks[len(blocks) - len(prefix.calls) :], prefix.calls, strict=True):
-            args, kwargs = _repeat((call.args, call.kwargs), n_rows, len(shifts))
+            args, kwargs = _repeat((call.args, call.kwargs), n_rows, n_shifts)
             hidden = _first(block(hidden, *args, **kwargs))
-    at_targets = hidden.unflatten(0, (len(shifts), n_rows)).flatten(1, 2)[:, target_rows]
+    at_targets = hidden.unflatten(0, (n_shifts, n_rows)).flatten(1, 2)[:, target_rows]
     return cast(Tensor, final_norm(model)(at_targets))
 
 

@@ -22,11 +22,11 @@ from analysis.controls.c15_random_vectors import (
     UNKNOWN,
     cell_of,
     compare,
+    draw_effects,
     interpolate,
     random_among_random,
     steering_effects,
 )
-from analysis.figures.fig2_panels import draw_effects
 from analysis.report.style import new_figure
 from analysis.steering.table import COLUMNS, PAIR_COLUMNS
 
@@ -56,7 +56,7 @@ def text(share: float, *, unsteered: float = 0.0, p: float = 0.001, of: str = "v
     """Shares of degenerate completions, and the p-value of the exact test."""
     found = [(0.0, "degeneration", unsteered), (1.0, "degeneration", share), (1.0, "degeneration_p", p)]
     rows = [
-        ("interpolation", of, 0, "layer_00", strength, metric, value, math.nan, math.nan, 64)
+        ("interpolation", of, 0, "layer_00", strength, metric, value, math.nan, math.nan, 64, "add")
         for strength, metric, value in found
     ]
     return pd.DataFrame(rows, columns=list(COLUMNS))
@@ -201,7 +201,9 @@ def test_vectors_without_text_are_compared() -> None:
 def test_the_panel_shows_what_is_off_it_and_what_collapsed(better: float, share: float, mark: str, said: str) -> None:
     effects = steering_effects(planted(better=better), text(share), strength=1.0)
     _, (axes,) = new_figure(1)
-    sentence = draw_effects(axes, effects, direction="interpolation", sites=["layer_00"], site="layer_00")
+    sentence = draw_effects(
+        axes, effects, direction="interpolation", sites=["layer_00"], site="layer_00", labels={}, how="added"
+    )
     assert re.search(said, sentence)
     assert mark in {line.get_marker() for line in axes.lines}
     assert [label.get_text() for label in axes.get_yticklabels()] == ["v*"]

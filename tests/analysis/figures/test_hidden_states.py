@@ -1,7 +1,6 @@
 import io
 import math
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,22 +8,15 @@ import pandas as pd
 import pytest
 import torch
 
-from analysis.figures.fig1a_projection import draw_preference_plane, draw_projections
-from analysis.figures.fig1c_clouds import draw_clouds
 from analysis.figures.fig3_consistency import (
     EDGES,
     N_SPLITS,
     OF_PAIRS,
     cosine_tables,
-    draw_consistency,
-    draw_cosines,
 )
-from analysis.figures.fig4a_entropy import draw_entropies, draw_entropy_controls
-from analysis.figures.fig4b_singular_values import draw_signal_ranks, draw_singular_values
-from analysis.figures.layer_curves import NULLS, draw_geometry, geometry_table
-from analysis.figures.layer_maps import draw_layers_by_step
+from analysis.figures.layer_curves import NULLS, geometry_table
 from analysis.open.observations import UPDATE, latest, most_entropy, observed, updates
-from analysis.open.observed import Observed, Tables, latest_name
+from analysis.open.observed import Observed, latest_name
 from analysis.registry import BY_NAME, sections_of_states
 from analysis.report.page import Section
 from analysis.report.style import png_bytes
@@ -32,24 +24,10 @@ from tests.analysis import planted_geometry as planted
 from tests.analysis.asked import OF_STATES
 from tests.analysis.conftest import dpo_rows
 from tests.analysis.legible import assert_legible
-from tiltmeter.errors import UserError
 from tiltmeter.geometry.consistency import split_half
 from tiltmeter.geometry.rows import row_geometry
 from tiltmeter.models.layers import FINAL_POST_NORM, FINAL_PRE_NORM
 
-DRAW: dict[str, Callable[[Tables], Section]] = {
-    "geometry": draw_geometry,
-    "entropy": draw_entropies,
-    "entropy_controls": draw_entropy_controls,
-    "singular_values": draw_singular_values,
-    "signal_rank": draw_signal_ranks,
-    "layers_by_step": draw_layers_by_step,
-    "cosines": draw_cosines,
-    "consistency": draw_consistency,
-    "clouds": draw_clouds,
-    "projection": draw_projections,
-    "preference_plane": draw_preference_plane,
-}
 SITES = ["layer_00", "layer_01", FINAL_PRE_NORM, FINAL_POST_NORM]
 
 
@@ -228,10 +206,10 @@ def test_the_cap_of_entropies_is_told_from_the_metrics() -> None:
 @pytest.mark.parametrize("name", OF_STATES)
 def test_a_section_is_drawn_again_from_its_files(drawn: dict[str, Section], name: str) -> None:
     """Whatever a figure says stands in the tables of the report: words of the page, and the figure to the last pixel."""
-    first, draw = drawn[name], DRAW[name]
+    first = drawn[name]
     tables = {first.name: first.table, **first.more_tables}
     files = {name: io.StringIO(table.to_csv(index=False)) for name, table in tables.items()}
-    again = draw({name: pd.read_csv(file) for name, file in files.items()})
+    again = BY_NAME[first.name].section({name: pd.read_csv(file) for name, file in files.items()})
     words = ("question", "claim", "sentences", "interval", "limits", "reading", "headlines")
     assert [getattr(again, part) for part in words] == [getattr(first, part) for part in words]
     assert (again.shown is None) == (first.shown is None)
@@ -288,10 +266,3 @@ def test_rounded_rows_are_said_to_be_rounded(tmp_path: Path) -> None:
     planted.write_snapshots(tmp_path / "snapshots", dtype="bfloat16")
     section = one("cosines", planted.run_rows(), tmp_path)
     assert any("kept as bfloat16" in line for line in section.reading)
-
-
-def test_a_damaged_snapshot_is_named(tmp_path: Path) -> None:
-    planted.write_snapshots(tmp_path / "snapshots")
-    (tmp_path / "snapshots" / "epoch=001.safetensors").write_bytes(b"nothing")
-    with pytest.raises(UserError, match=r"epoch=001\.safetensors: damaged"):
-        one("cosines", planted.run_rows(), tmp_path)

@@ -7,17 +7,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from analysis.figures.fig2_panels import best_site
 from analysis.open.checkpoints import Checkpoints
-from analysis.steering.directions import V_STAR
-from analysis.steering.sweep import CHOOSING, SteeringSweep, Sweep, default_sites
-from analysis.steering.table import Unit
+from analysis.steering.directions import States
+from analysis.steering.sweep import SteeringSweep, Sweep, default_sites
+from analysis.steering.table import CHOOSING, Unit, best_site
 from tests.analysis.asked import checkpoints
 from tests.analysis.sweeps import LAMBDAS, Listener, as_table, make, values
 from tiltmeter.models.generation import Decoding, generate
 from tiltmeter.pairs.batch import collate_pairs
 from tiltmeter.pairs.log_probs import model_inputs
 from tiltmeter.steering.intervene import Intervention, steer
+from tiltmeter.steering.operators import OPERATORS
+from tiltmeter.steering.vector import V_STAR
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +45,11 @@ def plain_figures(
     start, goal = (base, aligned) if unit.direction == "interpolation" else (aligned, base)
     sign = 1 if unit.direction == "interpolation" else -1
     vector = sweep.vectors[unit.vector, unit.site].values
+    operator, along = sweep.asked.operator, vector[None]
+    if operator == "rotate":
+        states = States(about, sweep.halves.estimation, [unit.site], position="prompt_last")
+        along = torch.stack([states.rows(unit.site, None)[0].mean(0), vector])
+    sign = 1 if operator in ("project_out", "clamp") else sign
     sums: Tensor = torch.zeros(2, dtype=torch.float64)
     first: Tensor = torch.zeros(2, dtype=torch.float64)
     margins, away, n_tokens = [], 0.0, 0
@@ -55,7 +61,7 @@ def plain_figures(
             return model(**model_inputs(model, batch)).logits.flatten(0, 1)[batch.target_rows].double()
 
         mask = moved(tokens, len(pair.ids.prompt_ids), [n_chosen, len(pair.ids.rejected_ids)])
-        with steer(start, Intervention(unit.site, vector[None], sign * strength, tokens=mask)):
+        with steer(start, Intervention(unit.site, along, sign * strength, operator, tokens=mask)):
             steered = logits(start)
         unsteered, aim = logits(start), logits(goal)
         log_probs = steered.log_softmax(-1).gather(1, batch.target_ids[:, None])[:, 0]
@@ -87,6 +93,57 @@ def test_a_unit_is_what_steered_passes_give(asked_about: Checkpoints, direction:
         assert values(rows, "preference_odds_change", strength) == pytest.approx([margin - unsteered], abs=1e-3)
         assert values(rows, "recovery_first_token", strength) == pytest.approx([first], abs=1e-4)
     assert values(rows, "recovery", 0.0) == [0.0]
+
+
+@pytest.mark.parametrize("operator", [name for name in OPERATORS if name != "add"])
+def test_every_operator_is_swept_as_steered_passes_do_it(asked_about: Checkpoints, operator: str) -> None:
+    sweep = make(asked_about, vectors=[], operator=operator, n_random=2, sites="layer_00")
+    for direction in ("interpolation", "inversion"):
+        unit = Unit(direction, V_STAR, "layer_00", "teacher_forced")  # type: ignore[arg-type]
+        taken = sweep.rows(unit)
+        rows, pairs = as_table(taken), pd.DataFrame(taken.pairs)
+        assert set(rows["operator"]) == {operator}
+        assert values(rows, "recovery", 0.0) == [0.0], "0 is the model as it is, of clamp too"
+        for strength in (-1.0, 0.5):
+            recovery, margin, *_ = plain_figures(asked_about, sweep, unit, strength)
+            assert values(rows, "recovery", strength) == pytest.approx([recovery], abs=1e-4)
+            assert values(rows, "preference_odds", strength) == pytest.approx([margin], abs=1e-3)
+        drawn = pd.DataFrame(sweep.rows(unit._replace(vector="random")).pairs)
+        assert set(pairs["norm"].abs().round(4)) >= set(drawn["norm"].abs().round(4)), "compared where equally strong"
+    own, first = sweep.vectors[V_STAR, "layer_00"], sweep.made.drawn["random", "layer_00"][0]
+    sweep.made.by_key[V_STAR, "layer_00"] = first  # a random vector in its place is what the sweep of draws says of it
+    alone = as_table(sweep.rows(unit))
+    sweep.made.by_key[V_STAR, "layer_00"] = own
+    of_draws = as_table(sweep.rows(unit._replace(vector="random"))).query("draw == 1")
+    for metric in ("recovery", "kl_from_start", "preference_odds_change", "recovery_first_token"):
+        assert values(of_draws, metric, 1.0) == pytest.approx(values(alone, metric, 1.0), abs=1e-4)
+
+
+@pytest.mark.parametrize("operator", ["project_out", "rotate"])
+def test_text_under_an_operator_is_what_steered_models_say(asked_about: Checkpoints, operator: str) -> None:
+    listener = Listener()
+    sweep = make(
+        asked_about,
+        scorers={"x": listener},
+        vectors=[],
+        lambdas=[2.0],
+        operator=operator,
+        n_generated=2,
+        sites="layer_00",
+    )
+    sweep.rows(Unit("inversion", V_STAR, "layer_00", "generated"))
+    vector, sign = sweep.vectors[V_STAR, "layer_00"].values[None], 1.0 if operator == "project_out" else -1.0
+    if operator == "rotate":
+        vector = torch.cat([sweep.made.means["layer_00"][None], vector])
+    said, opened = [], asked_about.aligned
+    for pair in sweep.halves.test[:2]:
+        reached = moved("predicting", len(pair.ids.prompt_ids), [sweep.asked.decoding.max_new_tokens + 1])
+        with steer(opened.model, Intervention("layer_00", vector, sign * 2, operator, tokens=reached)):  # type: ignore[arg-type]
+            said.append(
+                generate(opened.model, opened.tokenizer, [pair.ids.prompt_ids], sweep.asked.decoding)[0][0].text
+            )
+    assert [steered for _, steered in listener.heard[1]] == said
+    assert said != [unsteered for unsteered, _ in listener.heard[1]], "steering had no effect"
 
 
 @pytest.mark.parametrize("tokens", ["all", "new", "prompt"])

@@ -6,11 +6,11 @@ import pandas as pd
 import pytest
 import torch
 
+from analysis.figures.transfer import OWN_LESS_OTHERS, OWN_LESS_RANDOM, transfer_section
 from analysis.open.checkpoints import Checkpoints
 from analysis.report.page import Section
 from analysis.steering.directions import States, split_by_prompt, v_star
 from analysis.steering.transfer import Transfer
-from analysis.steering.transfer_section import OWN_LESS_OTHERS, OWN_LESS_RANDOM, RANDOM, transfer_section
 from tests.analysis.asked import checkpoints
 from tests.analysis.legible import assert_legible
 from tiltmeter.errors import UserError
@@ -99,7 +99,7 @@ def test_differences_are_those_of_the_cells(section: Section) -> None:
         for site in SITES:
             own = cell(section, site, site)[column]
             others = sum(cell(section, source, site)[column] for source in SITES if source != site) / (len(SITES) - 1)
-            random = sum(cell(section, f"{RANDOM}{i}", site)[column] for i in (1, 2)) / 2
+            random = sum(cell(section, f"random_{i}", site)[column] for i in (1, 2)) / 2
             assert cell(section, OWN_LESS_OTHERS, site)[column] == pytest.approx(own - others)
             assert cell(section, OWN_LESS_RANDOM, site)[column] == pytest.approx(own - random)
     assert section.table["recovery"].between(section.table["recovery_low"], section.table["recovery_high"]).all()
@@ -119,8 +119,14 @@ def test_every_vector_is_added_at_every_site_at_the_length_of_its_own(section: S
 @pytest.mark.parametrize("n_layers", [2, 40])
 def test_the_figure_is_legible_and_its_section_whole(section: Section, n_layers: int) -> None:
     sites = all_sites(n_layers)
-    sources = [*sites, f"{RANDOM}1", OWN_LESS_OTHERS, OWN_LESS_RANDOM]
-    table = pd.DataFrame([{"source": source, "site": site} for site in sites for source in sources])
+    sources = [*sites, "random_1", OWN_LESS_OTHERS, OWN_LESS_RANDOM]
+    table = pd.DataFrame(
+        [
+            {"source": source, "site": site, "kind": "random" if source == "random_1" else "v*"}
+            for site in sites
+            for source in sources
+        ]
+    )
     figures = [column for column in section.table if column not in table]
     settings = {
         "n_estimation": 6,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from analysis.open.checkpoints import Checkpoints
 from analysis.open.models import LoadedModel
-from analysis.steering.directions import KINDS, RANDOM, RANDOM_KINDS, SHUFFLED, V_BAR, V_STAR, Kind, split_by_prompt
+from analysis.steering.directions import KINDS, Kind, split_by_prompt
 from analysis.steering.vectors import Vectors, Wanted, describe, estimate_vectors
 from datamodules.tokenization import train_bpe_tokenizer
 from tests.analysis import asked
@@ -21,7 +21,18 @@ from tests.analysis.asked import checkpoints, probe_pairs, save_model
 from tests.tiny_models import make_model
 from tiltmeter.errors import UserError
 from tiltmeter.models.layers import FINAL_POST_NORM, FINAL_PRE_NORM
-from tiltmeter.steering.vector import SteeringVector, load_vectors, save_vectors
+from tiltmeter.steering.vector import (
+    OWN,
+    RANDOM,
+    RANDOM_KINDS,
+    SHUFFLED,
+    V_BAR,
+    V_STAR,
+    SteeringVector,
+    VectorId,
+    load_vectors,
+    save_vectors,
+)
 
 SITES = ("layer_00", FINAL_PRE_NORM, FINAL_POST_NORM)
 MakeRun = Callable[..., Path]
@@ -109,7 +120,7 @@ def test_a_vector_is_what_its_name_says_at_its_own_norm_or_that_of_v_star(about:
             assert vector.norm() == pytest.approx(float(length), rel=1e-4 if has_length else 1e-6)
     if kind != V_BAR:
         position = kind.partition("@")[2] or ("response_mean" if kind.startswith("difference") else "prompt_last")
-        assert {found[name, "layer_00"].position for name in names} == {position}
+        assert {found[name, "layer_00"].id.position for name in names} == {position}
 
 
 def test_the_probe_is_that_of_scikit_learn(about: Checkpoints) -> None:
@@ -177,11 +188,12 @@ def test_vectors_are_written_with_all_that_is_known_and_read_again(about: Checkp
     path = tmp_path / "own.safetensors"
     save_vectors(path, {f"{site}/{name}": vector for (name, site), vector in found.by_key.items()})
     read = load_vectors(path)["layer_00/probe@response_mean"]
-    assert read.position == "response_mean"
+    assert read.id == VectorId("probe", "layer_00", "response_mean")
     assert read.made.startswith("logistic probe on h_base of chosen less rejected responses at response_mean, at norm ")
     assert {"base", "aligned", "pairs", "seed", "tokenizer_sha256"} == set(read.provenance)
     again = estimate(about, [V_STAR], files=[path])
     name = "own:layer_00/probe@response_mean"
+    assert again.by_key[name, "layer_00"].id == VectorId(OWN, "layer_00", "response_mean", source="own.safetensors")
     assert torch.equal(again.by_key[name, "layer_00"].values, read.values)
     table = describe(again).set_index(["vector", "site"])
     assert table.loc[("own:layer_00/v*", "layer_00"), "cosine_with_v_star"] == pytest.approx(1)
@@ -189,7 +201,10 @@ def test_vectors_are_written_with_all_that_is_known_and_read_again(about: Checkp
 
 def test_a_file_keeps_its_norm_unless_it_is_asked_to_match(about: Checkpoints, tmp_path: Path) -> None:
     path = tmp_path / "mine.safetensors"
-    values = {site: SteeringVector(site, torch.arange(32.0), made="by hand") for site in ("layer_00", "layer_01")}
+    values = {
+        site: SteeringVector(VectorId(OWN, site), torch.arange(32.0), made="by hand")
+        for site in ("layer_00", "layer_01")
+    }
     save_vectors(path, values)
     found = estimate(about, [V_STAR], files=[path])
     assert torch.equal(found.by_key["mine:layer_00", "layer_00"].values, torch.arange(32.0))
@@ -204,7 +219,7 @@ def bad_file(tmp_path: Path, what: str) -> Path:
         what, ("layer_00", 32)
     )
     values = torch.zeros(width) if what == "zeros" else torch.ones(width)
-    save_vectors(path, {"a": SteeringVector(site, values, made="by hand")})
+    save_vectors(path, {"a": SteeringVector(VectorId(OWN, site), values, made="by hand")})
     if what == "damaged":
         path.write_bytes(path.read_bytes()[:20])
     return tmp_path / "none.safetensors" if what == "missing" else path
@@ -247,6 +262,7 @@ def test_v_star_of_other_runs_is_read_on_the_same_pairs(about: Checkpoints, make
     for site in SITES:
         expected = second_way(other, V_STAR, site)
         vector = found["v*_of_sft_chosen", site]
+        assert vector.id == VectorId(V_STAR, site, "prompt_last", source="sft_chosen")
         assert float(vector.values.double() @ expected / expected.norm() / vector.norm()) == pytest.approx(1, abs=1e-5)
         assert vector.norm() == pytest.approx(float(expected.norm()), rel=1e-4)
         assert torch.allclose(found["v*_of_run", site].values, found[V_STAR, site].values, atol=1e-5), "the same models"

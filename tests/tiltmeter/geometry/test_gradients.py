@@ -12,13 +12,11 @@ from torch.testing import assert_close
 from tests.tiny_models import ARCHITECTURES, make_model, random_pairs
 from tiltmeter.geometry.gradients import (
     GradientMoments,
-    layer_norm_pullback,
     log_prob_gradients,
-    rms_norm_pullback,
     sequence_gradients,
     shared_state_gradient,
 )
-from tiltmeter.models.layers import Unembedding, final_norm, unembedding
+from tiltmeter.models.layers import Unembedding, unembedding
 from tiltmeter.pairs.batch import collate_pairs
 from tiltmeter.pairs.log_probs import sequence_log_probs, sum_by_sequence, target_hidden_states, token_log_probs
 from tiltmeter.states.capture import capture_gradients
@@ -96,32 +94,6 @@ def test_closed_form_is_the_gradient_of_a_training_step(family: str) -> None:
         v = (head.weight[firsts[0]] - head.weight[firsts[1]])[None].detach()
         expected = shared_state_gradient(margins[:1], v, beta=BETA)[0]
         assert_close(received[0].flatten(0, 1)[first], expected, rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("eps", [0.0, 1e-5, 0.3])
-def test_pullback_through_norms_is_that_of_finite_differences(eps: float) -> None:
-    x, u, gain = noise(3, 6), noise(3, 6, seed=1), noise(6, seed=2)
-    rms = finite_differences(lambda z: (u * F.rms_norm(z, (6,), gain, eps)).sum(), x)
-    assert_close(rms_norm_pullback(u, x, gain, eps=eps), rms, rtol=0, atol=1e-8)
-    layer = finite_differences(lambda z: (u * F.layer_norm(z, (6,), gain, None, eps)).sum(), x)
-    pulled = layer_norm_pullback(u, x, gain, eps=eps)
-    assert_close(pulled, layer, rtol=0, atol=1e-8)
-    assert_close(pulled.sum(1), torch.zeros(3, dtype=torch.float64))
-    if eps == 0:
-        for found in (rms_norm_pullback(u, x, gain, eps=eps), pulled):
-            assert_close((found * x).sum(1), torch.zeros(3, dtype=torch.float64))
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
-def test_pullback_gives_the_gradient_in_front_of_a_models_final_norm(family: str) -> None:
-    norm = final_norm(make_model(family, torch.float64, "eager"))
-    x, u = noise(4, 32).requires_grad_(), noise(4, 32, seed=1)
-    (expected,) = torch.autograd.grad((norm(x) * u).sum(), x)
-    weight = norm.weight.detach()
-    gain = 1 + weight if family == "gemma2" else weight
-    pull = layer_norm_pullback if family == "gpt2" else rms_norm_pullback
-    eps = getattr(norm, "eps", None) or getattr(norm, "variance_epsilon", None)
-    assert_close(pull(u, x.detach(), gain, eps=eps), expected, rtol=1e-4, atol=1e-5)
 
 
 def whole(gradients: Tensor, v: Tensor, fixed: Tensor) -> tuple[float, float, float]:

@@ -24,7 +24,6 @@ from tiltmeter.stats.jackknife import (
     cluster_mean_interval,
     jackknife_interval,
     jackknife_intervals,
-    paired_difference_interval,
 )
 
 
@@ -48,16 +47,6 @@ def test_a_mean_has_students_interval() -> None:
     reach = student.ppf(0.975, 11) * x.std(ddof=1) / math.sqrt(12)
     found = cluster_mean_interval(x.tolist(), [str(i) for i in range(12)])
     assert found == pytest.approx((x.mean(), x.mean() - reach, x.mean() + reach))
-
-
-def test_a_paired_difference_is_narrower_than_its_sides() -> None:
-    rng = np.random.default_rng(5)
-    base = rng.normal(0, 10, 50)
-    policy = base + rng.normal(1, 0.1, 50)
-    names = [str(i) for i in range(50)]
-    paired = paired_difference_interval(policy.tolist(), base.tolist(), names)
-    alone = cluster_mean_interval(base.tolist(), names)
-    assert paired.high - paired.low < 0.1 < 3 < alone.high - alone.low
 
 
 def test_figures_with_all_weights_one_are_the_figures_of_the_rows() -> None:
@@ -108,5 +97,3 @@ def test_figures_without_enough_clusters_have_no_finite_interval() -> None:
         jackknife_interval(lambda w: w.sum(1), [])
     with pytest.raises(ValueError, match="of one length above 0, got 0 and 0"):
         cluster_mean_interval([], [])
-    with pytest.raises(ValueError, match="both sides, got 1 and 2"):
-        paired_difference_interval([1.0], [1.0, 2.0], ["a"])

@@ -12,7 +12,6 @@ from tiltmeter.errors import UserError
 from tiltmeter.models.layers import backbone, final_norm, unembedding
 from tiltmeter.steering.intervene import Intervention, steer
 from tiltmeter.steering.operators import OPERATORS, Operator
-from tiltmeter.steering.vector import SteeringVector
 
 GOLDEN_FAMILIES = ("llama", "gpt2", "gemma2", "cohere")
 
@@ -149,17 +148,6 @@ def test_untouched_places_keep_minus_zero_nan_and_infinity() -> None:
         out = final_norm(model)(odd)
     assert torch.equal(out[0].view(torch.int32), odd[0].view(torch.int32))
     assert out[1, 0, 3] == 0
-
-
-def test_steering_vectors_become_an_intervention_at_their_site() -> None:
-    a = SteeringVector("layer_00", noise(WIDTH, dtype=torch.float32), made="a")
-    both = Intervention.along([a, 2 * a], 0.5, operator="add", tokens="new")
-    assert (both.site, both.operator, both.tokens, both.n_strengths) == ("layer_00", "add", "new", 2)
-    assert torch.equal(both.vectors[1], 2 * a.values)
-    with pytest.raises(UserError, match="make an intervention for each site"):
-        Intervention.along([a, SteeringVector("layer_01", a.values, made="b")])
-    with pytest.raises(UserError, match=r"expected vectors of one site and width, got \[\]"):
-        Intervention.along([])
 
 
 @pytest.mark.parametrize(

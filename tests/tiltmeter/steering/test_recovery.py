@@ -15,7 +15,7 @@ from tiltmeter.geometry.directions import steering_vector, update_directions
 from tiltmeter.models.layers import Unembedding, decoder_blocks, unembedding
 from tiltmeter.pairs.batch import collate_pairs
 from tiltmeter.pairs.log_probs import _logits, target_hidden_states
-from tiltmeter.steering.recovery import Direction, RecoveryMoments, kl_divergences, restricted_updates, top1_agreement
+from tiltmeter.steering.recovery import Direction, RecoveryMoments, kl_divergences, restricted_updates
 
 STRENGTHS = [0.0, 0.5, 1.0, 2.0]
 DIRECTIONS: list[Direction] = ["interpolation", "inversion"]
@@ -57,7 +57,6 @@ def test_words_that_cannot_be_said_add_nothing_and_wrong_certainty_costs_infinit
 
 def test_agreement_of_nan_is_nan_and_not_one() -> None:
     bad = torch.tensor([[math.nan, 1.0]])
-    assert top1_agreement(bad, bad).isnan().all()
     assert kl_divergences(bad, bad).isnan().all()
 
 

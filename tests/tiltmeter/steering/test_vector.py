@@ -1,14 +1,12 @@
 import errno
+import json
 import math
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -22,57 +20,33 @@ from tiltmeter.geometry.directions import steering_vector
 from tiltmeter.pairs.batch import collate_pairs
 from tiltmeter.states.capture import read_hidden_states
 from tiltmeter.states.state_pair import StatePair
-from tiltmeter.steering.vector import SteeringVector, load_vectors, save_vectors
-
-finite = st.lists(st.floats(-1e6, 1e6, width=32), min_size=3, max_size=3).map(torch.tensor)
-factors = st.floats(-100, 100)
+from tiltmeter.steering.vector import OWN, V_STAR, SteeringVector, VectorId, load_vectors, save_vectors
 
 
 def vector(values: Any = (1.0, 2.0, 2.0), **changes: Any) -> SteeringVector:
-    about: dict[str, Any] = {"site": "layer_07", "made": "v*", "position": "prompt_last"}
-    about |= {"provenance": {"data": "hh", "n_pairs": 64, "share": 0.5}}
-    return SteeringVector(values=torch.as_tensor(values, dtype=torch.float32), **(about | changes))
+    where = {"kind": V_STAR, "site": "layer_07", "position": "prompt_last"}
+    where |= {key: changes.pop(key) for key in VectorId._fields if key in changes}
+    about: dict[str, Any] = {"made": "by hand", "provenance": {"data": "hh", "n_pairs": 64, "share": 0.5}} | changes
+    return SteeringVector(VectorId(**where), torch.as_tensor(values, dtype=torch.float32), **about)  # type: ignore[arg-type]
 
 
-@given(finite, finite, factors)
-def test_arithmetic_is_that_of_the_values(a: Tensor, b: Tensor, factor: float) -> None:
-    left, right = vector(a), vector(b)
-    assert torch.equal((left + right).values, a + b)
-    assert torch.equal((left - right).values, a - b)
-    assert torch.equal((factor * left).values, a * factor)
-    assert torch.equal((left * factor).values, (factor * left).values)
-    assert (left * factor).norm() == pytest.approx(abs(factor) * left.norm(), rel=1e-6, abs=1e-30)
-
-
-def test_norm_unit_and_cosine_are_those_of_the_textbook() -> None:
+def test_norm_cosine_and_multiples_are_those_of_the_textbook() -> None:
     v = vector([3.0, 0.0, 4.0])
     assert v.norm() == 5
     assert v.d_model == 3
-    assert_close(v.unit().values, torch.tensor([0.6, 0.0, 0.8]))
     assert v.cosine(vector([0.0, 7.0, 0.0])) == 0
-    assert v.cosine(-2 * v) == pytest.approx(-1)
-    assert math.isnan(v.cosine(0 * v))
+    assert v.cosine(v.scaled(-2)) == pytest.approx(-1)
+    assert v.scaled(-2).id == v.id
+    assert math.isnan(v.cosine(v.scaled(0)))
     assert vector([3e30, 0.0, 4e30]).norm() == pytest.approx(5e30), "no overflow of the squares"
+    with pytest.raises(UserError, match="expected finite values"):
+        vector([1e30, 0.0, 0.0]).scaled(1e30)
 
 
-def test_a_combination_says_what_it_was_made_of() -> None:
-    a = vector(made="v* of a", provenance={"data": "hh", "seed": 1, "n_pairs": 64})
-    b = vector(made="v* of b", provenance={"data": "hh", "seed": 2})
-    mixed = 0.5 * (a - b)
-    assert mixed.made == "0.5 ((v* of a) - (v* of b))"
-    assert (a + b).made == "(v* of a) + (v* of b)"
-    assert a.unit().made == "unit of (v* of a)"
-    assert mixed.provenance == {"data": "hh", "seed": "1 | 2", "n_pairs": "64 | -"}
-    assert (mixed.site, mixed.position) == ("layer_07", "prompt_last")
-    assert (a + replace(b, position="diverge")).position is None
-
-
-def test_vectors_of_different_spaces_do_not_combine() -> None:
-    a = vector()
+def test_vectors_of_different_spaces_are_not_compared() -> None:
     for other in (vector(site="layer_06"), vector([1.0, 2.0])):
-        for combine in (a.__add__, a.__sub__, a.cosine):
-            with pytest.raises(UserError, match="live in different spaces"):
-                combine(other)
+        with pytest.raises(UserError, match="live in different spaces"):
+            vector().cosine(other)
 
 
 @pytest.mark.parametrize(
@@ -90,17 +64,11 @@ def test_vectors_of_different_spaces_do_not_combine() -> None:
     ],
 )
 def test_what_is_no_steering_vector_is_refused(changes: dict[str, Any], message: str) -> None:
-    about: dict[str, Any] = {"site": "layer_07", "values": torch.zeros(3), "made": "by hand"}
+    place = VectorId(OWN, changes.pop("site", "layer_07"), changes.pop("position", None))
+    about: dict[str, Any] = {"values": torch.zeros(3), "made": "by hand"}
     with pytest.raises(UserError, match=message) as caught:
-        SteeringVector(**(about | changes))
+        SteeringVector(place, **(about | changes))
     assert "\n" not in str(caught.value)
-
-
-def test_zeros_have_no_unit_and_too_large_a_multiple_is_refused() -> None:
-    with pytest.raises(UserError, match=r"a vector of zeros \(v\*\) has no direction"):
-        vector([0.0, 0.0, 0.0]).unit()
-    with pytest.raises(UserError, match="expected finite values"):
-        1e30 * vector([1e30, 0.0, 0.0])
 
 
 def test_a_vector_knows_which_models_it_fits() -> None:
@@ -116,6 +84,7 @@ def test_a_file_gives_back_what_went_in(tmp_path: Path) -> None:
     path = tmp_path / "new" / "vectors.safetensors"
     wrote = {
         "v_star/layer_07": vector([1e-7, -0.0, 3.0]),
+        "size": vector(kind="singular_raw", draw=2, source="sft_chosen"),
         "größe": vector(site="final_post_norm", position=None, provenance={"was": "√λ"}),
         "row of a table": vector(torch.arange(6.0).reshape(2, 3)[1]),
     }
@@ -124,23 +93,30 @@ def test_a_file_gives_back_what_went_in(tmp_path: Path) -> None:
     assert set(found) == set(wrote)
     for name, v in found.items():
         assert torch.equal(v.values, wrote[name].values)
-        about = [(x.site, x.made, x.position, dict(x.provenance)) for x in (v, wrote[name])]
+        about = [(x.id, x.made, dict(x.provenance)) for x in (v, wrote[name])]
         assert about[0] == about[1]
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-def test_the_file_that_training_writes_is_read(tmp_path: Path) -> None:
+def test_run_file_of_the_first_format_is_read(tmp_path: Path) -> None:
     path = tmp_path / "steering.safetensors"
     metadata = {"what": "v*, mean of h_policy - h_base over the probe's pairs", "n_rows": "64", "steps_taken": "120"}
     save_file({"layer_00": torch.ones(3), "diverge/layer_00": torch.zeros(3)}, path, metadata=metadata)
     found = load_vectors(path)
-    assert {name: (v.site, v.position) for name, v in found.items()} == {
-        "layer_00": ("layer_00", "prompt_last"),
-        "diverge/layer_00": ("layer_00", "diverge"),
+    assert {name: v.id for name, v in found.items()} == {
+        "layer_00": VectorId(V_STAR, "layer_00", "prompt_last"),
+        "diverge/layer_00": VectorId(V_STAR, "layer_00", "diverge"),
     }
     v = found["layer_00"]
     assert v.made == metadata["what"]
     assert v.provenance == {"n_rows": "64", "steps_taken": "120"}
+
+
+def test_sweep_file_without_kinds_is_read(tmp_path: Path) -> None:
+    known = {"site": "layer_00", "position": None, "made": "by hand", "provenance": {}}
+    path = tmp_path / "steering_sweep.safetensors"
+    save_file({"layer_00/v*": torch.ones(3)}, path, metadata={"steering_vectors": json.dumps({"layer_00/v*": known})})
+    assert load_vectors(path)["layer_00/v*"].id == VectorId(OWN, "layer_00"), "nothing is read out of its name"
 
 
 def test_the_file_of_the_callback_itself_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,11 +132,12 @@ def test_the_file_of_the_callback_itself_is_read(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(callback, "points", lambda module, seen: seen.points)
     callback.on_observation(trainer, trainer, StatePair(base, policy, steps_taken=7))
     found = load_vectors(tmp_path / "vectors" / "steering.safetensors")
-    by_place = {(v.site, v.position): v for v in found.values()}
+    by_place = {(v.site, v.id.position): v for v in found.values()}
     assert set(by_place) == set(base)
     for point, v in by_place.items():
         assert_close(v.values, steering_vector(base[point].rows, policy[point].rows).float())
         v.check_fits(make_model("gpt2"))
+    assert {v.id.kind for v in found.values()} == {V_STAR}
     assert by_place["layer_00", "diverge"].provenance["steps_taken"] == "7"
 
 
@@ -169,7 +146,7 @@ def test_the_file_of_the_callback_itself_is_read(tmp_path: Path, monkeypatch: py
     [
         ({"layer_00": torch.ones(3)}, {}, "expected steering vectors and how they were made, found something else"),
         ({"lm_head.weight": torch.ones(3, 3)}, {"format": "pt"}, "expected steering vectors"),
-        ({"nowhere/layer_00": torch.ones(3)}, {"what": "v*"}, "expected steering vectors"),
+        ({"nowhere/layer_00": torch.ones(3)}, {"what": "v*"}, "positions: expected one of"),
         ({"layer_00": torch.ones(3, 3)}, {"what": "v*"}, "layer_00: expected one row of float32"),
         ({"layer_00": torch.full((3,), math.nan)}, {"what": "v*"}, "layer_00: expected finite values"),
         ({"a": torch.ones(3)}, {"steering_vectors": "{"}, "expected steering vectors"),

@@ -10,14 +10,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from analysis.figures.vector_labels import how_many
 from analysis.open.observations import site_name
 from analysis.report.page import Headline, Section
 from analysis.report.site_axes import as_text, shown_ticks, tick_name
 from analysis.report.style import COLOURS, house_style, new_figure, set_titles
+from tiltmeter.steering.vector import RANDOM
 
 NAME = "transfer"
-RANDOM = "random_"
-"""Sources that are random vectors, counted from 1."""
 OWN_LESS_OTHERS, OWN_LESS_RANDOM = "own_less_others", "own_less_random"
 """Sources of the rows that compare: the site's own v* less the mean of the other sites', or of the random vectors."""
 _MOST_NUMBERS = 60
@@ -67,7 +67,7 @@ def transfer_section(table: pd.DataFrame, settings: Mapping[str, Any]) -> Sectio
 def matrix(table: pd.DataFrame, sites: Sequence[str], column: str) -> np.ndarray:
     """[source, site] of a figure; the last row is what 97.5 % of the random vectors stay below."""
     grid = table.pivot_table(index="source", columns="site", values=column, dropna=False)[list(sites)]
-    random = grid[grid.index.str.startswith(RANDOM)].quantile(0.975)
+    random = grid.loc[table.loc[table["kind"] == RANDOM, "source"].unique()].quantile(0.975)
     return np.vstack([grid.loc[list(sites)].to_numpy(dtype=float), random.to_numpy(dtype=float)])
 
 
@@ -180,15 +180,11 @@ def _reading(settings: Mapping[str, Any]) -> list[str]:
         "random ones too, have the length of that site’s own v*, so that only directions are compared.",
         "R = 1 − KL(aligned ‖ steered) / KL(aligned ‖ base) over the chosen responses’ tokens: 0 is the base, 1 the aligned model, "
         "below 0 further away. Margin: log π(chosen) − log π(rejected).",
-        f"Top row: what 97.5\u00a0% of a site’s {_drawn(settings['n_random'])} random vectors stay below. Where they recover as "
+        f"Top row: what 97.5\u00a0% of a site’s {how_many(settings['n_random'])} random vectors stay below. Where they recover as "
         "much, what recovers is not the direction of v*.",
         f"{NAME}.csv has every cell with its 95 % interval over prompts, and paired differences: {OWN_LESS_OTHERS}, "
         f"{OWN_LESS_RANDOM}, with the rank of v* among them (p_above, p_below) and a verdict.",
     ]
-
-
-def _drawn(counts: Mapping[str, int]) -> str:
-    return " to ".join(str(n) for n in sorted(set(counts.values())))
 
 
 def _parts(cells: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

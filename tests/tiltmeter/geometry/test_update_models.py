@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sklearn.linear_model import Ridge
 from torch import Tensor
 
-from tiltmeter.geometry.models_of_update import RIDGES, ModelScore, UpdateModels
+from tiltmeter.geometry.update_models import RIDGES, ModelScore, UpdateModels
 
 N, D = 600, 6
 PROMPTS = [f"p{i // 2}" for i in range(N)]
