@@ -6,6 +6,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.observation import data_of
 from callbacks.scoring import record_figures
+from datamodules.records import score_margins
 from tiltmeter.scoring.preference import preference_scores_of_validation
 
 
@@ -27,5 +28,6 @@ class PreferenceMetrics(Callback):
                 beta=cast(float, module.loss.beta),
                 groups=[records[row].group for row in there],
                 sources=[records[row].source for row in there],
+                weights=score_margins(records[row].attributes for row in there),
             )
             record_figures(trainer, scores.figures)

@@ -113,19 +113,19 @@ def hub_file(repo: str, filename: str, revision: str | None, key: str) -> Path:
     try:
         get_hf_file_metadata(url, timeout=METADATA_TIMEOUT_S)
     except Exception as problem:  # the client raises its own, httpx's and OSErrors; each must become one line
-        if not _may_use_cache(problem):
-            raise UserError(_hub_failure(repo, filename, revision, key, problem)) from problem
+        if not may_use_cache(problem):
+            raise UserError(hub_failure(repo, filename, revision, key, problem)) from problem
         try:
             cached = hf_hub_download(repo, filename, repo_type="dataset", revision=revision, local_files_only=True)
         except Exception:
-            raise UserError(_hub_failure(repo, filename, revision, key, problem)) from problem
+            raise UserError(hub_failure(repo, filename, revision, key, problem)) from problem
         return Path(cached)
     try:
         downloaded = hf_hub_download(
             repo, filename, repo_type="dataset", revision=revision, etag_timeout=METADATA_TIMEOUT_S
         )
     except Exception as problem:
-        raise UserError(_hub_failure(repo, filename, revision, key, problem)) from problem
+        raise UserError(hub_failure(repo, filename, revision, key, problem)) from problem
     return Path(downloaded)
 
 
@@ -148,9 +148,7 @@ def _raw_lines(path: Path) -> Iterator[bytes]:
     """Lines as bytes without their end and without the byte-order mark; every way of not being readable is named."""
     line_number = 0
     try:
-        with path.open("rb") as file:
-            head = file.read(len(_LFS_POINTER))
-        _check_head(path, head)
+        check_head(path)
         with gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb") as lines:
             for line_number, raw in enumerate(lines, start=1):
                 line = raw.rstrip(b"\r\n")
@@ -165,7 +163,10 @@ def _raw_lines(path: Path) -> Iterator[bytes]:
         raise UserError(f"{path}: can't be read: {problem.strerror or problem}") from problem
 
 
-def _check_head(path: Path, head: bytes) -> None:
+def check_head(path: Path) -> None:
+    """Refuse a file that is something else than its name says: a Git LFS pointer, gzip data or none. Raises UserError."""
+    with path.open("rb") as file:
+        head = file.read(len(_LFS_POINTER))
     if head.startswith(_LFS_POINTER):
         raise UserError(f"{path}: is a Git LFS pointer, not the data; run `git lfs pull` where it came from")
     is_gzip = head.startswith(_GZIP_MAGIC)
@@ -200,7 +201,7 @@ def _json_type(value: Any) -> str:
     return names.get(type(value), "null")
 
 
-def _may_use_cache(problem: Exception) -> bool:
+def may_use_cache(problem: Exception) -> bool:
     """True when the hub could not be asked; false when it answered that there is no such thing."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -209,7 +210,8 @@ def _may_use_cache(problem: Exception) -> bool:
     return not isinstance(problem, HFValidationError)
 
 
-def _hub_failure(repo: str, filename: str, revision: str | None, key: str, problem: Exception) -> str:
+def hub_failure(repo: str, filename: str, revision: str | None, key: str, problem: Exception) -> str:
+    """One line on why something of a data set can't be had from the hub, and what to do; ``key`` offers local files instead."""
     from huggingface_hub import errors
 
     instead = f"or give local files: {key}=FILE_OR_FOLDER"

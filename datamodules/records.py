@@ -1,9 +1,12 @@
 """The one shape that every source of preferences yields, and the account of what a source dropped."""
 
+import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
+
+from tiltmeter.errors import UserError
 
 Role = Literal["user", "assistant", "system"]
 AttributeValue = str | int | float | bool
@@ -11,7 +14,7 @@ AttributeValue = str | int | float | bool
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a dialogue; ``content`` carries no role marker and no surrounding white space."""
+    """One turn of a dialogue; ``content`` carries no role marker, and outer white space only where a file of messages does."""
 
     role: Role
     content: str
@@ -41,6 +44,8 @@ class PreferencePair:
     rejected_text: str
     attributes: Mapping[str, AttributeValue] = field(default_factory=dict)
     """Values that the source knows beyond the text: rank gap, planted attributes, whether the label was flipped …"""
+    held_out: bool = False
+    """Never trained on. A source with such pairs gives validation and probe these and training the others."""
 
 
 @dataclass
@@ -58,14 +63,29 @@ class LoadReport:
     """Further lines of the report by name, for example ``revision`` or ``label noise: 10 % of training pairs``."""
 
 
+def score_margins(all_attributes: Iterable[Mapping[str, AttributeValue]]) -> list[float] | None:
+    """By how much each pair's chosen response was scored higher (``score_margin``), NaN: not known; None: of no pair."""
+    margins = [float(attributes.get("score_margin", math.nan)) for attributes in all_attributes]
+    return None if all(map(math.isnan, margins)) else margins
+
+
 class PreferenceSource(Protocol):
-    """A source of pairs: Anthropic HH, OASST1, the synthetic world, or a mixture of them."""
+    """A source of pairs: Anthropic HH, OASST1, people's own files, the synthetic world, or a mixture of them."""
 
     name: str
 
     def load(self) -> tuple[list[PreferencePair], list[LoadReport]]:
         """All pairs in a fixed order, with one report per file or subset. Raises UserError on bad input."""
         ...
+
+
+def load_pairs(source: PreferenceSource) -> tuple[list[PreferencePair], list[LoadReport]]:
+    """What a source yields. Raises UserError: what the source raises, or it is none."""
+    if not callable(getattr(source, "load", None)):
+        raise UserError(
+            f"data: {type(source).__name__} is no source of preferences, it has no load(); docs/data.md has an example"
+        )
+    return source.load()
 
 
 def transcript(prompt: tuple[Message, ...], response: str) -> tuple[str, str]:

@@ -20,7 +20,8 @@ def split_by_group(
     """Deal whole groups (prompts, trees) to validation, probe and training, in a seeded order.
 
     Validation and probe take groups until they hold at least their size and are then cut to it; training takes what is
-    left, cut to its own size. Held-out pairs whose label was flipped on purpose get their clean label back.
+    left, cut to its own size. Where a source says which pairs are held out, validation and probe take those only and training
+    none of them. Held-out pairs whose label was flipped on purpose get their clean label back.
 
     Args:
         pairs: all pairs of a source.
@@ -37,15 +38,22 @@ def split_by_group(
     order = [names[i] for i in np.random.default_rng(seed).permutation(len(names))]
     splits: dict[Split, list[PreferencePair]] = {"train": [], "val": [], "probe": []}
     position = 0
+    given = {pair.group for pair in pairs if pair.held_out}
+    may_be_held_out = [name for name in order if name in given] if given else order
     held_out: tuple[Split, ...] = ("val", "probe")
     for split in held_out:
         wanted = sizes[split] or 0
-        while len(splits[split]) < wanted and position < len(order):
-            splits[split] += by_group[order[position]]
+        while len(splits[split]) < wanted and position < len(may_be_held_out):
+            splits[split] += by_group[may_be_held_out[position]]
             position += 1
+        if given and len(splits[split]) < wanted:
+            raise UserError(
+                f"datamodule: the {sum(pair.held_out for pair in pairs)} pairs of data.validation_path are too few for "
+                f"val_pairs={sizes['val']} and probe_pairs={sizes['probe']}; ask for fewer"
+            )
         splits[split] = [with_clean_label(pair) for pair in splits[split][:wanted]]
-    for name in order[position:]:
-        splits["train"] += by_group[name]
+    for name in order if given else order[position:]:
+        splits["train"] += [pair for pair in by_group[name] if name not in given]
     available = len(splits["train"])
     wanted_train = sizes["train"]
     splits["train"] = splits["train"][:wanted_train]

@@ -138,7 +138,10 @@ class PairTokenizer:
         records: list[PreferencePair] = []
         tokenized: list[TokenizedPair] = []
         for record in pairs:
-            encoded = self._of_template(record, report) if self._uses_template else self._of_transcript(record)
+            try:
+                encoded = self._of_template(record, report) if self._uses_template else self._of_transcript(record)
+            except UserError as error:
+                raise UserError(f"{error} (pair {record.pair_id})") from error
             if encoded is None:
                 report.dropped[SPECIAL_INSIDE] += 1
                 continue
@@ -198,7 +201,7 @@ class PairTokenizer:
 
         turns = tuple(map(marked, turns))
         prompt = self._render(turns[:-2], add_generation_prompt=True)
-        responses = [self._response_text(record.pair_id, turns[:-2], prompt, side) for side in turns[-2:]]
+        responses = [self._response_text(turns[:-2], prompt, side) for side in turns[-2:]]
         word_of = {mark: self._ids_of_word(word) for word, mark in mark_of.items()}
         sides = [self._end_once(self._encode_marked(text, word_of)) for text in responses]
         if any(ids is None for ids in (*word_of.values(), *sides)):
@@ -239,14 +242,19 @@ class PairTokenizer:
 
     def _render(self, messages: Iterable[Message], *, add_generation_prompt: bool) -> str:
         turns = [{"role": m.role, "content": m.content} for m in messages]
-        return render_chat(self.tokenizer, turns, date=self.chat_date, add_generation_prompt=add_generation_prompt)
+        try:
+            return render_chat(self.tokenizer, turns, date=self.chat_date, add_generation_prompt=add_generation_prompt)
+        except UserError as error:
+            raise UserError(
+                f"datamodule.text_format=chat_template: {error}; leave such rows out, or use datamodule.text_format=transcript"
+            ) from error
 
-    def _response_text(self, pair_id: str, turns: Sequence[Message], prompt: str, response: Message) -> str:
+    def _response_text(self, turns: Sequence[Message], prompt: str, response: Message) -> str:
         whole = self._render((*turns, response), add_generation_prompt=False)
         if not whole.startswith(prompt):
             raise UserError(
-                f"datamodule.text_format=chat_template: the template's prompt is not a prefix of its dialogue (pair "
-                f"{pair_id}); use datamodule.text_format=transcript"
+                "datamodule.text_format=chat_template: the template's prompt is not a prefix of its dialogue; use "
+                "datamodule.text_format=transcript"
             )
         return whole[len(prompt) :]
 

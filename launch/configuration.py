@@ -10,6 +10,7 @@ import re
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import yaml
@@ -17,7 +18,6 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from hydra.utils import get_class
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -70,6 +70,9 @@ def prepare_overrides(arguments: Sequence[str], *, config_name: str) -> list[str
         if _names_a_pretrained_model(parsed, tree):
             parsed.insert(0, _parse("model=pretrained"))
             tree = _compose_choices([o for o in parsed if _is_group(o)], config_name)
+    for override in parsed:
+        if override.key_or_group.endswith("._target_"):
+            OmegaConf.update(tree, override.key_or_group, override.value())
     rewritten = [_rewrite(o, tree) for o in parsed]
     if not {"--multirun", "-m", "hydra.mode=MULTIRUN"} & {*arguments}:
         _refuse_sweeps(parsed)
@@ -238,7 +241,19 @@ def _has_key(tree: DictConfig, key: str) -> bool:
 
 def _constructor_options(node: DictConfig) -> dict[str, Any] | None:
     """Options of a node's ``_target_`` and their annotations; None without a target."""
-    return option_hints(get_class(node._target_)) if "_target_" in node else None
+    return option_hints(_class_named(str(node._target_))) if "_target_" in node else None
+
+
+def _class_named(target: str) -> type:
+    try:
+        found = resolve_name(target)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"_target_={target}: there is no such class ({error}); expected module.Class, beside train.py or on PYTHONPATH"
+        ) from error
+    if not isinstance(found, type):
+        raise UserError(f"_target_={target}: expected a class, got {type(found).__name__}")
+    return found
 
 
 def _nodes(config: DictConfig, path: str = "") -> Iterator[tuple[str, DictConfig]]:

@@ -72,6 +72,31 @@ def test_no_pair_left_after_filtering(capsys: pytest.CaptureFixture[str], tmp_pa
     assert "identical" in line
 
 
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"better": "a", "worse": "b"}, ["in no known form", "columns found: better, worse"]),
+        ({"prompt": "Q", "completion": "a", "label": True}, ["unpaired rows"]),
+        ({"prompt": [{"role": "assistant", "content": "a"}], "chosen": "b", "rejected": "c"}, ["1 the prompt does not end"]),
+    ],
+)  # fmt: skip
+def test_a_preference_file_that_holds_no_pairs(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, row: dict[str, object], words: list[str]
+) -> None:
+    path = hh_file(tmp_path, json.dumps(row))
+    line = fails_with(capsys, tmp_path / "r", "data=preferences", "judge=none", f"data.path={path}")
+    assert all(word in line for word in words), line
+
+
+def test_preferences_of_the_hub_without_network(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    line = fails_with(capsys, tmp_path / "r", "data=preferences", "judge=none", "data.name=nobody/no-such-data-set")
+    assert "nobody/no-such-data-set" in line
+    assert "data.path=FILE_OR_FOLDER" in line
+
+
 def test_too_few_pairs_for_the_splits(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     line = fails_with(capsys, tmp_path / "r", "data=hh", f"data.path={hh_file(tmp_path, json.dumps(GOOD))}")
     assert "val_pairs=400" in line

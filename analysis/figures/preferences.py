@@ -7,13 +7,14 @@ from torch import Tensor
 
 from analysis.open.checkpoints import Checkpoints
 from analysis.open.models import LoadedModel
+from datamodules.records import score_margins
 from tiltmeter.models.generation import Decoding, fit_prompt
 from tiltmeter.pairs.batch import CHOSEN, TokenizedPair, collate_pairs
 from tiltmeter.pairs.log_probs import sequence_log_probs
 from tiltmeter.pairs.verification import best_layout
 from tiltmeter.scoring.behaviour import Prompt
 from tiltmeter.scoring.preference import kl_figures, preference_scores
-from tiltmeter.scoring.preference_probe import probe_figures
+from tiltmeter.scoring.preference_classifier import classifier_figures
 from tiltmeter.scoring.scorer import Figure, Sample, Side
 from tiltmeter.states.positions import Position
 from tiltmeter.states.probe_set import Probe, read_points
@@ -33,7 +34,8 @@ def preference_figures(checkpoints: Checkpoints, *, beta: float) -> list[Figure]
     base, aligned = (pair_log_probs(opened, ids) for opened in (checkpoints.base, checkpoints.aligned))
     chosen, rejected = (aligned - base).T.tolist()
     groups, sources = [pair.group for pair in pairs], [pair.source for pair in pairs]
-    return preference_scores(chosen, rejected, beta=beta, groups=groups, sources=sources).figures
+    weights = score_margins(pair.attributes for pair in pairs)
+    return preference_scores(chosen, rejected, beta=beta, groups=groups, sources=sources, weights=weights).figures
 
 
 def kl_of_samples(
@@ -64,7 +66,7 @@ def probe_accuracies(checkpoints: Checkpoints, sites: str | Sequence[str]) -> li
         for point in read_points(sites, [_POSITION], opened.model.config.num_hidden_layers):
             rows, side = states[point].rows, states[point].sides
             where = f"{point.site} {point.position}"
-            found = probe_figures(rows[side == CHOSEN], rows[side != CHOSEN], groups, of=of, where=where)
+            found = classifier_figures(rows[side == CHOSEN], rows[side != CHOSEN], groups, of=of, where=where)
             figures += [figure._replace(name=f"{figure.name}/{point.site}") for figure in found]
     return figures
 

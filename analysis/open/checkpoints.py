@@ -13,7 +13,7 @@ from analysis.open.probe_pairs import PROMPTS_FILE, ProbePair, check_ids, read_p
 from analysis.open.runs import Run
 from datamodules.oracle import PlantedOracle
 from datamodules.prompts import PromptFile
-from datamodules.records import LoadReport, PreferencePair, PreferenceSource
+from datamodules.records import LoadReport, PreferencePair, PreferenceSource, load_pairs
 from datamodules.splits import with_clean_label
 from datamodules.synthetic import SyntheticWorld
 from datamodules.tokenization import PairTokenizer, SegmentEncoder, TextFormat, TokenizationReport
@@ -130,7 +130,8 @@ class HeldOutPairs:
         Raises:
             UserError: a model that can't be opened, two tokenizers, or no pairs.
         """
-        records, reports = source.load()
+        records, reports = load_pairs(source)
+        records = [record for record in records if record.held_out] or records
         if not records:
             raise UserError("data: no preference pair is left after filtering")
         opened = _open(base, aligned, dtype, device, attn_implementation)

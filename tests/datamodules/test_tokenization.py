@@ -190,8 +190,27 @@ def test_characters_of_private_use_stay_what_they_are() -> None:
 
 def test_a_template_whose_prompt_is_not_a_prefix_is_refused() -> None:
     template = "{% if add_generation_prompt %}<think>{% endif %}{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(UserError, match=r"not a prefix of its dialogue \(pair test/1\)"):
+    with pytest.raises(UserError, match=r"not a prefix of its dialogue.*\(pair test/1\)"):
         one(with_template(template), pair(), text_format="chat_template")
+
+
+REFUSES = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [(REFUSES, "System role not supported"), ("{{ messages[0]['role'] + 1 }}", "can only concatenate str")],
+)
+def test_a_template_that_raises_is_refused_with_the_pair(template: str, words: str) -> None:
+    good, bad = pair(), replace(pair(name="2"), prompt=(Message("system", "Be kind."), Message("user", "Hi")))
+    tokenizer = with_template(template)
+    with pytest.raises(
+        UserError, match=f"the chat template can't render these messages: {words}.*pair test/"
+    ) as caught:
+        PairTokenizer(tokenizer, 64, text_format="chat_template")([good, bad])
+    assert "datamodule.text_format=transcript" in str(caught.value)
 
 
 def test_the_date_of_a_chat_template_is_that_of_the_data_module_and_is_said() -> None:

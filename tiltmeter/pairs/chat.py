@@ -42,21 +42,24 @@ def render_chat(
         add_generation_prompt: end with what an answer follows.
 
     Raises:
-        UserError: no date.
+        UserError: no date, or the template refuses the dialogue or fails.
     """
     template, clock = tokenizer.get_chat_template(), {}
     if date is not None and _NOW in template:
         midnight = datetime.combine(as_date(date), time())
         template, clock = _FIXED_CLOCK + template, {d: midnight.strftime(d) for d in _DIRECTIVES}
-    return str(
-        tokenizer.apply_chat_template(
+    try:
+        text = tokenizer.apply_chat_template(
             [dict(message) for message in messages],
             chat_template=template,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             fixed_clock=clock,
         )
-    )
+    except Exception as problem:  # a template is a program of other people's
+        what = " ".join(str(problem).split()) or type(problem).__name__
+        raise UserError(f"the chat template can't render these messages: {what}") from problem
+    return str(text)
 
 
 def as_date(text: str | None) -> Date:

@@ -14,6 +14,7 @@ import torch
 from tiltmeter.errors import UserError
 from tiltmeter.scoring.scorer import MAX_MISSING_SHARE, Figure, Scores, grouped_mean_figure
 from tiltmeter.stats.jackknife import jackknife_interval
+from tiltmeter.stats.proportions import pooled_share_interval
 
 SCORER = "implicit reward"
 
@@ -25,6 +26,7 @@ def preference_scores(
     beta: float,
     groups: Sequence[str],
     sources: Sequence[str] | None = None,
+    weights: Sequence[float] | None = None,
 ) -> Scores:
     """Preference accuracy, ties, reward margin and drift of held-out pairs, over all and over each source's.
 
@@ -38,6 +40,8 @@ def preference_scores(
         beta: of the loss.
         groups: a name for each pair; pairs of one prompt share it.
         sources: where each pair comes from, such as ``hh/harmless-base_test``; None: from one place.
+        weights: by how much people preferred each chosen response, such as the difference of two scores; then there is also
+            ``preference_accuracy_by_margin`` = Σ w [m > 0] / Σ w over the pairs with w > 0. None: not known.
 
     Returns:
         Figures, and columns of the same names with a value a pair.
@@ -51,10 +55,11 @@ def preference_scores(
     """
     n = len(drift_chosen)
     labels = [""] * n if sources is None else list(sources)
-    if {len(drift_rejected), len(groups), len(labels)} != {n} or not 0 < beta < math.inf:
+    known = [math.nan] * n if weights is None else list(weights)
+    if {len(drift_rejected), len(groups), len(labels), len(known)} != {n} or not 0 < beta < math.inf:
         raise ValueError(
             f"preference_scores: expected columns of one length and beta above 0, got lengths {n}, {len(drift_rejected)}, "
-            f"{len(groups)}, {len(labels)} and beta {beta}"
+            f"{len(groups)}, {len(labels)}, {len(known)} and beta {beta}"
         )
     margins = [beta * (chosen - rejected) for chosen, rejected in zip(drift_chosen, drift_rejected, strict=True)]
     columns = {
@@ -79,11 +84,35 @@ def preference_scores(
         for suffix, rows in parts.items()
         for name, column in columns.items()
     ]
+    if weights is not None:
+        right = columns["preference_accuracy"]
+        for suffix, rows in parts.items():
+            weighed = [(right[i], known[i], groups[i]) for i in rows if known[i] > 0]
+            figures += _accuracy_by_margin(f"preference_accuracy_by_margin{suffix}", weighed)
     return Scores(figures, columns)
 
 
+def _accuracy_by_margin(name: str, weighed: Sequence[tuple[float, float, str]]) -> list[Figure]:
+    """Figure of (right or wrong, weight above 0, group) of each pair; none where there are no such pairs."""
+    if not weighed:
+        return []
+    there = [row for row in weighed if not math.isnan(row[0])]
+    n_missing = len(weighed) - len(there)
+    if n_missing > MAX_MISSING_SHARE * len(weighed):
+        return [Figure(name, "both", math.nan, math.nan, math.nan, len(there), n_missing, SCORER)]
+    scale = len(there) / sum(w for _, w, _ in there)  # so that equal margins have the interval of the plain share
+    weighted, counts = zip(*((c * w * scale, w * scale) for c, w, _ in there), strict=True)
+    interval = pooled_share_interval(weighted, counts, [group for *_, group in there])
+    return [Figure(name, "both", *interval, len(there), n_missing, SCORER)]
+
+
 def preference_scores_of_validation(
-    table: Mapping[str, Sequence[float]], *, beta: float, groups: Sequence[str], sources: Sequence[str] | None = None
+    table: Mapping[str, Sequence[float]],
+    *,
+    beta: float,
+    groups: Sequence[str],
+    sources: Sequence[str] | None = None,
+    weights: Sequence[float] | None = None,
 ) -> Scores:
     """:func:`preference_scores` from what a validation yields of every pair (``held_out.csv``): Δ = reward / β.
 
@@ -98,7 +127,7 @@ def preference_scores_of_validation(
     if missing:
         raise UserError(f"held_out.csv: expected the columns of a preference run, got no {', '.join(missing)}")
     chosen, rejected = ([float(r) / beta for r in table[f"rewards/{side}"]] for side in ("chosen", "rejected"))
-    return preference_scores(chosen, rejected, beta=beta, groups=groups, sources=sources)
+    return preference_scores(chosen, rejected, beta=beta, groups=groups, sources=sources, weights=weights)
 
 
 def kl_figures(

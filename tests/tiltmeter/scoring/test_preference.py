@@ -48,6 +48,25 @@ def test_figures_by_hand_over_all_and_by_source() -> None:
     assert scores.columns["preference_accuracy"] == [1, 0, 0, 1]
 
 
+def test_accuracy_by_margin_counts_each_pair_by_how_clear_it_was() -> None:
+    drifts = [1.0, -1.0, 1.0, -1.0, 1.0], [0.0] * 5
+    told = {"beta": 0.1, "groups": list("abcde"), "sources": ["x", "x", "x", "y", "y"]}
+    figures = by_name(preference_scores(*drifts, **told, weights=[3.0, 1.0, -5.0, 2.0, math.nan]))  # type: ignore[arg-type]
+    assert figures["preference_accuracy_by_margin"].value == pytest.approx(3 / 6)
+    assert figures["preference_accuracy_by_margin/x"].value == pytest.approx(3 / 4), "a margin below 0 doesn't count"
+    assert figures["preference_accuracy_by_margin/y"].value == 0.0
+    assert [figures[f"preference_accuracy_by_margin{of}"].n for of in ("", "/x", "/y")] == [3, 2, 1]
+    whole = figures["preference_accuracy_by_margin"]
+    assert whole.low < whole.value < whole.high
+    equal = by_name(preference_scores(*drifts, **told, weights=[0.02] * 5))  # type: ignore[arg-type]
+    for of in ("", "/x", "/y"):
+        plain = equal[f"preference_accuracy{of}"]._replace(name=f"preference_accuracy_by_margin{of}")
+        assert equal[plain.name][2:5] == pytest.approx(plain[2:5])
+    assert "preference_accuracy_by_margin/y" not in by_name(
+        preference_scores(*drifts, **told, weights=[1.0, 1.0, 1.0, 0.0, math.nan])  # type: ignore[arg-type]
+    )
+
+
 def test_before_the_first_step_accuracy_is_zero_and_all_are_ties() -> None:
     figures = by_name(preference_scores([0.0] * 5, [0.0] * 5, beta=0.1, groups=list("abcde"), sources=["one"] * 5))
     assert [figures[name].value for name in NAMES] == [0.0, 1.0, 0.0, 0.0, 0.0]
