@@ -16,6 +16,7 @@ from tests import families
 from tests.processes import ROOT
 from tests.text_samples import figure, samples_of
 from tests.tiny_models import fit, lightning_warnings, make_data, make_tokenizer
+from tiltmeter import metric_names
 from tiltmeter.pairs import preference_losses
 from tiltmeter.scoring.scorer import Scorer
 
@@ -29,6 +30,15 @@ def trains_a_step(_: dict[str, Any], __: pytest.MonkeyPatch) -> None:
     module = DPOModule(loss="exponential", learning_rate=1e-2)
     trainer = fit(module, make_data(4, pairs_per_step=2), family="llama", dtype="float32", max_steps=1)
     assert trainer.callback_metrics["train/loss"] == 1.0  # margins are 0 before the first step
+
+
+def is_named_by_site_and_found_again(made: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    declared = made["MEDIAN_NORM"]
+    for key in declared.keys:
+        monkeypatch.setitem(metric_names._DECLARED, (key, True), declared)
+        name = metric_names.at(key, ("layer_00", "content"))
+        assert name == f"{key}/content/layer_00"
+        assert metric_names.find(name).metric is declared
 
 
 def is_a_section_of_the_report(made: dict[str, Any], _: pytest.MonkeyPatch) -> None:
@@ -55,6 +65,7 @@ def scores_both_models(made: dict[str, Any], _: pytest.MonkeyPatch) -> None:
 
 
 CHECKS: dict[str, Callable[[dict[str, Any], pytest.MonkeyPatch], None]] = {
+    "A metric": is_named_by_site_and_found_again,
     "A loss": trains_a_step,
     "A data source": is_split_and_tokenised,
     "A control": lambda made, patch: None,
