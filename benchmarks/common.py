@@ -191,6 +191,8 @@ class Worker:
         if self._process.poll() is None:
             self._process.kill()
         self._process.wait()
+        for pipe in filter(None, (self._process.stdin, self._process.stdout)):
+            pipe.close()
 
     def receive(self) -> Message:
         """The next message of the process.

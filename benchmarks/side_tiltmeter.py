@@ -57,7 +57,7 @@ class AllLogitsDPO(DPOModule):
         """Put the plain head around the model."""
         super().configure_model()
         if not isinstance(self.policy, AllLogits):
-            self.policy = AllLogits(self.trained_policy.model, chunk_tokens=self.chunk_tokens)
+            self.policy = AllLogits(self.trained_policy.model, chunk_tokens=self.factory.chunk_tokens)
 
 
 class SecondModelDPO(DPOModule):

@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import common
 from datamodules.jsonl import read_rows
 from tiltmeter.errors import UserError
+from tiltmeter.scoring.toxicity import WordListToxicity
 from tiltmeter.scoring.toxicity_classifier import ClassifierToxicity
-from tiltmeter.scoring.word_list import WordListToxicity
 
 
 class Labelled(NamedTuple):

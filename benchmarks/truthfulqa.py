@@ -35,8 +35,7 @@ from datamodules.tokenization import train_bpe_tokenizer
 from tests import harness, stories260k
 from tiltmeter.models.causal_lm import CausalLM
 from tiltmeter.scoring.multiple_choice import TOKENS_PER_BATCH
-from tiltmeter.scoring.truthfulqa import TruthfulQA
-from tiltmeter.scoring.truthfulqa_data import TruthfulQuestion, read_preset
+from tiltmeter.scoring.truthfulqa import TruthfulQA, TruthfulQuestion, read_preset
 
 OURS, PEER, ONCE = "tiltmeter", "one forward pass a choice", "one forward pass a different answer"
 N_QUICK, N_WARM_UP, TURNS, QUICK_TURNS = 120, 16, 9, 5

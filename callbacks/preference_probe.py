@@ -7,7 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 from callbacks.observer import Observer
 from callbacks.scoring import record_figures
 from tiltmeter.pairs.batch import CHOSEN
-from tiltmeter.scoring.preference_probe import probe_figures
+from tiltmeter.scoring.preference_classifier import classifier_figures
 from tiltmeter.states.positions import Position
 from tiltmeter.states.state_pair import StatePair
 
@@ -37,5 +37,7 @@ class PreferenceProbe(Observer):
             found = seen.policy[point]
             is_chosen = found.sides == CHOSEN
             where, groups = f"{point.site} {point.position}", seen.clusters or ()
-            figures = probe_figures(found.rows[is_chosen], found.rows[~is_chosen], groups, of="policy", where=where)
+            figures = classifier_figures(
+                found.rows[is_chosen], found.rows[~is_chosen], groups, of="policy", where=where
+            )
             record_figures(trainer, [figure._replace(name=f"{figure.name}/{point.site}") for figure in figures])

@@ -55,10 +55,10 @@ class RandomUpdate(Callback):
             return
         policy: dict[str, Tensor] = dict(model.state_dict())
         if module.lora is not None:
-            merged = module.build_model()
+            merged = module.factory.make_base()
             insert_adapters(merged, module.lora)
             policy = merged_state(merged, policy)
-        base = module.build_model().to(model.device, model.dtype)
+        base = module.factory.make_base().to(model.device, model.dtype)
         if onednn_is_faster():
             use_fast_linear(base)
         pairs = data.splits["probe"].pairs

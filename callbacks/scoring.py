@@ -10,8 +10,7 @@ from callbacks.observation import log, report_failed_write
 from datamodules.oracle import PlantedOracle
 from datamodules.records import PreferenceSource
 from tiltmeter.errors import UserError
-from tiltmeter.scoring.behaviour import Scored, ScoringBeside, score_all
-from tiltmeter.scoring.behaviour_table import BehaviourTables
+from tiltmeter.scoring.behaviour import BehaviourTables, Scored, ScoringBeside, score_all
 from tiltmeter.scoring.scorer import SCORED_STEP, Figure, Sample, Scorer, Scores, as_metrics
 
 

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -116,15 +116,11 @@ class PreferenceDataModule(LightningDataModule):
         self.tokens_per_micro_batch = tokens_per_micro_batch
         self.layout: Layout = layout
         self.packed = packed
-        self.packs = bool(packed)
-        """Whether batches are packed: what ``packed`` says or, where it says nothing, what the module finds possible."""
         self.bucket_steps = bucket_steps
         self.labels: LabelControl = labels
         self.split_seed = split_seed
         self.seed = seed
         self.num_workers = num_workers
-        self.objective: Objective = "preference"
-        self.predict_prompt = False
         self.reports: list[LoadReport] = []
         self.records: dict[Split, list[PreferencePair]] = {}
         self.repeats: dict[str, int] = {}
@@ -183,9 +179,20 @@ class PreferenceDataModule(LightningDataModule):
         return min(n_steps, limit) if isinstance(limit, int) else int(n_steps * limit)
 
     @property
+    def _trained(self) -> Any:
+        """The module that batches are for, which says what it trains on; None: there is none yet."""
+        return None if self.trainer is None else self.trainer.lightning_module
+
+    @property
     def active_layout(self) -> Layout:
         """Layout of the batches: the chosen rows alone when only they are trained."""
-        return self.layout if self.objective == "preference" else "chosen_only"
+        return "chosen_only" if self._trained is not None and self._trained.objective == "chosen" else self.layout
+
+    @property
+    def packs(self) -> bool:
+        """Whether batches are packed: what ``packed`` says or, where it says nothing, what the module finds possible."""
+        settled = None if self._trained is None else self._trained.packs
+        return bool(self.packed if settled is None else settled)
 
     def train_dataloader(self) -> DataLoader[StepBatch]:
         """Steps of training pairs in random order; resumes inside an epoch from the trainer's step count."""
@@ -270,7 +277,7 @@ class PreferenceDataModule(LightningDataModule):
             pairs,
             layout=layout,
             pad_id=self.tokenizer.pad_token_id or 0,
-            predict_prompt=self.predict_prompt and layout == "chosen_only",
+            predict_prompt=layout == "chosen_only" and self._trained is not None and self._trained.predict_prompt,
             packed=self.packs,
         )
 

@@ -56,9 +56,10 @@ FLOWS = {
         Step("tiltmeter/models/hooks.py", "finds the module that computes a site", "hidden"),
         Step("tiltmeter/states/capture.py", "keeps the wanted rows of one forward pass", "HiddenStates"),
         Step("tiltmeter/states/probe_set.py", "reads the fixed held-out pairs", "HiddenStates"),
-        Step("tiltmeter/states/snapshots.py", "writes and reads them, with ids and hashes", "HiddenStates"),
-        Step("analysis/open/stored_rows.py", "lays base and policy rows side by side", "StoredRows"),
-        Step("analysis/figures/fig3_consistency.py", "measures, draws, and says what it shows", ""),
+        Step("tiltmeter/states/snapshots.py", "writes and reads them, with ids and hashes", "StatePair"),
+        Step("tiltmeter/states/state_pair.py", "holds base and policy rows of the same tokens", "StatePair"),
+        Step("analysis/open/observed.py", "opens them, stored or read now", "Observed"),
+        Step("analysis/figures/fig3_consistency.py", "measures a table and draws from it alone", ""),
     ),
     "A steering vector, from estimate to figure": (
         Step("analysis/steering/directions.py", "estimates v* on one half of the prompts", "Made"),

@@ -21,7 +21,7 @@ from analysis.open.observed import Observed
 from analysis.open.probe_pairs import PROMPTS_FILE, ProbePair
 from launch.parts import Parts
 from tiltmeter.files import write_json, write_text
-from tiltmeter.scoring.behaviour_table import FIGURES, read_table
+from tiltmeter.scoring.behaviour import FIGURES, read_table
 from tiltmeter.stats.proportions import share_interval
 
 CHANGES = "changed_settings"

@@ -81,7 +81,7 @@ def export_model(
         if module.lora is not None:
             _export_adapters(model, state, folder.with_name("adapter"), record)
             try:
-                whole = module.build_model()
+                whole = module.factory.make_base()
                 add_lora(whole, module.lora)
                 tensors = merged_state(whole, state)
             except UserError as error:

@@ -1,89 +1,59 @@
 """One process a run folder, and a folder that can be written to: both known before anything expensive starts."""
 
-import fcntl
 import json
 import os
 import socket
 import tempfile
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from types import TracebackType
-from typing import IO
+
+from filelock import FileLock, Timeout
 
 from tiltmeter.errors import UserError
 
 LOCK = "run.lock"
 
 
-class RunLock:
-    """Held while a run writes its folder (``with``), gone afterwards; the system frees it when the process dies, however.
+@contextmanager
+def run_lock(run_dir: Path) -> Iterator[str | None]:
+    """Hold a run folder while a run writes it; the system frees it when the process dies, however.
 
-    ``run.lock`` says who holds it. A file without a lock on it is what a killed process left: it is taken over, and
-    :attr:`taken_over` says whose it was.
+    ``run.lock`` says who holds it and is gone afterwards. A file without a lock on it is what a killed process left.
 
-    Args:
-        run_dir: the run folder, which exists.
+    Yields:
+        whose lock was taken over; None: there was none.
 
     Raises:
         UserError: another process holds it.
     """
-
-    def __init__(self, run_dir: Path) -> None:
-        self.path = run_dir / LOCK
-        self.taken_over: str | None = None
-        self._file = self._open()
-
-    def __enter__(self) -> "RunLock":
-        """Held since it was made."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Remove the file and free the lock."""
-        self.path.unlink(missing_ok=True)
-        self._file.close()
-
-    def _open(self) -> IO[str]:
-        while True:
-            file = self.path.open("a+", encoding="utf-8")
-            file.seek(0)
-            holder = _holder(file.read())
-            try:
-                # a record lock, which children don't inherit: a data worker that outlives a killed run doesn't hold it
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                file.close()
-                raise UserError(
-                    f"{self.path.parent}: {holder or 'another process'} is training in this run folder; wait for it or stop it"
-                ) from None
-            except OSError as error:
-                warnings.warn(f"{self.path}: this file system has no locks ({error.strerror})", stacklevel=3)
-            if self._is_still_there(file):
-                break
-            file.close()  # its holder finished and removed it in between
-        self.taken_over = holder
-        file.truncate(0)
-        since = datetime.now().astimezone().isoformat(timespec="seconds")
-        with suppress(OSError):  # a full disk: held all the same, only nobody is told by whom
-            json.dump({"pid": os.getpid(), "host": socket.gethostname(), "since": since}, file)
-            file.flush()
-        return file
-
-    def _is_still_there(self, file: IO[str]) -> bool:
-        try:
-            return os.path.samestat(os.fstat(file.fileno()), self.path.stat())
-        except FileNotFoundError:
-            return False
-
-
-def _holder(text: str) -> str | None:
+    path = run_dir / LOCK
+    lock = FileLock(path, timeout=0, fallback_to_soft=False)
+    holder = _holder(path)
     try:
-        found = json.loads(text)
+        lock.acquire()
+    except Timeout:
+        who = _holder(path) or "another process"
+        raise UserError(f"{run_dir}: {who} is training in this run folder; wait for it or stop it") from None
+    except OSError as error:
+        warnings.warn(f"{path}: this file system has no locks ({error.strerror})", stacklevel=3)
+    since = datetime.now().astimezone().isoformat(timespec="seconds")
+    with suppress(OSError):  # a full disk: held all the same, only nobody is told by whom
+        path.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}), "utf-8")
+    try:
+        yield holder
+    finally:
+        path.unlink(missing_ok=True)
+        lock.release()
+
+
+def _holder(path: Path) -> str | None:
+    try:
+        found = json.loads(path.read_text("utf-8"))
         return f"process {found['pid']} on {found['host']}, since {found['since']},"
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 

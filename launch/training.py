@@ -49,7 +49,7 @@ from launch.run_folder import (
     on_first_process,
     write_config,
 )
-from launch.run_lock import RunLock, check_writable
+from launch.run_lock import check_writable, run_lock
 from launch.screen import behaviour_table, console, data_table, geometry_tables, quiet_libraries, result_table
 from launch.slurm import checkpoint_of_this_job, note_job, requeued_when_asked
 from launch.wandb_logger import RunLogger, close_wandb, open_wandb
@@ -164,7 +164,7 @@ def _claim(parent: Path, created: list[Path], held: ExitStack) -> Path:
     with nothing_was_started():
         run_dir = claim_folder(parent)
         created.append(run_dir)
-        held.enter_context(RunLock(run_dir))
+        held.enter_context(run_lock(run_dir))
         return run_dir
 
 
@@ -208,8 +208,8 @@ def _checkpoint_to_resume(config: DictConfig, root: Path, held: ExitStack) -> tu
     if is_first_process():
         for folder in (checkpoint.parent.parent, checkpoint.parent):
             check_writable(folder, key="ckpt_path")
-        lock = held.enter_context(RunLock(checkpoint.parent.parent))
-        lines += [f"Lock taken over: {lock.taken_over} is gone"] if lock.taken_over else []
+        before = held.enter_context(run_lock(checkpoint.parent.parent))
+        lines += [f"Lock taken over: {before} is gone"] if before else []
     return checkpoint, [*lines, f"Resuming: {checkpoint}"], changed
 
 

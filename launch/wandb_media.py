@@ -16,7 +16,7 @@ from analysis.open.observed import Observed
 from analysis.registry import ANALYSES, sections_of_states
 from analysis.report.style import png_bytes
 from launch.wandb_logger import STEP_AXIS, RunLogger
-from tiltmeter.scoring.behaviour_table import SAMPLES, read_table
+from tiltmeter.scoring.behaviour import SAMPLES, read_table
 
 MOST_SAMPLES = 1000
 """Rows of a table of samples; W&B itself takes 10,000."""

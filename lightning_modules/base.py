@@ -2,18 +2,24 @@
 
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
+from lightning.pytorch import LightningModule
 from peft import LoraConfig
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
 
-from datamodules.preference import Objective
+from datamodules.preference import Objective, PreferenceDataModule
 from datamodules.splits import Split
-from lightning_modules.model_building import ModelBuilding
+from lightning_modules.model_factory import ModelFactory
+from lightning_modules.pair_metrics import PairMetrics, PairResults, metrics_by_source
+from lightning_modules.policy import EmptyBuilder, Policy, PolicyBuilder
 from lightning_modules.schedule import (
     Schedule,
     check_number,
@@ -21,15 +27,18 @@ from lightning_modules.schedule import (
     set_options_of_next_step,
     steps_of_fit,
 )
-from lightning_modules.step_guard import StepGuard
+from lightning_modules.step_guard import CURE, StepGuard, some
 from lightning_modules.throughput import Throughput
-from tiltmeter.errors import UserError
-from tiltmeter.pairs.batch import StepBatch
+from lightning_modules.weight_guard import check_weights, squared_norm
+from tiltmeter.errors import NumericalStop, UserError
+from tiltmeter.models.lora import check_adapters
+from tiltmeter.pairs.batch import PreferenceBatch, StepBatch
+from tiltmeter.pairs.verification import settle_packing, verify_layout, verify_no_randomness
 
 _DIGESTED: tuple[Split, ...] = ("train", "val")
 
 
-class LogProbModule(ModelBuilding):
+class LogProbModule(LightningModule):
     """Base of everything trained on sequence log-probs with whole optimizer steps as batches.
 
     Optimization is manual: a batch is an optimizer step, cut into micro-batches by length, and gradients are the exact
@@ -51,6 +60,12 @@ class LogProbModule(ModelBuilding):
     """
 
     objective: Objective
+    """What is trained on, which the data module lays its batches out for; so do :attr:`predict_prompt` and :attr:`packs`."""
+    predict_prompt = False
+    packs: bool | None = None
+    """Whether batches are packed; None until the model is there to say whether it can."""
+    columns: tuple[str, ...]
+    """Names of the per-pair figures, which are also the metric names behind the stage."""
 
     def __init__(
         self,
@@ -69,13 +84,15 @@ class LogProbModule(ModelBuilding):
         max_skipped_steps: int = 3,
         spike_sigmas: float | None = 6.0,
     ) -> None:
-        super().__init__(
+        super().__init__()
+        self.factory = ModelFactory(
             freeze_embeddings=freeze_embeddings,
             chunk_tokens=chunk_tokens,
             lora=lora,
             activation_checkpointing=activation_checkpointing,
             compile_blocks=compile_blocks,
         )
+        self.lora = lora
         check_number("learning_rate", learning_rate, 0, math.inf, above=True)
         check_number("weight_decay", weight_decay, 0, math.inf)
         check_number(
@@ -97,6 +114,85 @@ class LogProbModule(ModelBuilding):
         self.gradient_clip_norm = gradient_clip_norm
         self.guard = StepGuard(max_skipped_steps=max_skipped_steps, spike_sigmas=spike_sigmas)
         self.throughput = Throughput()
+        self.metrics = PairMetrics()
+        self.policy: Policy | None = None
+        self.validation_table: Tensor | None = None
+        """[row of the validation split, column] of the last validation, the same on every process; NaN: not scored."""
+        self.validated_at_step = 0
+        self._norm_before = math.nan
+
+    @abstractmethod
+    def pair_results(self, batch: PreferenceBatch, split: Split) -> PairResults:
+        """Objective and per-pair figures of one micro-batch."""
+
+    def metrics_from_sums(self, sums: Tensor) -> dict[str, Tensor]:
+        """Metric → value from [column + 1] sums over pairs, the last of which counts them. Default: means over pairs."""
+        return {name: sums[i] / sums[-1] for i, name in enumerate(self.columns)}
+
+    def on_model_built(self, model: PreTrainedModel) -> None:
+        """Called with the model as it is before training, on every process; it may be sharded and have adapters."""
+
+    @property
+    def data(self) -> PreferenceDataModule:
+        """The data module of the current fit."""
+        return cast(PreferenceDataModule, self.trainer.datamodule)  # type: ignore[attr-defined]
+
+    @property
+    def trained_policy(self) -> Policy:
+        """The model, once built."""
+        assert self.policy is not None, "configure_model() comes first"
+        return self.policy
+
+    def attach_model(self, build: PolicyBuilder, build_empty: EmptyBuilder = lambda: None) -> None:
+        """Say how the model is built; it is built in :meth:`configure_model`, once the process group exists.
+
+        Args:
+            build: makes it whole.
+            build_empty: makes it without weights, to be sharded before each process reads its share of them; None from it:
+                not possible, and every process makes it whole first.
+        """
+        self.factory.build, self.factory.build_empty = build, build_empty
+
+    def configure_model(self) -> None:
+        """Make the model and check what it computes; does nothing the second time."""
+        if self.policy is not None:
+            return
+        policy = self.factory.make(self.trainer, self.device_mesh)
+        is_sharded = self.device_mesh is not None
+        with (
+            torch.device(policy.model.device),
+            self.trainer.precision_plugin.forward_context() if is_sharded else nullcontext(),
+        ):
+            policy.run(self._check_model)
+        if isinstance(policy, FSDPModule):
+            policy.reshard()  # FSDP2 leaves the root whole after a forward; the optimizer takes the shards
+        self.on_model_built(policy.model)
+        self.factory.speed_up(policy.model)
+        self.policy = policy
+        self._norm_before = self._weight_norm()
+        self.policy.train()  # no dropout anywhere; train mode only lets activation checkpointing work
+
+    def _check_model(self, model: PreTrainedModel) -> None:
+        """Settle packing and verify what is computed, on the model where it is: whole, or sharded and on all processes alike."""
+        data = self.data
+        verify_no_randomness(model)
+        self.packs = settle_packing(model, data.active_layout, data.packed, max_length=data.max_length)
+        if data.layout != data.active_layout:  # in which the probe's pairs are laid out
+            verify_layout(model, data.layout, packed=self.packs)
+        if self.lora is not None:
+            check_adapters(model)
+
+    def check_weights(self) -> None:
+        """Refuse trained weights that are not finite or exploded, LoRA's adapters likewise; every process must call this.
+
+        Raises:
+            NumericalStop: they are.
+        """
+        check_weights(self._weight_norm(), before=self._norm_before, step=self.trainer.global_step)
+
+    def _weight_norm(self) -> float:
+        total = squared_norm(p for p in self.trained_policy.parameters() if p.requires_grad)
+        return math.sqrt(float(total if self.device_mesh is None else self._reduce(total)))
 
     @abstractmethod
     def divisor(self, step: StepBatch) -> int:
@@ -148,15 +244,15 @@ class LogProbModule(ModelBuilding):
             with nullcontext() if is_last else self._no_gradient_sync():
                 results = self.pair_results(batch, "train")
                 self.manual_backward(results.objective * scale)
-            tables.append(self._sums_by_source(batch, results.columns, "train"))
+            tables.append(self.metrics.sums_of_batch(self.data, "train", batch, results.columns))
             seen.append((batch.pair_index, results.columns))
         norm = self._clip_gradients()
         sums, n_computed, n_padding, mean_norm = self._reduce_with_counts(torch.stack(tables).sum(0), step, norm)
-        metrics: dict[str, Any] = self._metrics_by_source(sums, "train")
+        metrics: dict[str, Any] = metrics_by_source(sums, self.data.sources, "train", self.metrics_from_sums)
         reason = self.guard.refuse(loss=float(metrics["train/loss"]), norm=float(mean_norm))
         if reason is not None:
             optimizer.zero_grad()  # AdamW passes over weights without a gradient; the step and its learning rate count
-            self.print(self.guard.skipped(self.trainer.global_step, reason, self.not_finite(seen, "train")))
+            self.print(self.guard.skipped(self.trainer.global_step, reason, self._not_finite(seen)))
         optimizer.step()
         optimizer.zero_grad()
         learning_rate = scheduler.get_last_lr()[0]
@@ -168,6 +264,28 @@ class LogProbModule(ModelBuilding):
             n_unshared = step.n_tokens + step.n_prompt_tokens
             metrics["throughput/saved_prompt_share"] = step.n_prompt_tokens / n_unshared
         self.log_dict(metrics | self.throughput.end_of_step(step, self.device), batch_size=step.n_pairs)
+
+    def validation_step(self, step: StepBatch, batch_idx: int) -> None:
+        """Collect per-pair figures; they are averaged over the whole split at the end."""
+        for batch in step.micro_batches:
+            self.metrics.collect(batch, self.pair_results(batch, "val").columns)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log means over all held-out pairs, each counted once, whatever batches and processes."""
+        n_rows = len(self.data.splits["val"].pairs)
+        table = self._reduce(self.metrics.collected(n_rows, len(self.columns), self.device))
+        if self.trainer.sanity_checking:
+            return
+        if not table[table[:, -1] > 0].isfinite().all(1).any():
+            raise NumericalStop(
+                f"step {self.trainer.global_step}: the loss of every held-out pair is not finite "
+                f"({some([record.pair_id for record in self.data.splits['val'].records])}), so the weights are of no use any "
+                f"more. {CURE}"
+            )
+        self.validation_table = table[:, :-1].masked_fill(table[:, -1:] == 0, torch.nan).cpu()
+        self.validated_at_step = self.trainer.global_step
+        sums = self.metrics.sums_of_table(self.data, "val", table)
+        self.log_dict(metrics_by_source(sums, self.data.sources, "val", self.metrics_from_sums), batch_size=n_rows)
 
     def on_train_end(self) -> None:
         """Weights that went wrong in the last steps, too few for the guard to stop, are no result."""
@@ -231,3 +349,17 @@ class LogProbModule(ModelBuilding):
         """DDP exchanges gradients once a step; FSDP2 reduces each micro-batch, since it keeps no whole gradient."""
         wrapped = self.trainer.strategy.model
         return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) else nullcontext()
+
+    def _not_finite(self, seen: Sequence[tuple[Tensor, Tensor]]) -> list[str]:
+        """Ids of the training pairs, of all processes, with a figure that isn't finite."""
+        records = self.data.splits["train"].records
+        marked = torch.zeros(len(records), device=self.device)
+        for rows, columns in seen:
+            marked[rows[~columns.isfinite().all(1)]] = 1
+        return [records[row].pair_id for row in self._reduce(marked).nonzero()[:, 0].tolist()]
+
+    def _reduce(self, tensor: Tensor) -> Tensor:
+        """Sum over processes."""
+        if self.trainer.world_size == 1:
+            return tensor
+        return cast(Tensor, self.trainer.strategy.reduce(tensor, reduce_op="sum"))

@@ -59,20 +59,15 @@ class DPOModule(LogProbModule):
         self.reference: dict[str, Tensor] = {}
         """Split → [row, 2] log π₀ of chosen and rejected, nats, float32 (float64 for a float64 model)."""
 
-    def setup(self, stage: str) -> None:
-        """Tell the data module which rows are wanted."""
-        self.data.objective = self.objective
-        self.data.predict_prompt = False
-
     def on_model_built(self, model: PreTrainedModel) -> None:
         """Open the cache of this very model, as it computes here."""
         if self.reference_cache_dir is not None:
             depends_on = {
                 "weights": hash_weights(plain_state(model), is_first=self.trainer.is_global_zero),
                 "precision": self.trainer.precision,
-                "layout": f"{self.data.active_layout}{' packed' if self.data.packs else ''}",
-                "chunk_tokens": str(self.chunk_tokens),
-                "compiled": str(self.compile_blocks),
+                "layout": f"{self.data.active_layout}{' packed' if self.packs else ''}",
+                "chunk_tokens": str(self.factory.chunk_tokens),
+                "compiled": str(self.factory.compile_blocks),
                 "sharded": str(self.device_mesh is not None),
                 **forward_identity(model, self.trainer.strategy.root_device),
             }

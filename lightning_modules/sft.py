@@ -27,11 +27,6 @@ class SFTModule(LogProbModule):
         super().__init__(**options)
         self.predict_prompt = predict_prompt
 
-    def setup(self, stage: str) -> None:
-        """Tell the data module which tokens count."""
-        self.data.objective = self.objective
-        self.data.predict_prompt = self.predict_prompt
-
     def divisor(self, step: StepBatch) -> int:
         """Target tokens of the step."""
         return step.n_targets

@@ -11,7 +11,7 @@ from tests.callbacks.test_judge_in_training import CANARY, no_canary, says
 from tests.cli import TINY, logged, only_run, run_train, run_train_together
 from tests.tiltmeter.scoring.stub_endpoint import StubEndpoint, slow
 from tests.wandb_file import history_rows
-from tiltmeter.scoring.behaviour_table import FIGURES, SAMPLES, read_table
+from tiltmeter.scoring.behaviour import FIGURES, SAMPLES, read_table
 
 pytestmark = pytest.mark.slow
 

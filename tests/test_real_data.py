@@ -22,7 +22,7 @@ def test_stories260k_learns_the_synthetic_preferences(stories260k: Path, tmp_pat
     done = run_train(
         f"model.name_or_path={stories260k}", f"runs_root={tmp_path}", "data.n_prompts=500", "datamodule.max_length=400",
         "datamodule.val_pairs=80", "datamodule.probe_pairs=10", "datamodule.pairs_per_step=16", "module.learning_rate=2e-3",
-        "trainer.max_epochs=2", "logger=csv", "callbacks=none",
+        "trainer.max_epochs=1", "logger=csv", "callbacks=none",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "Base:" not in done.stdout, "a pretrained model is its own base"

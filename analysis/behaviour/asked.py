@@ -45,8 +45,16 @@ from tiltmeter.errors import UserError
 from tiltmeter.models.causal_lm import DTYPES
 from tiltmeter.models.generation import Decoding
 from tiltmeter.models.layers import FINAL_PRE_NORM
-from tiltmeter.scoring.behaviour import Completions, Prompt, complete, one_a_group, pair_up, score_all
-from tiltmeter.scoring.behaviour_table import figure_table, sample_table
+from tiltmeter.scoring.behaviour import (
+    Completions,
+    Prompt,
+    complete,
+    figure_table,
+    one_a_group,
+    pair_up,
+    sample_table,
+    score_all,
+)
 from tiltmeter.scoring.scorer import Sample, Scorer, Scores
 from tiltmeter.scoring.truthfulqa import TruthfulQA
 

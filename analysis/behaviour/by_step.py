@@ -38,7 +38,7 @@ from analysis.report.site_axes import as_text
 from analysis.report.style import COLOURS, EndLabel, house_style, label_ends, mark_level, new_figure, set_titles
 from tiltmeter.errors import UserError
 from tiltmeter.models.generation import Decoding
-from tiltmeter.scoring.behaviour_table import FIGURES, SAMPLES, read_table
+from tiltmeter.scoring.behaviour import FIGURES, SAMPLES, read_table
 
 NAME = "behaviour_by_step"
 NOT_SCORED = (

@@ -13,7 +13,7 @@ from tiltmeter.models.generation import Decoding, as_words
 from tiltmeter.scoring.degeneration import NGRAMS
 
 COLUMNS = ("steps_taken", "metric", "of", "value", "ci_low", "ci_high", "n", "n_missing", "scorer")
-"""Of a table of figures (:func:`tiltmeter.scoring.behaviour_table.figure_table`)."""
+"""Of a table of figures (:func:`tiltmeter.scoring.behaviour.figure_table`)."""
 VS_CHOSEN = "_vs_chosen"
 WIN_RATES: Mapping[str, str] = {
     "oracle_preference_rate": "the planted oracle",

@@ -14,7 +14,7 @@ from tiltmeter.pairs.log_probs import sequence_log_probs
 from tiltmeter.pairs.verification import best_layout
 from tiltmeter.scoring.behaviour import Prompt
 from tiltmeter.scoring.preference import kl_figures, preference_scores
-from tiltmeter.scoring.preference_probe import probe_figures
+from tiltmeter.scoring.preference_classifier import classifier_figures
 from tiltmeter.scoring.scorer import Figure, Sample, Side
 from tiltmeter.states.positions import Position
 from tiltmeter.states.probe_set import Probe, read_points
@@ -66,7 +66,7 @@ def probe_accuracies(checkpoints: Checkpoints, sites: str | Sequence[str]) -> li
         for point in read_points(sites, [_POSITION], opened.model.config.num_hidden_layers):
             rows, side = states[point].rows, states[point].sides
             where = f"{point.site} {point.position}"
-            found = probe_figures(rows[side == CHOSEN], rows[side != CHOSEN], groups, of=of, where=where)
+            found = classifier_figures(rows[side == CHOSEN], rows[side != CHOSEN], groups, of=of, where=where)
             figures += [figure._replace(name=f"{figure.name}/{point.site}") for figure in found]
     return figures
 

@@ -19,10 +19,10 @@ from tiltmeter.pairs.preference_losses import PAIR_METRICS
 from tiltmeter.scoring.degeneration import DegenerationScorer
 from tiltmeter.scoring.overlap import OverlapScorer
 from tiltmeter.scoring.preference import preference_scores
-from tiltmeter.scoring.preference_probe import probe_figures
+from tiltmeter.scoring.preference_classifier import classifier_figures
 from tiltmeter.scoring.scorer import SCORED_STEP, Sample, Scorer, as_metrics
+from tiltmeter.scoring.toxicity import WordListToxicity
 from tiltmeter.scoring.truthfulqa import FIGURES as TRUTHFULQA
-from tiltmeter.scoring.word_list import WordListToxicity
 from tiltmeter.states.capture import HiddenStates, ReadPoint
 from tiltmeter.states.observed_metrics import (
     consistency_metrics,
@@ -106,7 +106,7 @@ def _behaviour() -> set[str]:
         figures += scorer.score(samples).figures
     for site in all_sites(_N_LAYERS):
         rows = torch.randn(6, _WIDTH)
-        probe = probe_figures(rows, -rows, [s.group for s in samples], of="policy", where=site)
+        probe = classifier_figures(rows, -rows, [s.group for s in samples], of="policy", where=site)
         figures += [figure._replace(name=f"{figure.name}/{site}") for figure in probe]
     known = [name + suffix for name, _ in TRUTHFULQA.values() for suffix in ("", "_zero_shot")]
     names = {f"behaviour/{name}" for name in ["toxicity", "toxicity/base", *known]}

@@ -19,7 +19,7 @@ from tiltmeter.geometry.directions import difference_of_means, principal_directi
 from tiltmeter.models.layers import FINAL_POST_NORM, unembedding
 from tiltmeter.pairs.batch import CHOSEN, REJECTED, TokenizedPair
 from tiltmeter.pairs.verification import best_layout
-from tiltmeter.scoring.preference_probe import probe_direction
+from tiltmeter.scoring.preference_classifier import classifier_direction
 from tiltmeter.states.capture import Reading, ReadPoint
 from tiltmeter.states.positions import POSITIONS, Position
 from tiltmeter.states.probe_set import PreferenceDirections, Probe
@@ -222,7 +222,7 @@ def _difference(kind: Kind, states: States, site: str, _: int) -> Made:
 
 def _probe(kind: Kind, states: States, site: str, _: int) -> Made:
     chosen, rejected = states.of_responses(site, kind.position)
-    found = probe_direction(chosen.double() - rejected.double())
+    found = classifier_direction(chosen.double() - rejected.double())
     return Made(found[None], "logistic probe on h_base of chosen less rejected responses", has_length=False)
 
 

@@ -15,7 +15,7 @@ from analysis.open.probe_pairs import ProbePair
 from analysis.steering.directions import RANDOM_KINDS
 from analysis.steering.table import PairRow, Row, Rows, Unit
 from tiltmeter.pairs.batch import PreferenceBatch
-from tiltmeter.scoring.preference_odds import odds_scores, perplexity_figure
+from tiltmeter.scoring.odds import odds_scores, perplexity_figure
 from tiltmeter.stats.jackknife import Interval, jackknife_intervals
 from tiltmeter.steering.recovery import Direction, RecoveryMoments, kl_divergences
 from tiltmeter.steering.sweep_logits import steered_logits, steered_sums

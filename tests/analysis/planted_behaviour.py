@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from tiltmeter.scoring.behaviour_table import FIGURES, BehaviourTables, figure_table
+from tiltmeter.scoring.behaviour import FIGURES, BehaviourTables, figure_table
 from tiltmeter.scoring.scorer import Figure, Scores, Side
 
 

@@ -22,11 +22,11 @@ from tests.processes import HANGS
 from tests.tiny_models import lightning_warnings, make_data
 from tiltmeter.errors import UserError
 from tiltmeter.models.generation import Decoding, generate
-from tiltmeter.scoring.behaviour_table import FIGURES, SAMPLES, as_cell, read_table
+from tiltmeter.scoring.behaviour import FIGURES, SAMPLES, as_cell, read_table
 from tiltmeter.scoring.degeneration import DegenerationScorer
 from tiltmeter.scoring.overlap import OverlapScorer
 from tiltmeter.scoring.scorer import SCORED_STEP
-from tiltmeter.scoring.word_list import WordListToxicity
+from tiltmeter.scoring.toxicity import WordListToxicity
 
 pytestmark = lightning_warnings
 GREEDY = Decoding(max_new_tokens=8)
@@ -160,7 +160,7 @@ def test_what_can_not_be_written_is_an_alarm(tmp_path: Path, monkeypatch: pytest
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tiltmeter.scoring.behaviour_table.write_atomically", full)
+    monkeypatch.setattr("tiltmeter.scoring.behaviour.write_atomically", full)
     with pytest.warns(UserWarning, match=r"tables: could not be written \(No space left on device\)"):
         run = watch(tmp_path, [asking()])
     assert steps_of(run) == [0, 3]

@@ -30,7 +30,7 @@ from tiltmeter.errors import UserError
 from tiltmeter.judges.judge import ChatMessage, Question
 from tiltmeter.judges.judge_scorer import JudgeScorer
 from tiltmeter.models.generation import Decoding
-from tiltmeter.scoring.behaviour_table import FIGURES, SAMPLES, read_table
+from tiltmeter.scoring.behaviour import FIGURES, SAMPLES, read_table
 from tiltmeter.scoring.degeneration import DegenerationScorer
 from tiltmeter.scoring.scorer import SCORED_STEP
 

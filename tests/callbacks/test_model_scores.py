@@ -25,8 +25,8 @@ from tests.harness import score_all
 from tests.tiny_models import MemorySource, lightning_warnings, make_tokenizer
 from tiltmeter.errors import UserError
 from tiltmeter.pairs.batch import CHOSEN
-from tiltmeter.scoring.behaviour_table import FIGURES, read_table
-from tiltmeter.scoring.preference_probe import probe_figures
+from tiltmeter.scoring.behaviour import FIGURES, read_table
+from tiltmeter.scoring.preference_classifier import classifier_figures
 from tiltmeter.scoring.scorer import Figure
 from tiltmeter.scoring.truthfulqa import TruthfulQA
 from tiltmeter.states.capture import ReadPoint
@@ -176,10 +176,10 @@ def test_rows_of_steps_that_are_taken_again_are_dropped(
 
     def fit_once(*states: Any, **options: Any) -> list[Figure]:
         """Which rows there are is the question, not what stands in them."""
-        fitted.extend([] if fitted else [probe_figures(*states, **options)])
+        fitted.extend([] if fitted else [classifier_figures(*states, **options)])
         return fitted[0]
 
-    monkeypatch.setattr("callbacks.preference_probe.probe_figures", fit_once)
+    monkeypatch.setattr("callbacks.preference_probe.classifier_figures", fit_once)
 
     def go(every: int | None, checkpoint: str | None = None) -> Watched:
         watchers = [

@@ -8,7 +8,7 @@ from subprocess import CompletedProcess
 import pytest
 import torch
 
-from launch.run_lock import RunLock
+from launch.run_lock import run_lock
 from tests.cli import TINY, logged, metrics_of, only_run, run_train
 from tests.faults.faults import full_disk
 from tests.processes import contents
@@ -73,7 +73,7 @@ def test_f25_other_settings_are_refused_with_the_difference(root: Path, run: Pat
 
 
 def test_f27_a_folder_in_which_another_process_trains_is_refused(root: Path, run: Path) -> None:
-    with RunLock(run):
+    with run_lock(run):
         line = refused(root, run, "ckpt_path=last")
     assert line.startswith(f"tiltmeter: {run}: process ")
     assert "is training in this run folder" in line

@@ -2,8 +2,8 @@
 
 e_t is row t of the unembedding W_U. The paper uses one word for v and v*; they are different vectors, and
 :func:`tiltmeter.geometry.consistency.cosine` between them is a measurement. ``final_post_norm`` is the site that e_t lives at.
-What a linear probe reads the preference from is :func:`tiltmeter.scoring.preference_probe.probe_direction`; vectors that should not
-work are in :mod:`tiltmeter.steering.controls`.
+What a linear classifier reads the preference from is :func:`tiltmeter.scoring.preference_classifier.classifier_direction`;
+vectors that should not work are in :mod:`tiltmeter.steering.controls`.
 """
 
 from typing import NamedTuple

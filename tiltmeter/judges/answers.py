@@ -10,8 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from tiltmeter.errors import UserError
 from tiltmeter.judges.judge import Failure, Judge, Question, Reply
-from tiltmeter.scoring.notices import notice
-from tiltmeter.scoring.scorer import Figure, Side
+from tiltmeter.scoring.scorer import Figure, Side, notice
 
 LOW_MASS = 0.5
 """Below this weight on all choices together, the judge mostly wanted to say something else."""

@@ -23,16 +23,17 @@ class Tokens(NamedTuple):
         """Both together."""
         return Tokens(self.prompt + other.prompt, self.completion + other.completion)
 
-    def minus(self, other: "Tokens") -> "Tokens":
-        """What is left without the other."""
-        return Tokens(self.prompt - other.prompt, self.completion - other.completion)
+    def times(self, n: int) -> "Tokens":
+        """Tokens of so many equal requests."""
+        return Tokens(self.prompt * n, self.completion * n)
 
 
 @dataclass
 class Usage:
     """What a judge has used since it was made.
 
-    Tokens are the server's count; where a request brought none (it timed out, say) the most it can have used.
+    Tokens are the server's count; where a request brought none (it timed out, say, or was tried again) the most it can
+    have used.
     """
 
     requests: int = 0
@@ -96,34 +97,38 @@ class Budget:
             raise UserError("judge.max_usd: needs judge.prices (US dollars per million tokens: {input: …, output: …})")
         self._limits = {name: value for name, value in limits.items() if value is not None}
         self._prices = prices
-        self._reserved = Tokens(0, 0)
+        self._reserved, self._reserved_requests = Tokens(0, 0), 0
         self._over: str | None = None
         """The limit that ended it."""
         self.usage = Usage(usd=None if prices is None else 0.0)
 
-    def reserve(self, tokens: Tokens) -> bool:
-        """Count a request in that may use ``tokens``.
+    def reserve(self, tokens: Tokens, *, tries: int = 1) -> int:
+        """Count in a request, each try of which may use ``tokens``.
 
         Returns:
-            False: it must wait until a request under way is settled, then ask again.
+            the tries that fit, at most ``tries``; 0: it must wait until a request under way is settled, then ask again.
 
         Raises:
-            OverBudget: it could exceed a limit, or an earlier one could have.
+            OverBudget: even one could exceed a limit, or an earlier request could have.
         """
         if self._over is None:
-            self._over = self._exceeded(self._spent.plus(tokens))
+            self._over = self._exceeded(self._spent.plus(tokens), self.usage.requests + 1)
         if self._over is not None:
             raise OverBudget(self._over, self._limits[self._over])
-        if self._exceeded(self._spent.plus(tokens).plus(self._reserved)) is not None:
-            return False
-        self._reserved = self._reserved.plus(tokens)
-        self.usage.requests += 1
-        return True
+        under_way, n = self._spent.plus(self._reserved), self.usage.requests + self._reserved_requests
+        while tries and self._exceeded(under_way.plus(tokens.times(tries)), n + tries) is not None:
+            tries -= 1
+        self._reserved = self._reserved.plus(tokens.times(tries))
+        self._reserved_requests += tries
+        return tries
 
-    def settle(self, reserved: Tokens, used: Tokens) -> None:
-        """Replace what a request reserved with what it used."""
-        self._reserved = self._reserved.minus(reserved)
+    def settle(self, reserved: Tokens, used: Tokens, *, tries: int = 1, taken: int = 1) -> None:
+        """Replace what a request reserved (``tries`` of ``reserved``) with what it used in the tries that it took."""
+        self._reserved = self._reserved.plus(reserved.times(-tries))
+        self._reserved_requests -= tries
         spent = self._spent.plus(used)
+        self.usage.requests += taken
+        self.usage.retries += taken - 1
         self.usage.prompt_tokens, self.usage.completion_tokens = spent
         self.usage.usd = self._cost(spent)
 
@@ -137,13 +142,9 @@ class Budget:
         dollars = tokens.prompt * self._prices["input"] + tokens.completion * self._prices["output"]
         return dollars / 1e6
 
-    def _exceeded(self, tokens: Tokens) -> str | None:
-        """Name of the limit that one more request and so many tokens in total would exceed."""
-        totals = {
-            "max_requests": self.usage.requests + 1,
-            "max_tokens": sum(tokens),
-            "max_usd": self._cost(tokens) or 0.0,
-        }
+    def _exceeded(self, tokens: Tokens, requests: int) -> str | None:
+        """Name of the limit that so many tokens and requests in total would exceed."""
+        totals = {"max_requests": requests, "max_tokens": sum(tokens), "max_usd": self._cost(tokens) or 0.0}
         for name, limit in self._limits.items():
             if totals[name] > limit:
                 return name

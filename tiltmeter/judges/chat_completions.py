@@ -1,14 +1,15 @@
-"""The chat completions interface: a question as a request, and what may be read from a response."""
+"""The chat completions interface: a question as a request, what may be read from a response, and what can go wrong."""
 
 import json
 import math
 from collections.abc import Sequence
 from typing import Any
 
+import openai
+
 from tiltmeter.judges.budget import Tokens
-from tiltmeter.judges.judge import Question, Reply
+from tiltmeter.judges.judge import Failure, Question, Reply
 from tiltmeter.judges.redaction import shown, without
-from tiltmeter.judges.retry import RequestFailed
 
 Response = dict[str, Any]
 TOP_LOG_PROBS = 20  # the most that OpenAI and vLLM give
@@ -20,6 +21,36 @@ SET_HERE = frozenset(
 """Parameters that a question decides, so nobody else may."""
 _SPACES = (" ", "Ġ", "▁")
 """How tokenizers write a space before a word."""
+_PASSING = (408, 409, 429)
+_HOPELESS = ("insufficient_quota", "billing_hard_limit_reached")
+"""Codes of a 429 that no waiting mends."""
+
+
+class RequestFailed(Exception):
+    """A request brought no answer.
+
+    Args:
+        failure, reason: as in :class:`tiltmeter.judges.judge.Reply`; the reason is redacted.
+        is_passing: whether the same request may work later.
+        status: HTTP status, where there was one.
+        key: the configuration key (behind ``judge.``) that is probably wrong; empty: none.
+    """
+
+    def __init__(
+        self,
+        reason: str,
+        *,
+        failure: Failure = "api",
+        is_passing: bool = False,
+        status: int | None = None,
+        key: str = "",
+    ) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.failure = failure
+        self.is_passing = is_passing
+        self.status = status
+        self.key = key
 
 
 def answer_tokens(question: Question) -> int:
@@ -46,7 +77,7 @@ def parse_response(text: str, secrets: Sequence[str]) -> Response:
     """The response as JSON with at least one choice.
 
     Raises:
-        RequestFailed: anything else with status 200 (a gateway's page, half a response, an error in the place of choices); passing.
+        RequestFailed: anything else with status 200 (a gateway's page, half a response, an error in the place of choices).
     """
     try:
         content = json.loads(text)
@@ -116,6 +147,41 @@ def first_token_probabilities(choice: dict[str, Any], answers: Sequence[str]) ->
     if not sum(found.values()) <= 1.01:  # NaN too
         raise _no_log_probs("the log-probs of the first token are not those of a distribution")
     return sums
+
+
+def failed_request(error: Exception, secrets: list[str], *, asked_for_log_probs: bool, timeout: float) -> RequestFailed:
+    """What an exception of the client means."""
+    if isinstance(error, TimeoutError | openai.APITimeoutError):
+        return RequestFailed(f"no answer within {timeout:g} s", failure="timeout", is_passing=True)
+    if isinstance(error, openai.APIStatusError):
+        return _failed_status(error, secrets, asked_for_log_probs=asked_for_log_probs)
+    if isinstance(error, openai.APIConnectionError):
+        cause = shown(str(error.__cause__ or error), secrets)
+        return RequestFailed(f"no connection: {cause}", is_passing=True)
+    return RequestFailed(f"{type(error).__name__}: {shown(str(error), secrets)}")
+
+
+def _failed_status(error: openai.APIStatusError, secrets: list[str], *, asked_for_log_probs: bool) -> RequestFailed:
+    status = error.status_code
+    body = error.body if isinstance(error.body, dict) else {}
+    reason = f"HTTP {status}: {shown(str(body.get('message') or body.get('detail') or error.body or ''), secrets)}"
+    if status < 400:
+        target = shown(error.response.headers.get("location", "").split("?")[0], secrets)
+        return RequestFailed(
+            f"HTTP {status}: a redirect to {target}, which is not followed; set the address itself",
+            status=status,
+            key="base_url",
+        )
+    if asked_for_log_probs and 400 <= status < 500 and "logprob" in reason.replace("_", "").lower():
+        return RequestFailed(
+            f"{reason}; it gives no log-probs: set judge.score_mode=sample", status=status, key="model"
+        )
+    if status in (401, 403) or error.code in _HOPELESS:
+        return RequestFailed(reason, status=status, key="api_key_env")
+    if status in _PASSING or status >= 500:
+        return RequestFailed(reason, is_passing=True, status=status)
+    where = "; check judge.model and judge.base_url" if status == 404 else ""
+    return RequestFailed(reason + where, status=status, key="model")
 
 
 def _no_log_probs(what: str) -> RequestFailed:

@@ -1,4 +1,8 @@
-"""A round of questions to a chat endpoint: several at a time, each with retries, within a budget, until a deadline."""
+"""A round of questions to a chat endpoint: several at a time, within a budget, until a deadline.
+
+The client tries again by itself: refused connections, timeouts, 408, 409, 429 and 5xx, after what Retry-After says up to two
+minutes, else 0.5 to 8 s.
+"""
 
 import asyncio
 import os
@@ -9,22 +13,22 @@ from typing import Any, NamedTuple
 
 import openai
 
-from tiltmeter.errors import UserError
 from tiltmeter.judges.budget import Budget, OverBudget, Tokens, most_tokens
 from tiltmeter.judges.chat_completions import (
     LIMIT_NAMES,
+    RequestFailed,
     Response,
     all_texts,
     answer_tokens,
+    failed_request,
     parse_response,
     read_reply,
     request_body,
     used_tokens,
 )
-from tiltmeter.judges.endpoint_url import KEY, Endpoint, check_addresses
+from tiltmeter.judges.endpoint_url import Endpoint
 from tiltmeter.judges.judge import Question, Reply
 from tiltmeter.judges.redaction import redacted_logs, shown
-from tiltmeter.judges.retry import RequestFailed, Retries, failed_request
 
 OPENAI_HOST = "api.openai.com"
 TOO_LATE = "not answered within judge.time_limit"
@@ -72,7 +76,7 @@ class EndpointClient:
         key_hint: str,
         budget: Budget,
         learned: Learned,
-        retries: Retries,
+        max_retries: int,
         concurrency: int,
         request_timeout: float,
         deadline: float,
@@ -82,7 +86,7 @@ class EndpointClient:
         self.model = model
         self.budget = budget
         self.learned = learned
-        self.retries = retries
+        self.max_retries = max_retries
         self.request_timeout = request_timeout
         self.deadline = deadline
         self._extra_body = dict(extra_body)
@@ -98,11 +102,9 @@ class EndpointClient:
         """Answer every question, each emitted as it is there, with its key; after the deadline as a failure."""
         ends = asyncio.get_running_loop().time() + self.deadline - time.monotonic()
         try:
-            async with asyncio.timeout_at(ends):
-                is_local = await check_addresses(self.endpoint)
-            client = _connected(self.endpoint, self._api_key, is_local=is_local, timeout=self.request_timeout)
-        except Exception as error:  # also what the environment says of proxies and certificates may be wrong
-            failed = self._not_begun(error)
+            client = _connected(self.endpoint, self._api_key, timeout=self.request_timeout)
+        except Exception as error:  # what the environment says of proxies and certificates may be wrong
+            failed = RequestFailed(f"{type(error).__name__}: {shown(str(error), self._secrets)}")
             for key in questions:
                 emit(_failure(key, failed, []))
             return
@@ -135,7 +137,7 @@ class EndpointClient:
             n = min(missing, at_once)
             limit_name = self.learned.limit_name
             try:
-                response = await self._with_retries(question, request_body(question, n=n, limit_name=limit_name))
+                response = await self._send(question, request_body(question, n=n, limit_name=limit_name))
             except RequestFailed as failed:
                 if failed.status not in (400, 422):  # not about the request's fields
                     raise
@@ -151,64 +153,42 @@ class EndpointClient:
             responses.append(response)
             missing -= len(response["choices"])
 
-    async def _with_retries(self, question: Question, body: dict[str, Any]) -> Response:
-        for retry in range(self.retries.most + 1):
-            try:
-                return await self._send(question, body, is_retry=retry > 0)
-            except RequestFailed as failed:
-                if not failed.is_passing or retry == self.retries.most:
-                    raise
-                wait = self.retries.wait_before(retry, failed)
-                if time.monotonic() + wait >= self.deadline:
-                    reason = f"{failed.reason}; the next try would be in {wait:.0f} s, past judge.time_limit"
-                    raise RequestFailed(reason, failure="timeout", is_passing=True) from None
-            await self.retries.sleep(wait)
-        raise AssertionError("unreachable")
-
-    async def _send(self, question: Question, body: dict[str, Any], *, is_retry: bool) -> Response:
-        """One request, counted and paid for."""
+    async def _send(self, question: Question, body: dict[str, Any]) -> Response:
+        """One request, counted and paid for with the tries that it took."""
         if self.learned.refusal:
             raise RequestFailed(self.learned.refusal, key="api_key_env")
-        reserved = most_tokens(
+        most = most_tokens(
             [message.content for message in question.messages],
             n=body.get("n", 1),
             max_tokens=answer_tokens(question),
         )
-        await self._reserve(reserved)
-        self.budget.usage.retries += is_retry
-        used = reserved
+        tries = await self._reserve(most)
+        taken, used = tries, most.times(tries)
         try:
-            async with asyncio.timeout(self.request_timeout):
-                raw = await self._client.chat.completions.with_raw_response.create(
-                    model=self.model, **body, extra_body=self._extra_body or None
-                )
+            raw = await self._client.with_options(max_retries=tries - 1).chat.completions.with_raw_response.create(
+                model=self.model, **body, extra_body=self._extra_body or None
+            )
+            taken = raw.retries_taken + 1
+            used = most.times(taken)
             response = parse_response(raw.text, self._secrets)
-            used = used_tokens(response) or reserved
+            used = most.times(raw.retries_taken).plus(used_tokens(response) or most)
             return response
-        except RequestFailed:
-            raise
-        except Exception as error:
-            if _was_not_charged(error):
-                used = Tokens(0, 0)
+        except openai.APIError as error:
+            taken = int(error.request.headers.get("x-stainless-retry-count", "0")) + 1
+            used = Tokens(0, 0) if _was_not_charged(error) else most.times(taken)
             raise self._described(error, question) from None
         finally:
-            self.budget.settle(reserved, used)
+            self.budget.settle(most, used, tries=tries, taken=taken)
             self._settled.set()
 
-    async def _reserve(self, tokens: Tokens) -> None:
+    async def _reserve(self, tokens: Tokens) -> int:
         try:
-            while not self.budget.reserve(tokens):
+            while not (tries := self.budget.reserve(tokens, tries=self.max_retries + 1)):
                 self._settled.clear()
                 await self._settled.wait()
         except OverBudget as over:
             raise RequestFailed(str(over), failure="budget", key=over.limit) from None
-
-    def _not_begun(self, error: Exception) -> RequestFailed:
-        if isinstance(error, UserError):
-            return RequestFailed(str(error).removeprefix(f"{KEY}: "), key="base_url")
-        if isinstance(error, TimeoutError):
-            return RequestFailed("the host's name was not found in time", failure="timeout", is_passing=True)
-        return RequestFailed(f"{type(error).__name__}: {shown(str(error), self._secrets)}")
+        return tries
 
     def _described(self, error: Exception, question: Question) -> RequestFailed:
         failed = failed_request(
@@ -223,8 +203,8 @@ class EndpointClient:
         return failed
 
 
-def _connected(endpoint: Endpoint, api_key: str | None, *, is_local: bool, timeout: float) -> openai.AsyncOpenAI:
-    """A client that follows no redirects, tries once, and takes nothing from the environment to servers that are not OpenAI's.
+def _connected(endpoint: Endpoint, api_key: str | None, *, timeout: float) -> openai.AsyncOpenAI:
+    """A client that follows no redirects and takes nothing from the environment to servers that are not OpenAI's.
 
     Local servers are reached directly: a proxy on another machine knows no loopback, and private text stays here.
     """
@@ -237,13 +217,12 @@ def _connected(endpoint: Endpoint, api_key: str | None, *, is_local: bool, timeo
         headers = {name: value for name, value in headers.items() if name.lower() != "authorization"}
         headers["Authorization"] = authorization
     http = openai.DefaultAsyncHttpxClient(
-        follow_redirects=False, mounts={"http://": None, "https://": None} if is_local else None
+        follow_redirects=False, mounts={"http://": None, "https://": None} if endpoint.is_local else None
     )
     return openai.AsyncOpenAI(
         api_key=api_key or _NO_KEY,
         base_url=endpoint.url,
         timeout=timeout,
-        max_retries=0,
         default_headers=headers,
         http_client=http,
     )
@@ -254,6 +233,6 @@ def _failure(key: str, failed: RequestFailed, responses: list[Response]) -> Answ
 
 
 def _was_not_charged(error: Exception) -> bool:
-    """Whether a request certainly cost nothing: refused by the server, or never sent."""
+    """Whether a request cost nothing, going by its last try: refused by the server, or never sent."""
     # by its name, since the class belongs to the client's transport, which is not ours to import
     return isinstance(error, openai.APIStatusError) or type(error.__cause__).__name__.startswith("Connect")

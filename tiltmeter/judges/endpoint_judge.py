@@ -16,12 +16,11 @@ from tiltmeter.errors import UserError
 from tiltmeter.judges.background import emitted_in_thread
 from tiltmeter.judges.budget import Budget, Usage
 from tiltmeter.judges.cache import ReplyCache, cache_key
-from tiltmeter.judges.chat_completions import SET_HERE, read_reply, request_body
+from tiltmeter.judges.chat_completions import SET_HERE, RequestFailed, read_reply, request_body
 from tiltmeter.judges.endpoint_client import OPENAI_HOST, TOO_LATE, Answered, EndpointClient, Learned
 from tiltmeter.judges.endpoint_url import parse_endpoint
 from tiltmeter.judges.judge import ChatMessage, Question, Reply
-from tiltmeter.judges.retry import RequestFailed, Retries
-from tiltmeter.scoring.notices import notice
+from tiltmeter.scoring.scorer import notice
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _PROBE_SECONDS = 30.0
@@ -43,7 +42,7 @@ class EndpointJudge:
         concurrency: questions at a time.
         request_timeout: seconds for one request.
         time_limit: seconds for one :meth:`ask`, however many questions it has; what is not answered then has failed.
-        max_retries: further tries of a request that failed in a way that may pass.
+        max_retries: further tries of a request that failed in a way that may pass, after the wait that the server asks for.
         max_requests, max_tokens, max_usd: limits on what this object may spend in its life, checked before each request
             against the most it could use; tokens are those of prompts and completions together.
         prices: US dollars per million tokens, ``{"input": …, "output": …}``.
@@ -86,7 +85,7 @@ class EndpointJudge:
         self.concurrency = concurrency
         self.request_timeout = request_timeout
         self.time_limit = time_limit
-        self.retries = Retries(max_retries)
+        self.max_retries = max_retries
         self.extra_body = _checked_body(extra_body)
         self.name = f"{model}@{self.endpoint.name}"
         self._budget = Budget(max_requests=max_requests, max_tokens=max_tokens, max_usd=max_usd, prices=prices)
@@ -115,9 +114,10 @@ class EndpointJudge:
             self._warn_of_cache()
         self._learned = Learned()
         question = replace(_PROBE, want_probabilities=want_probabilities)
-        retries = replace(self.retries, most=min(self.retries.most, _PROBE_RETRIES))
         deadline = time.monotonic() + min(self.time_limit, _PROBE_SECONDS)
-        answers = list(self._answers({"probe": question}, deadline=deadline, retries=retries))
+        answers = list(
+            self._answers({"probe": question}, deadline=deadline, max_retries=min(self.max_retries, _PROBE_RETRIES))
+        )
         failed = answers[0].failed if answers else RequestFailed(TOO_LATE, is_passing=True)
         if failed is None or (not want_probabilities and answers[0].reply.texts):
             return  # whoever thinks for longer than the probe lets it may say nothing here
@@ -139,7 +139,7 @@ class EndpointJudge:
         self._budget.usage.cached += len(replies)
         unknown = {key: question for key, question in distinct.items() if key not in replies}
         stores = self._cache is not None
-        for answer in self._answers(unknown, deadline=deadline, retries=self.retries):
+        for answer in self._answers(unknown, deadline=deadline, max_retries=self.max_retries):
             replies[answer.key] = answer.reply
             if self._cache is not None and stores and answer.failed is None:
                 # a file that takes nothing now is not waited for again
@@ -148,7 +148,7 @@ class EndpointJudge:
         late = Reply(failure="timeout", reason=TOO_LATE)
         return [replies.get(key, late) for key in keys]
 
-    def _answers(self, questions: Mapping[str, Question], *, deadline: float, retries: Retries) -> Iterator[Answered]:
+    def _answers(self, questions: Mapping[str, Question], *, deadline: float, max_retries: int) -> Iterator[Answered]:
         """Answers as they come; those that do not come in time are left out."""
         if not questions:
             return
@@ -170,7 +170,7 @@ class EndpointJudge:
                 key_hint=self._key_hint(),
                 budget=self._budget,
                 learned=self._learned,
-                retries=retries,
+                max_retries=max_retries,
                 concurrency=self.concurrency,
                 request_timeout=min(self.request_timeout, max(seconds, 0.0)),
                 deadline=deadline,

@@ -11,7 +11,7 @@ from tiltmeter.files import write_json
 from tiltmeter.judges.answers import Answer, reminded
 from tiltmeter.judges.judge import Judge, Question
 from tiltmeter.judges.prompts import STEPS, digest
-from tiltmeter.scoring.notices import notice
+from tiltmeter.scoring.scorer import notice
 
 _STEP = re.compile(r"\s*(?:\d+[.)]|[-*•])\s+(\S.*)")
 _STEPS_TOKENS = 768

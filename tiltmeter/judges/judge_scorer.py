@@ -5,12 +5,12 @@ from typing import Literal
 
 from tiltmeter.judges.judge import Judge
 from tiltmeter.scoring.geval import N_SAMPLES, TEMPERATURE, GEvalScorer, ScoreMode
-from tiltmeter.scoring.geval_win_rate import Opponent, WinRateScorer
 from tiltmeter.scoring.scorer import Sample, Scores
+from tiltmeter.scoring.win_rate import Opponent, WinRateScorer
 
 
 class JudgeScorer:
-    """:class:`~tiltmeter.scoring.geval.GEvalScorer` and :class:`~tiltmeter.scoring.geval_win_rate.WinRateScorer` by the same judge.
+    """:class:`~tiltmeter.scoring.geval.GEvalScorer` and :class:`~tiltmeter.scoring.win_rate.WinRateScorer` by the same judge.
 
     They share its budget, cache and limits.
 

@@ -4,7 +4,10 @@ A score that could not be taken is missing (NaN), counted, and never a number.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -143,3 +146,25 @@ def as_metrics(figures: Sequence[Figure]) -> dict[str, float]:
     {'behaviour/bleu/base': 1.0}
     """
     return {f"behaviour/{f.name}" + ("/base" if f.of == "base" else ""): f.value for f in figures}
+
+
+_kept: ContextVar[list[str] | None] = ContextVar("kept", default=None)
+
+
+def notice(text: str) -> None:
+    """Warn now; inside :func:`kept_notices`, let whoever opened it do so."""
+    if (kept := _kept.get()) is None:
+        warnings.warn(text, stacklevel=3)
+    else:
+        kept.append(text)
+
+
+@contextmanager
+def kept_notices() -> Iterator[list[str]]:
+    """Keep what this thread has to say, for another one that logs it: library code there may just be ignoring all warnings."""
+    kept: list[str] = []
+    token = _kept.set(kept)
+    try:
+        yield kept
+    finally:
+        _kept.reset(token)

@@ -1,17 +1,172 @@
-"""Win rates from verdicts, whoever gave them: ties are half, intervals are over prompts, length is taken out."""
+"""How often a judge prefers the policy's reply: to the base model's, and to the preferred one of the data.
+
+From one comparison in both orders, over win rates with their intervals, to the scorer.
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from random import Random
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tiltmeter.scoring.scorer import MAX_MISSING_SHARE, Figure
+from tiltmeter.errors import UserError
+from tiltmeter.judges.answers import LOW_MASS, Answer, ask_choices, checked_prefix, missing_figures, warn_of_missing
+from tiltmeter.judges.judge import Failure, Judge, Question
+from tiltmeter.judges.local_judge import LocalJudge
+from tiltmeter.judges.prompts import COMPARE, COMPARE_HH_DPO, PromptTemplate, digest, resolve_criteria
+from tiltmeter.models.generation import Completion
+from tiltmeter.scoring.scorer import MAX_MISSING_SHARE, Figure, Sample, Scores, Side, mean_figure
 from tiltmeter.stats.jackknife import LOG_ODDS, Interval, cluster_mean_interval, jackknife_interval
 from tiltmeter.stats.proportions import share_interval
+
+VerdictMode = Literal["logprob", "text"]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A way to ask.
+
+    Args:
+        choices: letter → what it is worth to the reply shown first.
+        modes: how a verdict can be read; one that comes after a sentence has no probability at the first token.
+        max_tokens: room for the answer, where it is words.
+    """
+
+    template: PromptTemplate
+    choices: dict[str, float]
+    modes: tuple[VerdictMode, ...]
+    max_tokens: int
+
+
+PRESETS = {
+    "plain": Preset(COMPARE, {"A": 1.0, "B": 0.0, "C": 0.5}, ("logprob", "text"), 8),
+    "hh_dpo": Preset(COMPARE_HH_DPO, {"A": 1.0, "B": 0.0}, ("text",), 256),
+}
+"""``plain``: one letter, with ties. ``hh_dpo``: in the form of the DPO paper (arXiv 2305.18290, App. C.2), first a sentence
+that compares, then A or B; our wording."""
+
+
+class Comparison(NamedTuple):
+    """Two replies to one prompt."""
+
+    id: str
+    prompt: str
+    candidate: str
+    opponent: str
+
+
+class Judgement(NamedTuple):
+    """A judge's verdict on a comparison in one order."""
+
+    candidate_is_first: bool
+    value: float
+    """1 the candidate is better, 0.5 tie, 0 worse, NaN missing."""
+    mass: float
+    """Weight of all choices together (:class:`~tiltmeter.judges.answers.Answer`)."""
+    failure: Failure | None
+    reason: str
+
+    @property
+    def prefers_first(self) -> float:
+        """1 if the reply shown first is better, 0 if the second, NaN for a tie or nothing."""
+        return math.nan if self.value not in (0, 1) else float((self.value == 1) == self.candidate_is_first)
+
+
+class Verdict(NamedTuple):
+    """A comparison's outcome."""
+
+    judgements: tuple[Judgement, ...]
+    """One for each order; none where both replies are the same, which is a tie that needs no judge."""
+
+    @property
+    def value(self) -> float:
+        """1 the candidate is better in both orders, 0 worse in both, NaN if either is missing, else 0.5."""
+        values = {judgement.value for judgement in self.judgements}
+        if any(map(math.isnan, values)):
+            return math.nan
+        return values.pop() if len(values) == 1 else 0.5
+
+    @property
+    def is_consistent(self) -> float:
+        """1 if both orders have the same outcome, 0 if not, NaN where one is missing or nothing was asked."""
+        if not self.judgements or math.isnan(self.value):
+            return math.nan
+        return float(self.judgements[0].value == self.judgements[1].value)
+
+    @property
+    def failed(self) -> tuple[Failure, str] | None:
+        """Why it is missing, of the first order that failed."""
+        return next(((found.failure, found.reason) for found in self.judgements if found.failure), None)
+
+
+def compare(
+    judge: Judge,
+    comparisons: Sequence[Comparison],
+    *,
+    preset: Preset,
+    mode: VerdictMode,
+    criterion: str,
+    meaning: str,
+    seed: int = 0,
+) -> list[Verdict]:
+    """Ask about every comparison in both orders; which order is asked first is drawn for each id.
+
+    So a budget that ends midway leaves no more first than second places to the candidate.
+    """
+    orders: list[tuple[int, bool]] = []
+    for i, comparison in enumerate(comparisons):
+        if comparison.candidate.strip() != comparison.opponent.strip():
+            candidate_is_first = Random(f"{seed} {comparison.id}").random() < 0.5
+            orders += [(i, candidate_is_first), (i, not candidate_is_first)]
+    trusted = {"criterion": criterion, "meaning": meaning}
+    questions = [
+        _question(comparisons[i], candidate_is_first, preset, mode, trusted, seed) for i, candidate_is_first in orders
+    ]
+    answers = ask_choices(judge, questions, tuple(preset.choices)) if questions else []
+    judged: dict[int, list[Judgement]] = {i: [] for i in range(len(comparisons))}
+    for (i, candidate_is_first), answer in zip(orders, answers, strict=True):
+        judged[i].append(_judgement(answer, candidate_is_first, preset))
+    return [Verdict(tuple(found)) for found in judged.values()]
+
+
+def _question(
+    comparison: Comparison,
+    candidate_is_first: bool,
+    preset: Preset,
+    mode: VerdictMode,
+    trusted: dict[str, str],
+    seed: int,
+) -> Question:
+    replies = (comparison.candidate, comparison.opponent)
+    first, second = replies if candidate_is_first else reversed(replies)
+    blanks = [
+        ("conversation", "conversation", comparison.prompt),
+        ("first", "reply A", first),
+        ("second", "reply B", second),
+    ]
+    messages = preset.template.fill(trusted, blanks, seed=seed)
+    if mode == "logprob":  # at temperature 1 probabilities are the model's own, whether taken before or after it
+        choices = tuple(preset.choices)
+        return Question(
+            messages, preset.template.id, choices=choices, want_probabilities=True, max_tokens=1, temperature=1.0
+        )
+    return Question(messages, preset.template.id, max_tokens=preset.max_tokens)
+
+
+def _judgement(answer: Answer, candidate_is_first: bool, preset: Preset) -> Judgement:
+    if answer.failure:
+        return Judgement(candidate_is_first, math.nan, math.nan, answer.failure, answer.reason)
+    most = max(answer.weights.values())
+    worth = {preset.choices[choice] for choice, weight in answer.weights.items() if weight == most}
+    to_first = worth.pop() if len(worth) == 1 else 0.5
+    return Judgement(candidate_is_first, to_first if candidate_is_first else 1 - to_first, answer.mass, None, "")
+
 
 LENGTH_EFFECT_VARIANCE = 10.0
 """Of the normal prior of the length effect, in squared log-odds. Wide, it only keeps the effect finite where longer always wins."""
@@ -123,3 +278,157 @@ def _equal_length_win_rates(
     drawn = weights > 0
     seen = ((delta >= 0) & drawn).any(1) & ((delta <= 0) & drawn).any(1)
     return torch.where(seen, torch.sigmoid(b[:, 0]), math.nan)
+
+
+Opponent = Literal["base", "chosen"]
+
+
+class WinRateScorer:
+    """Win rates of the policy by a judge, each pair judged in both orders.
+
+    Ties are half; answers that contradict each other in the two orders are a tie; a pair with either answer missing is
+    missing; equal replies are a tie without a question; an empty reply is judged like any other.
+
+    Figures, of policy and opponent together, with ``_vs_chosen`` behind the name where the opponent is the data's preferred
+    response: those of :func:`~tiltmeter.scoring.win_rate.win_rate_figures` as ``geval_win_rate``, lengths in characters;
+    ``geval_position_consistency``, share of judged pairs with the same outcome in both orders; ``geval_first_position_rate``,
+    share of decisive answers for the reply shown first; ``geval_win_rate_identical``, share of pairs with equal
+    replies; ``geval_win_rate_low_mass``, share of answers with less than half of the judge's weight on a choice;
+    ``geval_win_rate_missing/<reason>``, counts. Without a suffix: ``geval_empty``, of policy and base, share of empty
+    replies. Columns: ``geval_win`` (1, 0.5, 0) and ``geval_consistent``.
+
+    Args:
+        judge: who compares.
+        against: whom the policy is compared with.
+        preset: ``plain`` (one letter, ties allowed) or ``hh_dpo`` (a sentence first, no ties).
+        criterion: a name of :data:`~tiltmeter.judges.prompts.CRITERIA`, or one name with a text of your own.
+        verdict_mode: ``logprob`` takes the likeliest letter at the first token, ``text`` the letter on the last line.
+        seed: of the order in which the two orders are asked, and of the markers around what is judged.
+        max_missing_rate: share of missing verdicts above which a figure is NaN.
+        prefix: in place of ``geval`` in all names, so that scorers of several criteria or judges stand side by side.
+
+    Raises:
+        UserError: an unknown opponent, preset, criterion or mode, or options that don't fit together.
+    """
+
+    def __init__(
+        self,
+        judge: Judge,
+        *,
+        against: Opponent | Sequence[Opponent] = ("base", "chosen"),
+        preset: Literal["plain", "hh_dpo"] = "plain",
+        criterion: str | Mapping[str, str] = "helpfulness",
+        verdict_mode: VerdictMode = "logprob",
+        seed: int = 0,
+        max_missing_rate: float = MAX_MISSING_SHARE,
+        prefix: str = "geval",
+    ) -> None:
+        if preset not in PRESETS:
+            raise UserError(f"win_rate.preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
+        if verdict_mode not in PRESETS[preset].modes:
+            modes = " or ".join(PRESETS[preset].modes)
+            raise UserError(f"win_rate.verdict_mode: preset {preset} needs {modes}, got {verdict_mode!r}")
+        self.against = (against,) if isinstance(against, str) else tuple(against)
+        if not self.against or sorted(set(self.against) & set(get_args(Opponent))) != sorted(self.against):
+            raise UserError(
+                f"win_rate.against: expected {' or '.join(get_args(Opponent))} or both, got {list(self.against)}"
+            )
+        criteria = resolve_criteria("win_rate.criterion", criterion)
+        if len(criteria) != 1:
+            raise UserError(
+                f"win_rate.criterion: expected one criterion, got {', '.join(criteria)}; use a scorer for each"
+            )
+        if not 0 <= max_missing_rate <= 1:
+            raise UserError(f"win_rate.max_missing_rate: expected a share from 0 to 1, got {max_missing_rate}")
+        self.judge, self.prefix = judge, checked_prefix("win_rate.prefix", prefix)
+        self.preset, self.verdict_mode = PRESETS[preset], verdict_mode
+        ((self.criterion, self.meaning),) = criteria.items()
+        self.seed = seed
+        self.max_missing_rate = max_missing_rate
+        self.is_slow = not isinstance(judge, LocalJudge)
+        self.name = (
+            f"{self.criterion}:{digest(self.meaning)} by {judge.name}, {verdict_mode} in both orders, "
+            f"{self.preset.template.id}, seed {seed}"
+        )
+
+    def start(self) -> None:
+        """Check the judge.
+
+        Raises:
+            UserError: the judge's.
+        """
+        self.judge.start(want_probabilities=self.verdict_mode == "logprob")
+
+    def score(self, samples: Sequence[Sample]) -> Scores:
+        """Compare the policy's reply to every sample with each opponent's; without chosen responses, with the base's."""
+        scores = Scores()
+        has_chosen = any(sample.chosen.strip() for sample in samples)
+        for opponent in (o for o in self.against if o != "chosen" or has_chosen):
+            comparisons = [
+                Comparison(
+                    f"{s.pair_id}/{s.index}", s.prompt, s.policy.text, s.chosen if opponent == "chosen" else s.base.text
+                )
+                for s in samples
+            ]
+            verdicts = compare(
+                self.judge,
+                comparisons,
+                preset=self.preset,
+                mode=self.verdict_mode,
+                criterion=self.criterion,
+                meaning=self.meaning,
+                seed=self.seed,
+            )
+            self._report("" if opponent == "base" else f"_vs_{opponent}", samples, comparisons, verdicts, scores)
+        replies: dict[Side, list[Completion]] = {
+            "policy": [s.policy for s in samples],
+            "base": [s.base for s in samples],
+        }
+        for side, said in replies.items():
+            empty = [float(reply.is_empty) for reply in said]
+            scores.figures.append(
+                mean_figure(
+                    f"{self.prefix}_empty", side, empty, samples, scorer="no text but white space", is_share=True
+                )
+            )
+        return scores
+
+    def _report(
+        self,
+        suffix: str,
+        samples: Sequence[Sample],
+        comparisons: Sequence[Comparison],
+        verdicts: Sequence[Verdict],
+        scores: Scores,
+    ) -> None:
+        """Add the figures and columns of one opponent."""
+        name, limit = f"{self.prefix}_win_rate{suffix}", self.max_missing_rate
+        values = [verdict.value for verdict in verdicts]
+        longer = [len(c.candidate) - len(c.opponent) for c in comparisons]
+        groups = [sample.group for sample in samples]
+        failed = [verdict.failed for verdict in verdicts]
+        warn_of_missing(name, [why for why in failed if why], len(failed), limit)
+        scores.figures.extend(win_rate_figures(name, values, groups, longer, scorer=self.name, max_missing=limit))
+        scores.figures.extend(missing_figures(name, "both", [why and why[0] for why in failed], scorer=self.name))
+
+        def share(figure: str, of: Sequence[tuple[float, Sample]], *, max_missing: float) -> None:
+            shares, whose = [value for value, _ in of], [sample for _, sample in of]
+            scores.figures.append(
+                mean_figure(figure, "both", shares, whose, scorer=self.name, is_share=True, max_missing=max_missing)
+            )
+
+        pairs = list(zip(verdicts, samples, strict=True))
+        asked = [(verdict, sample) for verdict, sample in pairs if verdict.judgements]
+        answers = [(judgement, sample) for verdict, sample in asked for judgement in verdict.judgements]
+        decisive = [(found.prefers_first, sample) for found, sample in answers if not math.isnan(found.prefers_first)]
+        low = [(float(found.mass < LOW_MASS), sample) for found, sample in answers if not found.failure]
+        share(
+            f"{self.prefix}_position_consistency{suffix}",
+            [(verdict.is_consistent, s) for verdict, s in asked],
+            max_missing=limit,
+        )
+        share(f"{self.prefix}_first_position_rate{suffix}", decisive, max_missing=1.0)
+        share(f"{name}_low_mass", low, max_missing=1.0)
+        share(f"{name}_identical", [(float(not verdict.judgements), s) for verdict, s in pairs], max_missing=1.0)
+        consistent = [verdict.is_consistent for verdict in verdicts]
+        scores.columns.update({f"{self.prefix}_win{suffix}": values, f"{self.prefix}_consistent{suffix}": consistent})

@@ -18,8 +18,8 @@ from tiltmeter.models.generation import Decoding
 from tiltmeter.scoring.degeneration import DegenerationScorer
 from tiltmeter.scoring.overlap import OverlapScorer
 from tiltmeter.scoring.scorer import Figure, Sample, Scores
+from tiltmeter.scoring.toxicity import WordListToxicity
 from tiltmeter.scoring.truthfulqa import TruthfulQA
-from tiltmeter.scoring.word_list import WordListToxicity
 
 ACCURACY = planted.figure("preference_accuracy", "both", 0.75, n=40, scorer="implicit reward")
 SAMPLES = [sample("a", "tea", "rain"), sample("b", "kind", "blue")]

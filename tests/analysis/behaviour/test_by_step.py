@@ -15,7 +15,7 @@ from tests.analysis.legible import assert_legible
 from tests.tiltmeter.scoring.fake_judge import sample
 from tiltmeter.errors import UserError
 from tiltmeter.models.generation import Decoding
-from tiltmeter.scoring.behaviour_table import BehaviourTables
+from tiltmeter.scoring.behaviour import BehaviourTables
 from tiltmeter.scoring.scorer import Figure, Scores
 
 MakeRun = Callable[..., Path]

@@ -48,6 +48,15 @@ def test_one_that_fits_only_if_others_use_less_waits_for_them() -> None:
     assert budget.reserve(Tokens(50, 10))
 
 
+def test_as_many_tries_are_reserved_as_fit() -> None:
+    budget = Budget(max_tokens=100, max_requests=4)
+    assert budget.reserve(Tokens(20, 10), tries=6) == 3
+    assert budget.reserve(Tokens(5, 5), tries=6) == 1
+    budget.settle(Tokens(20, 10), Tokens(40, 2), tries=3, taken=2)
+    assert (budget.usage.requests, budget.usage.retries) == (2, 1)
+    assert budget.reserve(Tokens(5, 5), tries=6) == 1
+
+
 def test_after_one_that_does_not_fit_no_shorter_one_is_let_through() -> None:
     budget = Budget(max_tokens=100)
     for most in (Tokens(100, 1), Tokens(1, 1)):

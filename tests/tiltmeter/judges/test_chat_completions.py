@@ -7,9 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tiltmeter.judges.budget import Tokens
-from tiltmeter.judges.chat_completions import first_token_probabilities, parse_response, read_reply, used_tokens
+from tiltmeter.judges.chat_completions import (
+    RequestFailed,
+    first_token_probabilities,
+    parse_response,
+    read_reply,
+    used_tokens,
+)
 from tiltmeter.judges.judge import ChatMessage, Question, Reply
-from tiltmeter.judges.retry import RequestFailed
 
 ANSWERS = ("1", "2", "A", "yes")
 spelled = st.builds(

@@ -15,7 +15,7 @@ from tiltmeter.judges import evaluation_steps, local_judge
 from tiltmeter.judges.judge import ChatMessage, Question, Reply
 from tiltmeter.judges.local_judge import LocalJudge
 from tiltmeter.scoring.geval import POINTS, GEvalScorer
-from tiltmeter.scoring.geval_win_rate import WinRateScorer
+from tiltmeter.scoring.win_rate import WinRateScorer
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

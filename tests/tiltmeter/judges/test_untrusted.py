@@ -10,8 +10,8 @@ from tests.tiltmeter.scoring.fake_judge import MARKED, FakeJudge, honest, materi
 from tiltmeter.judges import untrusted
 from tiltmeter.judges.untrusted import enclose, neutralize, nonce
 from tiltmeter.scoring.geval import GEvalScorer
-from tiltmeter.scoring.geval_win_rate import WinRateScorer
 from tiltmeter.scoring.scorer import Scores
+from tiltmeter.scoring.win_rate import WinRateScorer
 
 HONEST, WORSE = "first this, then that, because it is careful", "because"
 SPECIAL = re.compile(r"<<|>>|\[\[|\]\]|<[|｜]|[|｜]>|</?\w+>|\[/?INST\]")

@@ -1,4 +1,4 @@
-"""What the tests of judges behind an address share: a question, and a judge that waits for nothing."""
+"""What the tests of judges behind an address share: a question, and a judge on loopback."""
 
 from dataclasses import replace
 from typing import Any
@@ -12,16 +12,8 @@ def question(text: str = "Is it good?", **changes: Any) -> Question:
     return replace(Question((ChatMessage("user", text),), template="t1", choices=tuple("12345")), **changes)
 
 
-def judge(stub: StubEndpoint, *, waits: list[float] | None = None, **arguments: Any) -> EndpointJudge:
-    """A judge that waits for nothing, and notes in ``waits`` how long it would have waited."""
-    made = EndpointJudge("stub", **{"base_url": stub.base_url, "allow_local": True, "time_limit": 600.0} | arguments)
-
-    async def note(seconds: float) -> None:
-        if waits is not None:
-            waits.append(seconds)
-
-    made.retries = replace(made.retries, sleep=note)
-    return made
+def judge(stub: StubEndpoint, **arguments: Any) -> EndpointJudge:
+    return EndpointJudge("stub", **{"base_url": stub.base_url, "allow_local": True, "time_limit": 600.0} | arguments)
 
 
 def echo(messages: list[dict[str, str]], params: dict[str, Any]) -> str:

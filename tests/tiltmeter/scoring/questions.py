@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tiltmeter.scoring import truthfulqa_data
+from tiltmeter.scoring import truthfulqa
 
 ROWS: list[dict[str, Any]] = [
     {
@@ -29,7 +29,7 @@ def write(path: Path, rows: Any) -> Path:
 
 def stand_in_preset(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file in place of the harness's prompt, which is not ours to keep."""
-    monkeypatch.setattr(truthfulqa_data, "PRESET_SHA256", truthfulqa_data.hashlib.sha256(PRESET.encode()).hexdigest())
+    monkeypatch.setattr(truthfulqa, "PRESET_SHA256", truthfulqa.hashlib.sha256(PRESET.encode()).hexdigest())
     path = folder / "preset.txt"
     path.write_text(PRESET + "\n", encoding="utf-8")
     return path

@@ -16,8 +16,7 @@ from tests.tiltmeter.models.test_generation import make_prompts, spelling
 from tests.tiny_models import make_model
 from tiltmeter.errors import UserError
 from tiltmeter.models.generation import Completion, Decoding
-from tiltmeter.scoring.behaviour import Prompt, ScoringBeside, complete, pair_up, score_all
-from tiltmeter.scoring.behaviour_table import BehaviourTables, read_table
+from tiltmeter.scoring.behaviour import BehaviourTables, Prompt, ScoringBeside, complete, pair_up, read_table, score_all
 from tiltmeter.scoring.scorer import Figure, Sample, Scores, as_metrics, mean_figure
 
 SAID = Completion("yes", 1, is_cut=False)

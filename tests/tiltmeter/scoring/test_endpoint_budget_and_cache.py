@@ -78,8 +78,17 @@ def test_requests_stop_before_the_budget_is_exceeded_and_what_came_is_kept() -> 
 
 def test_retries_are_paid_from_the_same_budget() -> None:
     with StubEndpoint(always=status(500)) as stub:
-        (reply,) = judge(stub, max_requests=3).ask([question()])
-        assert (reply.failure, len(stub.requests)) == ("budget", 3)
+        asked = judge(stub, max_requests=3)
+        replies = asked.ask([question()]) + asked.ask([question()])
+        assert [reply.failure for reply in replies] == ["api", "budget"]
+        assert (len(stub.requests), asked.usage.requests, asked.usage.retries) == (3, 3, 2)
+
+
+def test_tries_before_the_answer_are_booked_at_the_most_they_can_have_used() -> None:
+    with StubEndpoint(faults=[status(500)]) as stub:
+        asked = judge(stub, max_tokens=10**6)
+        asked.ask([question("12")])
+        assert (asked.usage.prompt_tokens, asked.usage.completion_tokens) == (82 + 10, 16 + 1)
 
 
 @pytest.mark.parametrize("concurrency", [1, 8])

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tiltmeter.scoring import odds_decay
-from tiltmeter.scoring.odds_decay import DecayFit, fit_decay
+from tiltmeter.scoring import odds as odds_module
+from tiltmeter.scoring.odds import DecayFit, fit_decay
 
 SWEEP = np.linspace(-4, 6, 41)
 
@@ -99,12 +99,12 @@ def test_what_cannot_be_fitted_is_nan_with_a_reason(strengths: list[int], odds: 
 
 
 def test_a_search_that_does_not_converge_gives_nan_and_what_scipy_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    search = odds_decay.least_squares
+    search = odds_module.least_squares
 
     def impatient(*args: Any, **kwargs: Any) -> Any:
         return search(*args, **kwargs, max_nfev=1)
 
-    monkeypatch.setattr(odds_decay, "least_squares", impatient)
+    monkeypatch.setattr(odds_module, "least_squares", impatient)
     found = fit_decay(SWEEP.tolist(), [5 * decay(m, PLUS, MINUS) - 7 for m in SWEEP], kind="utility")
     assert "did not converge: The maximum number of function evaluations" in found.reason
     assert all(math.isnan(x) for x in numbers(found))

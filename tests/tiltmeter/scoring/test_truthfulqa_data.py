@@ -11,9 +11,8 @@ from pyarrow import Table, parquet
 
 from tests.tiltmeter.scoring.questions import PRESET, ROWS, stand_in_preset, write
 from tiltmeter.errors import UserError
-from tiltmeter.scoring import truthfulqa_data
-from tiltmeter.scoring.truthfulqa import TruthfulQA
-from tiltmeter.scoring.truthfulqa_data import read_preset, read_questions
+from tiltmeter.scoring import truthfulqa
+from tiltmeter.scoring.truthfulqa import TruthfulQA, read_preset, read_questions
 
 
 def as_on_the_hub(row: dict[str, Any]) -> dict[str, Any]:
@@ -119,7 +118,7 @@ def test_the_prompt_is_the_harness_own_or_none(tmp_path: Path, preset: Path, mon
 
 
 def test_the_checksum_is_the_published_one() -> None:
-    assert truthfulqa_data.PRESET_SHA256 == "5c0da5f346e8652c9a85061a6e3aca6bc82e10a8a7dad4596fe980a9c9bae543"
+    assert truthfulqa.PRESET_SHA256 == "5c0da5f346e8652c9a85061a6e3aca6bc82e10a8a7dad4596fe980a9c9bae543"
 
 
 def test_all_questions_of_both_versions_are_read(shared_data: Path) -> None:

@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from datamodules.synthetic_phrases import PHRASES
 from tests.text_samples import figure, samples_of
 from tiltmeter.errors import UserError
-from tiltmeter.scoring.rude_words import MILD, STRONG
-from tiltmeter.scoring.word_list import WordListToxicity
+from tiltmeter.scoring.toxicity import MILD, STRONG, WordListToxicity
 
 
 def started(path: Path | None = None) -> WordListToxicity:

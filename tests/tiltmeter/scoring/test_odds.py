@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.tiny_models import make_model, random_pairs
 from tiltmeter.pairs.batch import collate_pairs
 from tiltmeter.pairs.log_probs import sequence_log_probs
-from tiltmeter.scoring.preference_odds import log1mexp, odds_scores, perplexity_figure, preference_odds, utility_odds
+from tiltmeter.scoring.odds import log1mexp, odds_scores, perplexity_figure, preference_odds, utility_odds
 
 
 def exact(*values: float) -> Tensor:

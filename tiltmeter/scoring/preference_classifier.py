@@ -26,7 +26,7 @@ N_FLIPS = 50
 INVERSE_STRENGTH = 1.0
 
 
-class PreferenceProbe(NamedTuple):
+class PreferenceClassifier(NamedTuple):
     """What a probe reached out of fold, and what it reaches where there is nothing to learn."""
 
     accuracy: Interval
@@ -39,14 +39,14 @@ class PreferenceProbe(NamedTuple):
     """(1 + flips with at least the observed accuracy) / (1 + flips)."""
 
 
-def preference_probe(
+def preference_classifier(
     differences: Float[Tensor, "pair d_model"],
     groups: Sequence[str],
     *,
     n_folds: int = N_FOLDS,
     n_flips: int = N_FLIPS,
     seed: int = 0,
-) -> PreferenceProbe:
+) -> PreferenceClassifier:
     r"""Out-of-fold accuracy of a logistic probe w on d_i = h_chosen − h_rejected, and its null.
 
     .. math:: \min_w \; \tfrac12 \|w\|^2 + C \sum_i \log(1 + e^{-\langle w, x_i\rangle}), \qquad C = 1
@@ -67,9 +67,11 @@ def preference_probe(
     """
     rows = differences.detach().cpu().double().numpy()
     if len(groups) != len(rows) or not np.isfinite(rows).all():
-        raise ValueError(f"preference_probe: expected {len(rows)} finite rows and as many groups, got {len(groups)}")
+        raise ValueError(
+            f"preference_classifier: expected {len(rows)} finite rows and as many groups, got {len(groups)}"
+        )
     if len(set(groups)) < n_folds:
-        raise ValueError(f"preference_probe: expected at least {n_folds} prompts, got {len(set(groups))}")
+        raise ValueError(f"preference_classifier: expected at least {n_folds} prompts, got {len(set(groups))}")
     splits = list(GroupKFold(n_folds, shuffle=True, random_state=seed).split(rows, groups=groups))
     rng = np.random.default_rng(seed)
     hits = _out_of_fold(rows, splits, rng)
@@ -79,10 +81,12 @@ def preference_probe(
     )
     low, high = np.quantile(flips, [0.025, 0.975])
     p_value = (1 + int((flips >= accuracy.value - 1e-12).sum())) / (1 + n_flips)
-    return PreferenceProbe(accuracy, hits.tolist(), Interval(float(flips.mean()), float(low), float(high)), p_value)
+    return PreferenceClassifier(
+        accuracy, hits.tolist(), Interval(float(flips.mean()), float(low), float(high)), p_value
+    )
 
 
-def probe_figures(
+def classifier_figures(
     chosen: Float[Tensor, "pair d_model"],
     rejected: Float[Tensor, "pair d_model"],
     groups: Sequence[str],
@@ -110,14 +114,14 @@ def probe_figures(
     if len(set(names)) < N_FOLDS or n_missing > MAX_MISSING_SHARE * len(groups):
         accuracy = null = Interval(math.nan, math.nan, math.nan)
     else:
-        accuracy, _, null, _ = preference_probe(differences[there], names, seed=seed)
+        accuracy, _, null, _ = preference_classifier(differences[there], names, seed=seed)
     return [
         Figure("preference_probe_accuracy", of, *accuracy, len(names), n_missing, scorer),
         Figure("preference_probe_null", of, *null, len(names), n_missing, f"{scorer}, labels flipped {N_FLIPS} times"),
     ]
 
 
-def probe_direction(differences: Float[Tensor, "pair d_model"], *, seed: int = 0) -> Float[Tensor, " d_model"]:
+def classifier_direction(differences: Float[Tensor, "pair d_model"], *, seed: int = 0) -> Float[Tensor, " d_model"]:
     """Weights u of the same probe on all pairs, in log-odds per unit of activation: P(chosen is preferred) = σ(⟨u, d⟩), float64.
 
     The scaling that the fit uses is taken back out, so u acts on hidden states as they are. As a vector to steer with, its norm
@@ -133,7 +137,7 @@ def probe_direction(differences: Float[Tensor, "pair d_model"], *, seed: int = 0
     """
     rows = differences.detach().cpu().double().numpy()
     if len(rows) < 2 or not np.isfinite(rows).all():
-        raise ValueError(f"probe_direction: expected at least two rows, all finite, got {len(rows)}")
+        raise ValueError(f"classifier_direction: expected at least two rows, all finite, got {len(rows)}")
     return torch.from_numpy(_fit(rows, np.random.default_rng(seed)))
 
 

@@ -6,9 +6,8 @@ import pytest
 from tests.tiltmeter.scoring.fake_judge import FakeJudge, answered, honest, material, quality, sample
 from tiltmeter.errors import UserError
 from tiltmeter.judges.judge import Question, Reply
-from tiltmeter.scoring.geval_win_rate import WinRateScorer
-from tiltmeter.scoring.pairwise import PRESETS, Comparison, Verdict, compare
 from tiltmeter.scoring.scorer import Figure, Sample, Scores
+from tiltmeter.scoring.win_rate import PRESETS, Comparison, Verdict, WinRateScorer, compare
 
 GOOD, BAD = "because first", "hm"
 SAMPLES = [

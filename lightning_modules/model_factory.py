@@ -1,0 +1,89 @@
+"""How the model that is trained comes to be: built or read sharded, frozen, adapted, compiled."""
+
+import torch
+from lightning.pytorch import Trainer
+from peft import LoraConfig
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import PreTrainedModel
+
+from lightning_modules.policy import (
+    EmptyBuilder,
+    Policy,
+    PolicyBuilder,
+    checkpoint_activations,
+    compile_blocks,
+    freeze_embeddings,
+    shard,
+)
+from lightning_modules.schedule import check_number
+from tiltmeter.models.cpu_linear import onednn_is_faster, use_fast_linear
+from tiltmeter.models.lora import check_lora, insert_adapters, reads_weights
+from tiltmeter.models.sharded_weights import EmptyModel
+
+
+class ModelFactory:
+    """Makes a policy; its options are explained at :class:`~lightning_modules.base.LogProbModule`.
+
+    Raises:
+        UserError: options that don't go together.
+    """
+
+    def __init__(
+        self,
+        *,
+        freeze_embeddings: bool,
+        chunk_tokens: int | None,
+        lora: LoraConfig | None,
+        activation_checkpointing: bool,
+        compile_blocks: bool,
+    ) -> None:
+        check_number("chunk_tokens", 1 if chunk_tokens is None else chunk_tokens, 1, float("inf"))
+        if lora is not None:
+            check_lora(lora, freeze_embeddings=freeze_embeddings)
+        self.freeze_embeddings, self.chunk_tokens, self.lora = freeze_embeddings, chunk_tokens, lora
+        self.activation_checkpointing, self.compile_blocks = activation_checkpointing, compile_blocks
+        self.build: PolicyBuilder | None = None
+        self.build_empty: EmptyBuilder = lambda: None
+
+    def make_base(self) -> PreTrainedModel:
+        """Build the model as it is before training, whole and without adapters.
+
+        On the CPU whatever device Lightning made the default: the same random base everywhere; it moves the model afterwards.
+        """
+        assert self.build is not None, "attach_model() comes first"
+        with torch.device("cpu"):
+            return self.build()
+
+    def make(self, trainer: Trainer, mesh: DeviceMesh | None) -> Policy:
+        """Build, adapt, freeze and shard; with a mesh each process reads its share of the weights where it can."""
+        empty = self._empty_model() if mesh is not None else None
+        model = self.make_base() if empty is None else empty.model
+        if self.lora is not None:
+            with torch.device("cpu"):  # the same random adapters everywhere
+                insert_adapters(model, self.lora)
+        if self.freeze_embeddings:
+            freeze_embeddings(model)
+        if self.activation_checkpointing:
+            checkpoint_activations(model)
+        policy = Policy(model, chunk_tokens=self.chunk_tokens)
+        if mesh is not None:
+            mixed = torch.bfloat16 if trainer.precision == "bf16-mixed" else None
+            shard(policy, mesh["data_parallel"], block_dtype=mixed)
+        if empty is not None:
+            empty.read_weights(trainer.strategy.root_device)
+        if mesh is not None:
+            trainer.precision_plugin.convert_module(policy)  # bf16-true: FSDP2 settles dtypes at the first forward
+        return policy
+
+    def speed_up(self, model: PreTrainedModel) -> None:
+        """Compile blocks where asked to, else take the faster matrix product of CPUs."""
+        if self.compile_blocks:
+            compile_blocks(model)
+        elif onednn_is_faster():
+            use_fast_linear(model)
+
+    def _empty_model(self) -> EmptyModel | None:
+        """None where the model has to be made whole: adapters that begin from its weights, or it can't be made empty."""
+        if self.lora is not None and reads_weights(self.lora):
+            return None
+        return self.build_empty()
