@@ -92,7 +92,7 @@ def test_a_judge_named_on_the_command_line_rates_while_a_run_trains(
         run = train(tmp_path, *options)
         assert {request.headers["authorization"] for request in stub.requests} == {f"Bearer {CANARY}"}
         stub.faults, stub.always = [None], slow(60)  # the check before training is answered, nothing after it
-        short = ("logger=csv", "trainer.max_steps=1", "callbacks.generation.wait_seconds=1")
+        short = ("logger=csv", "trainer.max_steps=1", "callbacks.generation.wait_seconds=1", "judge.judge.cache=null")
         hurried = run_train(*options, *short, f"runs_root={tmp_path}", "seed=1", "name=slow")
     judged = table(run, FIGURES).query("metric == 'geval_score'")
     assert judged["n"].tolist() == [3] * 4

@@ -217,7 +217,7 @@ def change(measure: Measure, start: float, last: Point, when: str = "") -> str:
 def number(value: float, metric: str = "") -> str:
     """A figure as text; – where there is none.
 
-    >>> number(math.nan), number(0.25), number(-123.4), number(3.0, "geval_score_missing/api")
+    >>> number(math.nan), number(0.25), number(-123.4), number(3.0, "geval_score/helpful_missing/api")
     ('–', '0.250', '−123.4', '3')
     """
     if not math.isfinite(value):
