@@ -34,7 +34,7 @@ _SHAPE = (
 _NOT_COMPUTED = ("architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
 """Settings that say nothing about what a model computes; nor do names and special tokens."""
 _LEAST_LENGTH = 8
-"""As :class:`~datamodules.tokenization.PairTokenizer` takes it."""
+"""Least length that :class:`~datamodules.tokenization.PairTokenizer` takes."""
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,7 @@ def settings_that_differ(checkpoints: Checkpoints) -> list[str]:
 
 
 def _beta_of(run: Run) -> float:
-    """Of the run's loss; the usual one where its configuration names none that exists."""
+    """β of the run's loss; the usual one where its configuration names none that exists."""
     try:
         return make_preference_loss(str(run.setting("module.loss") or "sigmoid"), beta=run.setting("module.beta")).beta
     except UserError:

@@ -233,7 +233,7 @@ def _unrelated_ids(checkpoints: Checkpoints, path: str | None) -> list[list[int]
 
 @dataclass(frozen=True)
 class _Provenance:
-    """What is known of every vector that is estimated here."""
+    """Facts that are known of every vector that is estimated here."""
 
     facts: Mapping[str, str | int]
 
