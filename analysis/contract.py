@@ -33,7 +33,7 @@ class Needs(NamedTuple):
     several_steps: bool = False
     """Observations at several steps of one training."""
     random_weights: bool = False
-    """The same figures under random weight changes (control C8)."""
+    """Whether figures are held against random weight changes (control C8)."""
 
     @property
     def a_run(self) -> bool:

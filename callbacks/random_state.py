@@ -18,7 +18,7 @@ class RandomState(Callback):
     _loaded: list[dict[str, Any]] | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Of all processes; a collective, as saving is."""
+        """State of all processes; a collective, as saving is."""
         return {"ranks": _gather(random_state())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

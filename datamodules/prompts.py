@@ -10,8 +10,6 @@ from datamodules.records import AttributeValue
 from tiltmeter.errors import UserError
 from tiltmeter.scoring.toxicity import PROMPT_TOXICITY
 
-_KEY = "prompts.path"
-
 
 @dataclass(frozen=True)
 class Prompt:
@@ -34,14 +32,15 @@ class PromptFile:
     Args:
         path: file or folder.
         max_prompts: only so many, the first ones; None: all.
+        key: the option that ``path`` was given by, for messages.
     """
 
     name = "prompts"
 
-    def __init__(self, path: str, max_prompts: int | None = None) -> None:
+    def __init__(self, path: str, max_prompts: int | None = None, *, key: str = "prompts.path") -> None:
         if max_prompts is not None and max_prompts < 1:
             raise UserError(f"prompts.max_prompts: expected a whole number above 0, or null, got {max_prompts}")
-        self.path = path
+        self.path, self.key = path, key
         self.max_prompts = max_prompts
 
     def load(self) -> list[Prompt]:
@@ -51,7 +50,7 @@ class PromptFile:
             UserError: a missing or damaged file, or a row without a prompt.
         """
         prompts: list[Prompt] = []
-        for file in list_files(self.path, _KEY):
+        for file in list_files(self.path, self.key):
             for line_number, row in read_rows(file):
                 if self.max_prompts is not None and len(prompts) >= self.max_prompts:
                     return prompts

@@ -45,7 +45,7 @@ class Wanted(NamedTuple):
     dry_run: bool
     upload: bool
     kernel: str | None
-    """Of attention; None: a run's own, else the family's."""
+    """Kernel of attention; None: a run's own, else the family's."""
     attempts: Attempts
     """Analyses that fail, of which none costs the others."""
 
@@ -61,7 +61,7 @@ class Plan(NamedTuple):
     analysis: Analysis
     asking: Asking
     costs: Sequence[Cost]
-    """Of a dry run."""
+    """Costs that a dry run prints."""
 
 
 def analyze(config: DictConfig) -> Path | None:
@@ -180,7 +180,7 @@ def _with_random(seen: Observed, run: Run, reading: StateReading, opened: Callab
 
 
 def _read_now(wanted: Wanted) -> list[Analysis]:
-    """Those for which one reading of two models is enough."""
+    """Analyses for which one reading of two models is enough."""
     return [a for a in wanted.analyses if a.needs.what == "states" and not a.needs.several_steps]
 
 
@@ -276,7 +276,7 @@ def _analyze_into(folder: Path, config: DictConfig, wanted: Wanted) -> Path | No
 def _plan(
     wanted: Wanted, opened: Callable[..., Checkpoints], tables: Path, *, goes_on_with: str | None = None
 ) -> list[Plan]:
-    """What is asked: models opened, those of one dtype and device once, and judges reached; of a dry run only the costs."""
+    """Plan what is asked: models opened, those of one dtype and device once, and judges reached; of a dry run only the costs."""
     plans = []
     for name, question in wanted.questions.items():
         models = opened(dtype=question.dtype, device=question.device)

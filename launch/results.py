@@ -42,7 +42,7 @@ def provenance(parts: Parts) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the packages that numbers depend on."""
+    """Versions of Python and of the packages that numbers depend on."""
     return {"python": sys.version.split()[0], **{name: version(name) for name in _PACKAGES}}
 
 

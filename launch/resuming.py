@@ -103,7 +103,7 @@ def keep_chat_date(checkpoint: Path, config: DictConfig) -> None:
 
 
 def _settings_of(checkpoint: Path) -> dict[str, Any]:
-    """Of the run that a checkpoint belongs to. Raises UserError."""
+    """Settings of the run that a checkpoint belongs to. Raises UserError."""
     saved = checkpoint.parent.parent / "config.yaml"
     try:
         return dict(yaml.safe_load(saved.read_text(encoding="utf-8")))

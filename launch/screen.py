@@ -38,7 +38,7 @@ class FittingTable(Table):
     """A table that never cuts a figure: words wrap, and where that isn't enough, every cell gets a line of its own."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """As rich calls it."""
+        """Yield what rich prints."""
         for column in self.columns:
             column.overflow = "fold"
         if self._least_width(console) <= options.max_width:

@@ -61,7 +61,7 @@ class LogProbModule(LightningModule):
     """
 
     objective: Objective
-    """What is trained on, which the data module lays its batches out for; so do :attr:`predict_prompt` and :attr:`packs`."""
+    """Objective that the data module lays its batches out for; so do :attr:`predict_prompt` and :attr:`packs`."""
     predict_prompt = False
     packs: bool | None = None
     """Whether batches are packed; None until the model is there to say whether it can."""

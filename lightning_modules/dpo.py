@@ -144,7 +144,7 @@ class DPOModule(LogProbModule):
         return table
 
     def _log_probs_in(self, split: Split, micro_batches: MicroBatches) -> Tensor:
-        """The same of given micro-batches, all of them on this process."""
+        """Reference log-probs of given micro-batches, all of them on this process."""
         return self._log_probs_by_row(split, [self.data.step_of(split, micro_batches)], others=torch.nan)
 
     @torch.no_grad()

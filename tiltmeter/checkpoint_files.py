@@ -27,7 +27,7 @@ _N_NEWEST_KEPT = 2
 
 
 class DamagedCheckpoint(ValueError):
-    """What is wrong with a checkpoint, as the end of a sentence that starts with its path."""
+    """Damage to a checkpoint, worded as the end of a sentence that starts with its path."""
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ def remove_unfinished(folder: Path) -> list[Path]:
 
 
 def _newest_first(folder: Path, unreadable: list[str]) -> list[Path]:
-    """By steps taken, then by time; those without a readable manifest are added to ``unreadable``."""
+    """Sort by steps taken, then by time; those without a readable manifest are added to ``unreadable``."""
     known: list[tuple[int, str, Path]] = []
     for path in data_of(folder):
         try:

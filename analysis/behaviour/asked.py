@@ -158,7 +158,7 @@ class Behaviour:
         return Answers(samples, scores, self.decoding, beta, silent, checkpoints.pairs)
 
     def costs(self, checkpoints: Checkpoints) -> list[Cost]:
-        """Of the two models; what scorers, judges and TruthfulQA take comes on top."""
+        """Passes and tokens of the two models; what scorers, judges and TruthfulQA take comes on top."""
         prompts, n_samples, n_new = self._prompts(checkpoints), self.decoding.n_samples, self.decoding.max_new_tokens
         said = n_samples * sum(len(prompt.ids) + n_new for prompt in prompts)
         over_pairs = 4 if self.probe_sites else 2  # log-probs and the probe, by either model

@@ -50,7 +50,7 @@ _GENERATED_BY = "callbacks.generation_metrics.GenerationMetrics"
 _MOST_UNKNOWN = 3
 """Panels for figures that are not among those that lead."""
 _LEAST_HEIGHT = 0.1
-"""Of an axis that begins at 0, so that curves at 0 don't lie in the middle."""
+"""Least height of an axis that begins at 0, so that curves at 0 don't lie in the middle."""
 
 
 class ScoresByStep(NamedTuple):
@@ -142,7 +142,7 @@ def draw_measure(axes: Axes, table: pd.DataFrame, *, measure: Measure) -> str:
 
 
 def _when(last: Point, table: pd.DataFrame) -> str:
-    """Of which step a figure is, where it is not the last one."""
+    """Step of a figure in words, where it is not the last one."""
     return f" after step {last.steps_taken:.0f}" if last.steps_taken < table["steps_taken"].max() else ""
 
 

@@ -14,7 +14,7 @@ from tiltmeter.models.generation import Decoding, as_words
 from tiltmeter.scoring.degeneration import NGRAMS
 
 COLUMNS = ("steps_taken", "metric", "of", "value", "ci_low", "ci_high", "n", "n_missing", "scorer")
-"""Of a table of figures (:func:`tiltmeter.scoring.behaviour.figure_table`)."""
+"""Columns of a table of figures (:func:`tiltmeter.scoring.behaviour.figure_table`)."""
 VS_CHOSEN = "_vs_chosen"
 WIN_RATES: Mapping[str, str] = {
     "oracle_preference_rate": "the planted oracle",
@@ -162,7 +162,7 @@ def measures_of(table: pd.DataFrame) -> list[Measure]:
 
 
 def rules_fired(value: Callable[[str], float]) -> str:
-    r"""By which rules completions are degenerate, those that fired.
+    r"""Names of the rules by which completions are degenerate.
 
     Args:
         value: share of completions by the name of its figure; NaN: not known.

@@ -52,9 +52,9 @@ class Text(NamedTuple):
     degenerate: float
     """Share of completions."""
     unsteered: float
-    """The same of λ = 0."""
+    """Share of degenerate completions at λ = 0."""
     p_value: float
-    """Of the exact test that steering made it more."""
+    """p-value of the exact test that steering made it more."""
 
     @property
     def has_collapsed(self) -> bool:

@@ -157,7 +157,7 @@ class _Field:
         }
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Of every pair: R on the grid, by site and kind of words; and along its responses."""
+        """Gradient of every pair: R on the grid, by site and kind of words; and along its responses."""
         for at, place in enumerate(self.places):
             pair = {"pair_id": place.pair.pair_id, "group": place.pair.group}
             with fast_linear(self.taken.model):

@@ -37,7 +37,7 @@ class Place(NamedTuple):
 
 
 def parting_places(pairs: Sequence[ProbePair], *, seed: int) -> list[Place]:
-    """Of all pairs whose responses part, behind at least two tokens.
+    """Places of all pairs whose responses part behind at least two tokens.
 
     Args:
         seed: of the random words.
@@ -133,7 +133,7 @@ class StateGradients:
 
     @torch.no_grad()
     def along_responses(self, at: int) -> Float[Tensor, "state d_model"]:
-        """Of the whole responses' loss at ``final_post_norm``, one for each state that predicts a word of theirs."""
+        """Gradients of the whole responses' loss at ``final_post_norm``, one for each state that predicts a word of theirs."""
         ids = self.places[at].pair.ids
         batch = collate_pairs([ids], pair_index=[0], layout="concatenated").to(self.model.device)
         ratio = torch.zeros(2, device=self.model.device)

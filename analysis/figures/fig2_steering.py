@@ -220,7 +220,7 @@ def _difference(row: pd.Series, form: str) -> str:
 
 
 def _interval(table: pd.DataFrame, effects: pd.DataFrame, settings: Mapping[str, Any]) -> str:
-    """That of the headline figures, and what all intervals of the section are."""
+    """Interval of the headline figures, and how all intervals of the section are made."""
     parts = []
     for direction in GOALS:
         row = _of_v_star(effects, direction, best_site(table, direction)).iloc[0]
@@ -428,7 +428,7 @@ def _draw_lines(axes: Axes, table: pd.DataFrame, direction: str, metric: str, *,
 def _random_bands(
     table: pd.DataFrame, direction: str, metric: str, sites: Sequence[str]
 ) -> list[tuple[float, float, float]]:
-    """By λ the prediction interval of random vectors, from the lowest to the highest of the sites."""
+    """Prediction interval of random vectors by λ, from the lowest to the highest of the sites."""
     found = []
     for strength in sorted(rows_of(table, direction, RANDOM, None, metric)["lambda"].unique()):
         drawn = [torch.tensor([controls_at(table, direction, site, metric, strength)]).double() for site in sites]

@@ -41,7 +41,7 @@ ENTROPIES = {
 }
 """Column of the table → name in metrics.csv, without the site."""
 _RANDOM = ("entropy_energy", "entropy_energy_centred", "entropy_singular", "entropy_singular_centred")
-"""Those also told under random weights."""
+"""Entropies that are told under random weights, too."""
 _BLUE, _NAVY, _GREY = COLOURS["policy"], COLOURS["policy_dark"], COLOURS["mark"]
 _METRIC = "entropy_energy"
 _DRAWN = ("entropy_energy", "entropy_singular", "normalized_entropy_energy", "normalized_entropy_singular")
@@ -282,7 +282,7 @@ def _ranks(rows: Float[Tensor, "row d_model"], centred: RowGeometry) -> dict[str
 
 
 def long_spectra(wide: pd.DataFrame) -> pd.DataFrame:
-    """The same, a row a figure: site, position, matrix, variant, metric, value, n, d_model, snapshot."""
+    """Spectra with a row a figure: site, position, matrix, variant, metric, value, n, d_model, snapshot."""
     long = wide.melt([*_WHERE, *_SIZE], var_name="metric", value_name="value")
     return long[["site", "position", "matrix", "variant", "metric", "value", *_SIZE, "snapshot"]]
 

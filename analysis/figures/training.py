@@ -43,7 +43,7 @@ class Training(NamedTuple):
     loss before, a validation after the update of its step.
     """
     window: int
-    """Of the running mean, in steps."""
+    """Width of the running mean, in steps."""
     loss: str
     interval: str = ""
     """95 % interval over prompts of the last held-out accuracy; empty for runs without held_out.csv."""

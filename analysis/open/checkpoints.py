@@ -34,7 +34,7 @@ _SHAPE = (
 _NOT_COMPUTED = ("architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
 """Settings that say nothing about what a model computes; nor do names and special tokens."""
 _LEAST_LENGTH = 8
-"""As :class:`~datamodules.tokenization.PairTokenizer` takes it."""
+"""Least length that :class:`~datamodules.tokenization.PairTokenizer` takes."""
 
 
 @dataclass(frozen=True)
@@ -137,13 +137,14 @@ class HeldOutPairs:
         opened = _open(base, aligned, dtype, device, attn_implementation)
         limit = getattr(opened[0].model.config, "max_position_embeddings", None) or self.max_length
         drawn = [with_clean_label(record) for record in _one_a_prompt(records, self.n_pairs, self.seed)]
-        try:
-            encode = PairTokenizer(
-                opened[0].tokenizer, min(self.max_length, limit), text_format=self.text_format, chat_date=self.chat_date
-            )
-            kept, ids, cuts = encode(drawn)
-        except UserError as error:  # the options have another name here
-            raise UserError(str(error).replace("datamodule.", "pairs.")) from error
+        encode = PairTokenizer(
+            opened[0].tokenizer,
+            min(self.max_length, limit),
+            text_format=self.text_format,
+            chat_date=self.chat_date,
+            options="pairs",
+        )
+        kept, ids, cuts = encode(drawn)
         _check_same_ids(opened, kept)
         pairs = [ProbePair.of(record, tokens) for record, tokens in zip(kept, ids, strict=True)]
         return Checkpoints(*opened, pairs, source if isinstance(source, SyntheticWorld) else None), reports, cuts
@@ -153,10 +154,7 @@ def prompts_of_file(path: str, n_prompts: int | None, opened: LoadedModel) -> li
     """Prompts without preferences, such as those of RealToxicityPrompts, encoded behind one BOS. Raises UserError."""
     encoder, bos = SegmentEncoder(opened.tokenizer), opened.tokenizer.bos_token_id
     start = [] if bos is None else [bos]
-    try:
-        prompts = PromptFile(path, n_prompts).load()
-    except UserError as error:  # the option has another name here
-        raise UserError(str(error).replace("prompts.path", "behaviour.prompts")) from error
+    prompts = PromptFile(path, n_prompts, key="behaviour.prompts").load()
     return [Prompt(p.pair_id, p.text, [*start, *encoder.encode(p.text)], "", p.pair_id, p.attributes) for p in prompts]
 
 
@@ -231,7 +229,7 @@ def settings_that_differ(checkpoints: Checkpoints) -> list[str]:
 
 
 def _beta_of(run: Run) -> float:
-    """Of the run's loss; the usual one where its configuration names none that exists."""
+    """β of the run's loss; the usual one where its configuration names none that exists."""
     try:
         return make_preference_loss(str(run.setting("module.loss") or "sigmoid"), beta=run.setting("module.beta")).beta
     except UserError:

@@ -101,7 +101,7 @@ def check_files(root: Path, expected: Mapping[str, str], *, said_by: Path, cure:
 
 
 def _sha256_now(path: Path) -> str:
-    """The same for the same file in one process: models are opened several times there, and hashed once."""
+    """sha256 of a file, computed once in a process: models are opened several times there, and hashed once."""
     status = path.stat()
     return _sha256(path, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 

@@ -15,7 +15,7 @@ from tiltmeter.pairs.batch import PreferenceBatch, collate_pairs
 from tiltmeter.pairs.log_probs import scale_and_cap, target_hidden_states
 
 _TOKENS_PER_BATCH = 2048
-"""Of rows × tokens before they are multiplied by the number of vectors or λ."""
+"""Most rows × tokens before they are multiplied by the number of vectors or λ."""
 
 
 class LaidPairs(NamedTuple):

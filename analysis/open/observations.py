@@ -13,7 +13,7 @@ USUAL_POSITION, CONTENT, DIVERGE = "prompt_last", "content", "diverge"
 
 
 def named(of: str) -> dict[str, str]:
-    """What is told at every site of a matrix, such as ``base``: column of tables → name in metrics.csv without the site.
+    """Names in metrics.csv, without the site, by column of tables: what is logged of a matrix such as ``base``.
 
     >>> named("base")["mean_cosine_in_sample"], named("delta")["mean_cosine_in_sample"]
     ('mean_cosine/in_sample/base', 'mean_cosine/in_sample')
@@ -41,7 +41,7 @@ def named(of: str) -> dict[str, str]:
 
 
 UPDATE = named("delta")
-"""What is told of the update ΔH."""
+"""Metrics by column that are logged of the update ΔH."""
 
 
 def observed(metrics: pd.DataFrame) -> pd.DataFrame:

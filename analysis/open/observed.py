@@ -158,7 +158,7 @@ def _stored_states(folder: Path, metrics: pd.DataFrame) -> StatePair | None:
 
 
 def _stored_random(snapshots: Path, steps_taken: int | None) -> RandomUpdates | None:
-    """Those of the last update, not of an earlier one."""
+    """Random counterparts of the last update, not of an earlier one."""
     found = RandomUpdates.read(snapshots)
     return found if found is not None and found.steps_taken == steps_taken else None
 

@@ -42,7 +42,7 @@ class ProbePair:
 
     @classmethod
     def of(cls, record: PreferencePair, ids: TokenizedPair) -> "ProbePair":
-        """That of a record and its token ids."""
+        """Probe pair of a record and its token ids."""
         texts = record.prompt_text, record.chosen_text, record.rejected_text
         return cls(record.pair_id, record.source, record.group, *texts, ids, record.attributes)
 

@@ -46,7 +46,7 @@ def subject_of_run(
     left_out: Sequence[str] = (),
     command: Callable[[str], str] | None = None,
 ) -> Subject:
-    """That of a finished run.
+    """Subject of a report on a finished run.
 
     Args:
         asked: analyses that asked its models again.
@@ -81,7 +81,7 @@ def subject_of_checkpoints(
     command: Callable[[str], str],
     report: Path,
 ) -> Subject:
-    """That of two checkpoints which were not trained here.
+    """Subject of a report on two checkpoints which were not trained here.
 
     Args:
         base, aligned: as they were given.

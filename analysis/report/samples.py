@@ -78,7 +78,7 @@ def compare_samples(run: Run) -> Samples:
 
 
 def samples_of_models(checkpoints: Checkpoints) -> Samples:
-    """The same of two models that are open already."""
+    """Samples of two models that are open already."""
     pairs = checkpoints.pairs[:N_PROMPTS]
     return _side_by_side(pairs, *(_complete(opened, pairs) for opened in (checkpoints.base, checkpoints.aligned)))
 

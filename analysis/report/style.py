@@ -64,7 +64,7 @@ _TITLE_CHARACTERS = 50
 _LABEL_POINTS = 9.5
 """Least distance of two labels."""
 _LABEL_MARGIN = 0.03
-"""Of labels from the axes' ends, or the upper half of one stands in the title."""
+"""Margin of labels from the axes' ends, or the upper half of one stands in the title."""
 
 
 class EndLabel(NamedTuple):

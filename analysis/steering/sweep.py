@@ -179,7 +179,7 @@ class Sweep:
 
     @property
     def vectors(self) -> dict[tuple[str, str], SteeringVector]:
-        """By name and site."""
+        """Steering vectors by name and site."""
         return self.made.by_key
 
     def random_strengths(self, site: str) -> list[float]:

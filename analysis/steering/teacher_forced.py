@@ -46,7 +46,7 @@ class Sums(NamedTuple):
     log_probs: Float[Tensor, "shift pair side"]
     kl_from_start: Float[Tensor, "shift pair"]
     first: RecoveryMoments
-    """Of the first token of each response alone."""
+    """Moments of the first token of each response alone."""
 
     @property
     def margins(self) -> Float[Tensor, "shift pair"]:
@@ -153,7 +153,7 @@ class TeacherForcedSweep:
 
     @property
     def sign(self) -> int:
-        """By which λ is multiplied: inversion undoes what the operator does, where it can be undone."""
+        """Factor that λ is multiplied by: inversion undoes what the operator does, where it can be undone."""
         return -1 if self.direction == "inversion" and self.operator in SIGNED else 1
 
     def _length(self, values: Float[Tensor, " d_model"]) -> float:
@@ -202,7 +202,7 @@ class TeacherForcedSweep:
 
     @torch.no_grad()
     def goal_change(self) -> float:
-        """By how many nats the goal's margin exceeds the start's, on average over pairs."""
+        """Mean over pairs of the goal's margin less the start's, nats."""
         total = 0.0
         for laid in self._laid:
             goal, start = (sequence_log_probs(model, laid.batch).double() for model in (self.goal, self.start))

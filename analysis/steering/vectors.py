@@ -221,10 +221,7 @@ def _unrelated_ids(checkpoints: Checkpoints, path: str | None) -> list[list[int]
     if path is None:
         texts = list(UNRELATED_PROMPTS)
     else:
-        try:
-            texts = [prompt.text for prompt in PromptFile(path, None).load()]
-        except UserError as error:
-            raise UserError(str(error).replace("prompts.path", "steering.unrelated_prompts")) from error
+        texts = [prompt.text for prompt in PromptFile(path, key="steering.unrelated_prompts").load()]
     if len(texts) < 4:
         raise UserError(f"steering.unrelated_prompts: {path}: expected at least 4 prompts, got {len(texts)}")
     encoder, bos = SegmentEncoder(checkpoints.base.tokenizer), checkpoints.base.tokenizer.bos_token_id
@@ -233,7 +230,7 @@ def _unrelated_ids(checkpoints: Checkpoints, path: str | None) -> list[list[int]
 
 @dataclass(frozen=True)
 class _Provenance:
-    """What is known of every vector that is estimated here."""
+    """Facts that are known of every vector that is estimated here."""
 
     facts: Mapping[str, str | int]
 

@@ -79,7 +79,7 @@ def ask_choices(judge: Judge, questions: Sequence[Question], choices: Sequence[s
 
 
 def reminded(question: Question, reminder: str) -> Question:
-    """The same question in other words, so that no cache has the answer that could not be read."""
+    """Reworded question, so that no cache has the answer that could not be read."""
     *before, last = question.messages
     return replace(question, messages=(*before, last._replace(content=f"{last.content}\n({reminder})")))
 

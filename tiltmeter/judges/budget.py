@@ -20,7 +20,7 @@ class Tokens(NamedTuple):
     completion: int
 
     def plus(self, other: "Tokens") -> "Tokens":
-        """Both together."""
+        """Sum of two usages."""
         return Tokens(self.prompt + other.prompt, self.completion + other.completion)
 
     def times(self, n: int) -> "Tokens":

@@ -59,7 +59,7 @@ def answer_tokens(question: Question) -> int:
 
 
 def request_body(question: Question, *, n: int, limit_name: str = LIMIT_NAMES[0]) -> dict[str, Any]:
-    """What is sent, apart from the model's name."""
+    """Request body without the model's name."""
     body: dict[str, Any] = {
         "messages": [{"role": message.role, "content": message.content} for message in question.messages],
         "temperature": question.temperature,

@@ -80,7 +80,7 @@ class EvaluationSteps:
         return "\n".join(f"{i}. {step}" for i, step in enumerate(self.found[criterion], 1))
 
     def digest(self, criterion: str) -> str:
-        """Of a criterion's text and steps; ``none`` while it has no steps."""
+        """Hash of a criterion's text and steps; ``none`` while it has no steps."""
         return digest(self._criteria[criterion], self.text(criterion)) if criterion in self.found else "none"
 
     def _ask(self, criteria: Sequence[str]) -> None:

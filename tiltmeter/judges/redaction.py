@@ -10,7 +10,7 @@ REDACTED = "[redacted]"
 _KEY_LIKE = re.compile(r"\bBearer\s+[^\s\"',;\]}]+|\bsk-[\w*.-]{4,}")
 """Keys that we do not know: the header they come in, and OpenAI's spelling, also half masked as in its error messages."""
 _SHORTEST = 8
-"""What is shorter is a placeholder that local servers take for a key, such as EMPTY, and a word that answers may hold."""
+"""Shortest key that is redacted: shorter ones are placeholders such as EMPTY, a word that answers may hold."""
 
 
 def without(text: str, secrets: Sequence[str]) -> str:

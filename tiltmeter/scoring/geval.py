@@ -15,7 +15,7 @@ from tiltmeter.scoring.scorer import MAX_MISSING_SHARE, Sample, Scores, Side, me
 ScoreMode = Literal["logprob", "sample", "integer"]
 POINTS = ("1", "2", "3", "4", "5")
 N_SAMPLES, TEMPERATURE = 20, 1.0
-"""As in the paper, where probabilities could not be had."""
+"""Samples and temperature of the paper, where probabilities could not be had."""
 _SIDES: tuple[Side, ...] = ("policy", "base")
 _ANSWER_TOKENS = 8
 """Room for a number with a label before it."""

@@ -21,7 +21,7 @@ from tiltmeter.scoring.scorer import MAX_MISSING_SHARE, Figure, Sample, Scores, 
 from tiltmeter.stats.jackknife import Interval, jackknife_interval
 
 BLEU_SIGNATURE = f"bleu|nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|torchmetrics:{torchmetrics.__version__}"
-"""As sacrebleu writes it; the last part names the code that counts."""
+"""BLEU's settings as sacrebleu writes them; the last part names the code that counts."""
 ROUGE_SIGNATURE = "rouge|f1|case:lower|tok:[a-z0-9]+|stemmer:no"
 N_ORDERS = 4
 _ROUGE = ("rouge1", "rouge2", "rougeL")

@@ -74,7 +74,7 @@ class Scorer(Protocol):
 
     @property
     def name(self) -> str:
-        """As in :attr:`Figure.scorer`."""
+        """Scorer and version, as in :attr:`Figure.scorer`."""
         ...
 
     @property

@@ -30,7 +30,7 @@ from tiltmeter.scoring.multiple_choice import TOKENS_PER_BATCH, Choice, Forward,
 from tiltmeter.scoring.scorer import Scores, Side, grouped_mean_figure
 
 PRESET_SHA256 = "5c0da5f346e8652c9a85061a6e3aca6bc82e10a8a7dad4596fe980a9c9bae543"
-"""Of the six questions and answers that lm-evaluation-harness 0.4.12 puts before every question."""
+"""Hash of the six questions and answers that lm-evaluation-harness 0.4.12 puts before every question."""
 
 HUB = "hub:"
 _HUB_FILE = "multiple_choice/validation-00000-of-00001.parquet"
@@ -398,7 +398,7 @@ class _Asked(NamedTuple):
     n_cut: list[int]
 
     def log_probs_of(self, i: int, answers: Sequence[Answer], log_probs: Sequence[float]) -> list[float]:
-        """Of one question's answers; NaN: can't be scored."""
+        """Log-probs of one question's answers; NaN: can't be scored."""
         return [log_probs[self.places[i][a.text]] if a.text in self.places[i] else math.nan for a in answers]
 
 

@@ -169,7 +169,7 @@ def _judgement(answer: Answer, candidate_is_first: bool, preset: Preset) -> Judg
 
 
 LENGTH_EFFECT_VARIANCE = 10.0
-"""Of the normal prior of the length effect, in squared log-odds. Wide, it only keeps the effect finite where longer always wins."""
+"""Variance of the length effect's normal prior, log-odds². Wide, it only keeps the effect finite where longer always wins."""
 _NEWTON_STEPS = 30
 _NOTHING = Interval(math.nan, math.nan, math.nan)
 _OUTCOMES = {"wins": 1.0, "ties": 0.5, "losses": 0.0}

@@ -70,7 +70,7 @@ class Readings:
         return len(self.pairs)
 
     def to(self, device: torch.device | str) -> "Readings":
-        """The same readings with every tensor on another device."""
+        """Move every tensor of the readings to another device."""
         owned = {f.name: getattr(self, f.name) for f in fields(self)}
         moved: dict[str, Any] = {name: x.to(device) for name, x in owned.items() if isinstance(x, Tensor)}
         return replace(self, **moved)

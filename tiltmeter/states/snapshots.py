@@ -52,7 +52,7 @@ class Manifest:
     d_model: int
     sites: list[str]
     labels: dict[str, RowLabels]
-    """By position."""
+    """Pair ids and sides by position."""
     about: dict[str, Any]
     files: dict[str, str] = field(default_factory=dict)
     """sha256 of each file by its name."""

@@ -51,7 +51,7 @@ class SteeredLogits(NamedTuple):
 
 
 class SteeredSums(NamedTuple):
-    """What is left of the logits of some targets of a batch under every shift: numbers a target, in float64."""
+    """Sums over the logits of some targets of a batch under every shift: numbers a target, in float64."""
 
     log_probs: Float[Tensor, "shift target"]
     """log π_steered(token | what is before it), nats."""
@@ -78,7 +78,7 @@ class _Prefix(NamedTuple):
     final: Float[Tensor, "row token d_model"]
     """After the final norm."""
     calls: list[_Call]
-    """Of the blocks above the site."""
+    """Calls of the blocks above the site."""
 
 
 def sweep_cost(n_layers: int, layer: int, n_shifts: int) -> float:

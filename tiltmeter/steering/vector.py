@@ -125,7 +125,7 @@ class SteeringVector:
         return float(consistency.cosine(self.values, other.values))
 
     def scaled(self, factor: float | int) -> "SteeringVector":
-        """The same direction, ``factor`` times as long."""
+        """Scale the length by ``factor``; the direction stays."""
         return replace(self, values=self.values * factor, made=f"{factor:g} ({self.made})")
 
 
