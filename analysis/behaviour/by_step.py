@@ -54,17 +54,17 @@ _LEAST_HEIGHT = 0.1
 
 
 class ScoresByStep(NamedTuple):
-    """What a run scored while it trained."""
+    """Scores of generated text by step, from a run's own tables."""
 
     figures: pd.DataFrame
     n_prompts: int | None
-    """That were completed; None: not known."""
+    """Prompts that were completed; None: not known."""
     decoding: Decoding | None
-    """How; None: not known."""
+    """Decoding of the completions; None: not known."""
 
 
 def scores_by_step(run: Run) -> ScoresByStep | None:
-    """What a run scored while it trained; None for a run that scored nothing.
+    """Read the scores of a run by step; None for a run that scored nothing.
 
     Raises:
         UserError: a table is damaged; names the file.

@@ -324,7 +324,7 @@ def _headline(table: pd.DataFrame, metric: str, name: str, file: str, remark: st
 
 
 def reading_of(table: pd.DataFrame, *, n_prompts: int | None, decoding: Decoding | None) -> list[str]:
-    """What a reader must know of these figures.
+    """Notes that a reader needs beside these figures.
 
     Args:
         n_prompts: that both models completed; None: not known.

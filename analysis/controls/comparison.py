@@ -1,4 +1,4 @@
-"""What a control returns: an effect, the same figure under the control, and how sure it is that they differ."""
+"""Comparison of an effect with the same figure under a control: both values, and an interval of their difference."""
 
 import math
 from typing import NamedTuple

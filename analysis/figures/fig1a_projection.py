@@ -41,7 +41,7 @@ _COLOURS = {"token": COLOURS["policy_dark"], "sequence": COLOURS["policy"]}
 _GREY = COLOURS["mark"]
 HYPERPLANE = metric("hyperplane", "share_preferred")
 _AXES = ("v", "pc1", "pc2")
-"""Of the plane: along each pair's own v, and along two directions of what is left of h without v."""
+"""Axes of the plane: along each pair's own v, and along two directions of what is left of h without v."""
 
 
 def projection_tables(seen: Observed) -> Tables | None:

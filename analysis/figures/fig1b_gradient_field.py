@@ -143,7 +143,7 @@ class _Field:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the section says of how it was made."""
+        """Sentences on how the figure was made."""
         asked = self.asked
         return {
             "model": asked.model,
