@@ -232,7 +232,7 @@ def _draw(axes: Axes, table: pd.DataFrame, sites: Sequence[str]) -> str:
             label=site_name(site),
         )
     mark_level(axes, 1.0)
-    axes.set_xticks(range(len(steps)), steps, rotation=45, ha="right", fontsize=6)
+    axes.set_xticks(range(len(steps)), [step.replace("_", " ") for step in steps], rotation=45, ha="right", fontsize=6)
     axes.set_ylim(min(-0.1, *axes.get_ylim()), 1.6)
     axes.set_ylabel("recovery R")
     axes.legend(loc="upper center", frameon=False, fontsize=6, ncols=2)

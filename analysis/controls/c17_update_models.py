@@ -164,7 +164,9 @@ def _draw(axes: Axes, table: pd.DataFrame, position: str) -> str:
         )
     axes.set_ylim(min(-0.05, *axes.get_ylim()), 1.45)
     axes.set_yticks([0.0, 0.5, 1.0])
-    axes.set_xticks(range(len(models)), models, rotation=60, ha="right", fontsize=6)
+    axes.set_xticks(
+        range(len(models)), [model.replace("_", " ") for model in models], rotation=60, ha="right", fontsize=6
+    )
     axes.set_ylabel("R², held out")
     axes.legend(loc="upper center", frameon=False, fontsize=6, ncols=2)
     rows = table.set_index(["site", "model"])["r_squared"]
