@@ -3,7 +3,7 @@
 ``python analyze.py base=HUB_ID_OR_FOLDER aligned=HUB_ID_OR_FOLDER data=hh``. Writes a report/ folder.
 """
 
-import launch.interrupts  # noqa: F401  first, since the others take seconds
+import launch.processes.interrupts  # noqa: F401  first, since the others take seconds
 import tiltmeter.threads  # noqa: F401  before torch, which reads its threads' settings as it is imported
 
 # isort: split

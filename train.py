@@ -1,6 +1,6 @@
 """Train a language model with DPO: ``python train.py experiment=NAME``; everything is in conf/."""
 
-import launch.interrupts  # noqa: F401  first, since the others take seconds
+import launch.processes.interrupts  # noqa: F401  first, since the others take seconds
 import tiltmeter.threads  # noqa: F401  before torch, which reads its threads' settings as it is imported
 
 # isort: split

@@ -28,7 +28,7 @@ from datamodules.records import PreferencePair
 from datamodules.sampler import StepPlan, StepSampler
 from datamodules.splits import Split
 from datamodules.tokenization import TokenizationReport
-from launch.metrics_csv import MetricsCSV
+from launch.loggers.metrics_csv import MetricsCSV
 from launch.screen import quiet_libraries
 from lightning_modules import base
 from lightning_modules.dpo import DPOModule

@@ -22,7 +22,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
-from datamodules.jsonl import read_rows
+from datamodules.files.jsonl import read_rows
 from tiltmeter.errors import UserError
 from tiltmeter.scoring.toxicity import WordListToxicity
 from tiltmeter.scoring.toxicity_classifier import ClassifierToxicity

@@ -26,7 +26,7 @@ from benchmarks.worker import Channel, Turns
 from benchmarks.workload import default_data
 from callbacks import gradient_geometry
 from launch.configuration import CONF
-from launch.metrics_csv import MetricsCSV
+from launch.loggers.metrics_csv import MetricsCSV
 from launch.parts import Parts, build_parts
 from launch.training import make_trainer, watching_callbacks
 from lightning_modules.dpo import DPOModule

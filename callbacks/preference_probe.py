@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from lightning.pytorch import LightningModule, Trainer
 
+from callbacks.behaviour.scoring import record_figures
 from callbacks.observer import Observer
-from callbacks.scoring import record_figures
 from tiltmeter.pairs.batch import CHOSEN
 from tiltmeter.scoring.preference_classifier import classifier_figures
 from tiltmeter.states.positions import Position

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datamodules.jsonl import EXPECTED, hub_file, hub_location, list_files, read_rows, stem
-from datamodules.malformed import Malformed, MalformedRows, check_policy
+from datamodules.files.jsonl import EXPECTED, hub_file, hub_location, list_files, read_rows, stem
+from datamodules.files.malformed import Malformed, MalformedRows, check_policy
 from datamodules.records import LoadReport, Message, PreferencePair, Role
 from tiltmeter.errors import UserError
 

@@ -10,8 +10,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from datamodules.jsonl import hub_file, hub_location, list_files, read_rows
-from datamodules.malformed import Malformed, MalformedRows, check_policy
+from datamodules.files.jsonl import hub_file, hub_location, list_files, read_rows
+from datamodules.files.malformed import Malformed, MalformedRows, check_policy
 from datamodules.records import LoadReport, Message, PreferencePair, Role, transcript
 from tiltmeter.errors import UserError
 

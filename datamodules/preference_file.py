@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from itertools import chain, islice
 from typing import Any
 
-from datamodules.malformed import Malformed, MalformedRows, check_policy
-from datamodules.preference_forms import COLUMNS, FORMS, TRANSCRIPTS, UNPAIRED, Parsed, Row, common_form, parse
+from datamodules.files.malformed import Malformed, MalformedRows, check_policy
+from datamodules.files.preference_forms import COLUMNS, FORMS, TRANSCRIPTS, UNPAIRED, Parsed, Row, common_form, parse
+from datamodules.files.tables import Table, hub_table, local_tables, unique_names
 from datamodules.records import AttributeValue, LoadReport, Message, PreferencePair
-from datamodules.tables import Table, hub_table, local_tables, unique_names
 from tiltmeter.errors import UserError
 
 N_FIRST = 50
@@ -143,7 +143,7 @@ class PreferenceFile:
         return pairs, report
 
     def _renamed(self, row: Row) -> dict[str, Any]:
-        """A row with its columns under the names of :data:`~datamodules.preference_forms.COLUMNS`, others as they are."""
+        """A row with its columns under the names of :data:`~datamodules.files.preference_forms.COLUMNS`, others as they are."""
         named = {name: row.get(column) for name, column in self.columns.items()}
         known = {key: value for key, value in row.items() if key not in named}
         if "messages" not in named and "conversations" in row:

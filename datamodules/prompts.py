@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datamodules.jsonl import list_files, read_rows, stem
+from datamodules.files.jsonl import list_files, read_rows, stem
 from datamodules.records import AttributeValue
 from tiltmeter.errors import UserError
 from tiltmeter.scoring.toxicity import PROMPT_TOXICITY

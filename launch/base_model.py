@@ -12,11 +12,11 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedTokenizerBase
 
 from analysis.open.kept_models import FILES, check_files, hashes_of
-from callbacks.preemption import Preemption
-from callbacks.progress import TrainingProgress
+from callbacks.process.preemption import Preemption
+from callbacks.process.progress import TrainingProgress
 from datamodules.preference import PreferenceDataModule
-from launch.agreement import agreement
-from launch.metrics_csv import MetricsCSV
+from launch.loggers.metrics_csv import MetricsCSV
+from launch.processes.agreement import agreement
 from launch.run_folder import export_model, is_first_process, on_first_process
 from lightning_modules.sft import SFTModule
 from tiltmeter.errors import UserError

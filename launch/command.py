@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch.distributed import DistNetworkError
 
 from launch.configuration import prepare_overrides
-from launch.interrupts import INTERRUPTED, interrupts_end_commands
+from launch.processes.interrupts import INTERRUPTED, interrupts_end_commands
 from launch.run_folder import is_first_process
 from launch.screen import quiet_libraries
 from tiltmeter.errors import FailedWrite, IncompleteEvaluation, NumericalStop, Preempted, UserError

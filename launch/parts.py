@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from datamodules.preference import PreferenceDataModule
 from datamodules.tokenization import train_bpe_tokenizer
 from launch.configuration import CONF, check_config, expand_home
-from launch.wandb_logger import Mode
+from launch.loggers.wandb_logger import Mode
 from lightning_modules.base import LogProbModule
 from lightning_modules.schedule import steps_of_fit
 from tiltmeter.errors import UserError

@@ -15,19 +15,23 @@ from rich.console import Console
 from rich.table import Table
 
 from analysis.open.kept_models import check_kept, record_kept
-from callbacks.acceptance import Acceptance
-from callbacks.generation_metrics import GenerationMetrics
+from callbacks.behaviour.acceptance import Acceptance
+from callbacks.behaviour.generation_metrics import GenerationMetrics
+from callbacks.behaviour.scoring import forget_steps_ahead
+from callbacks.behaviour.truthfulqa_metrics import TruthfulQAMetrics
 from callbacks.observation import report_failed_write
-from callbacks.preemption import Preemption
-from callbacks.random_state import RandomState
-from callbacks.scoring import forget_steps_ahead
-from callbacks.truthfulqa_metrics import TruthfulQAMetrics
+from callbacks.process.preemption import Preemption
+from callbacks.process.random_state import RandomState
 from datamodules.records import PreferenceSource
-from launch.agreement import agreement
 from launch.base_model import find_or_train_base, progress_callbacks
 from launch.command import one_line_errors
-from launch.metrics_csv import MetricsCSV
+from launch.loggers.metrics_csv import MetricsCSV
+from launch.loggers.wandb_logger import RunLogger, close_wandb, open_wandb
+from launch.loggers.wandb_media import WandbMedia
 from launch.parts import Parts, build_parts, check_length, check_options
+from launch.processes.agreement import agreement
+from launch.processes.run_lock import check_writable, run_lock
+from launch.processes.slurm import checkpoint_of_this_job, note_job, requeued_when_asked
 from launch.results import behaviour_of, geometry_of, provenance, result_rows, versions, write_provenance, write_results
 from launch.resuming import (
     SETTINGS,
@@ -49,11 +53,7 @@ from launch.run_folder import (
     on_first_process,
     write_config,
 )
-from launch.run_lock import check_writable, run_lock
 from launch.screen import behaviour_table, console, data_table, geometry_tables, quiet_libraries, result_table
-from launch.slurm import checkpoint_of_this_job, note_job, requeued_when_asked
-from launch.wandb_logger import RunLogger, close_wandb, open_wandb
-from launch.wandb_media import WandbMedia
 from lightning_modules.checkpoint_io import CommittedCheckpointIO
 from lightning_modules.dpo import DPOModule
 from tiltmeter.checkpoint_files import newest_valid, verify

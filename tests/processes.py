@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.rank_zero import _get_rank, rank_zero_only
 
-from launch.run_lock import LOCK
+from launch.processes.run_lock import LOCK
 from tiltmeter.files import sha256_of
 
 ROOT = Path(__file__).resolve().parent.parent

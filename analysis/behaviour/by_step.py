@@ -46,7 +46,7 @@ NOT_SCORED = (
     "the run has no scores of generated text (expected a run trained with callbacks=standard, behaviour or full); "
     "analysis=behaviour scores its models now"
 )
-_GENERATED_BY = "callbacks.generation_metrics.GenerationMetrics"
+_GENERATED_BY = "callbacks.behaviour.generation_metrics.GenerationMetrics"
 _MOST_UNKNOWN = 3
 """Panels for figures that are not among those that lead."""
 _LEAST_HEIGHT = 0.1

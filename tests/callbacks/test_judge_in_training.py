@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from callbacks.generation_metrics import GenerationMetrics
+from callbacks.behaviour.generation_metrics import GenerationMetrics
 from tests.callbacks.watched import Watched, watch
 from tests.processes import HANGS
 from tests.tiltmeter.scoring.asking import judge

@@ -11,12 +11,12 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold
 
-from callbacks.acceptance import Acceptance
+from callbacks.behaviour.acceptance import Acceptance
+from callbacks.behaviour.preference_metrics import PreferenceMetrics
+from callbacks.behaviour.scoring import forget_steps_ahead
+from callbacks.behaviour.truthfulqa_metrics import TruthfulQAMetrics
 from callbacks.hidden_state_snapshot import HiddenStateSnapshot
-from callbacks.preference_metrics import PreferenceMetrics
 from callbacks.preference_probe import PreferenceProbe
-from callbacks.scoring import forget_steps_ahead
-from callbacks.truthfulqa_metrics import TruthfulQAMetrics
 from datamodules.preference import PreferenceDataModule
 from datamodules.records import LoadReport, PreferencePair
 from lightning_modules.sft import SFTModule

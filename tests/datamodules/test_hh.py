@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from datamodules import hh
+from datamodules.files.jsonl import read_rows
 from datamodules.hh import AnthropicHH, parse_row
-from datamodules.jsonl import read_rows
 from datamodules.records import Message
 from tiltmeter.errors import UserError
 

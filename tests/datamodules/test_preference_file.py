@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 from trl import extract_prompt
 
+from datamodules.files.preference_forms import FORMS, TRANSCRIPTS, common_beginning
 from datamodules.preference_file import PreferenceFile
-from datamodules.preference_forms import FORMS, TRANSCRIPTS, common_beginning
 from datamodules.records import PreferencePair
 from datamodules.splits import split_by_group
 from tests.datamodules.preference_examples import DOC, EXAMPLES, load, shown

@@ -8,7 +8,7 @@ from subprocess import CompletedProcess
 import pytest
 import torch
 
-from launch.run_lock import run_lock
+from launch.processes.run_lock import run_lock
 from tests.cli import TINY, logged, metrics_of, only_run, run_train
 from tests.faults.faults import full_disk
 from tests.processes import contents

@@ -17,11 +17,15 @@ DIFFERENT = ("options", "data", "code", "checkpoint", "too few pairs")
 
 def start_differently(rank: int, folder: Path) -> None:
     """Start the run five times, in the same two processes, of which the second one differs."""
-    import launch.agreement
+    import launch.processes.agreement
     import launch.training
     from datamodules.preference import PreferenceDataModule
 
-    load, digest, find = PreferenceDataModule.load, launch.agreement.code_digest, launch.training._checkpoint_to_resume
+    load, digest, find = (
+        PreferenceDataModule.load,
+        launch.processes.agreement.code_digest,
+        launch.training._checkpoint_to_resume,
+    )
 
     def load_one_less(data: PreferenceDataModule) -> None:
         load(data)
@@ -31,7 +35,7 @@ def start_differently(rank: int, folder: Path) -> None:
     for what in DIFFERENT:
         other = what if rank else ""
         PreferenceDataModule.load = load_one_less if other == "data" else load  # type: ignore[method-assign]
-        launch.agreement.code_digest = (lambda: "sha256 another") if other == "code" else digest
+        launch.processes.agreement.code_digest = (lambda: "sha256 another") if other == "code" else digest
         if other == "checkpoint":
             write_text(folder / "run" / "config.yaml", "model: {}\n")
             launch.training._checkpoint_to_resume = lambda *_: (folder / "run" / "checkpoints" / "last.ckpt", [], [])

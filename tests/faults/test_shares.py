@@ -11,11 +11,11 @@ from hydra.utils import instantiate
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from callbacks.acceptance import Acceptance
-from callbacks.agreement import Agreement
-from callbacks.preemption import Preemption
-from callbacks.progress import TrainingProgress
-from callbacks.random_state import RandomState
+from callbacks.behaviour.acceptance import Acceptance
+from callbacks.process.agreement import Agreement
+from callbacks.process.preemption import Preemption
+from callbacks.process.progress import TrainingProgress
+from callbacks.process.random_state import RandomState
 from callbacks.training_alarms import TrainingAlarms
 from tests.callbacks.memory_logger import MemoryLogger
 from tests.callbacks.watched import dpo

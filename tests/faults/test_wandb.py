@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import wandb
 
-from launch.wandb_logger import Mode, close_wandb, open_wandb
+from launch.loggers.wandb_logger import Mode, close_wandb, open_wandb
 from tests.cli import TINY, logged, only_run, run_train
 from tests.faults.faults import broken_wandb
 from tests.tiltmeter.scoring.stub_endpoint import refused_url
@@ -31,7 +31,7 @@ def test_a_refused_key_or_a_start_that_hangs_is_kept_offline_and_said(
 ) -> None:
     asked: list[tuple[str, str | None, float, float]] = []
     start = wandb.init
-    monkeypatch.setattr("launch.wandb_logger._no_answer", lambda: None)
+    monkeypatch.setattr("launch.loggers.wandb_logger._no_answer", lambda: None)
 
     def refusing(**options: Any) -> Any:
         settings = options["settings"]

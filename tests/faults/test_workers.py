@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from callbacks.stop_signals import SIGNALS
+from callbacks.process.stop_signals import SIGNALS
 from tests.callbacks.watched import dpo
 from tests.tiny_models import fit, lightning_warnings, make_data
 

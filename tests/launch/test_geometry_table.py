@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from launch.metrics_csv import MetricsCSV
+from launch.loggers.metrics_csv import MetricsCSV
 from launch.results import geometry_of
 from launch.screen import geometry_tables
 from tests.analysis import planted_geometry as planted

@@ -19,7 +19,7 @@ from tiltmeter.scoring.behaviour import BehaviourTables
 from tiltmeter.scoring.scorer import Figure, Scores
 
 MakeRun = Callable[..., Path]
-GENERATION: dict[str, Any] = {"_target_": "callbacks.generation_metrics.GenerationMetrics"}
+GENERATION: dict[str, Any] = {"_target_": "callbacks.behaviour.generation_metrics.GenerationMetrics"}
 
 
 def drawn(run: Run) -> Section:

@@ -4,8 +4,8 @@ from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from callbacks.behaviour.scoring import record_figures
 from callbacks.observation import data_of
-from callbacks.scoring import record_figures
 from datamodules.records import score_margins
 from tiltmeter.scoring.preference import preference_scores_of_validation
 

@@ -6,9 +6,9 @@ import torch.distributed
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from callbacks.behaviour.scoring import record_figures
 from callbacks.observation import data_of
 from callbacks.schedule import Scheduled
-from callbacks.scoring import record_figures
 from tiltmeter.scoring.truthfulqa import TruthfulQA
 
 

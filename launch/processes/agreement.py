@@ -6,7 +6,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from callbacks.agreement import Agreement
+from callbacks.process.agreement import Agreement
 from datamodules.preference import PreferenceDataModule
 from launch.configuration import leaves
 from launch.results import versions

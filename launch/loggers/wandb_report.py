@@ -12,7 +12,7 @@ from PIL import Image
 from analysis.open.runs import Run
 from analysis.report.page import Section
 from analysis.report.style import png_bytes
-from launch.wandb_logger import choose_mode, id_of
+from launch.loggers.wandb_logger import choose_mode, id_of
 from tiltmeter.errors import UserError
 from tiltmeter.metric_names import STEP_AXIS, metric
 

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 
 from analysis.figures.fig3_consistency import EDGES, OF_PAIRS
 from analysis.registry import ANALYSES
-from launch.metrics_csv import MetricsCSV
-from launch.wandb_logger import RunLogger, close_wandb, open_wandb
-from launch.wandb_media import WandbMedia
+from launch.loggers.metrics_csv import MetricsCSV
+from launch.loggers.wandb_logger import RunLogger, close_wandb, open_wandb
+from launch.loggers.wandb_media import WandbMedia
 from tests.analysis import planted_geometry as planted
 from tests.wandb_file import history_rows, metric_definitions, read_records, wait_until_written
 

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from launch.run_lock import LOCK, check_writable, run_lock
+from launch.processes.run_lock import LOCK, check_writable, run_lock
 from tests.processes import ROOT
 from tiltmeter.errors import UserError
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from launch.run_lock import run_lock
+from launch.processes.run_lock import run_lock
 with run_lock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
@@ -26,7 +26,7 @@ with run_lock(Path(sys.argv[1])):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from launch.run_lock import run_lock
+from launch.processes.run_lock import run_lock
 with run_lock(Path(sys.argv[1])):
     begun, begins = os.pipe()
     if not os.fork():  # a worker, which outlives the run until its standard input closes

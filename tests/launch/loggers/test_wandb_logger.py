@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.wandb_logger import id_of
+from launch.loggers.wandb_logger import id_of
 
 
 def test_a_run_folder_keeps_theid_of_its_newest_run(tmp_path: Path) -> None:
@@ -17,7 +17,7 @@ def test_a_run_folder_keeps_theid_of_its_newest_run(tmp_path: Path) -> None:
 def test_wandb_is_asked_to_go_on_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import wandb
 
-    from launch.wandb_logger import open_wandb
+    from launch.loggers.wandb_logger import open_wandb
 
     asked: list[tuple[object, object]] = []
 
@@ -26,7 +26,7 @@ def test_wandb_is_asked_to_go_on_with_it(tmp_path: Path, monkeypatch: pytest.Mon
         raise RuntimeError("no server here")
 
     monkeypatch.setattr(wandb, "init", init)
-    monkeypatch.setattr("launch.wandb_logger._no_answer", lambda: None)
+    monkeypatch.setattr("launch.loggers.wandb_logger._no_answer", lambda: None)
     (tmp_path / "wandb" / "run-20260101_090000-first111").mkdir(parents=True)
     logger, _ = open_wandb(run_dir=tmp_path, config={}, name="n", group="g", mode="online")
     assert logger is None

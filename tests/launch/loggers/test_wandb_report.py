@@ -12,8 +12,8 @@ from analysis.open.runs import Run, open_run
 from analysis.open.subject import subject_of_run
 from analysis.report.page import Section, write_report
 from analysis.report.samples import Samples
-from launch import wandb_report as module
-from launch.wandb_report import check_upload, copy_without_paths, upload_report, without_paths
+from launch.loggers import wandb_report as module
+from launch.loggers.wandb_report import check_upload, copy_without_paths, upload_report, without_paths
 from tests.analysis.conftest import CONFIG, dpo_rows
 from tests.wandb_file import history_rows, read_records, wait_until_written
 from tiltmeter.errors import UserError

@@ -10,9 +10,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from callbacks.preemption import Preemption
+from callbacks.process.preemption import Preemption
+from callbacks.process.stop_signals import SIGNALS
 from callbacks.spectral_entropy import SpectralEntropy
-from callbacks.stop_signals import SIGNALS
 from tests.callbacks.memory_logger import MemoryLogger
 from tests.callbacks.watched import dpo, probe_data, watch
 from tests.faults.faulty import SignalInStep

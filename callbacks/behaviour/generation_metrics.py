@@ -6,10 +6,10 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from callbacks.completions import as_plain, from_plain, gather_completions, prompts_of
+from callbacks.behaviour.completions import as_plain, from_plain, gather_completions, prompts_of
+from callbacks.behaviour.scoring import Scoring
 from callbacks.observation import data_of
 from callbacks.schedule import Scheduled
-from callbacks.scoring import Scoring
 from tiltmeter.errors import UserError
 from tiltmeter.models.generation import Decoding
 from tiltmeter.scoring.behaviour import Completions, pair_up
@@ -17,7 +17,7 @@ from tiltmeter.scoring.scorer import Scorer
 
 
 class GenerationMetrics(Scheduled):
-    """All processes generate, each its share; the first one scores (:class:`~callbacks.scoring.Scoring`).
+    """All processes generate, each its share; the first one scores (:class:`~callbacks.behaviour.scoring.Scoring`).
 
     Args:
         scorers: by name; null leaves one out.

@@ -14,11 +14,10 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
-from datamodules import jsonl
-from datamodules.jsonl import hub_file, hub_location, list_files, read_rows
+from datamodules.files import jsonl
+from datamodules.files.jsonl import hub_file, hub_location, list_files, read_rows
+from tests.processes import ROOT
 from tiltmeter.errors import UserError
-
-ROOT = Path(__file__).parents[2]
 
 
 class NoNetworkError(Exception):
@@ -212,7 +211,7 @@ def test_the_location_names_the_commit_that_was_downloaded() -> None:
 def test_the_real_client_does_not_try_again_and_again_without_a_network(tmp_path: Path, offline: str) -> None:
     """A port of this machine whose connections are cut stands in for the hub."""
     script = (
-        "from datamodules.jsonl import hub_file\n"
+        "from datamodules.files.jsonl import hub_file\n"
         "from tiltmeter.errors import UserError\n"
         "try:\n    hub_file('Anthropic/hh-rlhf', 'harmless-base/test.jsonl.gz', None, 'data.path')\n"
         "except UserError as problem:\n    raise SystemExit(str(problem))\n"

@@ -11,9 +11,9 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from peft import LoraConfig
 
-from callbacks.acceptance import Acceptance
-from callbacks.generation_metrics import GenerationMetrics
-from callbacks.scoring import forget_steps_ahead
+from callbacks.behaviour.acceptance import Acceptance
+from callbacks.behaviour.generation_metrics import GenerationMetrics
+from callbacks.behaviour.scoring import forget_steps_ahead
 from lightning_modules.base import LogProbModule
 from lightning_modules.sft import SFTModule
 from tests.callbacks.scorers import Fails, Held, Lengths, Missing

@@ -32,7 +32,7 @@ class PressWhenImported(importlib.abc.MetaPathFinder):
 
 def press_during_imports() -> None:
     del sys.modules["launch.command"]
-    del sys.modules["launch.interrupts"]
+    del sys.modules["launch.processes.interrupts"]
     sys.meta_path.insert(0, PressWhenImported())
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datamodules.jsonl import METADATA_TIMEOUT_S, check_head, hub_failure, may_use_cache, read_rows
+from datamodules.files.jsonl import METADATA_TIMEOUT_S, check_head, hub_failure, may_use_cache, read_rows
 from tiltmeter.errors import UserError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".csv", ".tsv")

@@ -1,7 +1,7 @@
 import csv
 from pathlib import Path
 
-from launch.metrics_csv import MetricsCSV
+from launch.loggers.metrics_csv import MetricsCSV
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:

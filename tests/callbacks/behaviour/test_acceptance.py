@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from callbacks.acceptance import Acceptance
+from callbacks.behaviour.acceptance import Acceptance
 from callbacks.schedule import Scheduled
 from tests.callbacks.watched import dpo, watch
 from tests.tiny_models import lightning_warnings

@@ -15,7 +15,7 @@ from analysis.figures.fig3_consistency import EDGES, OF_PAIRS
 from analysis.open.observed import Observed
 from analysis.registry import ANALYSES, sections_of_states
 from analysis.report.style import png_bytes
-from launch.wandb_logger import RunLogger
+from launch.loggers.wandb_logger import RunLogger
 from tiltmeter.metric_names import STEP_AXIS, metric
 from tiltmeter.scoring.behaviour import SAMPLES, read_table
 

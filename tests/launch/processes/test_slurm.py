@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from launch.processes.slurm import checkpoint_of_this_job, job_id, note_job, requeued_when_asked
 from launch.resuming import SETTINGS, settings_sha256
 from launch.run_folder import write_config
-from launch.slurm import checkpoint_of_this_job, job_id, note_job, requeued_when_asked
 from tiltmeter.checkpoint_files import commit
 from tiltmeter.errors import Preempted
 

@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from callbacks.stop_signals import SIGNALS, StopSignals
+from callbacks.process.stop_signals import SIGNALS, StopSignals
 from tiltmeter.errors import NumericalStop, Preempted, UserError
 
 

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from callbacks import stop_signals
-from callbacks.stop_signals import SIGNALS, StopSignals
+from callbacks.process import stop_signals
+from callbacks.process.stop_signals import SIGNALS, StopSignals
 from tests.processes import HANGS
 from tiltmeter.errors import Preempted
 
@@ -42,7 +42,7 @@ def test_without_work_a_signal_is_raised_where_it_comes(signals: StopSignals) ->
 def test_a_second_signal_ends_the_process_at_once(number: signal.Signals) -> None:
     script = f"""
 import signal
-from callbacks import stop_signals
+from callbacks.process import stop_signals
 stop_signals.SAME_SECONDS = 0
 signals = stop_signals.StopSignals()
 signals.install()

@@ -1,0 +1,1 @@
+"""Callbacks about what the model says and prefers while it trains."""

@@ -1,0 +1,1 @@
+"""Callbacks that keep a training process whole: signals, preemption, random numbers, agreement, progress."""

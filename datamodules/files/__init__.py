@@ -1,0 +1,1 @@
+"""Files of records, opened, checked and turned into the one form that sources read."""
