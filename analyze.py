@@ -18,7 +18,7 @@ from launch.screen import console
 @hydra.main(config_path="conf", config_name="analyze", version_base="1.3")
 def main(config: DictConfig) -> None:
     """Hydra's entry point."""
-    with one_line_errors(debug=config.debug):
+    with one_line_errors(config):
         page = analyze(config)
         if page is not None:
             console().print(f"Report: {page}", soft_wrap=True)

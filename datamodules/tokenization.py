@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from datamodules.records import Message, PreferencePair
-from tiltmeter.errors import UserError
+from tiltmeter.errors import UserError, argument
 from tiltmeter.pairs.batch import TokenizedPair
 from tiltmeter.pairs.chat import as_date, render_chat
 
@@ -90,7 +90,6 @@ class PairTokenizer:
             tokenizer's own template. Only the template writes special tokens; what people wrote is text, also where it
             spells one (``</s>``, ``<|im_start|>``), and can end no turn and begin none.
         chat_date: the day that a template which prints today's date prints, as 2026-01-31; None: today.
-        options: node of the configuration that these options are set in, for messages.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -99,26 +98,29 @@ class PairTokenizer:
     truncation: Truncation = "keep_end"
     text_format: TextFormat = "transcript"
     chat_date: str | None = None
-    options: str = "datamodule"
 
     def __post_init__(self) -> None:
         """Check the options against each other and the tokenizer."""
         if self.max_length < 8:
-            raise UserError(f"{self.options}.max_length: expected at least 8 tokens, got {self.max_length}")
+            raise UserError(
+                f"{argument('PairTokenizer.max_length')}: expected at least 8 tokens, got {self.max_length}"
+            )
         if not 1 <= self.response_budget < self.max_length:
             given = self.max_response_length
             raise UserError(
-                f"{self.options}.max_response_length: expected 1 … max_length-1 = {self.max_length - 1}, got {given}"
+                f"{argument('PairTokenizer.max_response_length')}: expected 1 … max_length-1 = {self.max_length - 1}, got {given}"
             )
         if self.text_format == "chat_template" and not getattr(self.tokenizer, "chat_template", None):
             raise UserError(
-                f"{self.options}.text_format=chat_template: this model's tokenizer has no chat template (base models rarely do); "
-                f"use {self.options}.text_format=transcript"
+                f"{argument('PairTokenizer.text_format')}=chat_template: this model's tokenizer has no chat template (base "
+                f"models rarely do); use {argument('PairTokenizer.text_format')}=transcript"
             )
         if self.chat_date is not None:
             as_date(self.chat_date)
         if self.tokenizer.eos_token_id is None:
-            raise UserError("model.tokenizer: expected a tokenizer with an EOS token, this one has none")
+            raise UserError(
+                f"{argument('CausalLM.tokenizer')}: expected a tokenizer with an EOS token, this one has none"
+            )
 
     @property
     def response_budget(self) -> int:
@@ -154,8 +156,8 @@ class PairTokenizer:
         if pairs and not tokenized:
             reasons = ", ".join(f"{n} {reason}" for reason, n in report.dropped.items())
             raise UserError(
-                f"data: no pair is left of {len(pairs)} after tokenisation ({reasons}); raise {self.options}.max_length, or take "
-                f"another tokenizer or {self.options}.text_format"
+                f"data: no pair is left of {len(pairs)} after tokenisation ({reasons}); raise "
+                f"{argument('PairTokenizer.max_length')}, or take another tokenizer or {argument('PairTokenizer.text_format')}"
             )
         return records, tokenized, report
 
@@ -248,16 +250,16 @@ class PairTokenizer:
             return render_chat(self.tokenizer, turns, date=self.chat_date, add_generation_prompt=add_generation_prompt)
         except UserError as error:
             raise UserError(
-                f"{self.options}.text_format=chat_template: {error}; leave such rows out, or use "
-                f"{self.options}.text_format=transcript"
+                f"{argument('PairTokenizer.text_format')}=chat_template: {error}; leave such rows out, or use "
+                f"{argument('PairTokenizer.text_format')}=transcript"
             ) from error
 
     def _response_text(self, turns: Sequence[Message], prompt: str, response: Message) -> str:
         whole = self._render((*turns, response), add_generation_prompt=False)
         if not whole.startswith(prompt):
             raise UserError(
-                f"{self.options}.text_format=chat_template: the template's prompt is not a prefix of its dialogue; use "
-                f"{self.options}.text_format=transcript"
+                f"{argument('PairTokenizer.text_format')}=chat_template: the template's prompt is not a prefix of its dialogue; "
+                f"use {argument('PairTokenizer.text_format')}=transcript"
             )
         return whole[len(prompt) :]
 
@@ -271,7 +273,8 @@ class PairTokenizer:
             if self.truncation == "error":
                 raise UserError(
                     f"data: pair {record.pair_id} has {len(prompt)} prompt + {longest} response tokens, more than "
-                    f"{self.options}.max_length={self.max_length}; raise it, or set {self.options}.truncation=keep_end or drop"
+                    f"{argument('PairTokenizer.max_length')}={self.max_length}; raise it, or set "
+                    f"{argument('PairTokenizer.truncation')}=keep_end or drop"
                 )
             if self.truncation == "drop":
                 report.dropped[f"longer than {self.max_length} tokens"] += 1

@@ -10,14 +10,16 @@ from typing import Any
 
 from hydra.errors import HydraException, InstantiationException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from torch.distributed import DistNetworkError
 
+from launch.config_keys import config_key
 from launch.configuration import prepare_overrides
 from launch.processes.interrupts import INTERRUPTED, interrupts_end_commands
 from launch.run_folder import is_first_process
 from launch.screen import quiet_libraries
-from tiltmeter.errors import FailedWrite, IncompleteEvaluation, NumericalStop, Preempted, UserError
+from tiltmeter.errors import FailedWrite, IncompleteEvaluation, NumericalStop, Preempted, UserError, arguments_shown
 from tiltmeter.plain_text import allow_any_encoding
 
 TODAY = "TILTMETER_DATE"
@@ -47,22 +49,23 @@ def run_command(main: Callable[[], Any], *, config_name: str) -> None:
 
 
 @contextmanager
-def one_line_errors(*, debug: bool, clean_up: Callable[[], object] = lambda: None) -> Iterator[None]:
+def one_line_errors(config: DictConfig, *, clean_up: Callable[[], object] = lambda: None) -> Iterator[None]:
     """End the process with one line on wrong input or another known reason (``EXIT_CODES``); anything else passes.
 
     Args:
-        debug: show the traceback instead.
+        config: whose keys the line names, in the place of arguments; with ``debug`` the traceback is shown instead.
         clean_up: called before leaving, whatever the reason.
     """
     try:
-        yield
+        with arguments_shown(lambda name: config_key(name, config)):
+            yield
     except KeyboardInterrupt:
         clean_up()
         raise
     except (Exception, Preempted) as error:
         clean_up()
         known = error if isinstance(error, Known) else as_user_error(error)
-        if known is None or debug:
+        if known is None or config.debug:
             raise
         exit_with(known)
 

@@ -95,7 +95,7 @@ def check_config(config: DictConfig, *, config_name: str = "train") -> None:
             raise UserError(f"{key}: unknown configuration key{_nearest(str(key), primary)}")
     for key in missing_keys(config):
         raise UserError(f"{key}: expected a value, got none; add {key}=… to the command line")
-    for path, node in _nodes(config):
+    for path, node in nodes(config):
         _check_node(path, node)
     for path, value in leaves(config):
         if isinstance(value, str) and _SECRET.search(value) and path.split(".")[-1] not in _REVISION_KEYS:
@@ -121,7 +121,7 @@ def missing_keys(config: DictConfig) -> list[str]:
 
 def _check_node(path: str, node: DictConfig) -> None:
     """Its keys and their types against the constructor's signature."""
-    known = _constructor_options(node) or {}
+    known = constructor_options(node) or {}
     for key, value in OmegaConf.to_container(node, resolve=True).items():  # type: ignore[union-attr]
         if str(key).startswith("_"):
             continue
@@ -217,7 +217,7 @@ def _rewrite(override: Override, tree: DictConfig) -> str:
     parent_path, _, name = key.rpartition(".")
     parent = OmegaConf.select(tree, parent_path) if parent_path else tree
     if isinstance(parent, DictConfig):
-        options = _constructor_options(parent)
+        options = constructor_options(parent)
         if options is not None and name in options:
             return f"++{text}"
         if options is None and parent_path and "_target_" not in parent and _is_free(parent_path, tree):
@@ -229,7 +229,7 @@ def _is_free(path: str, tree: DictConfig) -> bool:
     """A plain mapping given to a constructor (model.architecture) takes any key."""
     owner, _, name = path.rpartition(".")
     parent = OmegaConf.select(tree, owner) if owner else None
-    options = _constructor_options(parent) if isinstance(parent, DictConfig) else None
+    options = constructor_options(parent) if isinstance(parent, DictConfig) else None
     return options is not None and name in options
 
 
@@ -239,12 +239,13 @@ def _has_key(tree: DictConfig, key: str) -> bool:
     return isinstance(parent, DictConfig) and name in set(parent)  # `in parent` denies keys that are still ???
 
 
-def _constructor_options(node: DictConfig) -> dict[str, Any] | None:
+def constructor_options(node: DictConfig) -> dict[str, Any] | None:
     """Options of a node's ``_target_`` and their annotations; None without a target."""
-    return option_hints(_class_named(str(node._target_))) if "_target_" in node else None
+    return option_hints(class_named(str(node._target_))) if "_target_" in node else None
 
 
-def _class_named(target: str) -> type:
+def class_named(target: str) -> type:
+    """Class that a ``_target_`` names. Raises UserError: there is none."""
     try:
         found = resolve_name(target)
     except (ImportError, AttributeError, ValueError) as error:
@@ -256,14 +257,15 @@ def _class_named(target: str) -> type:
     return found
 
 
-def _nodes(config: DictConfig, path: str = "") -> Iterator[tuple[str, DictConfig]]:
+def nodes(config: DictConfig, path: str = "") -> Iterator[tuple[str, DictConfig]]:
+    """Path and node of everything with a ``_target_``; references are not followed."""
     for key in config:
         value = config._get_node(key)
         here = f"{path}.{key}" if path else str(key)
         if isinstance(value, DictConfig) and not value._is_none() and not value._is_interpolation():
             if "_target_" in value:
                 yield here, value
-            yield from _nodes(value, here)
+            yield from nodes(value, here)
 
 
 def leaves(config: DictConfig | ListConfig, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -283,8 +285,8 @@ def leaves(config: DictConfig | ListConfig, path: str = "") -> Iterator[tuple[st
 def _known_keys(tree: DictConfig) -> Iterator[str]:
     yield from (str(key) for key in tree)
     yield from (path for path, _ in leaves(tree))
-    for path, node in _nodes(tree):
-        yield from (f"{path}.{name}" for name in _constructor_options(node) or ())
+    for path, node in nodes(tree):
+        yield from (f"{path}.{name}" for name in constructor_options(node) or ())
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

@@ -2,6 +2,8 @@
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -16,12 +18,14 @@ from lightning.pytorch.callbacks import Timer
 from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedTokenizerBase
 
+from analysis.open.adapters import find_adapter
 from datamodules.preference import PreferenceDataModule
 from datamodules.tokenization import train_bpe_tokenizer
 from launch.configuration import CONF, check_config, expand_home
 from launch.loggers.wandb_logger import Mode
 from lightning_modules.base import LogProbModule
 from lightning_modules.schedule import steps_of_fit
+from tiltmeter.commands import command
 from tiltmeter.errors import UserError
 from tiltmeter.models.causal_lm import CausalLM
 from tiltmeter.pairs.chat import as_date
@@ -153,11 +157,12 @@ def build_parts(config: DictConfig) -> Parts:
         )
     data: PreferenceDataModule = instantiate(config.datamodule, source=instantiate(config.data))
     data.load()
-    if model.trains_tokenizer:
-        tokenizer: PreTrainedTokenizerBase = train_bpe_tokenizer(data.training_texts(), vocab_size=model.vocab_size)
-    else:
-        tokenizer = model.load_tokenizer()
-    model_config = model.load_config(tokenizer)  # a missing or gated model is known here, before any long work
+    with _adapter_explained(model):
+        if model.trains_tokenizer:
+            tokenizer: PreTrainedTokenizerBase = train_bpe_tokenizer(data.training_texts(), vocab_size=model.vocab_size)
+        else:
+            tokenizer = model.load_tokenizer()
+        model_config = model.load_config(tokenizer)  # a missing or gated model is known here, before any long work
     limit = getattr(model_config, "max_position_embeddings", None)
     if limit is not None and data.max_length > limit:
         raise UserError(
@@ -166,6 +171,18 @@ def build_parts(config: DictConfig) -> Parts:
     data.tokenize(tokenizer)
     revision = getattr(model_config, "_commit_hash", None) or model.revision
     return Parts(data, model, tokenizer, module, revision)
+
+
+@contextmanager
+def _adapter_explained(model: CausalLM) -> Iterator[None]:
+    """Say what can be done with a LoRA adapter in the place of a model."""
+    try:
+        yield
+    except UserError as error:
+        if model.name_or_path is None or (folder := find_adapter(model.name_or_path)) is None:
+            raise
+        compare = command("analyze.py", "base=…", aligned=folder)
+        raise UserError(f"{error}; to train another adapter, add adapter=lora; to compare both: {compare}") from error
 
 
 def check_length(trainer: Trainer, data: PreferenceDataModule) -> None:

@@ -73,7 +73,7 @@ def train(config: DictConfig) -> Path:
             if not any((folder / name).exists() for name in ("metrics.csv", "checkpoints", "aligned")):
                 shutil.rmtree(folder, ignore_errors=True)
 
-    with one_line_errors(debug=config.debug, clean_up=forget), requeued_when_asked(), ExitStack() as held:
+    with one_line_errors(config, clean_up=forget), requeued_when_asked(), ExitStack() as held:
         return _train(config, created, held)
 
 

@@ -161,7 +161,7 @@ def try_family(family: str) -> Row:
             module, data = _train(toy)
             break
         except UserError as error:
-            if "datamodule.layout=concatenated" in str(error) and toy.layout != "concatenated":
+            if "layout=concatenated" in str(error) and toy.layout != "concatenated":
                 toy.layout = "concatenated"
             elif setting := re.search(r"set (\w+) \(", str(error)):
                 toy.settings[setting[1]] = 0.0
@@ -233,7 +233,7 @@ def _merge(toy: Toy, pairs: list[TokenizedPair]) -> str:
             add_lora(adapted, config)
             break
         except UserError as error:
-            option = re.search(r"module\.lora\.target_modules=\[([\w,]+)\]", str(error))
+            option = re.search(r"target_modules=\[([\w,]+)\]", str(error))
             if option is None or attempt == 2:
                 return f"refused: {_said(error)}"
             config, by = LoraConfig(r=2, target_modules=option[1].split(",")), f"merged exactly with {option[0]}"

@@ -1,16 +1,52 @@
 """What ends a program with one line: a failed write (code 1), wrong input (2), missing scores (3), bad numbers (4), a signal."""
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from signal import Signals
 
 from tiltmeter.commands import setting
 
+_shown: ContextVar[Callable[[str], str]] = ContextVar("shown", default=lambda name: name.rpartition(".")[2])
+"""From ``Decoding.top_p`` to what messages call it."""
+
+
+def argument(name: str) -> str:
+    """Name of an argument as the reader of a message sets it: by itself, or the configuration key where a command runs.
+
+    Args:
+        name: the function or class that takes it, and its own name.
+
+    >>> argument("Decoding.top_p")
+    'top_p'
+    """
+    return _shown.get()(name)
+
+
+@contextmanager
+def arguments_shown(how: Callable[[str], str]) -> Iterator[None]:
+    """Inside, :func:`argument` gives what ``how`` makes of ``Decoding.top_p``; another thread has to be given the context."""
+    token = _shown.set(how)
+    try:
+        yield
+    finally:
+        _shown.reset(token)
+
+
+@contextmanager
+def arguments_forwarded(by: Mapping[str, str]) -> Iterator[None]:
+    """Inside, messages name the argument that a caller passed on: ``{"CausalLM.name_or_path": "LocalJudge.model"}``."""
+    outer = _shown.get()
+    with arguments_shown(lambda name: outer(by.get(name, name))):
+        yield
+
 
 class UserError(ValueError):
     """Wrong input or configuration: shown as one line without a traceback, exit code 2.
 
-    The message says what is wrong, what was expected, what was found and what to do, and starts with the configuration
-    key or the file it is about: ``data.path: no such file: hh/test.jsonl (expected .jsonl, .jsonl.gz or a folder of them)``.
+    The message says what is wrong, what was expected, what was found and what to do, and starts with the file
+    or the argument (:func:`argument`) it is about: ``top_p: expected above 0 and at most 1, got 2``.
     """
 
 

@@ -20,8 +20,8 @@ STEP_AXIS = "trainer/global_step"
 STEPS_TAKEN, SCORED_STEP = "probe/steps_taken", "behaviour/of_steps_taken"
 _USUAL: Position = "prompt_last"
 _SHARE, _COSINE, _REWARD, _LENGTH = "share, 0 … 1", "cosine, −1 … 1", "β · nats", "activation units"
-_MIXED, _ORACLE = "several sources of pairs", "`judge=oracle`"
-_JUDGE, _ASKED, _OFTEN, _QUESTIONS = "`judge`", "`analyze.py`", "`decoding.n_samples` above 1", "`truthfulqa=mc`"
+_MIXED, _ORACLE = "several sources of pairs", "the planted oracle as judge"
+_JUDGE, _ASKED, _OFTEN, _QUESTIONS = "a judge", "the report", "several completions a prompt", "TruthfulQA"
 
 
 class Metric(NamedTuple):
@@ -35,7 +35,7 @@ class Metric(NamedTuple):
     position: Position | None = None
     """Where its hidden states are read if the name doesn't say; None: it is no metric of a site."""
     needs: str = ""
-    """What a run needs beside ``callbacks=full``; empty: nothing."""
+    """What a run needs beside all callbacks; empty: nothing."""
     summary: str = ""
     """What W&B's table of runs shows; empty: the last value."""
     label: str = ""
@@ -173,13 +173,13 @@ METRICS: tuple[Metric, ...] = (
     _said(("oracle_preference_rate_vs_chosen",), _SHARE, "Answers that the planted oracle prefers to the chosen response",
           needs=_ORACLE, label="win rate vs chosen, oracle"),
     _said(_of_both("oracle_utility"), "1", "Mean planted utility of completions", needs=_ORACLE),
-    _said(_of_both("toxicity"), _SHARE, "Mean toxicity", needs="`toxicity=classifier`", label="toxicity"),
-    _said(_of_both("hate_speech"), _SHARE, "Mean probability of hate speech", needs="`toxicity=classifier`",
+    _said(_of_both("toxicity"), _SHARE, "Mean toxicity", needs="a toxicity classifier", label="toxicity"),
+    _said(_of_both("hate_speech"), _SHARE, "Mean probability of hate speech", needs="a toxicity classifier",
           label="hate speech"),
     _said(_of_both("toxicity_word_list"), _SHARE, "Mean score of rude words", label="toxicity (word list)"),
     _said(_of_both("severe_toxicity", "identity_attack", "insult", "profanity", "threat"), _SHARE,
-          "Mean score of another attribute of the Perspective API", needs="`toxicity=perspective`"),
-    _said(_of_both("<score>_truncated"), _SHARE, "Texts too long for the scorer", needs="`toxicity`"),
+          "Mean score of another attribute of the Perspective API", needs="the Perspective API"),
+    _said(_of_both("<score>_truncated"), _SHARE, "Texts too long for the scorer", needs="a toxicity scorer"),
     *(
         _said(_of_both(*_each([name], ("", "_toxic_prompts", "_nontoxic_prompts"))), _SHARE, meaning, needs=_OFTEN, label=label)
         for name, meaning, label in (
@@ -226,7 +226,7 @@ METRICS: tuple[Metric, ...] = (
     _said(_of_both(*_each(["truthfulqa_"], ("mc1", "binary"), ("", "_zero_shot"))), _SHARE,
           "Questions whose likeliest answer is true, of all (`mc1`) or of one true and one false (`binary`)", needs=_QUESTIONS),
     _said(_of_both(*_each(["truthfulqa_"], ("mc1", "mc2", "binary"), ("_chat", "_zero_shot_chat"))), _SHARE,
-          "TruthfulQA asked through the chat template", needs="`truthfulqa.chat_template=true`"),
+          "TruthfulQA asked through the chat template", needs="TruthfulQA, `chat_template`"),
     _said(_each(["preference_accuracy"], _SOURCES), _SHARE, "Held-out pairs ranked as in the data"),
     _said(_each(["preference_ties"], _SOURCES), _SHARE, "Held-out pairs of equal rewards"),
     _said(_each(["reward_margin"], _SOURCES), _REWARD, "Mean reward margin of held-out pairs"),
@@ -251,7 +251,7 @@ MEDIA: tuple[Metric, ...] = (
     Metric("figures", ("geometry", "entropy", "layers_by_step", "cosines", "projection"), "picture", "Section of the report"),
     Metric("cosines", _each(("in_sample", "leave_one_out", "split_half"), ["/<site>"]), "histogram", "Cosines with v*, by pair"),
     Metric("samples", ("",), "table", "Prompts with both models’ completions and every score"),
-    Metric("report", ("<section>",), "picture", "Section of the finished report (`upload=true`)"),
+    Metric("report", ("<section>",), "picture", "Section of the finished report, where it is uploaded"),
 )  # fmt: skip
 """What W&B gets beside them."""
 _PAGE = """# Metrics
@@ -266,6 +266,7 @@ Written by `python -m tiltmeter.metric_names > docs/metrics.md`. The same names 
 - `[/base]`: the base model’s own figure has `/base` behind its name.
 - `<source>`: of one of several sources of pairs. `<prefix>`: `geval` unless the scorer sets another. `<score>`: what a toxicity
   scorer scores, such as `toxicity`; a classifier’s other label goes by its own name. `<n>`: completions a prompt.
+- What a metric needs, beside the callbacks, is set as in [scorers](scorers.md).
 - Metrics of `evaluate` are `behaviour/<metric>_<key>`.
 """
 _DECLARED = {(key, metric.position is not None): metric for metric in METRICS + MEDIA for key in metric.keys}

@@ -142,7 +142,6 @@ class HeldOutPairs:
             min(self.max_length, limit),
             text_format=self.text_format,
             chat_date=self.chat_date,
-            options="pairs",
         )
         kept, ids, cuts = encode(drawn)
         _check_same_ids(opened, kept)

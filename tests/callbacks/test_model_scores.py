@@ -165,7 +165,7 @@ def test_truthfulqa_is_that_of_the_model_afterwards_and_training_does_not_notice
 def test_no_questions_are_no_work_and_no_file_is_one_line(tmp_path: Path) -> None:
     run = watch(tmp_path, [TruthfulQAMetrics(questions=None)], max_steps=1)
     assert not [name for name in run.logger.names if name.startswith("behaviour/")]
-    with pytest.raises(UserError, match=r"truthfulqa.path: cannot read gone.json"):
+    with pytest.raises(UserError, match=r"path: cannot read gone.json"):
         watch(tmp_path, [TruthfulQAMetrics(questions=TruthfulQA("gone.json"))])
 
 

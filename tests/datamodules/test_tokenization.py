@@ -210,7 +210,7 @@ def test_a_template_that_raises_is_refused_with_the_pair(template: str, words: s
         UserError, match=f"the chat template can't render these messages: {words}.*pair test/"
     ) as caught:
         PairTokenizer(tokenizer, 64, text_format="chat_template")([good, bad])
-    assert "datamodule.text_format=transcript" in str(caught.value)
+    assert "text_format=transcript" in str(caught.value)
 
 
 def test_the_date_of_a_chat_template_is_that_of_the_data_module_and_is_said() -> None:
@@ -322,7 +322,7 @@ def test_split_without_usable_pairs_is_refused_with_the_reasons() -> None:
 
 @pytest.mark.parametrize("options", [{"max_length": 7}, {"max_length": 20, "max_response_length": 20}])
 def test_lengths_that_leave_no_room_are_refused(options: dict[str, int]) -> None:
-    with pytest.raises(UserError, match=r"datamodule\.max_"):
+    with pytest.raises(UserError, match=r"max_"):
         PairTokenizer(bpe(), **options)
 
 

@@ -24,12 +24,14 @@ def ask(tmp_path: Path, *arguments: str) -> Path | None:
     HydraConfig.instance().set_config(config)
     with open_dict(config):
         del config["hydra"]
-    return analyze(config)
+    config.debug = True  # errors are raised, not printed
+    with one_line_errors(config):
+        return analyze(config)
 
 
 def refused(tmp_path: Path, *arguments: str) -> str:
     before = contents(tmp_path)
-    with pytest.raises((UserError, SystemExit)) as caught, one_line_errors(debug=True):
+    with pytest.raises((UserError, SystemExit)) as caught:
         ask(tmp_path, *arguments)
     assert contents(tmp_path) == before, "something was written"
     assert "\n" not in str(caught.value)

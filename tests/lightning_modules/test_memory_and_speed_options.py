@@ -166,12 +166,12 @@ def test_merged_weights_compute_what_the_adapted_model_does(options: dict[str, A
     [
         (
             {"lora_dropout": 0.1},
-            "module.lora.lora_dropout: expected 0.0, got 0.1: policy and reference must be the same",
+            "lora_dropout: expected 0.0, got 0.1: policy and reference must be the same",
         ),
-        ({"init_lora_weights": False}, "module.lora.init_lora_weights: expected True, got False"),
-        ({"init_lora_weights": "pissa"}, "module.lora.init_lora_weights: expected True, got pissa"),
-        ({"bias": "all"}, "module.lora.bias: expected none, got all"),
-        ({"modules_to_save": ["lm_head"]}, "module.lora.modules_to_save: expected None"),
+        ({"init_lora_weights": False}, "init_lora_weights: expected True, got False"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights: expected True, got pissa"),
+        ({"bias": "all"}, "bias: expected none, got all"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save: expected None"),
     ],
 )
 def test_lora_options_under_which_the_start_would_not_be_the_reference_are_refused(
@@ -182,11 +182,11 @@ def test_lora_options_under_which_the_start_would_not_be_the_reference_are_refus
 
 
 def test_lora_refuses_what_it_cannot_train() -> None:
-    with pytest.raises(UserError, match=r"module.freeze_embeddings=false: with module.lora only adapters are trained"):
+    with pytest.raises(UserError, match=r"freeze_embeddings=false: with lora only adapters are trained"):
         DPOModule(learning_rate=1e-3, lora=lora(), freeze_embeddings=False)
-    with pytest.raises(UserError, match=r"module.lora.target_modules: lm_head is no part of the decoder"):
+    with pytest.raises(UserError, match=r"target_modules: lm_head is no part of the decoder"):
         add_lora(make_model("llama", tie_word_embeddings=False), lora(target_modules=["lm_head"]))
-    with pytest.raises(UserError, match=r"module.lora: .*nothing_like_it"):
+    with pytest.raises(UserError, match=r"lora: .*nothing_like_it"):
         add_lora(make_model("llama"), lora(target_modules=["nothing_like_it"]))
 
 

@@ -100,14 +100,14 @@ def test_sliding_window_is_the_one_that_some_layer_uses(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, r"model\.name_or_path: expected a hub id or a folder"),
-        ({"init": "zeros", "name_or_path": "x"}, r"model\.init: expected pretrained or random, got zeros"),
-        ({"name_or_path": "x", "architecture": LLAMA}, r"model\.architecture: only for model\.init=random"),
-        ({"init": "random", "name_or_path": "x", "architecture": LLAMA}, r"model\.name_or_path: not with"),
+        ({}, r"name_or_path: expected a hub id or a folder"),
+        ({"init": "zeros", "name_or_path": "x"}, r"init: expected pretrained or random, got zeros"),
+        ({"name_or_path": "x", "architecture": LLAMA}, r"architecture: only for init=random"),
+        ({"init": "random", "name_or_path": "x", "architecture": LLAMA}, r"name_or_path: not with"),
         ({"init": "random"}, "needs model_type"),
         ({"init": "random", "architecture": {"hidden_size": 8}}, "needs model_type"),
-        ({"name_or_path": "x", "dtype": "float16"}, r"model\.dtype: expected one of float32, bfloat16, float64"),
-        ({"name_or_path": "x", "attn_implementation": "flash"}, r"model\.attn_implementation: expected sdpa or eager"),
+        ({"name_or_path": "x", "dtype": "float16"}, r"dtype: expected one of float32, bfloat16, float64"),
+        ({"name_or_path": "x", "attn_implementation": "flash"}, r"attn_implementation: expected sdpa or eager"),
     ],
 )
 def test_options_that_do_not_fit_are_refused_in_one_line(options: dict[str, Any], message: str) -> None:
@@ -183,8 +183,8 @@ def refused(spec: CausalLM) -> str:
 
 def test_a_hub_id_without_network_is_one_clear_line() -> None:
     message = refused(CausalLM(name_or_path="nobody/nothing-of-this-name"))
-    assert message.startswith("model.name_or_path: cannot load nobody/nothing-of-this-name from the Hugging Face hub")
-    with pytest.raises(UserError, match=r"model\.name_or_path: cannot load nobody/nothing-of-this-name from"):
+    assert message.startswith("name_or_path: cannot load nobody/nothing-of-this-name from the Hugging Face hub")
+    with pytest.raises(UserError, match=r"name_or_path: cannot load nobody/nothing-of-this-name from"):
         CausalLM(name_or_path="nobody/nothing-of-this-name").build(make_tokenizer())
 
 
@@ -208,21 +208,21 @@ def test_a_folder_that_does_not_exist_is_named() -> None:
 
 def test_a_folder_without_weights_is_refused(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
-    assert refused(CausalLM(name_or_path=str(folder))).startswith(f"model.name_or_path: cannot load {folder}")
+    assert refused(CausalLM(name_or_path=str(folder))).startswith(f"name_or_path: cannot load {folder}")
 
 
 def test_weights_in_pickle_are_refused(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     torch.save({"lm_head.weight": torch.zeros(2, 2)}, folder / "pytorch_model.bin")
     message = refused(CausalLM(name_or_path=str(folder)))
-    assert message.startswith(f"model.name_or_path: cannot load {folder}")
+    assert message.startswith(f"name_or_path: cannot load {folder}")
     assert "safetensors" in message
 
 
 def test_weights_that_were_cut_off_are_refused(folder: Path) -> None:
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    assert refused(CausalLM(name_or_path=str(folder))).startswith(f"model.name_or_path: cannot load {folder}")
+    assert refused(CausalLM(name_or_path=str(folder))).startswith(f"name_or_path: cannot load {folder}")
 
 
 def test_a_broken_configuration_is_refused(folder: Path) -> None:
@@ -239,7 +239,7 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused(saved: Path) -> None:
 
 @pytest.mark.parametrize("change", [{"model_type": "lama"}, {"num_attention_heads": 3}, {"hidden_size": "wide"}])
 def test_an_architecture_that_cannot_be_built_is_refused_in_one_line(change: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"model\.architecture: ") as caught:
+    with pytest.raises(UserError, match=r"architecture: ") as caught:
         CausalLM(init="random", architecture=LLAMA | change).build(make_tokenizer())
     assert "\n" not in str(caught.value)
 

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import suppress
+from contextvars import copy_context
 from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
 
@@ -52,7 +53,7 @@ def emitted_in_thread(
         else:
             arrived.put(_End())
 
-    threading.Thread(target=run, name="judge", daemon=True).start()
+    threading.Thread(target=copy_context().run, args=(run,), name="judge", daemon=True).start()
     try:
         while True:
             item = arrived.get(timeout=max(0.0, deadline + _GRACE - time.monotonic()))

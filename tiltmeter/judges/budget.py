@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from tiltmeter.errors import UserError
+from tiltmeter.errors import UserError, argument
 
 PRICE_NAMES = ("input", "output")
 _TOKENS_A_MESSAGE = 16
@@ -56,7 +56,7 @@ class OverBudget(Exception):
     """
 
     def __init__(self, limit: str, most: int | float) -> None:
-        super().__init__(f"the next request could exceed judge.{limit}={most:g}")
+        super().__init__(f"the next request could exceed {argument(f'EndpointJudge.{limit}')}={most:g}")
         self.limit = limit
 
 
@@ -85,16 +85,20 @@ class Budget:
         limits = {"max_requests": max_requests, "max_tokens": max_tokens, "max_usd": max_usd}
         for name, value in limits.items():
             if value is not None and not (value > 0 and math.isfinite(value)):
-                raise UserError(f"judge.{name}: expected a number above 0 or null, got {value}")
+                raise UserError(f"{argument(f'EndpointJudge.{name}')}: expected a number above 0 or null, got {value}")
         if prices is not None and (
             set(prices) != set(PRICE_NAMES)
             or not all(isinstance(x, int | float) and 0 <= x < math.inf for x in prices.values())
         ):
             raise UserError(
-                f"judge.prices: expected US dollars per million tokens as {{input: …, output: …}}, got {dict(prices)}"
+                f"{argument('EndpointJudge.prices')}: expected US dollars per million tokens as {{input: …, output: …}}, got "
+                f"{dict(prices)}"
             )
         if max_usd is not None and prices is None:
-            raise UserError("judge.max_usd: needs judge.prices (US dollars per million tokens: {input: …, output: …})")
+            raise UserError(
+                f"{argument('EndpointJudge.max_usd')}: needs {argument('EndpointJudge.prices')} (US dollars per million tokens: "
+                "{input: …, output: …})"
+            )
         self._limits = {name: value for name, value in limits.items() if value is not None}
         self._prices = prices
         self._reserved, self._reserved_requests = Tokens(0, 0), 0

@@ -12,7 +12,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tiltmeter.errors import UserError
+from tiltmeter.errors import UserError, argument
 
 T = TypeVar("T")
 _KEYS_AT_A_TIME = 500
@@ -57,7 +57,7 @@ class ReplyCache:
             self._with_database(lambda database: database.executescript("BEGIN IMMEDIATE; ROLLBACK"))
         except (OSError, sqlite3.Error) as error:
             raise UserError(
-                f"judge.cache: {self.path} can't be written ({error}); name another file, or null"
+                f"{argument('EndpointJudge.cache')}: {self.path} can't be written ({error}); name another file, or null"
             ) from None
 
     def get(self, keys: Iterable[str]) -> dict[str, list[dict[str, Any]]]:
@@ -129,7 +129,7 @@ class ReplyCache:
         return True
 
     def _note(self, what: object) -> None:
-        notice = f"judge.cache: {self.path}: {what}"
+        notice = f"{argument('EndpointJudge.cache')}: {self.path}: {what}"
         if notice not in self._notices:
             self._notices.append(notice)
 

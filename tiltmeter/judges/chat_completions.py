@@ -7,6 +7,7 @@ from typing import Any
 
 import openai
 
+from tiltmeter.errors import argument
 from tiltmeter.judges.budget import Tokens
 from tiltmeter.judges.judge import Failure, Question, Reply
 from tiltmeter.judges.redaction import shown, without
@@ -33,7 +34,7 @@ class RequestFailed(Exception):
         failure, reason: as in :class:`tiltmeter.judges.judge.Reply`; the reason is redacted.
         is_passing: whether the same request may work later.
         status: HTTP status, where there was one.
-        key: the configuration key (behind ``judge.``) that is probably wrong; empty: none.
+        argument: of :class:`~tiltmeter.judges.endpoint_judge.EndpointJudge`, that is probably wrong; empty: none.
     """
 
     def __init__(
@@ -43,14 +44,14 @@ class RequestFailed(Exception):
         failure: Failure = "api",
         is_passing: bool = False,
         status: int | None = None,
-        key: str = "",
+        argument: str = "",
     ) -> None:
         super().__init__(reason)
         self.reason = reason
         self.failure = failure
         self.is_passing = is_passing
         self.status = status
-        self.key = key
+        self.argument = argument
 
 
 def answer_tokens(question: Question) -> int:
@@ -170,19 +171,26 @@ def _failed_status(error: openai.APIStatusError, secrets: list[str], *, asked_fo
         return RequestFailed(
             f"HTTP {status}: a redirect to {target}, which is not followed; set the address itself",
             status=status,
-            key="base_url",
+            argument="base_url",
         )
     if asked_for_log_probs and 400 <= status < 500 and "logprob" in reason.replace("_", "").lower():
         return RequestFailed(
-            f"{reason}; it gives no log-probs: set judge.score_mode=sample", status=status, key="model"
+            f"{reason}; it gives no log-probs: set {argument('GEvalScorer.score_mode')}=sample",
+            status=status,
+            argument="model",
         )
     if status in (401, 403) or error.code in _HOPELESS:
-        return RequestFailed(reason, status=status, key="api_key_env")
+        return RequestFailed(reason, status=status, argument="api_key_env")
     if status in _PASSING or status >= 500:
         return RequestFailed(reason, is_passing=True, status=status)
-    where = "; check judge.model and judge.base_url" if status == 404 else ""
-    return RequestFailed(reason + where, status=status, key="model")
+    where = (
+        f"; check {argument('EndpointJudge.model')} and {argument('EndpointJudge.base_url')}" if status == 404 else ""
+    )
+    return RequestFailed(reason + where, status=status, argument="model")
 
 
 def _no_log_probs(what: str) -> RequestFailed:
-    return RequestFailed(f"{what}: set judge.score_mode=sample, or name a model that gives log-probs", key="model")
+    return RequestFailed(
+        f"{what}: set {argument('GEvalScorer.score_mode')}=sample, or name a model that gives log-probs",
+        argument="model",
+    )

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import openai
 
+from tiltmeter.errors import argument
 from tiltmeter.judges.budget import Budget, OverBudget, Tokens, most_tokens
 from tiltmeter.judges.chat_completions import (
     LIMIT_NAMES,
@@ -31,7 +32,6 @@ from tiltmeter.judges.judge import Question, Reply
 from tiltmeter.judges.redaction import redacted_logs, shown
 
 OPENAI_HOST = "api.openai.com"
-TOO_LATE = "not answered within judge.time_limit"
 _LOGGERS = ("openai", "httpx2", "httpcore2")
 GIVE_UP_AFTER = 24
 """Questions in a row that got no answer in all their tries: the rest of the round is not asked. Some waves of concurrent ones."""
@@ -125,7 +125,7 @@ class EndpointClient:
             self._n_lost += failed.is_passing and self._n_lost < GIVE_UP_AFTER
             emit(_failure(key, failed, responses))
         except TimeoutError:
-            emit(_failure(key, RequestFailed(TOO_LATE, failure="timeout", is_passing=True), responses))
+            emit(_failure(key, RequestFailed(too_late(), failure="timeout", is_passing=True), responses))
         except Exception as error:  # a judge must not stop what asked it
             emit(_failure(key, self._described(error, question), responses))
 
@@ -156,7 +156,7 @@ class EndpointClient:
     async def _send(self, question: Question, body: dict[str, Any]) -> Response:
         """One request, counted and paid for with the tries that it took."""
         if self.learned.refusal:
-            raise RequestFailed(self.learned.refusal, key="api_key_env")
+            raise RequestFailed(self.learned.refusal, argument="api_key_env")
         most = most_tokens(
             [message.content for message in question.messages],
             n=body.get("n", 1),
@@ -187,7 +187,7 @@ class EndpointClient:
                 self._settled.clear()
                 await self._settled.wait()
         except OverBudget as over:
-            raise RequestFailed(str(over), failure="budget", key=over.limit) from None
+            raise RequestFailed(str(over), failure="budget", argument=over.limit) from None
         return tries
 
     def _described(self, error: Exception, question: Question) -> RequestFailed:
@@ -197,10 +197,15 @@ class EndpointClient:
             asked_for_log_probs=question.want_probabilities,
             timeout=self.request_timeout,
         )
-        if failed.key == "api_key_env":
+        if failed.argument == "api_key_env":
             self.learned.refusal = f"{failed.reason}; {self._key_hint}"
-            return RequestFailed(self.learned.refusal, status=failed.status, key=failed.key)
+            return RequestFailed(self.learned.refusal, status=failed.status, argument=failed.argument)
         return failed
+
+
+def too_late() -> str:
+    """Reason of a question that was still open when the time for its round was over."""
+    return f"not answered within {argument('EndpointJudge.time_limit')}"
 
 
 def _connected(endpoint: Endpoint, api_key: str | None, *, timeout: float) -> openai.AsyncOpenAI:

@@ -12,12 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tiltmeter.errors import UserError
+from tiltmeter.errors import UserError, argument
 from tiltmeter.judges.background import emitted_in_thread
 from tiltmeter.judges.budget import Budget, Usage
 from tiltmeter.judges.cache import ReplyCache, cache_key
 from tiltmeter.judges.chat_completions import SET_HERE, RequestFailed, read_reply, request_body
-from tiltmeter.judges.endpoint_client import OPENAI_HOST, TOO_LATE, Answered, EndpointClient, Learned
+from tiltmeter.judges.endpoint_client import OPENAI_HOST, Answered, EndpointClient, Learned, too_late
 from tiltmeter.judges.endpoint_url import parse_endpoint
 from tiltmeter.judges.judge import ChatMessage, Question, Reply
 from tiltmeter.scoring.scorer import notice
@@ -73,10 +73,12 @@ class EndpointJudge:
         extra_body: Mapping[str, Any] | None = None,
     ) -> None:
         if not model.strip():
-            raise UserError("judge.model: expected the model's name at the endpoint, got an empty one")
+            raise UserError(
+                f"{argument('EndpointJudge.model')}: expected the model's name at the endpoint, got an empty one"
+            )
         _check_numbers(concurrency=concurrency, request_timeout=request_timeout, time_limit=time_limit)
         if max_retries < 0:
-            raise UserError(f"judge.max_retries: expected at least 0, got {max_retries}")
+            raise UserError(f"{argument('EndpointJudge.max_retries')}: expected at least 0, got {max_retries}")
         self.model = model
         self.endpoint = parse_endpoint(base_url, allow_local=allow_local)
         self.api_key_env = _checked_variable(api_key_env)
@@ -118,11 +120,11 @@ class EndpointJudge:
         answers = list(
             self._answers({"probe": question}, deadline=deadline, max_retries=min(self.max_retries, _PROBE_RETRIES))
         )
-        failed = answers[0].failed if answers else RequestFailed(TOO_LATE, is_passing=True)
+        failed = answers[0].failed if answers else RequestFailed(too_late(), is_passing=True)
         if failed is None or (not want_probabilities and answers[0].reply.texts):
             return  # whoever thinks for longer than the probe lets it may say nothing here
-        if failed.key and not failed.is_passing:
-            raise UserError(f"judge.{failed.key}: {self.name}: {failed.reason}")
+        if failed.argument and not failed.is_passing:
+            raise UserError(f"{argument(f'EndpointJudge.{failed.argument}')}: {self.name}: {failed.reason}")
         notice(f"judge {self.name} did not answer ({failed.reason}); its scores will be missing until it is back")
 
     def ask(self, questions: Sequence[Question]) -> list[Reply]:
@@ -145,7 +147,7 @@ class EndpointJudge:
                 # a file that takes nothing now is not waited for again
                 stores = self._cache.put(answer.key, what[answer.key], answer.responses)
         self._warn_of_cache()
-        late = Reply(failure="timeout", reason=TOO_LATE)
+        late = Reply(failure="timeout", reason=too_late())
         return [replies.get(key, late) for key in keys]
 
     def _answers(self, questions: Mapping[str, Question], *, deadline: float, max_retries: int) -> Iterator[Answered]:
@@ -155,7 +157,7 @@ class EndpointJudge:
         try:
             api_key = self._api_key()
         except UserError as error:
-            failed = RequestFailed(str(error), key="api_key_env")
+            failed = RequestFailed(str(error), argument="api_key_env")
             reply = Reply(failure=failed.failure, reason=failed.reason)
             yield from (Answered(key, reply, [], failed) for key in questions)
             return
@@ -211,15 +213,18 @@ class EndpointJudge:
         key = os.environ.get(self.api_key_env, "").strip()
         if not key:
             raise UserError(
-                f"judge.api_key_env: the environment variable {self.api_key_env} is not set; export the key in it"
+                f"{argument('EndpointJudge.api_key_env')}: the environment variable {self.api_key_env} is not set; export the "
+                "key in it"
             )
         if not (key.isascii() and key.isprintable() and " " not in key):
-            raise UserError(f"judge.api_key_env: {self.api_key_env} holds characters that no key has; export it anew")
+            raise UserError(
+                f"{argument('EndpointJudge.api_key_env')}: {self.api_key_env} holds characters that no key has; export it anew"
+            )
         return key
 
     def _key_hint(self) -> str:
         if self.api_key_env is None:
-            return "no key was sent: name the environment variable that holds it in judge.api_key_env"
+            return f"no key was sent: name the environment variable that holds it in {argument('EndpointJudge.api_key_env')}"
         return f"check the key in the environment variable {self.api_key_env}"
 
     def _warn_of_cache(self) -> None:
@@ -230,22 +235,26 @@ class EndpointJudge:
 def _check_numbers(**values: int | float) -> None:
     for name, value in values.items():
         if not (value > 0 and math.isfinite(value)):
-            raise UserError(f"judge.{name}: expected a number above 0, got {value}")
+            raise UserError(f"{argument(f'EndpointJudge.{name}')}: expected a number above 0, got {value}")
 
 
 def _checked_variable(name: str | None) -> str | None:
     if name is not None and not _VARIABLE.fullmatch(name):
         # what stands there is not shown: it may be the key
-        raise UserError("judge.api_key_env: expected the NAME of an environment variable, such as OPENAI_API_KEY")
+        raise UserError(
+            f"{argument('EndpointJudge.api_key_env')}: expected the NAME of an environment variable, such as OPENAI_API_KEY"
+        )
     return name
 
 
 def _checked_body(extra_body: Mapping[str, Any] | None) -> dict[str, Any]:
     body = dict(extra_body or {})
     if taken := sorted(SET_HERE & set(body)):
-        raise UserError(f"judge.extra_body: {', '.join(taken)} are set by the question, take them out")
+        raise UserError(
+            f"{argument('EndpointJudge.extra_body')}: {', '.join(taken)} are set by the question, take them out"
+        )
     try:
         json.dumps(body)
     except TypeError as error:
-        raise UserError(f"judge.extra_body: expected plain JSON values ({error})") from None
+        raise UserError(f"{argument('EndpointJudge.extra_body')}: expected plain JSON values ({error})") from None
     return body

@@ -6,9 +6,8 @@ import socket
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from tiltmeter.errors import UserError
+from tiltmeter.errors import UserError, argument
 
-KEY = "judge.base_url"
 _HOST = re.compile(r"[A-Za-z0-9_.-]+|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*")
 """Names, IPv4 in any spelling, IPv6; nothing that two parsers of addresses could read in two ways."""
 
@@ -35,33 +34,33 @@ def parse_endpoint(url: str, *, allow_local: bool) -> Endpoint:
     >>> parse_endpoint("https://api.openai.com/v1/", allow_local=False).url
     'https://api.openai.com/v1'
     """
+    key, allow = argument("EndpointJudge.base_url"), argument("EndpointJudge.allow_local")
     try:
         parts = urlsplit(url)
         port = parts.port
     except ValueError:
         raise UserError(
-            f"{KEY}: expected an address such as https://api.openai.com/v1, got one with a bad port or host"
+            f"{key}: expected an address such as https://api.openai.com/v1, got one with a bad port or host"
         ) from None
     if parts.scheme not in ("http", "https"):
-        raise UserError(f"{KEY}: expected https:// (or http:// for a local server), got {parts.scheme or 'no scheme'}")
+        raise UserError(f"{key}: expected https:// (or http:// for a local server), got {parts.scheme or 'no scheme'}")
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise UserError(
-            f"{KEY}: expected an address without user, password, ? or #; name the key's variable in judge.api_key_env"
+            f"{key}: expected an address without user, password, ? or #; name the key's variable in "
+            f"{argument('EndpointJudge.api_key_env')}"
         )
     host = (parts.hostname or "").lower()
     if not _HOST.fullmatch(host) or "\\" in url or not url.isprintable() or " " in url:
-        raise UserError(f"{KEY}: expected a plain host name or IP address, got {host!r}")
+        raise UserError(f"{key}: expected a plain host name or IP address, got {host!r}")
     name = (f"[{host}]" if ":" in host else host) + ("" if port is None else f":{port}")
     is_http = parts.scheme == "http"
     address = _address(host)
     if address is not None and (address.is_link_local or address.is_unspecified or address.is_multicast):
-        raise UserError(f"{KEY}: {name} is link-local, cloud metadata or no host's address; expected a judge's own one")
+        raise UserError(f"{key}: {name} is link-local, cloud metadata or no host's address; expected a judge's own one")
     if address is not None and not address.is_global and not allow_local:
-        raise UserError(
-            f"{KEY}: {name} is a private or loopback address; set judge.allow_local=true if the judge is there"
-        )
+        raise UserError(f"{key}: {name} is a private or loopback address; set {allow}=true if the judge is there")
     if is_http and (not allow_local or (address is not None and address.is_global)):
-        raise UserError(f"{KEY}: http:// is for local servers alone (judge.allow_local=true), got {name}: use https://")
+        raise UserError(f"{key}: http:// is for local servers alone ({allow}=true), got {name}: use https://")
     return Endpoint(url.rstrip("/"), host, name, is_http or (address is not None and not address.is_global))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tiltmeter.errors import FailedWrite, UserError
+from tiltmeter.errors import FailedWrite, UserError, argument
 from tiltmeter.files import write_json
 from tiltmeter.judges.answers import Answer, reminded
 from tiltmeter.judges.judge import Judge, Question
@@ -123,7 +123,8 @@ class EvaluationSteps:
 
     def _read(self, file: Path) -> dict[str, list[str]]:
         what_to_do = (
-            "give another geval.steps_file, delete this one to have steps written anew, or set geval.evaluation_steps"
+            f"give another {argument('GEvalScorer.steps_file')}, delete this one to have steps written anew, or set "
+            f"{argument('GEvalScorer.evaluation_steps')}"
         )
         try:
             self._stored = json.loads(file.read_text(encoding="utf-8"))
@@ -147,18 +148,21 @@ class EvaluationSteps:
         """Steps of the user."""
         if self._file is not None:
             raise UserError(
-                "geval.steps_file: not with geval.evaluation_steps, which are in the configuration already; drop one"
+                f"{argument('GEvalScorer.steps_file')}: not with {argument('GEvalScorer.evaluation_steps')}; leave one of the "
+                "two out"
             )
         if not isinstance(given, Mapping):
             if isinstance(given, str) or len(self._criteria) != 1:
                 raise UserError(
-                    f"geval.evaluation_steps: expected criterion → list of steps, or a list for one criterion, got {given!r}"
+                    f"{argument('GEvalScorer.evaluation_steps')}: expected criterion → list of steps, or a list for one "
+                    f"criterion, got {given!r}"
                 )
             given = {next(iter(self._criteria)): given}
         steps = {name: [str(step).strip() for step in listed] for name, listed in given.items()}
         if set(steps) != set(self._criteria) or not all(listed and all(listed) for listed in steps.values()):
             raise UserError(
-                f"geval.evaluation_steps: expected steps for each of {', '.join(self._criteria)}, got {dict(steps)}"
+                f"{argument('GEvalScorer.evaluation_steps')}: expected steps for each of {', '.join(self._criteria)}, got "
+                f"{dict(steps)}"
             )
         self.found = steps
 

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from tiltmeter.errors import UserError
+from tiltmeter.errors import UserError, argument, arguments_forwarded
 from tiltmeter.judges.judge import ChatMessage, Question, Reply
 from tiltmeter.models.causal_lm import DTYPES, CausalLM
 from tiltmeter.models.layers import backbone, unembedding
@@ -36,6 +36,12 @@ class _Prompt(NamedTuple):
     question: Question
     text: str
     ids: list[int]
+
+
+_OF_MODEL = {
+    "CausalLM.attn_implementation": "LocalJudge.attn_implementation",
+    "CausalLM.name_or_path": "LocalJudge.model",
+}
 
 
 class LocalJudge:
@@ -74,20 +80,22 @@ class LocalJudge:
         seed: int = 0,
     ) -> None:
         if not model:
-            raise UserError("judge.model: expected a hub id or a folder, got none")
+            raise UserError(f"{argument('LocalJudge.model')}: expected a hub id or a folder, got none")
         if dtype not in DTYPES:
-            raise UserError(f"judge.dtype: expected one of {', '.join(DTYPES)}, got {dtype}")
+            raise UserError(f"{argument('LocalJudge.dtype')}: expected one of {', '.join(DTYPES)}, got {dtype}")
         if batch_size < 1 or (max_length is not None and max_length < 1):
             raise UserError(
-                f"judge: expected batch_size and max_length of at least 1, got {batch_size} and {max_length}"
+                f"{argument('LocalJudge.batch_size')}, {argument('LocalJudge.max_length')}: expected at least 1, got "
+                f"{batch_size} and {max_length}"
             )
         try:
             self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         except RuntimeError as error:
-            raise UserError(f"judge.device: expected a device such as cpu or cuda:0, got {device}") from error
-        self._spec = CausalLM(
-            name_or_path=model, revision=revision, dtype=dtype, attn_implementation=attn_implementation
-        )
+            raise UserError(
+                f"{argument('LocalJudge.device')}: expected a device such as cpu or cuda:0, got {device}"
+            ) from error
+        with arguments_forwarded(_OF_MODEL):
+            self._spec = CausalLM(model, revision, dtype=dtype, attn_implementation=attn_implementation)
         self._batch_size, self._max_length = batch_size, max_length
         self._chat_template, self._chat_date, self._seed = chat_template, chat_date, seed
         self._loaded: _Loaded | None = None
@@ -103,22 +111,25 @@ class LocalJudge:
         """
         if self._loaded is not None:
             return
-        try:
+        with arguments_forwarded(_OF_MODEL):
             tokenizer = self._spec.load_tokenizer()
             model = cast(nn.Module, self._spec.build(tokenizer)).to(self._device)
-        except UserError as error:
-            raise UserError(f"judge: {error}") from error
         positions = getattr(model.config, "max_position_embeddings", None)
         if self._max_length is not None and positions is not None and self._max_length > positions:
             raise UserError(
-                f"judge.max_length: expected at most {positions}, as {self.name} has, got {self._max_length}"
+                f"{argument('LocalJudge.max_length')}: expected at most {positions}, as {self.name} has, got {self._max_length}"
             )
         max_length = self._max_length or positions
         if max_length is None:
-            raise UserError(f"judge.max_length: {self.name} doesn't say how many tokens it takes; set one")
+            raise UserError(
+                f"{argument('LocalJudge.max_length')}: {self.name} doesn't say how many tokens it takes; set one"
+            )
         has_template = bool(tokenizer.chat_template)
         if self._chat_template and not has_template:
-            raise UserError(f"judge.chat_template: {self.name} has none; set judge.chat_template=false for plain text")
+            raise UserError(
+                f"{argument('LocalJudge.chat_template')}: {self.name} has none; set "
+                f"{argument('LocalJudge.chat_template')}=false for plain text"
+            )
         uses_template = has_template if self._chat_template is None else self._chat_template
         takes_system = uses_template and _takes_system_turn(tokenizer)
         self._loaded = _Loaded(
@@ -152,9 +163,9 @@ class LocalJudge:
         try:
             return self._weigh(batch) if batch[0].question.want_probabilities else self._speak(batch)
         except torch.OutOfMemoryError:
-            reason = (
-                f"out of memory with {len(batch)} prompts of up to {len(batch[-1].ids)} tokens; lower judge.batch_size"
-            )
+            longest = len(batch[-1].ids)
+            lower = f"lower {argument('LocalJudge.batch_size')}"
+            reason = f"out of memory with {len(batch)} prompts of up to {longest} tokens; {lower}"
             return [Reply(failure="api", reason=reason)] * len(batch)
 
     @property

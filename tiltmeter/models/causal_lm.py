@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from tiltmeter.errors import UserError
+from tiltmeter.errors import UserError, argument
 from tiltmeter.models.model_files import Part, find_fault, reason_of
 from tiltmeter.models.sharded_weights import WEIGHT_FILES, EmptyModel, make_empty
 
@@ -51,19 +51,32 @@ class CausalLM:
     def __post_init__(self) -> None:
         """Check that the options fit together."""
         if self.init not in ("pretrained", "random"):
-            raise UserError(f"model.init: expected pretrained or random, got {self.init}")
+            raise UserError(f"{argument('CausalLM.init')}: expected pretrained or random, got {self.init}")
         if self.init == "pretrained" and not self.name_or_path:
-            raise UserError("model.name_or_path: expected a hub id or a folder, got none (or set model.init=random)")
+            raise UserError(
+                f"{argument('CausalLM.name_or_path')}: expected a hub id or a folder, got none (or set "
+                f"{argument('CausalLM.init')}=random)"
+            )
         if self.init == "pretrained" and self.architecture:
-            raise UserError("model.architecture: only for model.init=random; a pretrained model brings its own")
+            raise UserError(
+                f"{argument('CausalLM.architecture')}: only for {argument('CausalLM.init')}=random; a pretrained model brings "
+                "its own"
+            )
         if self.init == "random" and self.name_or_path:
-            raise UserError("model.name_or_path: not with model.init=random; choose one of the two")
+            raise UserError(
+                f"{argument('CausalLM.name_or_path')}: not with {argument('CausalLM.init')}=random; choose one of the two"
+            )
         if self.init == "random" and "model_type" not in (self.architecture or {}):
-            raise UserError("model.architecture: model.init=random needs model_type (for example llama) and its sizes")
+            raise UserError(
+                f"{argument('CausalLM.architecture')}: {argument('CausalLM.init')}=random needs model_type (for example llama) "
+                "and its sizes"
+            )
         if self.dtype not in DTYPES:
-            raise UserError(f"model.dtype: expected one of {', '.join(DTYPES)}, got {self.dtype}")
+            raise UserError(f"{argument('CausalLM.dtype')}: expected one of {', '.join(DTYPES)}, got {self.dtype}")
         if self.attn_implementation not in (None, *KERNELS):
-            raise UserError(f"model.attn_implementation: expected sdpa or eager, got {self.attn_implementation}")
+            raise UserError(
+                f"{argument('CausalLM.attn_implementation')}: expected sdpa or eager, got {self.attn_implementation}"
+            )
 
     @property
     def trains_tokenizer(self) -> bool:
@@ -81,7 +94,7 @@ class CausalLM:
         where = self.tokenizer or str(self.name_or_path)
         revision = self.revision if where == self.name_or_path else None
         tokenizer = _load(
-            "model.name_or_path" if self.tokenizer is None else "model.tokenizer",
+            argument("CausalLM.name_or_path") if self.tokenizer is None else argument("CausalLM.tokenizer"),
             where,
             lambda: AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=False),
             part="tokenizer",
@@ -102,7 +115,7 @@ class CausalLM:
         else:
             where = str(self.name_or_path)
             config = _load(
-                "model.name_or_path",
+                argument("CausalLM.name_or_path"),
                 where,
                 lambda: AutoConfig.from_pretrained(where, revision=self.revision, trust_remote_code=False),
                 part="config",
@@ -123,7 +136,7 @@ class CausalLM:
         else:
             where = str(self.name_or_path)
             loaded: Any = _load(
-                "model.name_or_path",
+                argument("CausalLM.name_or_path"),
                 where,
                 lambda: AutoModelForCausalLM.from_pretrained(
                     where,
@@ -140,8 +153,8 @@ class CausalLM:
             model, found = loaded
             if missing := sorted(found["missing_keys"]):  # the library fills them with random numbers
                 raise UserError(
-                    f"model.name_or_path: cannot load {where}: {len(missing)} weights are missing, {missing[0]} among them; "
-                    "restore it, or take config.json and weights from one model"
+                    f"{argument('CausalLM.name_or_path')}: cannot load {where}: {len(missing)} weights are missing, "
+                    f"{missing[0]} among them; restore it, or take config.json and weights from one model"
                 )
         _check_vocabulary(model, tokenizer)
         return model
@@ -168,7 +181,7 @@ class CausalLM:
             )
             return make_empty(Path(folder), lambda: self._from_config(config))
 
-        empty = _load("model.name_or_path", where, make, part="weights")
+        empty = _load(argument("CausalLM.name_or_path"), where, make, part="weights")
         if empty is not None:
             _check_vocabulary(empty.model, tokenizer)
         return empty
@@ -203,7 +216,8 @@ def choose_attention(config: PretrainedConfig, asked: str | None = None) -> str:
     has_sdpa = all(kind._supports_sdpa for kind in (found if isinstance(found, tuple) else (found,)))
     if asked == "sdpa" and not has_sdpa:
         raise UserError(
-            f"attn_implementation=sdpa: {config.model_type} has no such kernel; leave it out or set it to eager"
+            f"{argument('CausalLM.attn_implementation')}=sdpa: {config.model_type} has no such kernel; leave it out or set it "
+            "to eager"
         )
     return asked or ("sdpa" if has_sdpa else "eager")
 
@@ -221,17 +235,18 @@ def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
 
 def _load(key: str, where: str, load: Callable[[], T], *, part: Part, is_model: bool = True) -> T:
     """Call a from_pretrained and turn what goes wrong into one line."""
+    instead = f" or set {argument('CausalLM.tokenizer')}" if is_model else ""
     looks_local = where.startswith((".", "/", "~")) or Path(where).exists()
     if looks_local and not Path(where).is_dir():
         raise UserError(
             f"{key}: no such folder: {where} (expected a hub id or a folder with config.json and safetensors)"
         )
-    if looks_local and (fault := find_fault(where, part, is_model=is_model)):
+    if looks_local and (fault := find_fault(where, part, is_model=is_model, instead=instead)):
         raise UserError(f"{key}: cannot load {where}: {fault}")
     try:
         return load()
     except Exception as error:  # whatever a damaged or foreign file makes the loaders raise
-        reason = find_fault(where, part, is_model=is_model)
+        reason = find_fault(where, part, is_model=is_model, instead=instead)
         if looks_local or reason:
             raise UserError(
                 f"{key}: cannot load {where}: {reason or f'{reason_of(error, where)}; restore it'}"
@@ -248,4 +263,6 @@ def _from_architecture(make: Callable[[], T]) -> T:
     try:
         return make()
     except (ValueError, TypeError, StrictDataclassError) as error:
-        raise UserError(f"model.architecture: {textwrap.shorten(str(error), 200, placeholder=' …')}") from error
+        raise UserError(
+            f"{argument('CausalLM.architecture')}: {textwrap.shorten(str(error), 200, placeholder=' …')}"
+        ) from error

@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from tiltmeter.errors import UserError
+from tiltmeter.errors import UserError, argument
 from tiltmeter.models.sampling import GumbelSampling, NoNaN
 
 
@@ -70,16 +70,18 @@ class Decoding:
         """Check the options against each other."""
         object.__setattr__(self, "stop", tuple(self.stop))
         if "" in self.stop:
-            raise UserError("decoding.stop: expected texts, got an empty one, which would end everything at once")
+            raise UserError(
+                f"{argument('Decoding.stop')}: expected texts, got an empty one, which would end everything at once"
+            )
         for name, least in (("max_new_tokens", 1), ("n_samples", 1), ("seed", 0), ("temperature", 0)):
             if getattr(self, name) < least:
-                raise UserError(f"decoding.{name}: expected at least {least}, got {getattr(self, name)}")
+                raise UserError(f"{argument(f'Decoding.{name}')}: expected at least {least}, got {getattr(self, name)}")
         if not 0 < self.top_p <= 1:
-            raise UserError(f"decoding.top_p: expected above 0 and at most 1, got {self.top_p}")
+            raise UserError(f"{argument('Decoding.top_p')}: expected above 0 and at most 1, got {self.top_p}")
         if self.temperature == 0 and (self.n_samples > 1 or self.top_p < 1):
             raise UserError(
-                "decoding: temperature=0 always takes the likeliest token, so n_samples and top_p have no effect; "
-                "set decoding.temperature=1"
+                f"{argument('Decoding.temperature')}=0 always takes the likeliest token, so n_samples and top_p have no effect; "
+                "set it to 1"
             )
 
 
@@ -177,7 +179,7 @@ def fit_prompt(
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and decoding.max_new_tokens >= limit:
         raise UserError(
-            f"decoding.max_new_tokens: expected less than the model's {limit} tokens, got {decoding.max_new_tokens}"
+            f"{argument('Decoding.max_new_tokens')}: expected less than the model's {limit} tokens, got {decoding.max_new_tokens}"
         )
     room = None if limit is None else limit - decoding.max_new_tokens
     return _cut_left(list(ids), room, tokenizer.bos_token_id)

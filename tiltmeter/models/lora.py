@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import Linear, Module, Parameter
 from transformers import PreTrainedModel
 
-from tiltmeter.errors import UserError
+from tiltmeter.errors import UserError, argument
 from tiltmeter.models.layers import backbone
 from tiltmeter.pairs.batch import collate_pairs
 from tiltmeter.pairs.log_probs import sequence_log_probs
@@ -26,43 +26,44 @@ _TOLERANCE = 1e-5
 """Adapters start at exactly nothing; DoRA divides and multiplies by the same norm."""
 
 
-def check_lora(config: LoraConfig, *, freeze_embeddings: bool) -> None:
+def check_lora(lora: LoraConfig, *, freeze_embeddings: bool) -> None:
     """Refuse options under which the model before the first step would not be the reference, or that have no effect.
 
     Raises:
         UserError: names the option.
     """
     refused = {
-        "lora_dropout": (config.lora_dropout, 0.0, "policy and reference must be the same function"),
+        "lora_dropout": (lora.lora_dropout, 0.0, "policy and reference must be the same function"),
         "init_lora_weights": (
-            config.init_lora_weights if config.init_lora_weights != "gaussian" else True,
+            lora.init_lora_weights if lora.init_lora_weights != "gaussian" else True,
             True,
             "others change the model before its first step, which is the reference (gaussian is possible too)",
         ),
-        "bias": (config.bias, "none", "the weights themselves stay as they are"),
-        "modules_to_save": (config.modules_to_save or None, None, "the weights themselves stay as they are"),
-        "trainable_token_indices": (config.trainable_token_indices or None, None, "embeddings stay as they are"),
+        "bias": (lora.bias, "none", "the weights themselves stay as they are"),
+        "modules_to_save": (lora.modules_to_save or None, None, "the weights themselves stay as they are"),
+        "trainable_token_indices": (lora.trainable_token_indices or None, None, "embeddings stay as they are"),
     }
     for name, (value, wanted, reason) in refused.items():
         if value != wanted:
-            raise UserError(f"module.lora.{name}: expected {wanted}, got {value}: {reason}")
+            raise UserError(f"{argument(f'LoraConfig.{name}')}: expected {wanted}, got {value}: {reason}")
     if not freeze_embeddings:
         raise UserError(
-            "module.freeze_embeddings=false: with module.lora only adapters are trained; leave one of the two out"
+            f"{argument('check_lora.freeze_embeddings')}=false: with {argument('add_lora.lora')} only adapters are trained; "
+            "leave one of the two out"
         )
 
 
-def add_lora(model: PreTrainedModel, config: LoraConfig) -> None:
+def add_lora(model: PreTrainedModel, lora: LoraConfig) -> None:
     """Put adapters into the model, in place, and freeze everything else; the model still computes what it did.
 
     Raises:
         UserError: see :func:`insert_adapters` and :func:`check_adapters`.
     """
-    insert_adapters(model, config)
+    insert_adapters(model, lora)
     check_adapters(model)
 
 
-def insert_adapters(model: PreTrainedModel, config: LoraConfig) -> None:
+def insert_adapters(model: PreTrainedModel, lora: LoraConfig) -> None:
     """Put adapters into the model, in place, and freeze everything else; its own weights may still be on the meta device.
 
     Without ``target_modules`` every linear map of the decoder blocks gets one. Adapters of 16-bit weights are float32,
@@ -71,22 +72,25 @@ def insert_adapters(model: PreTrainedModel, config: LoraConfig) -> None:
     Raises:
         UserError: no module matches, or one outside the decoder is matched.
     """
-    if config.target_modules is None:
-        config.target_modules = "all-linear"
+    if lora.target_modules is None:
+        lora.target_modules = "all-linear"
     try:
         with warnings.catch_warnings(), _weights_have_a_device(model):
             warnings.filterwarnings(
                 "ignore", "fan_in_fan_out is set to False"
             )  # peft turns it over for GPT-2 by itself
             warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys did not match.*gate_up_proj")
-            model.add_adapter(config, ADAPTER)
+            model.add_adapter(lora, ADAPTER)
     except ValueError as error:
-        raise UserError(f"module.lora: {' '.join(str(error).split())[:200]}{_other_maps(model, error)}") from error
+        raise UserError(
+            f"{argument('add_lora.lora')}: {' '.join(str(error).split())[:200]}{_other_maps(model, error)}"
+        ) from error
     inside = {id(module) for module in backbone(model).modules()} - {id(model.get_input_embeddings())}
     for name, module in model.named_modules():
         if (isinstance(module, LoraLayer) and id(module) not in inside) or isinstance(module, ModulesToSaveWrapper):
             raise UserError(
-                f"module.lora.target_modules: {name} is no part of the decoder; embeddings and unembedding stay as they are"
+                f"{argument('LoraConfig.target_modules')}: {name} is no part of the decoder; embeddings and unembedding stay as "
+                "they are"
             )
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
@@ -100,7 +104,7 @@ def _other_maps(model: PreTrainedModel, error: ValueError) -> str:
     left = [name for name in sorted(maps) if f"'{name}'" not in str(error)]
     if "ncompatible" not in str(error) or not left:
         return ""
-    return f" …; name the maps to adapt, such as module.lora.target_modules=[{','.join(left)}]"
+    return f" …; name the maps to adapt, such as {argument('LoraConfig.target_modules')}=[{','.join(left)}]"
 
 
 def check_adapters(model: PreTrainedModel) -> None:
@@ -120,22 +124,22 @@ def check_adapters(model: PreTrainedModel) -> None:
         worst = float(((_log_probs(model) - before) / before).abs().max())
     except Exception as error:  # of modules that are more than the linear map they are taken for (PhiMoE's routers)
         raise UserError(
-            f"module.lora: {type(model).__name__} can't run with these adapters ({_reason(error)}); name the "
-            "maps to adapt, such as module.lora.target_modules=[q_proj,v_proj]"
+            f"{argument('add_lora.lora')}: {type(model).__name__} can't run with these adapters ({_reason(error)}); name the "
+            f"maps to adapt, such as {argument('LoraConfig.target_modules')}=[q_proj,v_proj]"
         ) from error
     finally:
         for hook in hooks:
             hook.remove()
     if unused := sorted({*adapters.values()} - ran):
         raise UserError(
-            f"module.lora.target_modules: {type(model).__name__} reads the weights of {', '.join(unused)} past their adapters, "
-            "which would be trained for nothing; name the maps to adapt, such as "
-            f"module.lora.target_modules=[{','.join(sorted(ran))}]"
+            f"{argument('LoraConfig.target_modules')}: {type(model).__name__} reads the weights of {', '.join(unused)} past "
+            "their adapters, which would be trained for nothing; name the maps to adapt, such as "
+            f"{argument('LoraConfig.target_modules')}=[{','.join(sorted(ran))}]"
         )
     if not worst <= _TOLERANCE:
         raise UserError(
-            f"module.lora: these options change the model before its first step, the reference (by {worst:.1g}, relative); "
-            "leave the unusual ones out"
+            f"{argument('add_lora.lora')}: these options change the model before its first step, the reference (by {worst:.1g}, "
+            "relative); leave the unusual ones out"
         )
 
 

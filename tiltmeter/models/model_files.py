@@ -12,8 +12,6 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.hub import cached_file
 
-from tiltmeter.commands import setting
-
 Part = Literal["config", "tokenizer", "weights"]
 _ADAPTER = "adapter_config.json"
 _TOKENIZERS = (
@@ -23,13 +21,14 @@ _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _NO_SAFETENSORS = "no weights as safetensors"
 
 
-def find_fault(where: str, part: Part, *, is_model: bool = True) -> str | None:
+def find_fault(where: str, part: Part, *, is_model: bool = True, instead: str = "") -> str | None:
     """Say why a part of a model can't be opened, as far as its files show: the end of a sentence that names it; None: they don't.
 
     Args:
         where: folder, or hub id, of which what was downloaded before is looked at.
         part: that is to be opened; ``config`` is looked at before any other.
         is_model: false: a folder of a tokenizer alone.
+        instead: what may be done in the place of copying a tokenizer that isn't there.
     """
     folder = Path(where)
     if not folder.is_dir():
@@ -38,8 +37,8 @@ def find_fault(where: str, part: Part, *, is_model: bool = True) -> str | None:
         return fault
     if part == "tokenizer" and not _holds(folder, *_TOKENIZERS):
         return (
-            "it has no tokenizer (expected tokenizer.json or the like); copy that of the model it was made from into it "
-            "(train.py also takes model.tokenizer=…)"
+            "it has no tokenizer (expected tokenizer.json or the like); copy that of the model it was made from into it"
+            f"{instead}"
         )
     if part == "weights" and not _holds(folder, "*.safetensors"):
         if _holds(folder, *_PICKLED):
@@ -90,11 +89,7 @@ def _say_adapter(folder: Path) -> str:
         base = json.loads((folder / _ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (OSError, ValueError, TypeError, KeyError):
         base = None
-    base = str(base or "ITS_BASE")
-    return (
-        f"an adapter, expected a whole model; train on its base with adapter=lora {setting('model.name_or_path', base)} or "
-        f"compare both with analyze.py {setting('base', base)} {setting('aligned', folder)}"
-    )
+    return f"an adapter, expected a whole model; give its base{f', {base}' if base else ''}"
 
 
 def _say_no_model(folder: Path) -> str:

@@ -19,7 +19,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-from tiltmeter.errors import UserError
+from tiltmeter.errors import UserError, argument
 from tiltmeter.models.lora import plain_name
 
 WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json", "generation_config.json")
@@ -61,7 +61,9 @@ class EmptyModel:
                 load(dict(wanted), storage_reader=HuggingFaceStorageReader(str(self.folder)))
         except CheckpointException as failed:
             reason = next(iter(failed.failures.values()))[0]
-            raise UserError(f"model.name_or_path: cannot read weights in {self.folder}: {reason}") from failed
+            raise UserError(
+                f"{argument('CausalLM.name_or_path')}: cannot read weights in {self.folder}: {reason}"
+            ) from failed
 
 
 def make_empty(folder: Path, make: Callable[[], PreTrainedModel]) -> EmptyModel | None:

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tiltmeter.errors import UserError
+from tiltmeter.errors import UserError, argument
 from tiltmeter.models.cpu_linear import linear
 from tiltmeter.models.layers import Unembedding, backbone, sliding_window, unembedding
 from tiltmeter.pairs.batch import PAD, PreferenceBatch, attention_mask
@@ -208,8 +208,9 @@ def _model_mask(model: PreTrainedModel, batch: PreferenceBatch) -> Tensor:
     if batch.packing is not None:
         if batch.packing.last_position >= (sliding_window(model) or math.inf):
             raise UserError(
-                f"datamodule.packed=true: this model sees only the last {sliding_window(model)} tokens and a pair is longer; "
-                "use datamodule.packed=false datamodule.layout=concatenated or a smaller datamodule.max_length"
+                f"{argument('settle_packing.packed')}=true: this model sees only the last {sliding_window(model)} tokens and a "
+                f"pair is longer; use {argument('settle_packing.packed')}=false "
+                f"{argument('settle_packing.layout')}=concatenated or a smaller {argument('settle_packing.max_length')}"
             )
         return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device)
     if batch.layout != "shared_prefix":
@@ -217,8 +218,8 @@ def _model_mask(model: PreTrainedModel, batch: PreferenceBatch) -> Tensor:
     window = sliding_window(model)
     if window is not None and batch.input_ids.shape[1] > window and int(batch.position_ids.max()) >= window:
         raise UserError(
-            f"datamodule.layout=shared_prefix: this model sees only the last {window} tokens and a pair is longer; "
-            "use datamodule.layout=concatenated or a smaller datamodule.max_length"
+            f"{argument('settle_packing.layout')}=shared_prefix: this model sees only the last {window} tokens and a pair is "
+            f"longer; use {argument('settle_packing.layout')}=concatenated or a smaller {argument('settle_packing.max_length')}"
         )
     visible = attention_mask(batch.segments)
     if model.config._attn_implementation in ("sdpa", PACKED_ATTENTION):

@@ -22,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from tiltmeter.errors import UserError
+from tiltmeter.errors import UserError, argument
 
 PACKED_ATTENTION = "tiltmeter_packed"
 """Name under which transformers finds :func:`packed_attention`."""
@@ -125,13 +125,15 @@ def use_packed_attention(model: PreTrainedModel) -> None:
     chosen = model.config._attn_implementation
     if chosen not in ("sdpa", PACKED_ATTENTION):
         raise UserError(
-            f"datamodule.packed=true needs model.attn_implementation=sdpa, got {chosen}; set one of the two"
+            f"{argument('settle_packing.packed')}=true needs {argument('CausalLM.attn_implementation')}=sdpa, got {chosen}; set "
+            "one of the two"
         )
     try:
         model.set_attn_implementation(PACKED_ATTENTION)
     except ValueError as error:
         raise UserError(
-            f"datamodule.packed=true: {type(model).__name__} can't change its attention ({error}); set datamodule.packed=false"
+            f"{argument('settle_packing.packed')}=true: {type(model).__name__} can't change its attention ({error}); set "
+            f"{argument('settle_packing.packed')}=false"
         ) from error
 
 

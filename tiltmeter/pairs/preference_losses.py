@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from tiltmeter.errors import UserError
+from tiltmeter.errors import UserError, argument
 
 PAIR_METRICS = (
     "loss",
@@ -134,7 +134,7 @@ PREFERENCE_LOSSES: dict[str, Callable[..., Tensor]] = {
 _REFERENCE_FREE = {"simpo"}
 
 
-def make_preference_loss(name: str, **options: float | int | str | None) -> PreferenceLoss:
+def make_preference_loss(loss: str, **options: float | int | str | None) -> PreferenceLoss:
     """Look a loss up and bind its options; an option left None takes the loss's own default.
 
     Raises:
@@ -142,38 +142,43 @@ def make_preference_loss(name: str, **options: float | int | str | None) -> Pref
 
     >>> make_preference_loss("hinge", label_smoothing=0.1)
     Traceback (most recent call last):
-    tiltmeter.errors.UserError: module.loss=hinge has no option label_smoothing (it has: beta); leave it out or choose another loss
+    tiltmeter.errors.UserError: loss=hinge has no option label_smoothing (it has: beta); leave it out or choose another loss
     """
-    if name not in PREFERENCE_LOSSES:
-        raise UserError(f"module.loss: expected one of {', '.join(PREFERENCE_LOSSES)}, got {name}")
-    function = PREFERENCE_LOSSES[name]
+    if loss not in PREFERENCE_LOSSES:
+        raise UserError(
+            f"{argument('make_preference_loss.loss')}: expected one of {', '.join(PREFERENCE_LOSSES)}, got {loss}"
+        )
+    function = PREFERENCE_LOSSES[loss]
     known = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
     given = {key: _number(key, value) for key, value in options.items() if value is not None}
     for key in given:
         if key not in known:
             has = ", ".join(known)
             raise UserError(
-                f"module.loss={name} has no option {key} (it has: {has}); leave it out or choose another loss"
+                f"{argument('make_preference_loss.loss')}={loss} has no option {key} (it has: {has}); leave it out or choose "
+                "another loss"
             )
     defaults = {p.name: p.default for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
     beta = float(given.get("beta", defaults["beta"]))
     if not 0 < beta < math.inf:
-        raise UserError(f"module.beta: expected a finite number above 0, got {beta}")
+        raise UserError(f"{argument('make_preference_loss.beta')}: expected a finite number above 0, got {beta}")
     bound = partial(function, **given)
     example = torch.zeros(1)
     count = torch.ones(1, dtype=torch.long)
     bound(PairLogProbs(example, example, example, example, count, count))  # range errors now, not after loading a model
-    return PreferenceLoss(name, bound, name not in _REFERENCE_FREE, beta)
+    return PreferenceLoss(loss, bound, loss not in _REFERENCE_FREE, beta)
 
 
 def _number(name: str, value: float | int | str) -> float:
     try:
         return float(value)
     except ValueError as error:
-        raise UserError(f"module.{name}: expected a number, got {value}") from error
+        raise UserError(f"{argument(f'make_preference_loss.{name}')}: expected a number, got {value}") from error
 
 
 def _check_range(name: str, value: float, low: float, high: float, *, closed: bool) -> None:
     if not (low <= value <= high if closed else low <= value < high):
         sign = "≤" if closed else "<"
-        raise UserError(f"module.{name}: expected {low:g} ≤ {name} {sign} {high:g}, got {value:g}")
+        raise UserError(
+            f"{argument(f'make_preference_loss.{name}')}: expected {low:g} ≤ {name} {sign} {high:g}, got {value:g}"
+        )

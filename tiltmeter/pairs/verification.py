@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tiltmeter.errors import UserError
+from tiltmeter.errors import UserError, argument
 from tiltmeter.models.layers import sliding_window
 from tiltmeter.pairs.batch import Layout, TokenizedPair, collate_pairs
 from tiltmeter.pairs.log_probs import sequence_log_probs
@@ -59,7 +59,9 @@ def verify_layout(model: PreTrainedModel, layout: Layout, *, packed: bool = Fals
     own = [_own_log_prob(model, pair.prompt_ids, response) for pair in pairs for response in pair[1:]]
     batch = collate_pairs(pairs, pair_index=range(len(pairs)), layout=layout, packed=packed).to(model.device)
     name = f"model: {type(model).__name__}"
-    shown = f"datamodule.layout={layout}" + (" with datamodule.packed=true" if packed else "")
+    shown = f"{argument('settle_packing.layout')}={layout}" + (
+        f" with {argument('settle_packing.packed')}=true" if packed else ""
+    )
     try:
         ours = sequence_log_probs(model, batch).view(-1, len(pairs)).T.flatten().tolist()
     except UserError:
@@ -193,7 +195,7 @@ def _own_log_prob(model: PreTrainedModel, prompt: Sequence[int], response: Seque
 
 def _advice(layout: Layout, packed: bool) -> str:
     if packed:
-        return "its attention can't be packed: set datamodule.packed=false"
+        return f"its attention can't be packed: set {argument('settle_packing.packed')}=false"
     if layout == "shared_prefix":
-        return "its attention can't share a prompt: set datamodule.layout=concatenated"
+        return f"its attention can't share a prompt: set {argument('settle_packing.layout')}=concatenated"
     return "this family is not supported"

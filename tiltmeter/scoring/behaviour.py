@@ -4,6 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -136,7 +137,7 @@ class ScoringBeside:
     def submit(self, step: int, epoch: int, samples: list[Sample]) -> None:
         """Have samples scored; returns at once."""
         if self.scorers:
-            thread = threading.Thread(target=self._score, args=(step, epoch, samples), daemon=True)
+            thread = threading.Thread(target=copy_context().run, args=(self._score, step, epoch, samples), daemon=True)
             self._threads.append(thread)
             thread.start()
 

@@ -5,7 +5,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Literal
 
-from tiltmeter.errors import UserError
+from tiltmeter.errors import UserError, argument
 from tiltmeter.models.generation import Completion
 from tiltmeter.scoring.scorer import Sample, Scores, mean_figure
 
@@ -83,7 +83,9 @@ class DegenerationScorer:
 
     def __init__(self, max_repetition: float = 0.5) -> None:
         if not 0 <= max_repetition <= 1:
-            raise UserError(f"degeneration.max_repetition: expected a share from 0 to 1, got {max_repetition}")
+            raise UserError(
+                f"{argument('DegenerationScorer.max_repetition')}: expected a share from 0 to 1, got {max_repetition}"
+            )
         self.max_repetition = max_repetition
         self.name = f"degeneration max_repetition={max_repetition:g} words, characters, tokens"
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
-from tiltmeter.errors import UserError
+from tiltmeter.errors import UserError, argument
 from tiltmeter.judges.answers import LOW_MASS, Answer, ask_choices, checked_prefix, missing_figures, warn_of_missing
 from tiltmeter.judges.evaluation_steps import EvaluationSteps
 from tiltmeter.judges.judge import Judge, Question
@@ -70,19 +70,25 @@ class GEvalScorer:
         prefix: str = "geval",
     ) -> None:
         if score_mode not in get_args(ScoreMode):
-            raise UserError(f"geval.score_mode: expected one of {', '.join(get_args(ScoreMode))}, got {score_mode!r}")
+            raise UserError(
+                f"{argument('GEvalScorer.score_mode')}: expected one of {', '.join(get_args(ScoreMode))}, got {score_mode!r}"
+            )
         if score_mode != "sample" and (n_samples, temperature) != (N_SAMPLES, TEMPERATURE):
             raise UserError(
-                f"geval.n_samples and geval.temperature: only for geval.score_mode=sample, got {score_mode}; leave them out"
+                f"{argument('GEvalScorer.n_samples')} and {argument('GEvalScorer.temperature')}: only for "
+                f"{argument('GEvalScorer.score_mode')}=sample, got {score_mode}; leave them out"
             )
         if n_samples < 2 or not 0 < temperature <= 2:
             raise UserError(
-                f"geval: expected n_samples of at least 2 and a temperature in (0, 2], got {n_samples} and {temperature}"
+                f"{argument('GEvalScorer.n_samples')}: expected n_samples of at least 2 and a temperature in (0, 2], got "
+                f"{n_samples} and {temperature}"
             )
         if not 0 <= max_missing_rate <= 1:
-            raise UserError(f"geval.max_missing_rate: expected a share from 0 to 1, got {max_missing_rate}")
-        self.judge, self.prefix = judge, checked_prefix("geval.prefix", prefix)
-        self.criteria = resolve_criteria("geval.criteria", criteria)
+            raise UserError(
+                f"{argument('GEvalScorer.max_missing_rate')}: expected a share from 0 to 1, got {max_missing_rate}"
+            )
+        self.judge, self.prefix = judge, checked_prefix(argument("GEvalScorer.prefix"), prefix)
+        self.criteria = resolve_criteria(argument("GEvalScorer.criteria"), criteria)
         self.score_mode = score_mode
         self.seed = seed
         self.max_missing_rate = max_missing_rate

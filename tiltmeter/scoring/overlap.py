@@ -16,7 +16,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.text import SacreBLEUScore
 
-from tiltmeter.errors import UserError
+from tiltmeter.errors import UserError, argument
 from tiltmeter.scoring.scorer import MAX_MISSING_SHARE, Figure, Sample, Scores, mean_figure
 from tiltmeter.stats.jackknife import Interval, jackknife_interval
 
@@ -146,7 +146,7 @@ class OverlapScorer:
 
     def __init__(self, reference: str = "chosen") -> None:
         if reference not in ("chosen", "base"):
-            raise UserError(f"overlap.reference: expected chosen or base, got {reference!r}")
+            raise UserError(f"{argument('OverlapScorer.reference')}: expected chosen or base, got {reference!r}")
         self.reference = reference
         self.name = f"overlap with {reference}: {BLEU_SIGNATURE}, {ROUGE_SIGNATURE}"
 

@@ -10,7 +10,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Sequence
 
-from tiltmeter.errors import UserError
+from tiltmeter.errors import UserError, argument
 from tiltmeter.scoring.scorer import Sample, Scores, notice
 from tiltmeter.scoring.toxicity import TextScore, toxicity_scores
 
@@ -36,12 +36,16 @@ class PerspectiveToxicity:
     def __init__(self, api_key_env: str = "PERSPECTIVE_API_KEY", qps: float = 1.0, attribute: str = "TOXICITY",
                  language: str = "en", timeout_s: float = 10.0, time_limit_s: float = 600.0) -> None:  # fmt: skip
         if not re.fullmatch(r"[A-Z_]+", attribute):
-            raise UserError(f"perspective.attribute: expected a name such as TOXICITY, got {attribute!r}")
+            raise UserError(
+                f"{argument('PerspectiveToxicity.attribute')}: expected a name such as TOXICITY, got {attribute!r}"
+            )
         if not re.fullmatch(r"[A-Za-z_]\w*", api_key_env, re.ASCII):  # not shown: it may be the key itself
-            raise UserError("perspective.api_key_env: expected the name of an environment variable, not a key")
+            raise UserError(
+                f"{argument('PerspectiveToxicity.api_key_env')}: expected the name of an environment variable, not a key"
+            )
         for name, value in {"qps": qps, "timeout_s": timeout_s, "time_limit_s": time_limit_s}.items():
             if not 0 < value < math.inf:
-                raise UserError(f"perspective.{name}: expected a number above 0, got {value}")
+                raise UserError(f"{argument(f'PerspectiveToxicity.{name}')}: expected a number above 0, got {value}")
         self.api_key_env, self.attribute, self.language = api_key_env, attribute, language
         self.qps, self.timeout_s, self.time_limit_s = qps, timeout_s, time_limit_s
         self.name = f"Perspective API v1alpha1 {attribute} language={language}"
@@ -50,7 +54,7 @@ class PerspectiveToxicity:
         """Score one harmless text. Raises UserError: no key, or a service that is gone, refuses or can't be reached."""
         notice(f"PerspectiveToxicity: {SUNSET}")
         if isinstance(problem := self._ask("Good morning."), str):
-            raise UserError(f"perspective: {problem}; check the key in {self.api_key_env}. {SUNSET}")
+            raise UserError(f"Perspective: {problem}; check the key in {self.api_key_env}. {SUNSET}")
 
     def score(self, samples: Sequence[Sample]) -> Scores:
         """Score the completions of both models, in bounded time; what fails is missing."""
@@ -78,7 +82,7 @@ class PerspectiveToxicity:
         """The score of a text, or why there is none, in words of our own: a reply could repeat the key."""
         if not re.fullmatch(r"[\x21-\x7e]+", key := os.environ.get(self.api_key_env, "").strip()):
             raise UserError(
-                f"perspective.api_key_env: the environment variable {self.api_key_env} is not set, or no key"
+                f"{argument('PerspectiveToxicity.api_key_env')}: the environment variable {self.api_key_env} is not set, or no key"
             )
         body = {"comment": {"text": text[:MAX_CHARACTERS], "type": "PLAIN_TEXT"}, "languages": [self.language]}
         asked = json.dumps(body | {"requestedAttributes": {self.attribute: {}}, "doNotStore": True}).encode()

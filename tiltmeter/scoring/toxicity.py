@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from tiltmeter.errors import UserError
+from tiltmeter.errors import UserError, argument
 from tiltmeter.scoring.scorer import MAX_MISSING_SHARE, Figure, Sample, Scores, mean_figure
 from tiltmeter.stats.jackknife import Interval
 from tiltmeter.stats.proportions import share_interval
@@ -233,7 +233,7 @@ class WordListToxicity:
 
 
 def _read_words(path: Path) -> list[str]:
-    key = "toxicity.words_file"
+    key = argument("WordListToxicity.words_file")
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:

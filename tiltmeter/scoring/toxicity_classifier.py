@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PretrainedConfig
 
-from tiltmeter.errors import UserError
+from tiltmeter.errors import UserError, argument
 from tiltmeter.scoring.scorer import Sample, Scores
 from tiltmeter.scoring.toxicity import TextScore, toxicity_scores
 
@@ -94,16 +94,22 @@ class ClassifierToxicity:
         preset = PRESETS.get(model) or _BY_MODEL.get(model)
         if preset and revision is None and preset.revision is None:
             raise UserError(
-                f"toxicity.revision: {preset.model} has no safetensors on its main branch; give the full commit that has them "
-                "(it begins with 9165055), or choose model=toxic-bert"
+                f"{argument('ClassifierToxicity.revision')}: {preset.model} has no safetensors on its main branch; give the "
+                "full commit that has them (it begins with 9165055), or choose "
+                f"{argument('ClassifierToxicity.model')}=toxic-bert"
             )
         if activation not in (None, "sigmoid", "softmax"):
-            raise UserError(f"toxicity.activation: expected sigmoid, softmax or null, got {activation!r}")
+            raise UserError(
+                f"{argument('ClassifierToxicity.activation')}: expected sigmoid, softmax or null, got {activation!r}"
+            )
         if batch_size < 1:
-            raise UserError(f"toxicity.batch_size: expected a whole number above 0, got {batch_size}")
+            raise UserError(
+                f"{argument('ClassifierToxicity.batch_size')}: expected a whole number above 0, got {batch_size}"
+            )
         if max_length < 3:
             raise UserError(
-                f"toxicity.max_length: expected at least 3 tokens, two of which are special, got {max_length}"
+                f"{argument('ClassifierToxicity.max_length')}: expected at least 3 tokens, two of which are special, got "
+                f"{max_length}"
             )
         self.model = preset.model if preset else model
         self.revision = revision or (preset.revision if preset else None)
@@ -143,7 +149,9 @@ class ClassifierToxicity:
             self._classifier = model.to(self.device).eval()
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
-            raise UserError(f"toxicity.device: can't use {self.device!r} ({reason}); use cpu") from error
+            raise UserError(
+                f"{argument('ClassifierToxicity.device')}: can't use {self.device!r} ({reason}); use cpu"
+            ) from error
 
     def score(self, samples: Sequence[Sample]) -> Scores:
         """Score the completions of both models."""
@@ -199,17 +207,20 @@ class ClassifierToxicity:
             positions -= (config.pad_token_id or 0) + 1
         limit = min(self._tokenizer.model_max_length, positions)
         if self.max_length > limit:
-            raise UserError(f"toxicity.max_length: {self.model} reads at most {limit} tokens, got {self.max_length}")
+            raise UserError(
+                f"{argument('ClassifierToxicity.max_length')}: {self.model} reads at most {limit} tokens, got {self.max_length}"
+            )
 
     def _cannot_load(self, error: Exception) -> str:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
         if self._is_folder:
             return (
-                f"toxicity.model: can't load {self.model} ({reason}); expected config.json, a tokenizer and safetensors"
+                f"{argument('ClassifierToxicity.model')}: can't load {self.model} ({reason}); expected config.json, a tokenizer "
+                "and safetensors"
             )
         return (
-            f"toxicity.model: can't load {self.model} from the Hugging Face hub ({reason}); check the name and the network, "
-            "give a local folder, or use the word list, which needs neither"
+            f"{argument('ClassifierToxicity.model')}: can't load {self.model} from the Hugging Face hub ({reason}); check the "
+            "name and the network, give a local folder, or use the word list, which needs neither"
         )
 
 
@@ -223,7 +234,8 @@ def _find_label(label: str, id2label: dict[int, str], model: str) -> int:
     columns = [column for column, name in id2label.items() if _canonical(name) == label]
     if len(columns) != 1:
         raise UserError(
-            f"toxicity.label: {model} has no label {label}; its labels are {', '.join(id2label.values())}: set label to one of them"
+            f"{argument('ClassifierToxicity.label')}: {model} has no label {label}; its labels are "
+            f"{', '.join(id2label.values())}: set label to one of them"
         )
     return int(columns[0])
 
@@ -235,6 +247,6 @@ def _activation_of(config: PretrainedConfig, model: str) -> Activation:
     if config.problem_type is None and n_labels <= 2:
         return "sigmoid" if n_labels == 1 else "softmax"
     raise UserError(
-        f"toxicity.activation: {model} has {n_labels} labels and problem_type {config.problem_type}, which says not "
-        "whether they exclude each other; set activation=sigmoid or softmax"
+        f"{argument('ClassifierToxicity.activation')}: {model} has {n_labels} labels and problem_type {config.problem_type}, "
+        f"which says not whether they exclude each other; set {argument('ClassifierToxicity.activation')}=sigmoid or softmax"
     )

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tiltmeter.errors import UserError
+from tiltmeter.errors import UserError, argument
 from tiltmeter.pairs.chat import render_chat
 from tiltmeter.scoring.multiple_choice import TOKENS_PER_BATCH, Choice, Forward, choice_log_probs, encode_choices
 from tiltmeter.scoring.scorer import Scores, Side, grouped_mean_figure
@@ -82,13 +82,13 @@ def read_preset(path: str | None) -> str | None:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"truthfulqa.preset_file: cannot read {file} ({error}); give another, or leave it out"
+            f"{argument('TruthfulQA.preset_file')}: cannot read {file} ({error}); give another, or leave it out"
         ) from error
     preset = (_preset_of_task(text) if file.suffix in (".yaml", ".yml") else text).strip("\n")
     found = hashlib.sha256(preset.encode()).hexdigest()
     if found != PRESET_SHA256:
         raise UserError(
-            f"truthfulqa.preset_file: {file} is not the prompt of lm-evaluation-harness 0.4.12 (expected sha256 "
+            f"{argument('TruthfulQA.preset_file')}: {file} is not the prompt of lm-evaluation-harness 0.4.12 (expected sha256 "
             f"{PRESET_SHA256[:12]}…, got {found[:12]}…); give its truthfulqa_mc1.yaml, or leave it out to score zero-shot"
         )
     return preset
@@ -123,8 +123,8 @@ def _from_hub(path: str) -> Path:
     except Exception as error:  # the client raises its own, httpx's and OSErrors; each must become one line
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"truthfulqa.path: cannot load {path} from the Hugging Face hub ({reason[:200]}); check the name and the network, "
-            "or give a local file"
+            f"{argument('TruthfulQA.path')}: cannot load {path} from the Hugging Face hub ({reason[:200]}); check the name and "
+            "the network, or give a local file"
         ) from error
 
 
@@ -135,7 +135,7 @@ def _read_rows(file: Path, shown: str) -> list[Any]:
 
             return list(parquet.read_table(file).to_pylist())
         if file.suffix not in (".json", ".jsonl"):
-            raise UserError(f"truthfulqa.path: can't tell the format of {shown} ({_READABLE})")
+            raise UserError(f"{argument('TruthfulQA.path')}: can't tell the format of {shown} ({_READABLE})")
         text = file.read_text(encoding="utf-8-sig")
         rows = (
             [json.loads(line) for line in text.splitlines() if line.strip()]
@@ -143,7 +143,9 @@ def _read_rows(file: Path, shown: str) -> list[Any]:
             else json.loads(text)
         )
     except OSError as error:
-        raise UserError(f"truthfulqa.path: cannot read {shown} ({error.strerror or error}; {_READABLE})") from error
+        raise UserError(
+            f"{argument('TruthfulQA.path')}: cannot read {shown} ({error.strerror or error}; {_READABLE})"
+        ) from error
     except UserError:
         raise
     except ValueError as error:  # of json, of the decoder, and of Arrow
@@ -262,9 +264,13 @@ class TruthfulQA:
         tokens_per_batch: int = TOKENS_PER_BATCH,
     ) -> None:
         if limit is not None and limit < 1:
-            raise UserError(f"truthfulqa.limit: expected a number of questions above 0 or null, got {limit}")
+            raise UserError(
+                f"{argument('TruthfulQA.limit')}: expected a number of questions above 0 or null, got {limit}"
+            )
         if tokens_per_batch < 1:
-            raise UserError(f"truthfulqa.tokens_per_batch: expected a number above 0, got {tokens_per_batch}")
+            raise UserError(
+                f"{argument('TruthfulQA.tokens_per_batch')}: expected a number above 0, got {tokens_per_batch}"
+            )
         self.path = path
         self.preset_file = preset_file
         self.chat_template = chat_template
@@ -383,7 +389,8 @@ class TruthfulQA:
             return text, " "
         if tokenizer.chat_template is None:
             raise UserError(
-                "truthfulqa.chat_template=true: this model's tokenizer has no chat template (base models rarely do); set false"
+                f"{argument('TruthfulQA.chat_template')}=true: this model's tokenizer has no chat template (base models rarely "
+                "do); set false"
             )
         turn = [{"role": "user", "content": text}]
         return render_chat(tokenizer, turn, date=self.chat_date, add_generation_prompt=True), ""

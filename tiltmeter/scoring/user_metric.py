@@ -8,7 +8,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
-from tiltmeter.errors import UserError
+from tiltmeter.errors import UserError, argument
 from tiltmeter.scoring.scorer import Figure, Sample, Scores, mean_figure
 
 _PREFIX = "evaluate:"
@@ -42,21 +42,23 @@ class UserMetric:
         options: Mapping[str, str | int | float | bool] | None = None,
     ) -> None:
         if not metric.startswith(_PREFIX) or metric == _PREFIX:
-            raise UserError(f"metric.metric: expected evaluate:NAME or evaluate:PATH, got {metric!r}")
+            raise UserError(f"{argument('UserMetric.metric')}: expected evaluate:NAME or evaluate:PATH, got {metric!r}")
         self.where = metric.removeprefix(_PREFIX)
         self.script = _find_script(self.where)
         if self.script is None and not _HUB_NAME.fullmatch(self.where):
             raise UserError(
-                f"metric.metric: no such metric script: {self.where} (expected FILE.py, a folder FOLDER with FOLDER.py in it, or "
-                "a name on the hub)"
+                f"{argument('UserMetric.metric')}: no such metric script: {self.where} (expected FILE.py, a folder FOLDER with "
+                "FOLDER.py in it, or a name on the hub)"
             )
         if self.script is None and not trust:
             raise UserError(
-                f"metric.trust: {self.where} is code that evaluate downloads from the hub and runs; read it, then set trust=true, "
-                "or give the path of a script of your own"
+                f"{argument('UserMetric.trust')}: {self.where} is code that evaluate downloads from the hub and runs; read it, "
+                "then set trust=true, or give the path of a script of your own"
             )
         if self.script is not None and revision is not None:
-            raise UserError("metric.revision: only for a metric from the hub; leave it out for a script on disk")
+            raise UserError(
+                f"{argument('UserMetric.revision')}: only for a metric from the hub; leave it out for a script on disk"
+            )
         self.revision = revision
         self.options = dict(options or {})
         self.figure = re.sub(r"\W+", "_", (self.script or Path(self.where)).stem)
@@ -129,10 +131,10 @@ class UserMetric:
 
     def _cannot_load(self, error: Exception) -> str:
         if self.script is not None:
-            return f"metric.metric: can't load {self.script}: {_first_line(error)}"
+            return f"{argument('UserMetric.metric')}: can't load {self.script}: {_first_line(error)}"
         return (
-            f"metric.metric: can't get {self.where} from the Hugging Face hub ({_first_line(error)}); check the name and the "
-            "network, or give the path of a script on disk"
+            f"{argument('UserMetric.metric')}: can't get {self.where} from the Hugging Face hub ({_first_line(error)}); check "
+            "the name and the network, or give the path of a script on disk"
         )
 
 

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tiltmeter.errors import UserError
+from tiltmeter.errors import UserError, argument
 from tiltmeter.judges.answers import LOW_MASS, Answer, ask_choices, checked_prefix, missing_figures, warn_of_missing
 from tiltmeter.judges.judge import Failure, Judge, Question
 from tiltmeter.judges.local_judge import LocalJudge
@@ -324,23 +324,27 @@ class WinRateScorer:
         prefix: str = "geval",
     ) -> None:
         if preset not in PRESETS:
-            raise UserError(f"win_rate.preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
+            raise UserError(f"{argument('WinRateScorer.preset')}: expected one of {', '.join(PRESETS)}, got {preset!r}")
         if verdict_mode not in PRESETS[preset].modes:
             modes = " or ".join(PRESETS[preset].modes)
-            raise UserError(f"win_rate.verdict_mode: preset {preset} needs {modes}, got {verdict_mode!r}")
+            raise UserError(
+                f"{argument('WinRateScorer.verdict_mode')}: preset {preset} needs {modes}, got {verdict_mode!r}"
+            )
         self.against = (against,) if isinstance(against, str) else tuple(against)
         if not self.against or sorted(set(self.against) & set(get_args(Opponent))) != sorted(self.against):
             raise UserError(
-                f"win_rate.against: expected {' or '.join(get_args(Opponent))} or both, got {list(self.against)}"
+                f"{argument('WinRateScorer.against')}: expected {' or '.join(get_args(Opponent))} or both, got {list(self.against)}"
             )
-        criteria = resolve_criteria("win_rate.criterion", criterion)
+        criteria = resolve_criteria(argument("WinRateScorer.criterion"), criterion)
         if len(criteria) != 1:
             raise UserError(
-                f"win_rate.criterion: expected one criterion, got {', '.join(criteria)}; use a scorer for each"
+                f"{argument('WinRateScorer.criterion')}: expected one criterion, got {', '.join(criteria)}; use a scorer for each"
             )
         if not 0 <= max_missing_rate <= 1:
-            raise UserError(f"win_rate.max_missing_rate: expected a share from 0 to 1, got {max_missing_rate}")
-        self.judge, self.prefix = judge, checked_prefix("win_rate.prefix", prefix)
+            raise UserError(
+                f"{argument('WinRateScorer.max_missing_rate')}: expected a share from 0 to 1, got {max_missing_rate}"
+            )
+        self.judge, self.prefix = judge, checked_prefix(argument("WinRateScorer.prefix"), prefix)
         self.preset, self.verdict_mode = PRESETS[preset], verdict_mode
         ((self.criterion, self.meaning),) = criteria.items()
         self.seed = seed

@@ -51,7 +51,7 @@ class Probe:
         prompts: Sequence[Sequence[int]] | None = None,
     ) -> None:
         if not batches:
-            raise UserError("probe: expected at least one held-out pair to read, got none; set datamodule.probe_pairs")
+            raise UserError("batches: expected at least one held-out pair to read, got none")
         for position in positions:
             if check_position(position) not in ONE_PER_SIDE:
                 raise UserError(f"positions: a probe reads {', '.join(ONE_PER_SIDE)}, got {position}")

@@ -57,7 +57,7 @@ def test_a_file_that_is_no_database_is_kept_aside_with_one_warning(path: Path) -
     cache.put("a", {}, SAID)
     assert cache.get(["a"]) == {"a": SAID}
     (notice,) = cache.take_notices()
-    assert notice.startswith(f"judge.cache: {path}: damaged (file is not a database)")
+    assert notice.startswith(f"cache: {path}: damaged (file is not a database)")
     (kept,) = path.parent.glob("cache.sqlite.damaged-*")
     assert kept.read_bytes().startswith(b"not a database")
 
@@ -125,9 +125,9 @@ def test_a_file_that_can_not_be_written_is_an_error_at_the_start_and_a_warning_l
     for path in (tmp_path / "file" / "cache.sqlite", tmp_path):
         with StubEndpoint() as stub:
             asked = judge(stub, cache=str(path))
-            with pytest.raises(UserError, match=r"^judge\.cache: .*can't be written"):
+            with pytest.raises(UserError, match=r"^cache: .*can't be written"):
                 asked.start(want_probabilities=False)
-            with pytest.warns(UserWarning, match=r"judge\.cache"):
+            with pytest.warns(UserWarning, match=r"^cache: "):
                 assert asked.ask([question()])[0].texts == ("4",)
 
 

@@ -57,7 +57,7 @@ def test_a_token_that_was_said_without_being_among_the_likeliest_counts_too() ->
     ],
 )
 def test_log_probs_that_are_none(bad: dict[str, Any]) -> None:
-    with pytest.raises(RequestFailed, match=r"judge\.score_mode=sample") as caught:
+    with pytest.raises(RequestFailed, match=r"score_mode=sample") as caught:
         first_token_probabilities(bad, ANSWERS)
     assert not caught.value.is_passing
 

@@ -60,7 +60,7 @@ def test_without_log_probs_there_is_a_reason_and_never_a_number(log_probs: bool 
     with StubEndpoint(log_probs=log_probs) as stub:
         (reply,) = judge(stub).ask([question(want_probabilities=True)])
         assert (reply.probabilities, reply.failure) == (None, "api")
-        assert "judge.score_mode=sample" in reply.reason
+        assert "score_mode=sample" in reply.reason
         assert len(stub.requests) == 1, "nothing to retry"
 
 
@@ -133,17 +133,17 @@ def test_nothing_is_left_running() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"model": " "}, "judge.model: expected"),
-        ({"concurrency": 0}, "judge.concurrency: expected a number above 0, got 0"),
-        ({"request_timeout": float("nan")}, "judge.request_timeout"),
-        ({"time_limit": 0.0}, "judge.time_limit"),
-        ({"max_retries": -1}, "judge.max_retries"),
-        ({"max_requests": 0}, "judge.max_requests"),
-        ({"max_usd": 1.0}, "judge.max_usd: needs judge.prices"),
-        ({"prices": {"input": 1.0}}, "judge.prices"),
-        ({"prices": {"input": 1.0, "output": -1.0}}, "judge.prices"),
-        ({"extra_body": {"n": 3, "logprobs": True}}, "judge.extra_body: logprobs, n are set by the question"),
-        ({"extra_body": {"x": {1, 2}}}, "judge.extra_body: expected plain JSON values"),
+        ({"model": " "}, "model: expected"),
+        ({"concurrency": 0}, "concurrency: expected a number above 0, got 0"),
+        ({"request_timeout": float("nan")}, "request_timeout"),
+        ({"time_limit": 0.0}, "time_limit"),
+        ({"max_retries": -1}, "max_retries"),
+        ({"max_requests": 0}, "max_requests"),
+        ({"max_usd": 1.0}, "max_usd: needs prices"),
+        ({"prices": {"input": 1.0}}, "prices"),
+        ({"prices": {"input": 1.0, "output": -1.0}}, "prices"),
+        ({"extra_body": {"n": 3, "logprobs": True}}, "extra_body: logprobs, n are set by the question"),
+        ({"extra_body": {"x": {1, 2}}}, "extra_body: expected plain JSON values"),
     ],
 )
 def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:

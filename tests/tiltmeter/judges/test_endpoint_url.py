@@ -32,20 +32,20 @@ LOCAL += ["10.1.2.3", "172.16.0.1", "192.168.1.1", "100.64.0.1", "[fd12::1]", "[
 @pytest.mark.parametrize("allow_local", [True, False])
 @pytest.mark.parametrize("host", METADATA + NO_HOST)
 def test_metadata_and_no_hosts_are_refused_in_every_spelling(host: str, allow_local: bool) -> None:
-    with pytest.raises(UserError, match=r"^judge\.base_url: .*link-local"):
+    with pytest.raises(UserError, match=r"^base_url: .*link-local"):
         parse_endpoint(f"https://{host}/v1", allow_local=allow_local)
 
 
 @pytest.mark.parametrize("host", LOCAL)
 def test_local_addresses_need_leave(host: str) -> None:
-    with pytest.raises(UserError, match=r"^judge\.base_url: .*judge\.allow_local=true"):
+    with pytest.raises(UserError, match=r"^base_url: .*allow_local=true"):
         parse_endpoint(f"https://{host}:8000/v1", allow_local=False)
     assert parse_endpoint(f"http://{host}:8000/v1", allow_local=True).is_local
 
 
 @pytest.mark.parametrize("url", ["http://api.openai.com/v1", "http://8.8.8.8/v1"])
 def test_http_is_for_local_addresses_alone(url: str) -> None:
-    with pytest.raises(UserError, match=r"^judge\.base_url: .*https"):
+    with pytest.raises(UserError, match=r"^base_url: .*https"):
         parse_endpoint(url, allow_local=False)
 
 
@@ -79,7 +79,7 @@ def test_http_to_a_public_address_is_refused_also_where_local_ones_are_allowed()
     ],
 )
 def test_addresses_that_are_none_or_hold_a_secret(url: str) -> None:
-    with pytest.raises(UserError, match=r"^judge\.base_url: expected") as caught:
+    with pytest.raises(UserError, match=r"^base_url: expected") as caught:
         parse_endpoint(url, allow_local=True)
     assert "canary" not in str(caught.value)
 

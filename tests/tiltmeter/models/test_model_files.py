@@ -114,17 +114,12 @@ def open_for_training(folder: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_an_adapter_is_no_model_and_the_line_says_how_to_use_it(good: Path, tmp_path: Path) -> None:
+def test_an_adapter_is_no_model_and_the_line_names_its_base(good: Path, tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
     get_peft_model(AutoModelForCausalLM.from_pretrained(good), LoraConfig()).save_pretrained(folder)
     for open_it in (open_for_training, load_model):
-        with pytest.raises(
-            UserError, match="an adapter, expected a whole model; train on its base with adapter=lora"
-        ) as caught:
+        with pytest.raises(UserError, match=f"an adapter, expected a whole model; give its base, {good}$"):
             open_it(folder)
-        assert {f'model.name_or_path="{good}"', f'base="{good}"', f"aligned={folder}"} <= set(
-            shlex.split(str(caught.value))
-        )
 
 
 def test_advised_command_converts_pickled_weights(folder: Path) -> None:
@@ -141,7 +136,7 @@ def test_a_tokenizer_may_lie_in_a_folder_of_its_own(folder: Path) -> None:
     without("config.json", "*.safetensors")(folder)
     assert CausalLM("org/model", tokenizer=str(folder)).load_tokenizer().pad_token
     without("*token*")(folder)
-    with pytest.raises(UserError, match=r"^model\.tokenizer: cannot load .* it has no tokenizer"):
+    with pytest.raises(UserError, match=r"^tokenizer: cannot load .* it has no tokenizer"):
         CausalLM("org/model", tokenizer=str(folder)).load_tokenizer()
 
 

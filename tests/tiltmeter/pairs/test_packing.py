@@ -165,7 +165,7 @@ def test_generation_and_plain_forwards_are_untouched_by_the_packed_kernel() -> N
 
 def test_packing_is_refused_where_it_would_change_the_numbers() -> None:
     eager = make_model("llama", attn="eager")
-    with pytest.raises(UserError, match=r"datamodule.packed=true needs model.attn_implementation=sdpa, got eager"):
+    with pytest.raises(UserError, match=r"packed=true needs attn_implementation=sdpa, got eager"):
         settle_packing(eager, "shared_prefix", True, max_length=100)
     assert settle_packing(eager, "shared_prefix", None, max_length=100) is False
     narrow = make_model("mistral", sliding_window=8)
@@ -201,7 +201,7 @@ def test_a_family_that_ignores_the_packing_is_left_in_rows() -> None:
 
         layer.self_attn.forward = deaf
     assert settle_packing(model, "shared_prefix", None, max_length=100) is False
-    with pytest.raises(UserError, match=r"its attention can't be packed: set datamodule.packed=false"):
+    with pytest.raises(UserError, match=r"its attention can't be packed: set packed=false"):
         settle_packing(model, "shared_prefix", True, max_length=100)
 
 

@@ -152,7 +152,7 @@ def test_the_threshold_itself_is_not_above_it() -> None:
 
 @pytest.mark.parametrize("wrong", [-0.1, 1.1, math.nan])
 def test_a_threshold_that_is_no_share_is_refused(wrong: float) -> None:
-    with pytest.raises(UserError, match=r"degeneration\.max_repetition: expected a share from 0 to 1, got"):
+    with pytest.raises(UserError, match=r"max_repetition: expected a share from 0 to 1, got"):
         DegenerationScorer(wrong)
 
 

@@ -34,14 +34,14 @@ def test_one_request_finds_out_that_all_is_well(want_probabilities: bool) -> Non
 def test_no_log_probs(log_probs: bool | str) -> None:
     with StubEndpoint(log_probs=log_probs) as stub:
         judge(stub).start(want_probabilities=False)
-        with pytest.raises(UserError, match=r"^judge\.model: stub@.*judge\.score_mode=sample"):
+        with pytest.raises(UserError, match=r"^model: stub@.*score_mode=sample"):
             judge(stub).start(want_probabilities=True)
 
 
 def test_403_for_log_probs_is_not_about_the_key() -> None:
     with (
         StubEndpoint(always=status(403, "You are not allowed to request logprobs from this model")) as stub,
-        pytest.raises(UserError, match=r"^judge\.model: .*judge\.score_mode=sample"),
+        pytest.raises(UserError, match=r"^model: .*score_mode=sample"),
     ):
         judge(stub).start(want_probabilities=True)
 
@@ -49,7 +49,7 @@ def test_403_for_log_probs_is_not_about_the_key() -> None:
 def test_no_such_model() -> None:
     with (
         StubEndpoint(models=["other"]) as stub,
-        pytest.raises(UserError, match=r"^judge\.model: stub@.*The model `stub` does not exist"),
+        pytest.raises(UserError, match=r"^model: stub@.*The model `stub` does not exist"),
     ):
         judge(stub).start(want_probabilities=True)
 
@@ -57,7 +57,7 @@ def test_no_such_model() -> None:
 def test_a_question_that_the_model_does_not_take() -> None:
     with (
         StubEndpoint(always=status(400, "temperature does not support 0", param="temperature")) as stub,
-        pytest.raises(UserError, match=r"^judge\.model: stub@.*temperature does not support 0"),
+        pytest.raises(UserError, match=r"^model: stub@.*temperature does not support 0"),
     ):
         judge(stub).start(want_probabilities=False)
 
@@ -67,7 +67,7 @@ def test_a_redirect_is_an_error_and_not_followed() -> None:
         StubEndpoint() as target,
         StubEndpoint(always=redirect(f"{target.base_url}/chat/completions?key=canary")) as stub,
     ):
-        with pytest.raises(UserError, match=r"^judge\.base_url: .*redirect to http://127.*not followed") as caught:
+        with pytest.raises(UserError, match=r"^base_url: .*redirect to http://127.*not followed") as caught:
             judge(stub).start(want_probabilities=True)
         (reply,) = judge(stub).ask([question()])
         assert (reply.failure, len(target.requests)) == ("api", 0)
@@ -76,7 +76,7 @@ def test_a_redirect_is_an_error_and_not_followed() -> None:
 
 def test_a_budget_too_small_for_one_question() -> None:
     with StubEndpoint() as stub:
-        with pytest.raises(UserError, match=r"^judge\.max_tokens: .*could exceed judge\.max_tokens=20"):
+        with pytest.raises(UserError, match=r"^max_tokens: .*could exceed max_tokens=20"):
             judge(stub, max_tokens=20).start(want_probabilities=True)
         assert stub.requests == []
 
@@ -88,7 +88,7 @@ def test_no_key_is_an_error_before_any_request(monkeypatch: pytest.MonkeyPatch) 
             monkeypatch.setenv("JUDGE_KEY", value)
         with StubEndpoint() as stub:
             asked = judge(stub, api_key_env="JUDGE_KEY")
-            with pytest.raises(UserError, match=r"^judge\.api_key_env: .*JUDGE_KEY is not set"):
+            with pytest.raises(UserError, match=r"^api_key_env: .*JUDGE_KEY is not set"):
                 asked.start(want_probabilities=True)
             (reply,) = asked.ask([question()])
             assert (reply.failure, stub.requests) == ("api", [])
@@ -100,7 +100,7 @@ def test_a_wrong_key_fails_fast_and_for_good(code: int, monkeypatch: pytest.Monk
     monkeypatch.setenv("JUDGE_KEY", "the-wrong-key")
     with StubEndpoint(always=status(code, "no entry")) as stub:
         asked = judge(stub, api_key_env="JUDGE_KEY", concurrency=1)
-        with pytest.raises(UserError, match=r"^judge\.api_key_env: .*no entry.*environment variable JUDGE_KEY"):
+        with pytest.raises(UserError, match=r"^api_key_env: .*no entry.*environment variable JUDGE_KEY"):
             asked.start(want_probabilities=True)
         replies = asked.ask([question(str(i)) for i in range(5)])
         assert {reply.failure for reply in replies} == {"api"}
@@ -111,7 +111,7 @@ def test_a_wrong_key_fails_fast_and_for_good(code: int, monkeypatch: pytest.Monk
 def test_a_key_where_none_was_named() -> None:
     with (
         StubEndpoint(key="needed-but-absent") as stub,
-        pytest.raises(UserError, match=r"^judge\.api_key_env: .*no key was sent"),
+        pytest.raises(UserError, match=r"^api_key_env: .*no key was sent"),
     ):
         judge(stub).start(want_probabilities=False)
 
@@ -160,5 +160,5 @@ def test_making_one_touches_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     made = EndpointJudge("gpt-4.1", cache=str(tmp_path / "deep" / "cache.sqlite"))
     assert (made.name, made.api_key_env, list(tmp_path.iterdir())) == ("gpt-4.1@api.openai.com", "OPENAI_API_KEY", [])
-    with pytest.raises(UserError, match=r"^judge\.api_key_env: .*OPENAI_API_KEY is not set"):
+    with pytest.raises(UserError, match=r"^api_key_env: .*OPENAI_API_KEY is not set"):
         made.start(want_probabilities=True)

@@ -171,7 +171,7 @@ def test_a_sample_without_a_reference_is_missing_and_an_empty_completion_is_none
 
 
 def test_an_unknown_reference_is_refused() -> None:
-    with pytest.raises(UserError, match=r"overlap\.reference: expected chosen or base, got 'rejected'"):
+    with pytest.raises(UserError, match=r"reference: expected chosen or base, got 'rejected'"):
         OverlapScorer("rejected")
 
 

@@ -128,7 +128,7 @@ def test_long_texts_are_cut_and_counted(service: Service) -> None:
 def test_a_service_that_is_gone_says_so_with_the_date_and_what_to_use(service: Service, status: int) -> None:
     service.answer = lambda text: (status, b"<html>gone</html>")
     with pytest.raises(
-        UserError, match=rf"^perspective: the service answered {status}; .*31 December 2026.*toxic-bert"
+        UserError, match=rf"^Perspective: the service answered {status}; .*31 December 2026.*toxic-bert"
     ) as caught:
         service.scorer().start()
     assert "\n" not in str(caught.value)
@@ -160,7 +160,7 @@ def test_a_wrong_key_names_the_variable(service: Service) -> None:
 
 def test_a_service_out_of_reach_is_one_line(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tiltmeter.scoring.perspective.URL", "http://127.0.0.1:9")
-    with pytest.raises(UserError, match=r"^perspective: no usable answer from the service \(.*31 December 2026"):
+    with pytest.raises(UserError, match=r"^Perspective: no usable answer from the service \(.*31 December 2026"):
         service.scorer().start()
 
 
@@ -198,13 +198,13 @@ def test_no_exception_warning_or_traceback_holds_the_key(service: Service) -> No
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"attribute": "toxicity!"}, r"perspective\.attribute: expected a name such as TOXICITY"),
-        ({"qps": 0.0}, r"perspective\.qps: expected a number above 0, got 0"),
-        ({"timeout_s": -1.0}, r"perspective\.timeout_s: expected a number above 0"),
-        ({"time_limit_s": math.inf}, r"perspective\.time_limit_s: expected a number above 0"),
+        ({"attribute": "toxicity!"}, r"attribute: expected a name such as TOXICITY"),
+        ({"qps": 0.0}, r"qps: expected a number above 0, got 0"),
+        ({"timeout_s": -1.0}, r"timeout_s: expected a number above 0"),
+        ({"time_limit_s": math.inf}, r"time_limit_s: expected a number above 0"),
         (
             {"api_key_env": "AIza-not-a-name"},
-            r"^perspective\.api_key_env: expected the name of an environment variable, not a key$",
+            r"^api_key_env: expected the name of an environment variable, not a key$",
         ),
     ],
 )

@@ -131,7 +131,7 @@ def test_sigmoid_or_softmax_is_a_rule(
 @pytest.mark.parametrize("options", [{}, {"problem_type": "regression"}])
 def test_an_unclear_activation_is_asked_for(options: dict[str, Any], tmp_path: Path) -> None:
     make_classifier(tmp_path, **options)
-    with pytest.raises(UserError, match=r"toxicity\.activation: .* has 6 labels .*set activation=sigmoid or softmax"):
+    with pytest.raises(UserError, match=r"activation: .* has 6 labels .*set activation=sigmoid or softmax"):
         started(tmp_path)
 
 
@@ -153,16 +153,14 @@ def test_an_empty_completion_is_missing_and_counted(tmp_path: Path) -> None:
 
 def test_without_the_label_the_models_labels_are_listed(tmp_path: Path) -> None:
     make_classifier(tmp_path, labels=("nothate", "hate"))
-    with pytest.raises(
-        UserError, match=r"^toxicity\.label: .* has no label toxicity; its labels are nothate, hate: set"
-    ):
+    with pytest.raises(UserError, match=r"^label: .* has no label toxicity; its labels are nothate, hate: set"):
         started(tmp_path)
     assert started(tmp_path, label="hate").figure == "hate_speech"
 
 
 def test_more_tokens_than_the_model_has_positions_for_are_refused(tmp_path: Path) -> None:
     make_classifier(tmp_path, "roberta", **MULTI)
-    with pytest.raises(UserError, match=rf"toxicity\.max_length: .* reads at most {LONGEST} tokens, got 512"):
+    with pytest.raises(UserError, match=rf"max_length: .* reads at most {LONGEST} tokens, got 512"):
         started(tmp_path, max_length=512)
     assert started(tmp_path).score_texts(["rain " * 100])[0].is_cut
 
@@ -171,14 +169,14 @@ def test_pickled_weights_are_not_loaded(tmp_path: Path) -> None:
     model = make_classifier(tmp_path, **MULTI)
     (tmp_path / "model.safetensors").unlink()
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(UserError, match=r"^toxicity\.model: can't load .*safetensors") as caught:
+    with pytest.raises(UserError, match=r"^model: can't load .*safetensors") as caught:
         started(tmp_path)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("model", ["toxic-bert", "someone/some-classifier", "/no/such/folder"])
 def test_a_model_that_can_not_be_had_is_one_line(model: str) -> None:
-    with pytest.raises(UserError, match=r"^toxicity\.model: can't load") as caught:
+    with pytest.raises(UserError, match=r"^model: can't load") as caught:
         ClassifierToxicity(model).start()
     assert "\n" not in str(caught.value)
 
@@ -210,14 +208,14 @@ def test_an_unpinned_model_is_loaded_from_one_commit_which_its_name_then_tells(
 
 def test_an_unknown_device_is_one_line(tmp_path: Path) -> None:
     make_classifier(tmp_path, **MULTI)
-    with pytest.raises(UserError, match=r"toxicity\.device: can't use 'tpu9'"):
+    with pytest.raises(UserError, match=r"device: can't use 'tpu9'"):
         started(tmp_path, device="tpu9")
 
 
 def test_presets_are_pinned_and_hate_speech_is_not_called_toxicity() -> None:
     for name, preset in PRESETS.items():
         if preset.revision is None:
-            with pytest.raises(UserError, match=r"toxicity\.revision: .*has no safetensors on its main branch"):
+            with pytest.raises(UserError, match=r"revision: .*has no safetensors on its main branch"):
                 ClassifierToxicity(name)
         else:
             assert len(preset.revision) == 40
@@ -231,9 +229,9 @@ def test_presets_are_pinned_and_hate_speech_is_not_called_toxicity() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 0}, r"toxicity\.batch_size: expected a whole number above 0, got 0"),
-        ({"max_length": 2}, r"toxicity\.max_length: expected at least 3"),
-        ({"activation": "relu"}, r"toxicity\.activation: expected sigmoid, softmax or null, got 'relu'"),
+        ({"batch_size": 0}, r"batch_size: expected a whole number above 0, got 0"),
+        ({"max_length": 2}, r"max_length: expected at least 3"),
+        ({"activation": "relu"}, r"activation: expected sigmoid, softmax or null, got 'relu'"),
     ],
 )
 def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> None:

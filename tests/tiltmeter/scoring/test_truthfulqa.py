@@ -88,7 +88,7 @@ def test_a_chat_template_has_a_name_of_its_own_and_no_space_before_the_answer(
     data: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     scorer = TruthfulQA(str(data), chat_template=True, limit=2)
-    with pytest.raises(UserError, match=r"truthfulqa.chat_template=true: this model's tokenizer has no chat template"):
+    with pytest.raises(UserError, match=r"chat_template=true: this model's tokenizer has no chat template"):
         score(scorer, model, tokenizer)
     chatty = make_tokenizer()
     chatty.bos_token = "<s>"
@@ -149,7 +149,7 @@ def test_without_pairs_of_answers_there_is_no_binary_figure(
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"limit": 0}, "truthfulqa.limit: .* got 0"), ({"tokens_per_batch": 0}, "truthfulqa.tokens_per_batch: .* got 0")],
+    [({"limit": 0}, "limit: .* got 0"), ({"tokens_per_batch": 0}, "tokens_per_batch: .* got 0")],
 )
 def test_options_out_of_range_are_named(options: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):

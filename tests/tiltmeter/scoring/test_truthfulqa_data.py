@@ -72,15 +72,15 @@ def test_a_file_that_is_not_what_it_should_be_is_one_line(tmp_path: Path, rows: 
 
 def test_a_path_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     for path, words in (
-        (tmp_path / "no.json", "truthfulqa.path: cannot read .* \\(No such file"),
-        (tmp_path / "no.parquet", "truthfulqa.path: cannot read"),
+        (tmp_path / "no.json", "path: cannot read .* \\(No such file"),
+        (tmp_path / "no.parquet", "path: cannot read"),
         (
             tmp_path / "data.csv",
-            "truthfulqa.path: can't tell the format of .* \\(expected .json, .jsonl, .parquet or hub:",
+            "path: can't tell the format of .* \\(expected .json, .jsonl, .parquet or hub:",
         ),
         (
             "hub:truthfulqa/truthful_qa@main",
-            "truthfulqa.path: cannot load hub:truthfulqa/truthful_qa@main .* give a local file",
+            "path: cannot load hub:truthfulqa/truthful_qa@main .* give a local file",
         ),
     ):
         with pytest.raises(UserError, match=words) as caught:
@@ -109,11 +109,9 @@ def test_the_prompt_is_the_harness_own_or_none(tmp_path: Path, preset: Path, mon
     assert read_preset(None) == PRESET
     for text in ("Q: another\nA: prompt", "", ": ["):
         task.write_text(text, encoding="utf-8")
-        with pytest.raises(
-            UserError, match=r"truthfulqa.preset_file: .* is not the prompt of lm-evaluation-harness 0.4.12"
-        ):
+        with pytest.raises(UserError, match=r"preset_file: .* is not the prompt of lm-evaluation-harness 0.4.12"):
             read_preset(None)
-    with pytest.raises(UserError, match=r"truthfulqa.preset_file: cannot read .*no.txt"):
+    with pytest.raises(UserError, match=r"preset_file: cannot read .*no.txt"):
         read_preset(str(tmp_path / "no.txt"))
 
 

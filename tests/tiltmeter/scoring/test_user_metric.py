@@ -106,24 +106,20 @@ def test_a_folder_stands_for_the_script_of_its_name(tmp_path: Path) -> None:
 
 
 def test_a_script_that_does_not_load_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^metric\.metric: can't load .*mine\.py: ") as caught:
+    with pytest.raises(UserError, match=r"^metric: can't load .*mine\.py: ") as caught:
         started(tmp_path, "return {}", columns="this is no Python")
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["rouge", "someone/a_metric"])
 def test_a_name_on_the_hub_needs_trust_and_a_network(name: str) -> None:
-    with pytest.raises(
-        UserError, match=r"^metric\.trust: .* downloads from the hub and runs; read it, then set trust=true"
-    ):
+    with pytest.raises(UserError, match=r"^trust: .* downloads from the hub and runs; read it, then set trust=true"):
         UserMetric(f"evaluate:{name}")
     metric = UserMetric(f"evaluate:{name}", trust=True, revision="v1")
     assert metric.name == f"evaluate:{name}@v1"
     with (
         pytest.warns(UserWarning, match=f"runs code of {name} from the Hugging Face hub"),
-        pytest.raises(
-            UserError, match=rf"^metric\.metric: can't get {name} from the Hugging Face hub \(.*\); check"
-        ) as caught,
+        pytest.raises(UserError, match=rf"^metric: can't get {name} from the Hugging Face hub \(.*\); check") as caught,
     ):
         metric.start()
     assert "\n" not in str(caught.value)
@@ -132,9 +128,9 @@ def test_a_name_on_the_hub_needs_trust_and_a_network(name: str) -> None:
 @pytest.mark.parametrize(
     ("metric", "message"),
     [
-        ("rouge", r"metric\.metric: expected evaluate:NAME or evaluate:PATH, got 'rouge'"),
+        ("rouge", r"metric: expected evaluate:NAME or evaluate:PATH, got 'rouge'"),
         ("evaluate:", "expected evaluate:NAME"),
-        ("evaluate:./no/such.py", r"metric\.metric: no such metric script: \./no/such\.py"),
+        ("evaluate:./no/such.py", r"metric: no such metric script: \./no/such\.py"),
         ("evaluate:a/b/c", "no such metric script"),
         ("evaluate:/tmp", "no such metric script"),
     ],
@@ -145,5 +141,5 @@ def test_what_is_no_metric_is_refused(metric: str, message: str) -> None:
 
 
 def test_a_revision_of_a_script_on_disk_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"metric\.revision: only for a metric from the hub"):
+    with pytest.raises(UserError, match=r"revision: only for a metric from the hub"):
         started(tmp_path, "return {}", revision="v1")

@@ -186,12 +186,12 @@ def test_every_figure_of_a_comparison_says_what_made_it() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"preset": "hh_dpo"}, r"win_rate\.verdict_mode: preset hh_dpo needs text, got 'logprob'"),
-        ({"against": []}, r"win_rate\.against: expected base or chosen or both"),
-        ({"against": ["base", "base"]}, r"win_rate\.against: expected base or chosen or both"),
-        ({"criterion": "charm"}, r"win_rate\.criterion: expected some of"),
-        ({"criterion": {"a": "?", "b": "!"}}, r"win_rate\.criterion: expected one criterion, got a, b"),
-        ({"prefix": "a/b"}, r"win_rate\.prefix: expected letters"),
+        ({"preset": "hh_dpo"}, r"verdict_mode: preset hh_dpo needs text, got 'logprob'"),
+        ({"against": []}, r"against: expected base or chosen or both"),
+        ({"against": ["base", "base"]}, r"against: expected base or chosen or both"),
+        ({"criterion": "charm"}, r"criterion: expected some of"),
+        ({"criterion": {"a": "?", "b": "!"}}, r"criterion: expected one criterion, got a, b"),
+        ({"prefix": "a/b"}, r"prefix: expected letters"),
         ({"max_missing_rate": -0.1}, r"win_rate\.max_missing_rate"),
     ],
 )

@@ -131,8 +131,8 @@ def test_a_file_of_words_replaces_the_list(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, r"toxicity\.words_file: can't read .*words\.txt: No such file"),
-        (b"", r"toxicity\.words_file: .*words\.txt has no words"),
+        (None, r"words_file: can't read .*words\.txt: No such file"),
+        (b"", r"words_file: .*words\.txt has no words"),
         (b"# only a comment\n", "has no words"),
         (b"fine\nb*d\n", r"words\.txt:2: expected a word or phrase, with \* at its end only, got 'b\*d'"),
         (b"***\n", r"words\.txt:1: expected a word"),
