@@ -181,7 +181,7 @@ def _adapter_explained(model: CausalLM) -> Iterator[None]:
     except UserError as error:
         if model.name_or_path is None or (folder := find_adapter(model.name_or_path)) is None:
             raise
-        compare = command("analyze.py", "base=…", aligned=folder)
+        compare = command("analyze.py", base="ITS_BASE", aligned=folder)
         raise UserError(f"{error}; to train another adapter, add adapter=lora; to compare both: {compare}") from error
 
 

@@ -117,6 +117,14 @@ def test_a_hub_model_without_network(capsys: pytest.CaptureFixture[str], tmp_pat
     assert "network" in line
 
 
+def test_an_adapter_in_the_place_of_a_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}', encoding="utf-8")
+    line = fails_with(capsys, tmp_path / "r", f"model.name_or_path={tmp_path}")
+    assert f"model.name_or_path: cannot load {tmp_path}: an adapter" in line
+    assert "give its base, some/base; to train another adapter, add adapter=lora" in line
+    assert f"analyze.py base=ITS_BASE aligned={tmp_path}" in line
+
+
 def test_hub_data_without_network(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,17 +194,17 @@ def test_hub_data_without_network(
         (["name=../../x"], "name: expected letters"),
         (["judge=openai"], "judge.judge.model: expected a value, got none; add judge.judge.model=…"),
         (["judge=endpoint", "judge.judge.model=m"], "judge.judge.base_url: expected a value, got none"),
-        (["judge=openai", "judge.judge.model=m"], "the environment variable OPENAI_API_KEY is not set"),
+        (["judge=openai", "judge.judge.model=m"], "judge.judge.api_key_env: the environment variable OPENAI_API_KEY"),
         (
             ["judge=endpoint", "judge.judge.model=m", "judge.judge.base_url=ftp://localhost/v1"],
-            "judge.base_url: expected",
+            "judge.judge.base_url: expected",
         ),
         (["truthfulqa=mc", "truthfulqa.path=gone.json"], "truthfulqa.path: cannot read gone.json"),
         (["callbacks.generation.epochs=[-1]"], "callbacks: epochs: expected whole numbers from 0 or null, got [-1]"),
         (["callbacks.generation.n_prompts=0"], "callbacks: n_prompts from 1"),
         (
             ["decoding.top_p=0.5", "decoding.temperature=0.0"],
-            "decoding: temperature=0 always takes the likeliest token",
+            "decoding.temperature=0 always takes the likeliest token",
         ),
     ],
 )

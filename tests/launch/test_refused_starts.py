@@ -63,7 +63,10 @@ def earlier(run: Path) -> str:
         (("trainer.max_steps=9",), "reference log-probs for fewer steps than this run takes"),
         (("callbacks=geometry",), "this checkpoint holds no hidden states of the base model"),
         (("callbacks=behaviour",), "this checkpoint holds no completions of the base model"),
-        (("judge=local", "judge.judge.model=/nowhere", "callbacks=behaviour"), "no such folder: /nowhere"),
+        (
+            ("judge=local", "judge.judge.model=/nowhere", "callbacks=behaviour"),
+            "judge.judge.model: no such folder: /nowhere",
+        ),
         (
             ("ckpt_path=last", "module.learning_rate=1e-5", "allow_config_change=true"),
             "none to take under module.learning_rate was",

@@ -67,7 +67,7 @@ def test_after_one_that_does_not_fit_no_shorter_one_is_let_through() -> None:
 
 @pytest.mark.parametrize("limit", ["max_requests", "max_tokens", "max_usd"])
 def test_a_limit_is_a_positive_number(limit: str) -> None:
-    with pytest.raises(UserError, match=f"judge.{limit}: expected a number above 0 or null, got -1"):
+    with pytest.raises(UserError, match=f"^{limit}: expected a number above 0 or null, got -1"):
         Budget(**{limit: -1.0 if limit == "max_usd" else -1})  # type: ignore[arg-type]
 
 

@@ -239,7 +239,7 @@ def test_the_name_says_model_revision_and_dtype() -> None:
     [
         ({"dtype": "int8"}, r"dtype: expected one of"),
         ({"device": "toaster"}, r"device: expected a device"),
-        ({"batch_size": 0}, "judge: expected batch_size"),
+        ({"batch_size": 0}, "batch_size, max_length: expected at least 1"),
         ({"model": ""}, r"model: expected"),
         ({"attn_implementation": "flash"}, "attn_implementation: expected sdpa or eager"),
     ],
