@@ -118,7 +118,7 @@ def test_a_server_that_asks_to_wait_for_an_hour_is_not_waited_for() -> None:
 def test_a_wait_ends_at_the_time_limit() -> None:
     with StubEndpoint(always=status(429, retry_after="100")) as stub:
         (reply,) = judge(stub, time_limit=0.5).ask([question()])
-        assert (reply.failure, reply.reason) == ("timeout", "not answered within judge.time_limit")
+        assert (reply.failure, reply.reason) == ("timeout", "not answered within time_limit")
 
 
 def test_an_environment_that_can_not_be_used_is_a_failure_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +152,7 @@ def test_after_the_time_limit_there_is_what_there_is() -> None:
             replies = judge(stub, time_limit=limit, concurrency=2).ask([question(str(i)) for i in range(6)])
         for i, reply in enumerate(replies):
             assert reply.failure == "timeout" or reply.texts == (f"about {i}",)
-        assert {reply.reason for reply in replies if reply.failure} == {"not answered within judge.time_limit"}
+        assert {reply.reason for reply in replies if reply.failure} == {"not answered within time_limit"}
         if (n_late := [reply.failure for reply in replies].count("timeout")) == 4:
             break
     assert n_late == 4
