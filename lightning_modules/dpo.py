@@ -106,10 +106,8 @@ class DPOModule(LogProbModule):
                 )
 
     def _needed_rows(self) -> dict[Split, Sequence[int]]:
-        return {
-            "train": self.data.rows_of_first_steps(self.total_steps()),
-            "val": range(len(self.data.splits["val"].pairs)),
-        }
+        train, val = self.data.rows_of_first_steps(self.total_steps()), range(len(self.data.splits["val"].pairs))
+        return {"train": train} | ({"val": val} if val else {})
 
     def _find_reference(self, split: Split, rows: Sequence[int]) -> Tensor:
         table, line = cached_reference(
