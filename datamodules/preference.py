@@ -95,7 +95,9 @@ class PreferenceDataModule(LightningDataModule):
             bucket_steps=bucket_steps,
         )
         _check_least(1, train_pairs=1 if train_pairs is None else train_pairs)
-        _check_least(0, val_pairs=val_pairs, probe_pairs=probe_pairs, split_seed=split_seed, seed=seed, num_workers=num_workers)
+        _check_least(
+            0, val_pairs=val_pairs, probe_pairs=probe_pairs, split_seed=split_seed, seed=seed, num_workers=num_workers
+        )
         for name, value, choices in (
             ("labels", labels, get_args(LabelControl)),
             ("layout", layout, get_args(PairLayout)),
