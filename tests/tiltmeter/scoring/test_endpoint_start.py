@@ -141,7 +141,7 @@ def test_who_is_down_is_warned_of_quickly_and_asked_again_later(fault: Fault) ->
 
 @pytest.mark.parametrize("want_probabilities", [True, False])
 def test_who_does_not_answer_at_all_is_warned_of(want_probabilities: bool) -> None:
-    with StubEndpoint(always=slow(60)) as stub, pytest.warns(UserWarning, match=r"within judge\.time_limit"):
+    with StubEndpoint(always=slow(60)) as stub, pytest.warns(UserWarning, match=r"within time_limit"):
         judge(stub, time_limit=0.2).start(want_probabilities=want_probabilities)
 
 
