@@ -163,7 +163,7 @@ def build_parts(config: DictConfig) -> Parts:
         raise UserError(
             f"datamodule.max_length={data.max_length}: this model takes at most {limit} tokens; set it to {limit} or less"
         )
-    data.tokenize(tokenizer)
+    data.tokenize(tokenizer, model.load_end_ids())
     revision = getattr(model_config, "_commit_hash", None) or model.revision
     return Parts(data, model, tokenizer, module, revision)
 
