@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from datamodules.preference import PreferenceDataModule
 from datamodules.tokenization import train_bpe_tokenizer
 from launch.configuration import CONF, check_config, expand_home
+from launch.converted_models import without_gguf
 from launch.loggers.wandb_logger import Mode
 from lightning_modules.base import LogProbModule
 from lightning_modules.schedule import steps_of_fit
@@ -153,6 +154,7 @@ def build_parts(config: DictConfig) -> Parts:
         )
     data: PreferenceDataModule = instantiate(config.datamodule, source=instantiate(config.data))
     data.load()
+    model = without_gguf(model, Path(config.runs_root))
     if model.trains_tokenizer:
         tokenizer: PreTrainedTokenizerBase = train_bpe_tokenizer(data.training_texts(), vocab_size=model.vocab_size)
     else:

@@ -37,8 +37,9 @@ class CausalLM:
     """Choice of a model; building it is a separate step, so that this can be checked and passed around for free.
 
     Args:
-        name_or_path: hub id or folder with safetensors weights; None for ``init=random``.
-        revision: commit or tag on the hub; pin it for runs that are to be remade.
+        name_or_path: hub id or folder with safetensors weights, or a GGUF file that a command converts first
+            (:mod:`tiltmeter.models.gguf_file`); None for ``init=random``.
+        revision: commit or tag on the hub, of a GGUF file its sha256; pin it for runs that are to be remade.
         init: ``pretrained`` loads weights, ``random`` makes a model from ``architecture``.
         architecture: for ``init=random``: ``model_type`` and the fields of that family's configuration.
         tokenizer: hub id or folder; None: the model's own. For ``init=random`` None means: train a BPE on the data.
