@@ -66,6 +66,7 @@ def convert_gguf(path: Path, folder: Path) -> None:
             f"name_or_path: cannot read {path}: {len(missing)} weights are missing, {missing[0]} among them; give one whole "
             "file, not a part of several"
         )
-    del model.config.quantization_config
+    del model.config.quantization_config  # with them transformers refuses to save the model
+    model.hf_quantizer = None
     model.save_pretrained(folder, safe_serialization=True)
     tokenizer.save_pretrained(folder)
