@@ -3,17 +3,17 @@ r"""The Anthropic HH source: pairs of whole transcripts, split at the right-most
 Source: Bai et al. 2022, "Training a Helpful and Harmless Assistant with RLHF"; data set ``Anthropic/hh-rlhf``.
 """
 
-import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datamodules.files.jsonl import EXPECTED, hub_file, hub_location, list_files, read_rows, stem
+from datamodules.files.jsonl import EXPECTED, files_named, hub_file, hub_location, list_files, read_rows, stem
 from datamodules.files.malformed import Malformed, MalformedRows, check_policy
 from datamodules.records import LoadReport, Message, PreferencePair, Role
 from tiltmeter.errors import UserError
+from tiltmeter.plain_text import did_you_mean
 
 REPO = "Anthropic/hh-rlhf"
 HUB_SUBSETS = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")
@@ -104,17 +104,10 @@ class AnthropicHH:
         if any((root / subset).is_dir() for subset in HUB_SUBSETS):
             return [self._from_copy(root, subset) for subset in self._hub_names()], []
         found = list_files(root)
-        chosen = [f for f in found if self.split is None or self.split in stem(f)]
-        if not chosen:
-            raise UserError(f"data.split: no file with {self.split!r} in its name in {self.path} ({_names(found)})")
-        for subset in self.subsets or ():
-            if not any(subset in stem(f) for f in chosen):
-                nearest = _nearest(subset, [stem(f) for f in chosen])
-                raise UserError(
-                    f"data.subsets: no file with {subset!r} in its name in {self.path} ({_names(chosen)}){nearest}"
-                )
+        chosen = files_named(found, self.split, "data.split", root)
         if self.subsets is not None:
-            chosen = [f for f in chosen if any(subset in stem(f) for subset in self.subsets)]
+            wanted = {f for subset in self.subsets for f in files_named(chosen, subset, "data.subsets", root)}
+            chosen = [f for f in chosen if f in wanted]
         return [_File(f, stem(f), str(f)) for f in chosen], [f.name for f in found if f not in chosen]
 
     def _hub_names(self) -> tuple[str, ...]:
@@ -123,7 +116,7 @@ class AnthropicHH:
             if subset not in HUB_SUBSETS:
                 known = ", ".join(HUB_SUBSETS)
                 raise UserError(
-                    f"data.subsets: unknown subset {subset!r} (expected {known}){_nearest(subset, HUB_SUBSETS)}"
+                    f"data.subsets: unknown subset {subset!r} (expected {known}){did_you_mean(subset, HUB_SUBSETS, cutoff=0.4)}"
                 )
         return names
 
@@ -224,12 +217,3 @@ def _check_row(row: dict[str, Any], where: str) -> None:
     for key, value in row.items():
         if not isinstance(value, str):
             raise UserError(f"{where}: {key}: expected a string, got {type(value).__name__} {str(value)[:40]!r}")
-
-
-def _names(files: Sequence[Path]) -> str:
-    return "there: " + ", ".join(f.name for f in files)
-
-
-def _nearest(word: str, candidates: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, candidates, n=1, cutoff=0.4)
-    return f"; did you mean {close[0]}?" if close else ""

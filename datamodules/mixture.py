@@ -1,6 +1,5 @@
 """Several sources in fixed shares, none of their pairs used twice."""
 
-import difflib
 import math
 import random
 from collections import Counter
@@ -9,6 +8,7 @@ from fractions import Fraction
 
 from datamodules.records import LoadReport, PreferencePair, PreferenceSource
 from tiltmeter.errors import UserError
+from tiltmeter.plain_text import did_you_mean
 
 
 class Mixture:
@@ -67,8 +67,7 @@ def _shares(sources: Mapping[str, PreferenceSource], weights: Mapping[str, float
     """Weights as exact fractions of one, in the order of the sources."""
     for key in weights:
         if key not in sources:
-            close = difflib.get_close_matches(key, sources, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
+            hint = did_you_mean(key, sources)
             raise UserError(f"data.weights: unknown source {key!r} (expected {', '.join(sources)}){hint}")
     exact: dict[str, Fraction] = {}
     for key in sources:

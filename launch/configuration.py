@@ -4,11 +4,10 @@ Defaults live once, in constructor signatures; the YAML files hold only what dev
 line if it is in the YAML or if the node's ``_target_`` takes it, and nothing else may.
 """
 
-import difflib
 import os
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -24,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from launch.option_types import describe_mismatch, option_hints
 from tiltmeter.commands import setting
 from tiltmeter.errors import UserError
+from tiltmeter.plain_text import did_you_mean
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 _SECRET = re.compile(r"\b(sk-[\w-]{16,}|hf_[A-Za-z0-9]{20,}|[0-9a-f]{40})\b")
@@ -92,7 +92,7 @@ def check_config(config: DictConfig, *, config_name: str = "train") -> None:
     primary = _root_keys(config_name)
     for key in config:
         if key not in primary:
-            raise UserError(f"{key}: unknown configuration key{_nearest(str(key), primary)}")
+            raise UserError(f"{key}: unknown configuration key{did_you_mean(str(key), primary)}")
     for key in missing_keys(config):
         raise UserError(f"{key}: expected a value, got none; add {key}=… to the command line")
     for path, node in _nodes(config):
@@ -126,7 +126,7 @@ def _check_node(path: str, node: DictConfig) -> None:
         if str(key).startswith("_"):
             continue
         if key not in known:
-            raise UserError(f"{path}.{key}: {node._target_} has no such option{_nearest(str(key), known)}")
+            raise UserError(f"{path}.{key}: {node._target_} has no such option{did_you_mean(str(key), known)}")
         if (expected := describe_mismatch(value, known[str(key)])) is not None:
             raise UserError(f"{path}.{key}: expected {expected}, got {value}")
 
@@ -197,7 +197,7 @@ def _compose_choices(groups: list[Override], config_name: str) -> DictConfig:
             if name and name != "null" and name not in available:
                 have = ", ".join(sorted(available))
                 raise UserError(
-                    f"{folder.name}={name}: there is none of that name{_nearest(name, available)} (there are: {have})"
+                    f"{folder.name}={name}: there is none of that name{did_you_mean(name, available)} (there are: {have})"
                 )
         if names:
             chosen.append(f"{override.key_or_group}={names[0]}")
@@ -222,7 +222,7 @@ def _rewrite(override: Override, tree: DictConfig) -> str:
             return f"++{text}"
         if options is None and parent_path and "_target_" not in parent and _is_free(parent_path, tree):
             return f"++{text}"
-    raise UserError(f"{key}: unknown configuration key{_nearest(key, set(_known_keys(tree)))}")
+    raise UserError(f"{key}: unknown configuration key{did_you_mean(key, set(_known_keys(tree)))}")
 
 
 def _is_free(path: str, tree: DictConfig) -> bool:
@@ -285,8 +285,3 @@ def _known_keys(tree: DictConfig) -> Iterator[str]:
     yield from (path for path, _ in leaves(tree))
     for path, node in _nodes(tree):
         yield from (f"{path}.{name}" for name in _constructor_options(node) or ())
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else ""

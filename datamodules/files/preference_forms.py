@@ -156,13 +156,8 @@ def _text(row: Row) -> Parsed:
 
 def _messages(row: Row) -> Parsed:
     """Every form with messages in it: two dialogues, each whole or behind the prompt, share all turns but the last."""
-    given = prompt = _turns(row.get("prompt"), "user")
-    chosen, rejected = (_turns(row.get(name), "assistant") for name in ("chosen", "rejected"))
-    if not prompt and (not chosen or chosen[0].role == "assistant"):
-        prompt = _turns(row["messages"], "user")
-        if not chosen:
-            prompt, chosen = prompt[:-1], prompt[-1:]
-    one, other = (side if side and side[0].role != "assistant" else prompt + side for side in (chosen, rejected))
+    given = _turns(row.get("prompt"), "user")
+    one, other = _dialogues(row, given)
     shared = tuple(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
     chosen, rejected = one[len(shared) :], other[len(shared) :]
     if one == other:
@@ -191,6 +186,16 @@ def _of_turns(prompt: tuple[Message, ...], chosen: Message, rejected: Message) -
         raise _Refusal("turns do not alternate")
     (text, a), (_, b) = transcript(prompt, chosen.content), transcript(prompt, rejected.content)
     return Parsed(prompt, chosen.content, rejected.content, text, a, b)
+
+
+def _dialogues(row: Row, prompt: Sequence[Message]) -> list[tuple[Message, ...]]:
+    """Whole dialogues of the chosen and the rejected side; ``messages`` stands in for what the row lacks."""
+    chosen, rejected = (_turns(row.get(name), "assistant") for name in ("chosen", "rejected"))
+    if not prompt and (not chosen or chosen[0].role == "assistant"):
+        prompt = _turns(row["messages"], "user")
+        if not chosen:
+            prompt, chosen = prompt[:-1], prompt[-1:]
+    return [side if side and side[0].role != "assistant" else (*prompt, *side) for side in (chosen, rejected)]
 
 
 def _turns(value: Any, speaker: Role) -> tuple[Message, ...]:

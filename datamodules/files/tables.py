@@ -9,7 +9,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datamodules.files.jsonl import METADATA_TIMEOUT_S, check_head, hub_failure, may_use_cache, read_rows
+from datamodules.files.jsonl import (
+    METADATA_TIMEOUT_S,
+    check_head,
+    files_named,
+    hub_failure,
+    may_use_cache,
+    read_rows,
+    stem,
+)
 from tiltmeter.errors import UserError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".csv", ".tsv")
@@ -72,26 +80,22 @@ def _tables_of(root: Path, split: str | None, key: str) -> tuple[list[Table], li
     if not root.exists():
         raise UserError(f"{key}: no such file: {root} ({EXPECTED})")
     if root.is_file():
-        if not root.name.endswith(SUFFIXES):
-            raise UserError(f"{key}: not a table by its name: {root} ({EXPECTED})")
-        if split is not None:
-            raise UserError(f"data.split={split}: {root} is one file; leave it out, or give a folder")
-        return [_file_table(root)], []
+        return [_only_table(root, split, key)], []
     if (root / "dataset_dict.json").is_file() or (root / "dataset_info.json").is_file():
         return _saved_table(root, split, key)
     found = sorted(f for f in root.iterdir() if f.is_file() and f.name.endswith(SUFFIXES) and f.name[0] != ".")
     if not found:
         raise UserError(f"{key}: no such file in folder {root} ({EXPECTED})")
-    chosen = [f for f in found if split is None or split in _stem(f)]
-    if not chosen:
-        raise UserError(
-            f"data.split: no file with {split!r} in its name in {root} ({', '.join(f.name for f in found)})"
-        )
+    chosen = files_named(found, split, "data.split", root)
     return [_file_table(f) for f in chosen], [f.name for f in found if f not in chosen]
 
 
-def _stem(path: Path) -> str:
-    return path.name.removesuffix(".gz").rpartition(".")[0]
+def _only_table(file: Path, split: str | None, key: str) -> Table:
+    if not file.name.endswith(SUFFIXES):
+        raise UserError(f"{key}: not a table by its name: {file} ({EXPECTED})")
+    if split is not None:
+        raise UserError(f"data.split={split}: {file} is one file; leave it out, or give a folder")
+    return _file_table(file)
 
 
 def _file_table(path: Path) -> Table:
@@ -103,7 +107,7 @@ def _file_table(path: Path) -> Table:
         check_head(path)
         return read(path, on_malformed)
 
-    return Table(_stem(path), str(path), rows)
+    return Table(stem(path), str(path), rows)
 
 
 def _json_rows(path: Path, on_malformed: OnMalformed) -> Rows:

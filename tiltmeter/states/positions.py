@@ -27,7 +27,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import accumulate
+from itertools import accumulate, product
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -197,23 +197,26 @@ def readings(batch: PreferenceBatch, position: Position, *, content: Sequence[in
         return _make(batch, found.rows.tolist(), [(pair, PROMPT) for pair in found.pairs.tolist()])
     held = _rows_by_pair_and_side(batch)
     if position == "content":
-        if content is None:
-            raise UserError("positions: content needs the place of each prompt's content token (content_tokens)")
-        index = batch.pair_index.tolist()
-        places = [(pair, content[index[pair]]) for pair in _real_pairs(batch)]
-        found_rows = [held[pair, PROMPT][at] for pair, at in places if at is not None]
-        return _make(batch, found_rows, [(pair, PROMPT) for pair, at in places if at is not None])
-    if position == "prompt_last":
-        return _make(
-            batch, [held[pair, PROMPT][-1] for pair in _real_pairs(batch)], [(p, PROMPT) for p in _real_pairs(batch)]
-        )
-    owners = [(pair, side) for pair in _real_pairs(batch) for side in (CHOSEN, REJECTED) if (pair, side) in held]
-    if position == "response_last":
+        places = _content_places(batch, content)
+        return _make(batch, [held[owner][at] for owner, at in places.items()], list(places))
+    sides = (PROMPT,) if position == "prompt_last" else (CHOSEN, REJECTED)
+    owners = [owner for owner in product(_real_pairs(batch), sides) if owner in held]
+    if position in ("prompt_last", "response_last"):
         return _make(batch, [held[owner][-1] for owner in owners], owners)
     rows = [row for owner in owners for row in held[owner]]
+    owner_of_row = [i for i, owner in enumerate(owners) for _ in held[owner]]
     if position == "response_all":
-        return _make(batch, rows, [owner for owner in owners for _ in held[owner]])
-    return _make(batch, rows, owners, [i for i, owner in enumerate(owners) for _ in held[owner]])
+        return _make(batch, rows, [owners[i] for i in owner_of_row])
+    return _make(batch, rows, owners, owner_of_row)
+
+
+def _content_places(batch: PreferenceBatch, content: Sequence[int | None] | None) -> dict[tuple[int, int], int]:
+    """Place of the content token in the prompt of each real pair that has one."""
+    if content is None:
+        raise UserError("positions: content needs the place of each prompt's content token (content_tokens)")
+    index = batch.pair_index.tolist()
+    places = {(pair, PROMPT): content[index[pair]] for pair in _real_pairs(batch)}
+    return {owner: at for owner, at in places.items() if at is not None}
 
 
 def _make(
