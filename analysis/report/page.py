@@ -107,6 +107,11 @@ class Attempts:
                 raise
             self.failed |= dict.fromkeys(names, error)
 
+    @property
+    def unanswered(self) -> list[str]:
+        """Names of the analyses that failed or were left out."""
+        return [*self.failed, *self.left_out]
+
     def lines_left_out(self) -> list[str]:
         """A line on the analyses that these models can't do, by reason: their names, and why."""
         names: dict[str, list[str]] = {}

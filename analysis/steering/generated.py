@@ -14,7 +14,7 @@ from analysis.steering.teacher_forced import Tokens
 from tiltmeter.models.generation import Completion, Decoding, generate
 from tiltmeter.pairs.branching import generate_branches
 from tiltmeter.scoring.behaviour import Prompt, one_a_group, pair_up, score_all
-from tiltmeter.scoring.scorer import Scorer, Scores
+from tiltmeter.scoring.scorer import Figure, Scorer, Scores
 from tiltmeter.stats.paired import more_often
 from tiltmeter.steering.intervene import Intervention, steer
 from tiltmeter.steering.operators import Operator, vectors_of
@@ -82,8 +82,7 @@ class GenerationSweep:
                 own = [f for f in scores.figures if f.of != "base"]
                 found += [Row(*where, f.name, f.value, f.low, f.high, f.n) for f in own]
                 found += [Row(*where, *one) for one in _worse(scores)]
-                if not own or any(f.n_missing and math.isnan(f.value) for f in own):
-                    missing.append(key)
+                missing += [] if _has_numbers(own) else [key]
         return Rows(found, missing=list(dict.fromkeys(missing)))
 
     def _complete(
@@ -125,6 +124,11 @@ class GenerationSweep:
             with steer(self.start.model, [steering] if strength else []):
                 said += generate(self.start.model, self.start.tokenizer, [prompt.ids], self.decoding, keys=[key])
         return said
+
+
+def _has_numbers(figures: Sequence[Figure]) -> bool:
+    """Whether there are figures, none of them without a number for want of scores."""
+    return bool(figures) and not any(f.n_missing and math.isnan(f.value) for f in figures)
 
 
 def _worse(scores: Scores) -> list[tuple[str, float, float, float, int]]:

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
@@ -166,44 +167,45 @@ def estimate_vectors(
         UserError: the two models do not differ at a site; a kind that can't be made of these models and pairs; a run or file
             that doesn't fit.
     """
-    kinds = {kind.kind for kind in wanted.kinds}
-    read = [*sites, *_block_names(checkpoints.base.model.config.num_hidden_layers)] if SHUFFLED in kinds else sites
-    others = [kind.position for kind in wanted.kinds if kind.position is not None]
-    unrelated = _unrelated_ids(checkpoints, wanted.unrelated) if UNRELATED in kinds else []
-    states = States(
-        checkpoints,
-        pairs,
-        list(dict.fromkeys(read)),
-        position=wanted.position,
-        others=others,
-        unrelated=unrelated,
-    )
+    states = _states_for(checkpoints, pairs, sites, wanted)
     found = Vectors(means={site: states.rows(site, None)[0].double().mean(0).float().cpu() for site in sites})
     like = {site: _unit_of_length(states, site, wanted) for site in sites}
     known = _Provenance.of(checkpoints, pairs, wanted)
-    for kind in wanted.kinds:
-        for site in sites:
-            if kind.kind in RANDOM_KINDS:
-                drawn = _random(kind.kind, states, site, like[site], wanted)
-                found.made[kind.kind] = drawn.how
-                found.drawn[kind.kind, site] = known.vectors(VectorId(kind.kind, site), drawn)
-                continue
-            position = None if kind.kind in WITHOUT_POSITION else kind.position or wanted.position
-            for number, control in _of_kind(kind, states, site, like[site], wanted).items():
-                (vector,) = known.vectors(VectorId(kind.kind, site, position, number), control)
-                found.add(kind.name(number), vector, control.how)
+    for kind, site in product(wanted.kinds, sites):
+        if kind.kind in RANDOM_KINDS:
+            drawn = _random(kind.kind, states, site, like[site], wanted)
+            found.made[kind.kind] = drawn.how
+            found.drawn[kind.kind, site] = known.vectors(VectorId(kind.kind, site), drawn)
+            continue
+        position = None if kind.kind in WITHOUT_POSITION else kind.position or wanted.position
+        for number, control in _of_kind(kind, states, site, like[site], wanted).items():
+            (vector,) = known.vectors(VectorId(kind.kind, site, position, number), control)
+            found.add(kind.name(number), vector, control.how)
+    is_matched = wanted.norm != "own"
     for arm, run in runs_by_arm(wanted.runs):
-        base, aligned = open_like(run, checkpoints.base, wanted.dtype)
-        name = f"{V_STAR}_of_{arm}"
-        for site, update in states.update_of(base, aligned).items():
-            how = f"v* of the run {run.folder.name}"
-            if site in like:
-                control = _at_length(update, like[site], how, name, is_matched=wanted.norm != "own")
-                (vector,) = known.vectors(VectorId(V_STAR, site, wanted.position, source=arm), control)
-                found.add(name, vector, how)
+        updates = states.update_of(*open_like(run, checkpoints.base, wanted.dtype))
+        name, how = f"{V_STAR}_of_{arm}", f"v* of the run {run.folder.name}"
+        for site in (site for site in updates if site in like):
+            control = _at_length(updates[site], like[site], how, name, is_matched=is_matched)
+            (vector,) = known.vectors(VectorId(V_STAR, site, wanted.position, source=arm), control)
+            found.add(name, vector, how)
     for path in wanted.files:
-        _add_own(found, path, checkpoints, like, is_matched=wanted.norm != "own")
+        _add_own(found, path, checkpoints, like, is_matched=is_matched)
     return found
+
+
+def _states_for(checkpoints: Checkpoints, pairs: Sequence[ProbePair], sites: Sequence[str], wanted: Wanted) -> States:
+    """States at the sites, blocks and positions that the kinds of vectors need."""
+    kinds = {kind.kind for kind in wanted.kinds}
+    blocks = _block_names(checkpoints.base.model.config.num_hidden_layers) if SHUFFLED in kinds else []
+    return States(
+        checkpoints,
+        pairs,
+        list(dict.fromkeys([*sites, *blocks])),
+        position=wanted.position,
+        others=[kind.position for kind in wanted.kinds if kind.position is not None],
+        unrelated=_unrelated_ids(checkpoints, wanted.unrelated) if UNRELATED in kinds else [],
+    )
 
 
 def _unit_of_length(states: States, site: str, wanted: Wanted) -> Tensor:

@@ -202,9 +202,7 @@ def collate_pairs(
     if predict_prompt and layout != "chosen_only":
         raise ValueError(f"collate_pairs: predict_prompt needs layout chosen_only, got {layout}")
     n = len(pairs)
-    rows: list[_Row] = []
-    for i, pair in enumerate(pairs):
-        rows += _rows_of_pair(pair, i, n, layout, predict_prompt)
+    rows = [row for i, pair in enumerate(pairs) for row in _rows_of_pair(pair, i, n, layout, predict_prompt)]
     if layout == "concatenated":
         rows = rows[0::2] + rows[1::2]  # all chosen rows first, as sequences are numbered
     packing = Packing(tuple(row.parts for row in rows)) if packed else None

@@ -69,9 +69,7 @@ def preference_scores(
         "logp_drift_chosen": list(drift_chosen),
         "logp_drift_rejected": list(drift_rejected),
     }
-    parts = {"": list(range(n))}
-    if len(set(labels)) > 1:
-        parts |= {f"/{s}": [i for i, label in enumerate(labels) if label == s] for s in sorted(set(labels))}
+    parts = {"": list(range(n))} | _rows_by_source(labels)
     figures = [
         grouped_mean_figure(
             name + suffix,
@@ -84,16 +82,22 @@ def preference_scores(
         for suffix, rows in parts.items()
         for name, column in columns.items()
     ]
-    if weights is not None:
-        right = columns["preference_accuracy"]
-        for suffix, rows in parts.items():
-            weighed = [(right[i], known[i], groups[i]) for i in rows if known[i] > 0]
-            figures += _accuracy_by_margin(f"preference_accuracy_by_margin{suffix}", weighed)
+    weighed = list(zip(columns["preference_accuracy"], known, groups, strict=True))
+    for suffix, rows in parts.items():
+        figures += _accuracy_by_margin(f"preference_accuracy_by_margin{suffix}", [weighed[i] for i in rows])
     return Scores(figures, columns)
 
 
+def _rows_by_source(sources: Sequence[str]) -> dict[str, list[int]]:
+    """``/SOURCE`` → its rows, where there are several sources."""
+    names = sorted(set(sources))
+    of = {f"/{name}": [i for i, source in enumerate(sources) if source == name] for name in names}
+    return of if len(names) > 1 else {}
+
+
 def _accuracy_by_margin(name: str, weighed: Sequence[tuple[float, float, str]]) -> list[Figure]:
-    """Figure of (right or wrong, weight above 0, group) of each pair; none where there are no such pairs."""
+    """Figure of (right or wrong, weight, group) of the pairs whose weight is above 0; none where there are no such pairs."""
+    weighed = [row for row in weighed if row[1] > 0]
     if not weighed:
         return []
     there = [row for row in weighed if not math.isnan(row[0])]
