@@ -159,6 +159,12 @@ def parse_row(chosen: str, rejected: str) -> tuple[tuple[Message, ...], str, str
         return "empty response"
     if chosen_text.strip() == rejected_text.strip():
         return "identical responses"
+    messages = _prompt_messages(prompt_text)
+    return messages if isinstance(messages, str) else (messages, prompt_text, chosen_text, rejected_text)
+
+
+def _prompt_messages(prompt_text: str) -> tuple[Message, ...] | str:
+    """Turns of a prompt that ends where the assistant is to speak, or the reason to drop it."""
     before, *parts = _TURN.split(prompt_text)
     roles, contents = parts[0::2], [text.strip() for text in parts[1::2]]
     if before.strip():
@@ -167,8 +173,7 @@ def parse_row(chosen: str, rejected: str) -> tuple[tuple[Message, ...], str, str
         return "turns do not alternate"
     if not all(contents[:-1]):
         return "empty turn in the prompt"
-    messages = tuple(Message(_ROLES[role], text) for role, text in zip(roles[:-1], contents[:-1], strict=True))
-    return messages, prompt_text, chosen_text, rejected_text
+    return tuple(Message(_ROLES[role], text) for role, text in zip(roles[:-1], contents[:-1], strict=True))
 
 
 def _load_file(file: _File, policy: Malformed) -> tuple[list[PreferencePair], LoadReport]:

@@ -63,6 +63,13 @@ class Mixture:
         return mixed, [report for key in self.sources for report in reports[key]]
 
 
+def _exact(key: str, weight: float) -> Fraction:
+    """A weight as it is written: 0.1 means one tenth, not the nearest binary fraction. Raises UserError: no number from 0."""
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+        raise UserError(f"data.weights.{key}: expected a number ≥ 0, got {weight!r}")
+    return Fraction(str(weight))
+
+
 def _shares(sources: Mapping[str, PreferenceSource], weights: Mapping[str, float]) -> dict[str, Fraction]:
     """Weights as exact fractions of one, in the order of the sources."""
     for key in weights:
@@ -73,10 +80,7 @@ def _shares(sources: Mapping[str, PreferenceSource], weights: Mapping[str, float
     for key in sources:
         if key not in weights:
             raise UserError(f"data.weights: no weight for source {key!r} (got {', '.join(weights) or 'none'})")
-        weight = weights[key]
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
-            raise UserError(f"data.weights.{key}: expected a number ≥ 0, got {weight!r}")
-        exact[key] = Fraction(str(weight))  # 0.1 means one tenth, not the nearest binary fraction
+        exact[key] = _exact(key, weights[key])
     total = sum(exact.values())
     if total == 0:
         raise UserError("data.weights: all weights are 0; expected at least one above 0")

@@ -45,10 +45,11 @@ def split_by_group(
         )
     train = list(chain.from_iterable(rest))
     if len(train) < (sizes["train"] or 1):
+        needs_prompts = len(groups) < len(sizes)
+        advice = ("ask for fewer", "no prompt may be in two of them, so use pairs of more prompts")[needs_prompts]
         raise UserError(
             f"datamodule: {len(pairs)} pairs in {len(groups)} prompts are too few for train_pairs={sizes['train']}, "
-            f"val_pairs={sizes['val']}, probe_pairs={sizes['probe']}: only {len(train)} are left to train on; "
-            f"{'no prompt may be in two of them, so use pairs of more prompts' if len(groups) < len(sizes) else 'ask for fewer'}"
+            f"val_pairs={sizes['val']}, probe_pairs={sizes['probe']}: only {len(train)} are left to train on; {advice}"
         )
     return {"train": train[: sizes["train"]], "val": val, "probe": probe}
 

@@ -50,6 +50,11 @@ class Wanted(NamedTuple):
     """Analyses that fail, of which none costs the others."""
 
     @property
+    def needs_random_weights(self) -> bool:
+        """Whether one of the analyses reads hidden states under random weight changes."""
+        return any(analysis.needs.random_weights for analysis in self.analyses)
+
+    @property
     def analyses(self) -> list[Analysis]:
         """In the order of the report."""
         return [BY_NAME[name] for name in self.names]
@@ -119,7 +124,7 @@ def _analyze_run(wanted: Wanted, run: Run) -> Path | None:
     opened = cache(partial(checkpoints_of_run, run, attn_implementation=wanted.kernel))
     plans = _plan_of_run(wanted, opened, run)
     seen = Observed.stored(run.folder, run.metrics)
-    lacks_random = seen.lacks_random and any(a.needs.random_weights for a in wanted.analyses)
+    lacks_random = seen.lacks_random and wanted.needs_random_weights
     if lacks_random and not wanted.dry_run:
         seen = _with_random(seen, run, wanted.reading, opened)
     read = _drawn(wanted.analyses, {"run": run, "states": seen}, attempts)
@@ -136,11 +141,14 @@ def _analyze_run(wanted: Wanted, run: Run) -> Path | None:
         note = "The run stored nothing for this: hidden states of {} of its held-out pairs were read again."
         read |= _drawn_now(again, wanted, checkpoints, note, n_steps=run.n_steps)
     asked = _ask(plans, attempts)
-    models = plans[0].asking.models if plans else checkpoints
-    samples = partial(compare_samples, run) if models is None else partial(samples_of_models, models)
     upload = partial(upload_report, run) if wanted.upload else None
-    subject = _subject_of_run(run, wanted, read, [a.name for a in again])
-    return _report(subject, [*_in_order(read), *asked], samples, attempts, upload)
+    subject = _subject_of_run(run, wanted, read, again)
+    return _report(subject, [*_in_order(read), *asked], _samples_of_run(run, plans, checkpoints), attempts, upload)
+
+
+def _samples_of_run(run: Run, plans: Sequence[Plan], checkpoints: Checkpoints | None) -> Callable[[], Samples]:
+    models = plans[0].asking.models if plans else checkpoints
+    return partial(compare_samples, run) if models is None else partial(samples_of_models, models)
 
 
 def _plan_of_run(wanted: Wanted, opened: Callable[..., Checkpoints], run: Run) -> list[Plan]:
@@ -152,7 +160,8 @@ def _plan_of_run(wanted: Wanted, opened: Callable[..., Checkpoints], run: Run) -
         raise UserError(f"{error}; or ask for what needs no model, as in analysis=[training,geometry]") from error
 
 
-def _subject_of_run(run: Run, wanted: Wanted, read: Collection[str], again: Collection[str]) -> Subject:
+def _subject_of_run(run: Run, wanted: Wanted, read: Collection[str], read_now: Sequence[Analysis]) -> Subject:
+    again = [analysis.name for analysis in read_now]
     told = {*read, *wanted.questions, *wanted.attempts.unanswered}
     return subject_of_run(
         run,

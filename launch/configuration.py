@@ -60,16 +60,15 @@ def prepare_overrides(arguments: Sequence[str], *, config_name: str) -> list[str
     Raises:
         UserError: something is misspelt or unknown, or looks like a secret.
     """
-    for text in arguments:
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise UserError(f"{text}: these bytes are no text in this locale's encoding; set LANG=C.UTF-8")
+    if broken := [text for text in arguments if re.search("[\ud800-\udfff]", text)]:
+        raise UserError(f"{broken[0]}: these bytes are no text in this locale's encoding; set LANG=C.UTF-8")
     flags, overrides = _split_arguments(arguments)
     parsed = [_parse(_BARE_HOME.sub(lambda found: os.path.expanduser(found[0]), text)) for text in overrides]  # noqa: PTH111
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        tree = _compose_choices([o for o in parsed if _is_group(o)], config_name)
+        tree = _compose_choices(parsed, config_name)
         if _names_a_pretrained_model(parsed, tree):
             parsed.insert(0, _parse("model=pretrained"))
-            tree = _compose_choices([o for o in parsed if _is_group(o)], config_name)
+            tree = _compose_choices(parsed, config_name)
     for override in parsed:
         if override.key_or_group.endswith("._target_"):
             OmegaConf.update(tree, override.key_or_group, override.value())
@@ -186,10 +185,10 @@ def _is_group(override: Override) -> bool:
     return (CONF / key).is_dir() and not key.startswith("hydra")
 
 
-def _compose_choices(groups: list[Override], config_name: str) -> DictConfig:
+def _compose_choices(overrides: Sequence[Override], config_name: str) -> DictConfig:
     """The tree of keys for the chosen groups; of a sweep, the first choice stands for all."""
     chosen = []
-    for override in groups:
+    for override in filter(_is_group, overrides):
         names = [name.strip("[]() '\"") for name in str(override.input_line).partition("=")[2].split(",")]
         folder = CONF / override.key_or_group.split("@")[0]
         available = {p.stem for p in folder.glob("*.yaml")}
@@ -218,9 +217,8 @@ def _rewrite(override: Override, tree: DictConfig) -> str:
     parent = OmegaConf.select(tree, parent_path) if parent_path else tree
     if isinstance(parent, DictConfig):
         options = _constructor_options(parent)
-        if options is not None and name in options:
-            return f"++{text}"
-        if options is None and parent_path and "_target_" not in parent and _is_free(parent_path, tree):
+        is_free = options is None and "_target_" not in parent and bool(parent_path) and _is_free(parent_path, tree)
+        if is_free or name in (options or ()):
             return f"++{text}"
     raise UserError(f"{key}: unknown configuration key{did_you_mean(key, set(_known_keys(tree)))}")
 

@@ -308,13 +308,7 @@ class LogProbModule(LightningModule):
         too few. And a run that was resumed at the end of an epoch never counts the next one as started, so a run resumed from
         its checkpoints would count their batches anew and validate late.
         """
-        loop = checkpoint["loops"]["fit_loop"]
-        batches = loop["epoch_loop.batch_progress"]
-        for counts in loop["epoch_progress"].values():
-            counts["processed"] = counts["completed"]
-            n_batches = counts["completed"] * self.data.steps_per_epoch
-            is_between = batches["is_last_batch"] and batches["total"]["completed"] == n_batches
-            counts["ready"] = counts["started"] = counts["completed"] + (0 if is_between else 1)
+        _correct_counts(checkpoint["loops"]["fit_loop"], self.data.steps_per_epoch)
         if checkpoint.get("data_digests") != self._data_digests():
             raise UserError(
                 "ckpt_path: the checkpoint was trained on other data or another tokenisation; resume with the same data options"
@@ -364,3 +358,12 @@ class LogProbModule(LightningModule):
         if self.trainer.world_size == 1:
             return tensor
         return cast(Tensor, self.trainer.strategy.reduce(tensor, reduce_op="sum"))
+
+
+def _correct_counts(loop: dict[str, Any], steps_per_epoch: int) -> None:
+    batches = loop["epoch_loop.batch_progress"]
+    for counts in loop["epoch_progress"].values():
+        counts["processed"] = counts["completed"]
+        n_batches = counts["completed"] * steps_per_epoch
+        is_between = batches["is_last_batch"] and batches["total"]["completed"] == n_batches
+        counts["ready"] = counts["started"] = counts["completed"] + (0 if is_between else 1)

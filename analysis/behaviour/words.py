@@ -323,6 +323,12 @@ def _headline(table: pd.DataFrame, metric: str, name: str, file: str, remark: st
     return Headline(number(last.value), name, f"{interval}n = {as_counts(last)}{remark}; {file}, {metric}")
 
 
+def _kl_is(decoding: Decoding | None) -> str:
+    if decoding is not None and decoding.temperature == 1 and decoding.top_p == 1:
+        return "drawn as they were, an unbiased estimate of KL(π‖π₀)."
+    return "no estimate of KL(π‖π₀), for which completions are drawn at temperature 1 from the whole distribution."
+
+
 def reading_of(table: pd.DataFrame, *, n_prompts: int | None, decoding: Decoding | None) -> list[str]:
     """Notes that a reader needs beside these figures.
 
@@ -345,15 +351,7 @@ def reading_of(table: pd.DataFrame, *, n_prompts: int | None, decoding: Decoding
             f"Degenerate: empty, or mostly repeated words, characters or tokens. Of the aligned model’s, by rule: {fired}."
         )
     if has(table, "kl"):
-        is_unbiased = is_drawn and decoding is not None and decoding.temperature == 1 and decoding.top_p == 1
-        lines.append(
-            "kl: mean of log π − log π₀ over the aligned model’s own completions, nats; "
-            + (
-                "drawn as they were, an unbiased estimate of KL(π‖π₀)."
-                if is_unbiased
-                else "no estimate of KL(π‖π₀), for which completions are drawn at temperature 1 from the whole distribution."
-            )
-        )
+        lines.append(f"kl: mean of log π − log π₀ over the aligned model’s own completions, nats; {_kl_is(decoding)}")
     if table["n_missing"].max() > 0:
         lines.append(
             "What could not be scored is left out and counted; a figure that lacks too much (usually above 5 %) has no number."

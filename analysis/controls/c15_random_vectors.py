@@ -131,13 +131,18 @@ def steering_effects(pairs: pd.DataFrame, sweep: pd.DataFrame, *, strength: floa
                 known |= {"degeneration_p": own.p_value, "control_degeneration": drawn.degenerate}
                 known |= {"control_degeneration_p": drawn.p_value}
                 for metric, equal in _COMPARED:
-                    screened = COLLAPSED if own.has_collapsed else None
-                    if drawn.has_collapsed and equal == EQUAL_NORM:
-                        screened = screened or CONTROLS_COLLAPSED
+                    screened = _screened(own, drawn, equal)
                     found, reached = compare(cell, vector, kind, metric, equal, strength, screened)
                     taken = {"metric": metric, "equal": equal, "n": cell.n_pairs, "kl_from_start": reached}
                     rows.append(known | _as_row(found) | taken)
     return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def _screened(own: Text, drawn: Text, equal: str) -> str | None:
+    """Verdict that text has given already; None: the numbers decide."""
+    if own.has_collapsed:
+        return COLLAPSED
+    return CONTROLS_COLLAPSED if drawn.has_collapsed and equal == EQUAL_NORM else None
 
 
 def random_among_random(pairs: pd.DataFrame) -> pd.DataFrame:

@@ -65,14 +65,7 @@ class GenerationSweep:
         Args:
             vectors: those of the unit.
         """
-        keys = [prompt.pair_id for prompt in self.prompts]
-        values = torch.stack([v.values for v in vectors])[[i % len(vectors) for i in range(len(keys))]]
-        if self.operator == "add":
-            shifts = self.sign * values[:, None] * torch.tensor(self.strengths)[:, None]
-            branches = self._complete(unit.site, shifts, keys)
-        else:
-            branches = [self._complete_one_by_one(unit.site, values, x, keys) for x in self.strengths]
-        said = [dict(zip(keys, branch, strict=True)) for branch in branches]
+        said = self._said(unit.site, torch.stack([v.values for v in vectors]))
         unsteered = said[self.strengths.index(0.0)]
         found, missing = [], []
         for strength, steered in zip(self.strengths, said, strict=True):
@@ -84,6 +77,17 @@ class GenerationSweep:
                 found += [Row(*where, *one) for one in _worse(scores)]
                 missing += [] if _has_numbers(own) else [key]
         return Rows(found, missing=list(dict.fromkeys(missing)))
+
+    def _said(self, site: str, vectors: Float[Tensor, "vector d_model"]) -> list[dict[str, list[Completion]]]:
+        """For each λ the completions of each prompt, by its name; vectors take turns."""
+        keys = [prompt.pair_id for prompt in self.prompts]
+        values = vectors[[i % len(vectors) for i in range(len(keys))]]
+        if self.operator == "add":
+            shifts = self.sign * values[:, None] * torch.tensor(self.strengths)[:, None]
+            branches = self._complete(site, shifts, keys)
+        else:
+            branches = [self._complete_one_by_one(site, values, x, keys) for x in self.strengths]
+        return [dict(zip(keys, branch, strict=True)) for branch in branches]
 
     def _complete(
         self, site: str, shifts: Float[Tensor, "prompt strength d_model"], keys: Sequence[str]

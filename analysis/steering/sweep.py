@@ -166,9 +166,7 @@ class SteeringSweep:
         needed = [Kind(name, None) for name in (V_STAR, RANDOM)]
         if added := [kind.kind for kind in needed if kind not in asked]:
             self.notes.append(f"steering.vectors: {' and '.join(added)} added: what all others are compared with.")
-        named = [kind for kind in asked if kind.kind not in RANDOM_KINDS and kind not in needed]
-        drawn = [kind for kind in asked if kind.kind in RANDOM_KINDS and kind not in needed]
-        return [needed[0], *named, needed[1], *drawn]
+        return sorted(dict.fromkeys([*needed, *asked]), key=lambda kind: kind.kind in RANDOM_KINDS)
 
 
 class Sweep:

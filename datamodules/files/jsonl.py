@@ -6,6 +6,7 @@ Everything that can be wrong with a file ends in one UserError, ``file:line:colu
 import gzip
 import json
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,7 @@ def list_files(path: str | Path, key: str = "data.path") -> list[Path]:
         raise UserError(f"{key}: not a JSONL file by its name: {path} ({EXPECTED})")
     else:
         files = [root]
-    twins = sorted({stem(f) for f in files if sum(stem(f) == stem(g) for g in files) > 1})
-    if twins:
+    if twins := sorted(name for name, n in Counter(map(stem, files)).items() if n > 1):
         raise UserError(f"{key}: {path} has {twins[0]}.jsonl and {twins[0]}.jsonl.gz, the same data twice? Keep one")
     return files
 

@@ -160,16 +160,15 @@ def _messages(row: Row) -> Parsed:
     one, other = _dialogues(row, given)
     shared = tuple(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
     chosen, rejected = one[len(shared) :], other[len(shared) :]
-    if one == other:
-        raise _Refusal("identical responses")
-    if not shared:
-        raise _Refusal("prompts differ")
-    if not chosen or not rejected:
-        raise _Refusal("one side is the beginning of the other")
-    if len(chosen) > 1 or len(rejected) > 1:
-        raise _Refusal("the sides part before their last turn")
-    if not {turn.content.strip() for turn in given} <= {turn.content.strip() for turn in shared}:
-        raise _Refusal("the messages do not continue the prompt")
+    refusals = {
+        "identical responses": one == other,
+        "prompts differ": not shared,
+        "one side is the beginning of the other": not (chosen and rejected),
+        "the sides part before their last turn": max(len(chosen), len(rejected)) > 1,
+        "the messages do not continue the prompt": not _contents(given) <= _contents(shared),
+    }
+    for reason in (reason for reason, applies in refusals.items() if applies):
+        raise _Refusal(reason)
     system = () if any(turn.role == "system" for turn in shared) else _system(row)
     return _of_turns((*system, *shared), chosen[0], rejected[0])
 
@@ -186,6 +185,10 @@ def _of_turns(prompt: tuple[Message, ...], chosen: Message, rejected: Message) -
         raise _Refusal("turns do not alternate")
     (text, a), (_, b) = transcript(prompt, chosen.content), transcript(prompt, rejected.content)
     return Parsed(prompt, chosen.content, rejected.content, text, a, b)
+
+
+def _contents(turns: Sequence[Message]) -> set[str]:
+    return {turn.content.strip() for turn in turns}
 
 
 def _dialogues(row: Row, prompt: Sequence[Message]) -> list[tuple[Message, ...]]:

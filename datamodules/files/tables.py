@@ -227,9 +227,17 @@ def hub_table(name: str, config: str | None, split: str | None, revision: str | 
         is_kept = (Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")).is_dir()
         if not may_use_cache(problem) or not is_kept:
             raise UserError(hub_failure(name, what, revision, "data.path", problem)) from problem
+    rows = _hub_rows(name, config, split, revision)
+    table = "_".join(part for part in (name.rpartition("/")[2], config, split) if part)
+    return Table(table, f"hub:{name}@{commit} {what}", lambda _: enumerate(rows, start=1))
+
+
+def _hub_rows(name: str, config: str | None, split: str, revision: str | None) -> Any:
+    import datasets
+
     datasets.disable_progress_bars()
     try:
-        rows = datasets.load_dataset(name, config, split=split, revision=revision)
+        return datasets.load_dataset(name, config, split=split, revision=revision)
     except Exception as problem:
         if "scripts are no longer supported" in str(problem):
             raise UserError(
@@ -238,9 +246,7 @@ def hub_table(name: str, config: str | None, split: str | None, revision: str | 
             ) from problem
         if isinstance(problem, ValueError):  # an unknown configuration or split, with those there are
             raise UserError(f"data.name={name}: {_first_line(problem)}; set data.config= and data.split=") from problem
-        raise UserError(hub_failure(name, what, revision, "data.path", problem)) from problem
-    table = "_".join(part for part in (name.rpartition("/")[2], config, split) if part)
-    return Table(table, f"hub:{name}@{commit} {what}", lambda _: enumerate(rows, start=1))
+        raise UserError(hub_failure(name, f"split {split}", revision, "data.path", problem)) from problem
 
 
 def _first_line(problem: Exception) -> str:

@@ -147,15 +147,14 @@ def make_preference_loss(name: str, **options: float | int | str | None) -> Pref
     if name not in PREFERENCE_LOSSES:
         raise UserError(f"module.loss: expected one of {', '.join(PREFERENCE_LOSSES)}, got {name}")
     function = PREFERENCE_LOSSES[name]
-    known = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    defaults = {p.name: p.default for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
     given = {key: _number(key, value) for key, value in options.items() if value is not None}
     for key in given:
-        if key not in known:
-            has = ", ".join(known)
+        if key not in defaults:
+            has = ", ".join(defaults)
             raise UserError(
                 f"module.loss={name} has no option {key} (it has: {has}); leave it out or choose another loss"
             )
-    defaults = {p.name: p.default for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
     beta = float(given.get("beta", defaults["beta"]))
     if not 0 < beta < math.inf:
         raise UserError(f"module.beta: expected a finite number above 0, got {beta}")

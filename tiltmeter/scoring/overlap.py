@@ -155,22 +155,16 @@ class OverlapScorer:
 
     def score(self, samples: Sequence[Sample]) -> Scores:
         """Score the completions; no figures for prompts of which none has a chosen response."""
-        scores = Scores()
-        if self.reference == "chosen" and samples and not any(sample.chosen.strip() for sample in samples):
+        scores, is_chosen = Scores(), self.reference == "chosen"
+        if is_chosen and samples and not any(sample.chosen.strip() for sample in samples):
             return scores
-        is_chosen = self.reference == "chosen"
         suffix = "" if is_chosen else "_to_base"
         references = [sample.chosen if is_chosen else sample.base.text for sample in samples]
         sides: tuple[Literal["policy", "base"], ...] = ("policy", "base") if is_chosen else ("policy",)
         for of in sides:
             said = [getattr(sample, of).text for sample in samples]
             scores.figures.append(self._bleu(f"bleu{suffix}", of, said, references, samples))
-            found = [
-                rouge_f1(*texts) if texts[1].strip() else Rouge(*[math.nan] * 3)
-                for texts in zip(said, references, strict=True)
-            ]
-            for name in _ROUGE:
-                values = [getattr(rouge, name) for rouge in found]
+            for name, values in _rouge_columns(said, references).items():
                 scores.columns[f"{name}{suffix}/{of}"] = values
                 scores.figures.append(
                     mean_figure(name + suffix, of, values, samples, scorer=ROUGE_SIGNATURE, is_share=True)
@@ -204,6 +198,13 @@ def bleu_counts(predictions: Sequence[str], references: Sequence[str]) -> Float[
         metric.update([prediction], [[reference]])
         rows.append(metric.counts())
     return torch.stack(rows)
+
+
+def _rouge_columns(said: Sequence[str], references: Sequence[str]) -> dict[str, list[float]]:
+    """ROUGE of each completion, by name; NaN without a reference."""
+    nothing = Rouge(math.nan, math.nan, math.nan)
+    found = [rouge_f1(one, of) if of.strip() else nothing for one, of in zip(said, references, strict=True)]
+    return {name: [getattr(rouge, name) for rouge in found] for name in _ROUGE}
 
 
 def _n_shared(said: Sequence[str], wanted: Sequence[str], n: int) -> int:

@@ -194,7 +194,7 @@ def readings(batch: PreferenceBatch, position: Position, *, content: Sequence[in
     """
     if position == "diverge":
         found = divergence(batch)
-        return _make(batch, found.rows.tolist(), [(pair, PROMPT) for pair in found.pairs.tolist()])
+        return _make(batch, found.rows.tolist(), list(product(found.pairs.tolist(), [PROMPT])))
     held = _rows_by_pair_and_side(batch)
     if position == "content":
         places = _content_places(batch, content)
