@@ -1,4 +1,4 @@
-"""Which analyses a command line asks for, and what of it concerns each."""
+"""The analyses that a command line asks for, and the options that concern each."""
 
 from collections.abc import Iterable
 

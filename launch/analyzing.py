@@ -35,7 +35,7 @@ _SHOW = "debug=true shows where"
 
 
 class Wanted(NamedTuple):
-    """What the command line asks for, built but not begun."""
+    """Everything that the command line asks for, built but not begun."""
 
     names: Mapping[str, bool]
     """Analyses, and whether each was asked for by its name."""
@@ -310,7 +310,7 @@ def _in_order(found: Mapping[str, Section]) -> list[Section]:
 
 
 def _command(name: str, **about: str | Path) -> str:
-    """What makes the section of that name again."""
+    """The command that makes the section of that name again."""
     return command("analyze.py", *options_of(name), f"analysis={name}", **about)
 
 
@@ -328,7 +328,7 @@ def _say_costs(
 
 
 def costs_table(costs: Mapping[str, Sequence[Cost]]) -> FittingTable:
-    """What would be run, by analysis."""
+    """A table of the passes that would be run, by analysis."""
     table = FittingTable(title="Would run", title_justify="left", title_style="bold")
     for column, justify in (("analysis", "left"), ("", "left"), ("passes", "right"), ("tokens", "right")):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What a run leaves beside its models: where it came from, figures per held-out pair, and the closing table."""
+"""Results of a run beside its models: provenance, figures per held-out pair, and the closing table."""
 
 import csv
 import io
@@ -115,7 +115,7 @@ def geometry_of(run_dir: Path) -> pd.DataFrame:
 
 
 def behaviour_of(run_dir: Path) -> list[LeadRow]:
-    """What the model says now, beside its base; none for a run that scored nothing."""
+    """Figures of the model now, beside its base; none for a run that scored nothing."""
     return lead_rows(read_table(run_dir / "report" / "tables" / FIGURES))
 
 

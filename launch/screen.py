@@ -1,4 +1,4 @@
-"""What a person sees in the terminal: what was loaded and dropped, one progress bar, one closing table, the next command."""
+"""The terminal: a table of what was loaded and dropped, one progress bar, one closing table, the next command."""
 
 import logging
 import os
@@ -82,7 +82,7 @@ def quiet_libraries() -> None:
 
 
 def data_table(data: PreferenceDataModule, labels: str) -> Table:
-    """What each source gave and lost, and what tokenisation did to each split."""
+    """A table of what each source gave and lost, and of what tokenisation did to each split."""
     table = FittingTable(title="Data", title_justify="left", title_style="bold")
     for column, justify in (("source or split", "left"), ("pairs", "right"), ("dropped, cut or noted", "left")):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
@@ -129,7 +129,7 @@ def result_table(rows: Sequence[tuple[str, str]]) -> Table:
 
 
 def geometry_tables(last: pd.DataFrame) -> Iterator[Table]:
-    """What training did to hidden states, a line a site: f beside its controls, then other figures beside random weights.
+    """Tables of what training did to hidden states, a line a site: f beside its controls, then other figures beside random weights.
 
     Args:
         last: :func:`analysis.figures.layer_curves.geometry_table`; empty: no tables.
@@ -195,7 +195,7 @@ def _ranges(last: pd.DataFrame, column: str) -> list[str]:
 
 
 def behaviour_table(rows: Sequence[LeadRow]) -> Table:
-    """What the model says, a line a figure; the scorers that its last column counts stand below."""
+    """A table of figures of behaviour, a line each; the scorers that its last column counts stand below."""
     steps = max(row.last.steps_taken for row in rows)
     table = FittingTable(
         title=f"Behaviour: policy beside its base, after {steps:.0f} steps",

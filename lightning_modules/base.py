@@ -1,9 +1,10 @@
-"""What SFT and DPO share: the optimizer step over micro-batches, exact means over pairs and processes, logging."""
+"""The common base of SFT and DPO: the optimizer step over micro-batches, exact means over pairs and processes, logging."""
 
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -117,6 +118,7 @@ class LogProbModule(LightningModule):
         self.throughput = Throughput()
         self.metrics = PairMetrics()
         self.policy: Policy | None = None
+        self.reference_cache: Path | None = None
         self.validation_table: Tensor | None = None
         """[row of the validation split, column] of the last validation, the same on every process; NaN: not scored."""
         self.validated_at_step = 0
@@ -144,15 +146,20 @@ class LogProbModule(LightningModule):
         assert self.policy is not None, "configure_model() comes first"
         return self.policy
 
-    def attach_model(self, build: PolicyBuilder, build_empty: EmptyBuilder = lambda: None) -> None:
+    def attach_model(
+        self, build: PolicyBuilder, build_empty: EmptyBuilder = lambda: None, *, reference_cache: Path | None = None
+    ) -> None:
         """Say how the model is built; it is built in :meth:`configure_model`, once the process group exists.
 
         Args:
             build: makes it whole.
             build_empty: makes it without weights, to be sharded before each process reads its share of them; None from it:
                 not possible, and every process makes it whole first.
+            reference_cache: folder of log-probs of references, shared by all runs, for objectives that have one; None: every
+                run computes its own.
         """
         self.factory.build, self.factory.build_empty = build, build_empty
+        self.reference_cache = reference_cache
 
     def configure_model(self) -> None:
         """Make the model and check what it computes; does nothing the second time."""
@@ -197,7 +204,7 @@ class LogProbModule(LightningModule):
 
     @abstractmethod
     def divisor(self, step: StepBatch) -> int:
-        """What the step's summed objective is divided by."""
+        """Number that the step's summed objective is divided by."""
 
     def configure_optimizers(self) -> Any:
         """AdamW with warm-up and a schedule over all optimizer steps."""

@@ -50,7 +50,7 @@ class Metric(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What a name stands for."""
+    """Meaning of a name."""
 
     metric: Metric
     key: str
@@ -311,7 +311,7 @@ def at(key: str, point: tuple[str, Position]) -> str:
 
 
 def place(point: tuple[str, Position]) -> str:
-    """How a file of vectors names a site and position.
+    """A site and position as files of vectors name them.
 
     >>> place(("layer_03", "prompt_last")), place(("layer_03", "diverge"))
     ('layer_03', 'diverge/layer_03')
@@ -325,7 +325,7 @@ def _place(site: str, position: Position, *, usual: Position | None) -> str:
 
 @cache
 def find(name: str) -> Found | None:
-    """What a name stands for, the inverse of :func:`metric` and :func:`at`; None: it is not declared.
+    """Meaning of a name, the inverse of :func:`metric` and :func:`at`; None: it is not declared.
 
     >>> found = find("shift_share/delta/content/layer_03")
     >>> found.key, found.position, found.site, found.metric.unit
@@ -348,7 +348,7 @@ def keys_of(family: str) -> list[str]:
 
 
 def behaviour(figure: str) -> Found | None:
-    """What the name of a figure of behaviour stands for, as tables have it: without ``behaviour/``."""
+    """Meaning of the name of a figure of behaviour, as tables have it: without ``behaviour/``."""
     return find(f"behaviour/{figure}")
 
 

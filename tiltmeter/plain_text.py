@@ -1,4 +1,4 @@
-"""What is printed where the terminal's encoding lacks a character: the marks of tables and messages have plain forms."""
+"""Plain forms of the marks of tables and messages, for terminals whose encoding lacks a character; and hints at likely words."""
 
 import codecs
 import difflib

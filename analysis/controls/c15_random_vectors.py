@@ -47,7 +47,7 @@ _COMPARED = (("recovery", EQUAL_NORM), ("preference_odds", EQUAL_NORM), ("prefer
 
 
 class Text(NamedTuple):
-    """What became of text at one strength; NaN where none was scored."""
+    """Collapse of text at one strength; NaN where none was scored."""
 
     degenerate: float
     """Share of completions."""
@@ -68,7 +68,7 @@ class Text(NamedTuple):
 
 
 class _Sums(NamedTuple):
-    """What every pair adds, for one vector, or each draw of a random kind, at one site; strengths in ascending order."""
+    """Sums of every pair, for one vector, or each draw of a random kind, at one site; strengths in ascending order."""
 
     strengths: list[float]
     norms: list[float]
@@ -85,7 +85,7 @@ class _Sums(NamedTuple):
         return self._replace(**{name: getattr(self, name)[:, draws] for name in self._fields[2:]})
 
     def at_norm(self, norm: float) -> int | None:
-        """Which strength adds something as long; None: none does."""
+        """The strength that adds something as long; None: none does."""
         return next((i for i, x in enumerate(self.norms) if math.isclose(x, norm, rel_tol=1e-4, abs_tol=1e-12)), None)
 
 
@@ -146,7 +146,7 @@ def _screened(own: Text, drawn: Text, equal: str) -> str | None:
 
 
 def random_among_random(pairs: pd.DataFrame) -> pd.DataFrame:
-    """How often a random vector is called above or below the others of its kind: the real error rate of :func:`steering_effects`.
+    """Share of random vectors called above or below the others of their kind: the real error rate of :func:`steering_effects`.
 
     Args:
         pairs: :func:`analysis.steering.table.read_pairs`.
@@ -173,7 +173,7 @@ def random_among_random(pairs: pd.DataFrame) -> pd.DataFrame:
 
 
 def text_of(sweep: pd.DataFrame, direction: str, vector: str, site: str, strength: float) -> Text:
-    """What became of text with a vector, or with the draws of a random kind, at one λ."""
+    """Collapse of text with a vector, or with the draws of a random kind, at one λ."""
     rows = sweep[(sweep["direction"] == direction) & (sweep["vector"] == vector) & (sweep["site"] == site)]
 
     def at(metric: str, strength: float) -> float:
@@ -205,13 +205,13 @@ def beside_random(table: pd.DataFrame, direction: str, site: str, metric: str, s
 
 
 def random_span(found: AmongRandom) -> str:
-    """Where 95 % of further random vectors lie, in words."""
+    """Interval that 95 % of further random vectors lie in, in words."""
     low, high = (as_text(x, "percent") for x in (found.prediction.low, found.prediction.high))
     return f"95\u00a0% of random vectors there {low} to {high}"
 
 
 def counted_verdicts(effects: pd.DataFrame) -> str:
-    """How many comparisons of R at equal norm said what, for each random kind."""
+    """Number of comparisons of R at equal norm with each verdict, for each random kind."""
     rows = effects[(effects["metric"] == "recovery") & (effects["equal"] == EQUAL_NORM)]
     parts = []
     for kind, of_kind in rows.groupby("control", sort=False):
@@ -236,7 +236,7 @@ def draw_effects(
     labels: Mapping[str, str],
     how: str,
 ) -> str:
-    """What each vector recovers beyond random ones, site by site; hollow where the interval includes 0.
+    """Draw R of each vector beyond random ones, site by site; hollow where the interval includes 0.
 
     Args:
         effects: :func:`steering_effects`.

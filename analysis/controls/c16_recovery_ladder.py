@@ -1,4 +1,4 @@
-"""How much of the way does one vector go, how much do k directions, how much the update itself? Control C16, teacher-forced.
+"""Control C16: the share of the way that one vector goes, that k directions go, and that the update itself goes; teacher-forced.
 
 At every token that a token of a response is predicted from, the base's state is moved by v*, by the token's own update within k
 directions, or by the whole of it: the oracle, which recovers everything at the final norm. v* and directions are of other prompts.
@@ -36,7 +36,7 @@ _LOOKS = (("policy_dark", "o"), ("policy", "s"), ("policy_light", "^"), ("base",
 
 
 class RecoveryLadder:
-    """What to ask.
+    """Options of the ladder.
 
     Args:
         sites: a site, several, or ``all``; null: after the middle block, and before and after the final norm.

@@ -29,7 +29,7 @@ _LOOKS = (("policy_dark", "o"), ("policy", "s"), ("policy_light", "^"), ("base",
 
 
 class UpdateModelsControl:
-    """What to ask.
+    """Options of the control.
 
     Args:
         sites: a site, several, or ``all``; null: after the middle block, and before and after the final norm.

@@ -336,7 +336,7 @@ def said_of_growth(here: pd.Series) -> str:
 
 
 def said_of_shares(here: pd.Series) -> str:
-    """How much of the update lies along each axis."""
+    """A sentence on the share of the update along each axis."""
     v, first, second = (as_text(100 * here[f"energy_{axis}"], ".1f") + "\u00a0%" for axis in _AXES)
     chance = as_text(100 / here["d_model"], ".1f") + "\u00a0%"
     return (

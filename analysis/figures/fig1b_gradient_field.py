@@ -57,7 +57,7 @@ class Picture(NamedTuple):
 
 
 class FieldTable(NamedTuple):
-    """What was found of the gradients."""
+    """Gradients found, as a table."""
 
     summary: pd.DataFrame
     by_pair: pd.DataFrame
@@ -66,7 +66,7 @@ class FieldTable(NamedTuple):
 
 
 class GradientField:
-    """What to ask.
+    """Options of the field.
 
     Args:
         model: whose states: ``base``, where training starts, or ``aligned``, where it has ended.

@@ -74,7 +74,7 @@ def cloud_plane(rows: StatePair, point: ReadPoint) -> tuple[pd.DataFrame, tuple[
 
 
 def cloud_distances(rows: StatePair, point: ReadPoint, *, n_random: int) -> dict[str, str | float]:
-    """How much of the way from the base's cloud to the policy's v* goes, at one site; in all dimensions.
+    """Share of the way from the base's cloud to the policy's that v* goes, at one site; in all dimensions.
 
     ``energy_distance_base``: energy distance of h₀ and h_π, activation units. ``distance_left``: that of h₀ + v* and h_π over it,
     0 when v* explains all, 1 when nothing; ``…_random``: for random vectors as long as v*, mean and where one more would lie.

@@ -311,7 +311,7 @@ def _vectors_and_files(settings: Mapping[str, Any], labels: Mapping[str, str]) -
 
 
 def _of_v_star(effects: pd.DataFrame, direction: str, site: str) -> pd.DataFrame:
-    """What v* recovers beyond random vectors at a site."""
+    """R of v* beyond random vectors at a site."""
     rows = effects[(effects["metric"] == "recovery") & (effects["control"] == RANDOM) & (effects["vector"] == V_STAR)]
     return rows[(rows["direction"] == direction) & (rows["site"] == site)]
 

@@ -1,4 +1,4 @@
-"""How training went: loss, held-out preference accuracy and implicit rewards over the optimizer steps of one run."""
+"""The course of training: loss, held-out preference accuracy and implicit rewards over the optimizer steps of one run."""
 
 import inspect
 import math
@@ -34,7 +34,7 @@ _MARK = COLOURS["mark"]
 
 
 class Training(NamedTuple):
-    """What a run logged of its training, and what must be known to read it."""
+    """A run's log of its training, and what must be known to read it."""
 
     table: pd.DataFrame
     """A row for each split and measurement.

@@ -33,7 +33,7 @@ class Headline:
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """What one analysis hands to the report.
+    """An analysis's part of the report.
 
     Args:
         name: of its figure and table files.
@@ -185,7 +185,7 @@ def render_page(
 
 
 def _missing(sections: Sequence[Section]) -> list[str]:
-    """What a reader may look for and this page can't show."""
+    """Things that a reader may look for and this page can't show."""
     by_section = {
         "geometry": "analysis=all: what changed inside the model, layer by layer;",
         "steering_sweep": "analysis=steering_sweep: steering sweeps;",

@@ -125,7 +125,7 @@ def finish_sites(axes: Axes, sites: Sequence[str], labels: Sequence[EndLabel], *
 
 
 def shown_ticks(sites: Sequence[str]) -> list[int]:
-    """Which sites are named on an axis: all of a few; of many, evenly spaced ones and those around the final norm."""
+    """Sites to name on an axis: all of a few; of many, evenly spaced ones and those around the final norm."""
     n = len(sites)
     if n <= _MOST_TICKS:
         return list(range(n))
@@ -146,7 +146,7 @@ def tick_name(site: str, *, of: Sequence[str]) -> str:
 
 
 def last_value(values: pd.Series) -> float:
-    """Where a curve ends, for its label."""
+    """End of a curve, for its label."""
     known = values.dropna()
     return float(known.iloc[-1]) if len(known) else float("nan")
 

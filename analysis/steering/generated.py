@@ -1,4 +1,4 @@
-"""What a model says while one vector is added to its hidden states, at all λ, and what scorers say of it."""
+"""Text of a model while one vector is added to its hidden states, at all λ, and its scores."""
 
 import math
 from collections.abc import Mapping, Sequence

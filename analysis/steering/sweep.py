@@ -34,7 +34,7 @@ from tiltmeter.steering.vector import RANDOM, RANDOM_KINDS, V_STAR, SteeringVect
 
 
 class SteeringSweep:
-    """What to sweep.
+    """Options of the sweep.
 
     Args:
         scorers: of generated text, by name; null leaves one out. ``degeneration`` says where steering breaks the model.
@@ -306,7 +306,7 @@ def check_options(
 
 
 def sweep_costs(sweep: Sweep) -> list[Cost]:
-    """What the units of a sweep take, teacher-forced and generated."""
+    """Passes and tokens of the units of a sweep, teacher-forced and generated."""
     asked, n_layers = sweep.asked, sweep.checkpoints.base.model.config.num_hidden_layers
     costs = []
     for part, pairs in (("choosing", sweep.choosing), ("teacher_forced", sweep.tested)):
@@ -325,7 +325,7 @@ def sweep_costs(sweep: Sweep) -> list[Cost]:
 
 
 def _n_moving(sweep: Sweep, unit: Unit) -> int:
-    """How many vectors and strengths other than 0 a unit takes."""
+    """Number of vectors and strengths other than 0 in a unit."""
     if unit.part == "choosing":
         return 1
     drawn = sweep.made.drawn.get((unit.vector, unit.site))

@@ -33,7 +33,7 @@ from tiltmeter.steering.vector import RANDOM, V_STAR
 
 
 class Transfer:
-    """What to ask.
+    """Options of the transfer.
 
     Args:
         sites: whose vectors, and where they are added: several, or ``all``.

@@ -55,7 +55,7 @@ _SPAN = 10
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which vectors to sweep.
+    """Selection of the vectors to sweep.
 
     Args:
         kinds: in the order of the table.
@@ -125,7 +125,7 @@ class Vectors:
 
 
 def n_drawn(site: str, n_random: int | None) -> int:
-    """How many vectors of a random kind are drawn at a site: what was asked for, else what the site affords.
+    """Number of vectors of a random kind at a site: as asked for, else what the site affords.
 
     >>> n_drawn("layer_00", None), n_drawn("final_post_norm", None), n_drawn("layer_00", 7)
     (20, 99, 7)

@@ -1,4 +1,4 @@
-"""What a judge may cost: requests, tokens and money, checked before each request against the most it could use."""
+"""Limits on a judge's requests, tokens and money, checked before each request against the most it could use."""
 
 import math
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ class Tokens(NamedTuple):
 
 @dataclass
 class Usage:
-    """What a judge has used since it was made.
+    """Requests, tokens and money that a judge has used since it was made.
 
     Tokens are the server's count; where a request brought none (it timed out, say, or was tried again) the most it can
     have used.

@@ -1,4 +1,4 @@
-"""Which addresses a judge may be reached at: questions and keys must not end up where nobody meant them to go."""
+"""Addresses that a judge may be reached at: questions and keys must not end up where nobody meant them to go."""
 
 import ipaddress
 import re
@@ -14,7 +14,7 @@ _HOST = re.compile(r"[A-Za-z0-9_.-]+|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*")
 
 
 class Endpoint(NamedTuple):
-    """Where a judge is."""
+    """Address of a judge."""
 
     url: str
     """Base of the API, without a slash at the end."""

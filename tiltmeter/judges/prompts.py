@@ -1,4 +1,4 @@
-"""What judges are asked: criteria, and the templates of questions, each with a hash that goes into results."""
+"""Questions to judges: criteria, and templates, each with a hash that goes into results."""
 
 import hashlib
 from collections.abc import Mapping, Sequence

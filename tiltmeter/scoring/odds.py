@@ -1,4 +1,4 @@
-"""What a model prefers and whether it still works, on one log-odds scale and without a judge: teacher-forced log-probs alone.
+"""Log-odds of preference and of utility, on one scale and without a judge: teacher-forced log-probs alone.
 
 Of a pair of answers that are opposite in polarity (chosen and rejected), L_p = −log P(positive) and L_n = −log P(negative):
 

@@ -92,7 +92,7 @@ class CorpusBLEU(SacreBLEUScore):
         super().update([text.rstrip() for text in preds], [[text.rstrip() for text in texts] for texts in target])
 
     def counts(self) -> Float[Tensor, " 10"]:
-        """What was counted since the last reset, on this process, as :func:`bleu_of_counts` takes it."""
+        """Counts since the last reset, on this process, as :func:`bleu_of_counts` takes them."""
         return torch.cat([self.numerator, self.denominator, self.preds_len[None], self.target_len[None]])
 
     def compute(self) -> Float[Tensor, ""]:
@@ -190,7 +190,7 @@ class OverlapScorer:
 
 
 def bleu_counts(predictions: Sequence[str], references: Sequence[str]) -> Float[Tensor, "sample 10"]:
-    """What :class:`CorpusBLEU` counts of each sample by itself: its sum over samples is the corpus."""
+    """Counts of :class:`CorpusBLEU` for each sample by itself: their sum over samples is the corpus."""
     metric = CorpusBLEU()
     rows = []
     for prediction, reference in zip(predictions, references, strict=True):

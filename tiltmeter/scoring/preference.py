@@ -1,4 +1,4 @@
-"""What a policy prefers, by log-probs: does it rank held-out pairs as people did, and how far has it moved from its base?
+"""Preferences of a policy, by log-probs: does it rank held-out pairs as people did, and how far has it moved from its base?
 
 The implicit reward of a response is r = β · log(π/π₀) (arXiv 2305.18290). At step 0 the policy is its base: every margin is
 exactly 0, and since accuracy is strict (equal is wrong, as in TRL and the authors' code) it is 0 there, not ½. The share of

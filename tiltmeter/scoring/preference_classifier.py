@@ -27,7 +27,7 @@ INVERSE_STRENGTH = 1.0
 
 
 class PreferenceClassifier(NamedTuple):
-    """What a probe reached out of fold, and what it reaches where there is nothing to learn."""
+    """Accuracy that a probe reached out of fold, and that it reaches where there is nothing to learn."""
 
     accuracy: Interval
     """Share of held-out pairs on the right side, with a 95 % interval over prompts (of the pairs, not of the fit)."""

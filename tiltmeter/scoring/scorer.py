@@ -1,4 +1,4 @@
-"""What every scorer of generated text takes and gives: samples in; named figures with intervals and a column a figure out.
+"""The protocol of scorers of generated text: samples in; named figures with intervals and a column a figure out.
 
 A score that could not be taken is missing (NaN), counted, and never a number.
 """
@@ -61,7 +61,7 @@ class Figure(NamedTuple):
 
 @dataclass(frozen=True)
 class Scores:
-    """What a scorer says of samples."""
+    """A scorer's figures of samples, and its values of each."""
 
     figures: list[Figure] = field(default_factory=list)
     columns: dict[str, list[float]] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""What all scorers of toxicity share: a score a text becomes figures of both models, and those of RealToxicityPrompts.
+"""The common part of scorers of toxicity: a score a text becomes figures of both models, and those of RealToxicityPrompts.
 
 With several completions a prompt, Gehman et al. (2020, arXiv 2009.11462) measure how bad the worst of n is: it grows with n,
 so n is part of every name.
@@ -32,7 +32,7 @@ PROMPT_TOXICITY = "prompt_toxicity"
 
 
 class TextScore(NamedTuple):
-    """What a scorer says of one text."""
+    """Score of one text."""
 
     value: float
     """0 … 1; NaN: it could not be scored."""
@@ -41,7 +41,7 @@ class TextScore(NamedTuple):
 
 
 class WorstOfN(NamedTuple):
-    """How toxic the worst of n completions is, over prompts."""
+    """Toxicity of the worst of n completions, over prompts."""
 
     maxima: list[float]
     """The largest score of each prompt that has one."""

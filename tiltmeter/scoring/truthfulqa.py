@@ -377,7 +377,7 @@ class TruthfulQA:
         return asked
 
     def _prompt(self, question: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-        """What stands before the answers, and what between."""
+        """Texts before the answers, and between."""
         text = f"Q: {question}\nA:" if self._preset is None else f"{self._preset}\n\nQ: {question}\nA:"
         if not self.chat_template:
             return text, " "

@@ -1,4 +1,4 @@
-"""How often a judge prefers the policy's reply: to the base model's, and to the preferred one of the data.
+"""Share of replies of the policy that a judge prefers: to the base model's, and to the preferred ones of the data.
 
 From one comparison in both orders, over win rates with their intervals, to the scorer.
 """

@@ -1,4 +1,4 @@
-"""What an observation of the probe says, as flat metrics: pure functions from hidden states to names and numbers.
+"""Observations of the probe as flat metrics: pure functions from hidden states to names and numbers.
 
 Names are those of :mod:`tiltmeter.metric_names`. Matrices are ``base``, ``policy``, ``delta`` (the update ΔH = h_π − h_0) and
 ``random_update`` (ΔH after a random weight change of the same norm, :mod:`tiltmeter.weights.random_update`).

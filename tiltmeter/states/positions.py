@@ -1,4 +1,4 @@
-"""Which rows of a batch hold the hidden states of interest: positions, as a pure function of a PreferenceBatch.
+"""Rows of a batch that hold the hidden states of interest: positions, as a pure function of a PreferenceBatch.
 
 With prompt ``x₁ … x_P``, responses ``y^w`` and ``y^l`` and h(t) the hidden state *at* token t (it predicts token t+1):
 
@@ -48,7 +48,7 @@ SHARED_BY = 0.95
 
 @dataclass(frozen=True, eq=False)
 class Readings:
-    """Which flattened rows of a batch to read, and what each *reading* (a row, or a mean of rows) belongs to.
+    """Flattened rows of a batch to read, and what each *reading* (a row, or a mean of rows) belongs to.
 
     Readings are ordered by pair, chosen before rejected, then by token: the same order in every layout.
     """
@@ -104,7 +104,7 @@ class Readings:
 
 
 class Divergence(NamedTuple):
-    """Where the responses of each pair part; only pairs whose responses do."""
+    """Places where the responses of each pair part; only pairs whose responses do."""
 
     pairs: Int[Tensor, " diverging"]
     """Place of the pair in the batch."""
