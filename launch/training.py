@@ -260,7 +260,7 @@ def what_is_kept(run_dir: Path) -> Iterator[None]:
 
 
 def _keep(run_dir: Path, parts: Parts, trainer: Trainer) -> str | None:
-    """Write what makes the folder a finished run; every process calls this, the first one writes. Returns as :func:`export_model`."""
+    """Write what makes the folder a finished run; every process calls this, the first one writes. As :func:`export_model`."""
     on_first_process(lambda: write_results(run_dir, parts), trainer)
     record = partial(record_kept, run_dir)
     return export_model(parts.module, parts.tokenizer, run_dir / "aligned", trainer, record=record)

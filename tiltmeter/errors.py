@@ -1,4 +1,4 @@
-"""Errors that end a program with one line: failed writes (code 1), wrong input (2), missing scores (3), bad numbers (4), signals."""
+"""Errors that end a program with one line: failed write (code 1), wrong input (2), missing scores (3), bad numbers (4), signal."""
 
 from pathlib import Path
 from signal import Signals
