@@ -38,11 +38,8 @@ def split_by_group(
     may_be_held_out = iter([groups[name] for name in groups if name in given]) if given else rest
     n_val, n_probe = sizes["val"] or 0, sizes["probe"] or 0
     val, probe = _take(may_be_held_out, n_val), _take(may_be_held_out, n_probe)
-    if given and len(val) + len(probe) < n_val + n_probe:
-        raise UserError(
-            f"datamodule: the {sum(pair.held_out for pair in pairs)} pairs of data.validation_path are too few for "
-            f"val_pairs={sizes['val']} and probe_pairs={sizes['probe']}; ask for fewer"
-        )
+    if given:
+        _check_held_out(n_val, n_probe, n_taken=len(val) + len(probe), n_given=sum(pair.held_out for pair in pairs))
     train = list(chain.from_iterable(rest))
     if len(train) < (sizes["train"] or 1):
         needs_prompts = len(groups) < len(sizes)
@@ -52,6 +49,20 @@ def split_by_group(
             f"val_pairs={sizes['val']}, probe_pairs={sizes['probe']}: only {len(train)} are left to train on; {advice}"
         )
     return {"train": train[: sizes["train"]], "val": val, "probe": probe}
+
+
+def _check_held_out(n_val: int, n_probe: int, *, n_taken: int, n_given: int) -> None:
+    """Refuse pairs that are held out in vain, or too few of them. Raises UserError."""
+    if not n_val + n_probe:
+        raise UserError(
+            "data.validation_path: nothing is held out with datamodule.val_pairs=0 and probe_pairs=0; ask for pairs of it, or "
+            "leave it out"
+        )
+    if n_taken < n_val + n_probe:
+        raise UserError(
+            f"datamodule: the {n_given} pairs of data.validation_path are too few for val_pairs={n_val} and probe_pairs={n_probe}; "
+            "ask for fewer"
+        )
 
 
 def _shuffled_groups(pairs: Sequence[PreferencePair], seed: int) -> dict[str, list[PreferencePair]]:

@@ -99,6 +99,8 @@ def data_table(data: PreferenceDataModule, labels: str) -> Table:
         remarks = _split_remarks(split.report, data.max_length)
         if name == "train" and labels != "given":
             remarks.append(f"labels {labels} (control)")
+        if name == "val" and not split.pairs:
+            remarks.append("datamodule.val_pairs=0: no validation, no held-out metrics, no best checkpoint")
         table.add_row(name, str(len(split.pairs)), "; ".join(remarks) or "–")
     return table
 
