@@ -1,5 +1,6 @@
 """Do hidden states move along what the preference asks for? Fig. 1a: projections onto v and v̄ by site, and pair by pair."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,13 +19,14 @@ from analysis.report.site_axes import (
     Panel,
     as_text,
     draw_over_sites,
+    draw_panels,
     extremes,
     finish_sites,
     plot_curves,
     prepare_sites,
     shade_sites,
 )
-from analysis.report.style import COLOURS, EndLabel, house_style, mark_level, new_figure, set_titles
+from analysis.report.style import COLOURS, EndLabel, mark_level
 from tiltmeter.geometry.directions import principal_directions
 from tiltmeter.geometry.projections import projection_change, summarize_projections
 from tiltmeter.metric_names import metric
@@ -193,8 +195,7 @@ def preference_plane_tables(seen: Observed) -> Tables | None:
     point = rows.points[-1]
     at, shares = plane_points(rows, point, v)
     summary = summarize_projections(projection_change(*rows.rows(point), v), rows.clusters_of(point))
-    for name, interval in (("change", summary.change), ("share_grown", summary.share_grown)):
-        said = said.assign(**dict(zip((name, f"{name}_low", f"{name}_high"), interval, strict=True)))
+    said = said.assign(**summary.change.named("change"), **summary.share_grown.named("share_grown"))
     said = said.assign(**{f"energy_{axis}": share for axis, share in zip(_AXES, shares, strict=True)})
     return {
         "preference_plane": pd.DataFrame(where | {"site": point.site} | at),
@@ -260,13 +261,9 @@ def draw_preference_plane(tables: Tables) -> Section:
     table, said = tables["preference_plane"], tables["preference_plane_about"]
     here = said.iloc[0]
     change, least, most = (as_text(here[f"change{end}"], "+.2f") for end in ("", "_low", "_high"))
-    with house_style():
-        figure, axes = new_figure(2, panel_height_cm=6.6)
-        sentences = [
-            draw_steps(axes[0], table, 1, said_of_growth(here)),
-            draw_steps(axes[1], table, 2, said_of_shares(here)),
-        ]
-        set_titles(figure, axes, sentences)
+    said_of = {1: said_of_growth(here), 2: said_of_shares(here)}
+    panels = [partial(draw_steps, component=i, sentence=sentence) for i, sentence in said_of.items()]
+    figure, sentences = draw_panels(panels, table, panel_height_cm=6.6)
     return Section(
         name="preference_plane",
         question="Where do hidden states move, seen along the preference?",
@@ -283,7 +280,6 @@ def draw_preference_plane(tables: Tables) -> Section:
         figure=figure,
         table=table,
         reading=_plane_reading(said),
-        headlines=[],
         more_tables={name: tables[name] for name in ("projections", "preference_plane_about")},
     )
 

@@ -100,7 +100,6 @@ def draw_entropies(tables: Tables) -> Section:
         figure=figure,
         table=last,
         reading=_reading(last, cap),
-        headlines=[],
         more_tables={"entropy_about": tables["entropy_about"]},
     )
 
@@ -208,7 +207,6 @@ def draw_entropy_controls(tables: Tables) -> Section:
             "Second panel: thin blue, the policy’s states; broad grey beneath, the base’s.",
             *row_notes(said),
         ],
-        headlines=[],
         more_tables={"entropy_controls_about": said},
     )
 

@@ -96,7 +96,6 @@ def draw_layers_by_step(tables: Tables) -> Section:
         figure=figure,
         table=seen,
         reading=_reading(seen, seen["steps_taken"].nunique()),
-        headlines=[],
     )
 
 

@@ -63,7 +63,7 @@ class Section:
     figure: Figure
     table: pd.DataFrame
     reading: Sequence[str]
-    headlines: Sequence[Headline]
+    headlines: Sequence[Headline] = ()
     shown: pd.DataFrame | None = None
     caption: str = "The numbers by site, as last observed"
     notes: Sequence[str] = ()

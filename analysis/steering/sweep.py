@@ -153,7 +153,7 @@ class SteeringSweep:
             UserError: an unknown site, too few prompts, or vectors that can't be made.
         """
         n_layers = checkpoints.base.model.config.num_hidden_layers
-        sites = default_sites(n_layers) if self.sites is None else resolve_sites(self.sites, n_layers)
+        sites = swept_sites(self.sites, n_layers)
         halves = split_by_prompt(checkpoints.pairs, seed=self.seed)
         vectors = estimate_vectors(checkpoints, halves.estimation, sites, self.wanted)
         return Sweep(self, checkpoints, halves, vectors)
@@ -334,12 +334,14 @@ def _n_moving(sweep: Sweep, unit: Unit) -> int:
     return len(drawn) * (len(sweep.random_strengths(unit.site)) - 1)
 
 
-def default_sites(n_layers: int) -> tuple[str, ...]:
-    """After the middle block, and before and after the final norm.
+def swept_sites(sites: str | Sequence[str] | None, n_layers: int) -> Sequence[str]:
+    """The sites asked for; None: after the middle block, and before and after the final norm.
 
-    >>> default_sites(4)
+    >>> swept_sites(None, 4)
     ('layer_01', 'final_pre_norm', 'final_post_norm')
     """
+    if sites is not None:
+        return resolve_sites(sites, n_layers)
     middle = (layer_site((n_layers - 1) // 2),) if n_layers > 1 else ()
     return (*middle, FINAL_PRE_NORM, FINAL_POST_NORM)
 

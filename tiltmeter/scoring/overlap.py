@@ -18,7 +18,7 @@ from torchmetrics.text import SacreBLEUScore
 
 from tiltmeter.errors import UserError
 from tiltmeter.scoring.scorer import MAX_MISSING_SHARE, Figure, Sample, Scores, mean_figure
-from tiltmeter.stats.jackknife import Interval, jackknife_interval
+from tiltmeter.stats.jackknife import NO_INTERVAL, jackknife_interval
 
 BLEU_SIGNATURE = f"bleu|nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|torchmetrics:{torchmetrics.__version__}"
 """BLEU's settings as sacrebleu writes them; the last part names the code that counts."""
@@ -181,7 +181,7 @@ class OverlapScorer:
     ) -> Figure:
         rows = [row for row, reference in enumerate(references) if reference.strip()]
         n_missing = len(samples) - len(rows)
-        interval = Interval(math.nan, math.nan, math.nan)
+        interval = NO_INTERVAL
         if rows and n_missing <= MAX_MISSING_SHARE * len(samples):
             counts = bleu_counts([said[row] for row in rows], [references[row] for row in rows])
             groups = [samples[row].group for row in rows]

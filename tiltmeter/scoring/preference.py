@@ -13,7 +13,7 @@ import torch
 
 from tiltmeter.errors import UserError
 from tiltmeter.scoring.scorer import MAX_MISSING_SHARE, Figure, Scores, grouped_mean_figure
-from tiltmeter.stats.jackknife import jackknife_interval
+from tiltmeter.stats.jackknife import NO_INTERVAL, jackknife_interval
 from tiltmeter.stats.proportions import pooled_share_interval
 
 SCORER = "implicit reward"
@@ -103,7 +103,7 @@ def _accuracy_by_margin(name: str, weighed: Sequence[tuple[float, float, str]]) 
     there = [row for row in weighed if not math.isnan(row[0])]
     n_missing = len(weighed) - len(there)
     if n_missing > MAX_MISSING_SHARE * len(weighed):
-        return [Figure(name, "both", math.nan, math.nan, math.nan, len(there), n_missing, SCORER)]
+        return [Figure(name, "both", *NO_INTERVAL, len(there), n_missing, SCORER)]
     scale = len(there) / sum(w for _, w, _ in there)  # so that equal margins have the interval of the plain share
     weighted, counts = zip(*((c * w * scale, w * scale) for c, w, _ in there), strict=True)
     interval = pooled_share_interval(weighted, counts, [group for *_, group in there])
@@ -165,7 +165,7 @@ def kl_figures(
     ]
     n_missing = len(differences) - len(counted)
     if not counted or n_missing > MAX_MISSING_SHARE * len(differences):
-        return [whole, Figure("kl_per_token", "both", math.nan, math.nan, math.nan, len(counted), n_missing, scorer)]
+        return [whole, Figure("kl_per_token", "both", *NO_INTERVAL, len(counted), n_missing, scorer)]
     sums, counts = (torch.tensor([one[i] for one in counted], dtype=torch.float64) for i in range(2))
     interval = jackknife_interval(lambda drawn: drawn @ sums / (drawn @ counts), [group for _, _, group in counted])
     return [whole, Figure("kl_per_token", "both", *interval, len(counted), n_missing, scorer)]

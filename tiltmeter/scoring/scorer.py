@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from tiltmeter.models.generation import Completion
-from tiltmeter.stats.jackknife import cluster_mean_interval
+from tiltmeter.stats.jackknife import NO_INTERVAL, cluster_mean_interval
 from tiltmeter.stats.proportions import share_interval
 
 Side = Literal["policy", "base", "both"]
@@ -131,7 +131,7 @@ def grouped_mean_figure(
     scored = [(value, group) for value, group in zip(values, groups, strict=True) if not math.isnan(value)]
     n_missing = len(values) - len(scored)
     if not scored or n_missing > limit * len(values):
-        return Figure(name, of, math.nan, math.nan, math.nan, len(scored), n_missing, scorer)
+        return Figure(name, of, *NO_INTERVAL, len(scored), n_missing, scorer)
     interval_of = share_interval if is_share else cluster_mean_interval
     interval = interval_of([value for value, _ in scored], [group for _, group in scored])
     return Figure(name, of, *interval, len(scored), n_missing, scorer)

@@ -22,7 +22,7 @@ import numpy as np
 
 from tiltmeter.errors import UserError
 from tiltmeter.scoring.scorer import MAX_MISSING_SHARE, Figure, Sample, Scores, mean_figure
-from tiltmeter.stats.jackknife import Interval
+from tiltmeter.stats.jackknife import NO_INTERVAL, Interval
 from tiltmeter.stats.proportions import share_interval
 
 TOXIC = 0.5
@@ -156,7 +156,7 @@ def _parts(samples: Sequence[Sample]) -> dict[str, list[int]]:
 def _intervals(worst: WorstOfN, figure: str, n: int) -> list[tuple[str, Interval]]:
     names = f"exp_max_{figure}@{n}", f"exp_max_{figure}_std@{n}", f"{figure}_probability@{n}"
     if not worst.maxima or worst.n_missing > MAX_MISSING_SHARE * (worst.n_scored + worst.n_missing):
-        return [(name, Interval(math.nan, math.nan, math.nan)) for name in names]
+        return [(name, NO_INTERVAL) for name in names]
     is_toxic = [float(score > TOXIC) for score in worst.maxima]
     return [
         (names[0], share_interval(worst.maxima, worst.groups)),

@@ -21,7 +21,7 @@ from tiltmeter.judges.judge import Failure, Judge, Question
 from tiltmeter.judges.local_judge import LocalJudge
 from tiltmeter.judges.prompts import COMPARE, COMPARE_HH_DPO, PromptTemplate, digest, resolve_criteria
 from tiltmeter.scoring.scorer import MAX_MISSING_SHARE, Figure, Sample, Scores, Side, grouped_mean_figure, mean_figure
-from tiltmeter.stats.jackknife import LOG_ODDS, Interval, cluster_mean_interval, jackknife_interval
+from tiltmeter.stats.jackknife import LOG_ODDS, NO_INTERVAL, Interval, cluster_mean_interval, jackknife_interval
 from tiltmeter.stats.proportions import share_interval
 
 VerdictMode = Literal["logprob", "text"]
@@ -170,7 +170,6 @@ def _judgement(answer: Answer, candidate_is_first: bool, preset: Preset) -> Judg
 LENGTH_EFFECT_VARIANCE = 10.0
 """Variance of the length effect's normal prior, log-odds². Wide, it only keeps the effect finite where longer always wins."""
 _NEWTON_STEPS = 30
-_NOTHING = Interval(math.nan, math.nan, math.nan)
 _OUTCOMES = {"wins": 1.0, "ties": 0.5, "losses": 0.0}
 
 
@@ -218,12 +217,12 @@ def win_rate_figures(
     differences = np.asarray(length_differences, dtype=np.float64)
     enough = n > 0 and n_missing <= max_missing * len(y)
     shares = {"": y[valid]} | {f"_{what}": (y[valid] == worth) * 1.0 for what, worth in _OUTCOMES.items()}
-    found = {end: share_interval(values.tolist(), kept) if enough else _NOTHING for end, values in shares.items()}
+    found = {end: share_interval(values.tolist(), kept) if enough else NO_INTERVAL for end, values in shares.items()}
     found["_length_controlled"] = (
-        length_controlled(y[valid].tolist(), kept, differences[valid].tolist()) if enough else _NOTHING
+        length_controlled(y[valid].tolist(), kept, differences[valid].tolist()) if enough else NO_INTERVAL
     )
     figures = [Figure(name + end, "both", *interval, n, n_missing, scorer) for end, interval in found.items()]
-    longer = cluster_mean_interval(differences.tolist(), clusters) if len(y) else _NOTHING
+    longer = cluster_mean_interval(differences.tolist(), clusters) if len(y) else NO_INTERVAL
     return [*figures, Figure(f"{name}_length_difference", "both", *longer, len(y), 0, scorer)]
 
 
@@ -248,7 +247,7 @@ def length_controlled(
     delta = torch.as_tensor(np.asarray(length_differences, dtype=np.float64))
     estimate = partial(_equal_length_win_rates, y, delta)
     if math.isnan(float(estimate(torch.ones(1, len(y), dtype=torch.float64))[0])):
-        return _NOTHING
+        return NO_INTERVAL
     if len(set(verdicts)) == 1:  # nothing that length could explain
         return share_interval(verdicts, clusters)
     return jackknife_interval(estimate, clusters, scale=LOG_ODDS)

@@ -148,9 +148,8 @@ def projection_metrics(
         if not moved:  # before the first step there is no update to speak of
             continue
         summary = summarize_projections(change, names)
-        for name, interval in (("delta", summary.change), ("share_grown", summary.share_grown)):
-            ends = {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
-            metrics |= {at(metric(kind, end), point): value for end, value in ends.items()}
+        ends = summary.change.named("delta") | summary.share_grown.named("share_grown")
+        metrics |= {at(metric(kind, end), point): value for end, value in ends.items()}
         steering = steering_vector(before, after)[None]
         kind_name = "token" if kind == "projection" else "sequence"
         metrics[at(metric("direction_cosine", kind_name), point)] = float(cosine(v, steering).nanmean())

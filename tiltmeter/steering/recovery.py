@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tiltmeter.stats.jackknife import Interval, jackknife_intervals
+from tiltmeter.stats.jackknife import NO_INTERVAL, Interval, jackknife_intervals
 from tiltmeter.stats.proportions import pooled_share_interval
 
 Direction = Literal["interpolation", "inversion"]
@@ -233,5 +233,5 @@ class RecoveryMoments:
 def _agreement(agree: list[float], tokens: list[float], names: Sequence[str]) -> Interval:
     """Share of tokens; NaN where a logit was."""
     if any(map(math.isnan, agree)):
-        return Interval(math.nan, math.nan, math.nan)
+        return NO_INTERVAL
     return pooled_share_interval(agree, tokens, names)
