@@ -103,6 +103,9 @@ class AnthropicHH:
         root = Path(self.path).expanduser()
         if any((root / subset).is_dir() for subset in HUB_SUBSETS):
             return [self._from_copy(root, subset) for subset in self._hub_names()], []
+        return self._from_folder(root)
+
+    def _from_folder(self, root: Path) -> tuple[list[_File], list[str]]:
         found = list_files(root)
         chosen = files_named(found, self.split, "data.split", root)
         if self.subsets is not None:

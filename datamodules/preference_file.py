@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import chain, islice
-from typing import Any
+from typing import Any, NoReturn
 
 from datamodules.files.malformed import Malformed, MalformedRows, check_policy
 from datamodules.files.preference_forms import COLUMNS, FORMS, TRANSCRIPTS, UNPAIRED, Parsed, Row, common_form, parse
@@ -122,9 +122,8 @@ class PreferenceFile:
                 report.dropped[str(refused)] += 1
                 continue
             n_reversed += scores.get("score_margin", 0.0) < 0
-            own = None if self.source_column is None else given.get(self.source_column)
             pair_id = f"{self.name}/{table.name}/{number - 1:05d}"
-            pairs.append(_pair(pair_id, source if own is None else str(own), parsed, scores, is_held_out=is_held_out))
+            pairs.append(_pair(pair_id, self._source_of(given, source), parsed, scores, is_held_out=is_held_out))
         report.n_kept = len(pairs)
         malformed.settle(report, report.n_rows)
         report.notes["form"] = form
@@ -134,6 +133,10 @@ class PreferenceFile:
             reasons = ", ".join(f"{n} {reason}" for reason, n in report.dropped.most_common())
             raise UserError(f"{table.location}: no usable pair in {report.n_rows} rows of the form “{form}”: {reasons}")
         return pairs, report
+
+    def _source_of(self, row: Row, usual: str) -> str:
+        own = None if self.source_column is None else row.get(self.source_column)
+        return usual if own is None else str(own)
 
     def _renamed(self, row: Row) -> dict[str, Any]:
         """A row with its columns under the names of :data:`~datamodules.files.preference_forms.COLUMNS`, others as they are."""
@@ -150,8 +153,10 @@ class PreferenceFile:
         there = sorted({name for row in rows for name, value in row.items() if value is not None})
         found = f"columns found: {', '.join(map(str, there)) or 'none'}"
         self._check_named(there, location, found)
-        if form := common_form(map(self._renamed, rows)):
-            return form
+        return common_form(map(self._renamed, rows)) or self._refuse_form(there, location, found)
+
+    def _refuse_form(self, there: Collection[str], location: str, found: str) -> NoReturn:
+        """Say why a table is in no known form. Raises UserError."""
         if {*UNPAIRED} <= {*there} and "rejected" not in there:
             raise UserError(
                 f"{location}: unpaired rows ({found}): they don’t say which of two responses to one prompt was better, which DPO "

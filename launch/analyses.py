@@ -1,6 +1,6 @@
 """The analyses that a command line asks for, and the options that concern each."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import ListConfig
@@ -27,6 +27,15 @@ def chosen_analyses(asked: str | ListConfig, *, of_run: bool) -> dict[str, bool]
     """
     names = [asked] if isinstance(asked, str) else list(asked)
     possible = {a.name: a for a in ANALYSES if of_run or not a.needs.a_run}
+    _check_names(names, possible)
+    return {
+        name: name in names
+        for name, analysis in possible.items()
+        if name in names or (ALL in names and not (of_run and analysis.done_in_training))
+    }
+
+
+def _check_names(names: Collection[str], possible: Iterable[str]) -> None:
     for name in names or ["none"]:
         if name not in (ALL, *BY_NAME):
             raise UserError(f"analysis={name}: there is none of that name (there are: {', '.join((ALL, *BY_NAME))})")
@@ -34,11 +43,6 @@ def chosen_analyses(asked: str | ListConfig, *, of_run: bool) -> dict[str, bool]
             raise UserError(
                 f"analysis={name}: needs a run; two checkpoints are asked with {', '.join(possible)} or {ALL}"
             )
-    return {
-        name: name in names
-        for name, analysis in possible.items()
-        if name in names or (ALL in names and not (of_run and analysis.done_in_training))
-    }
 
 
 def refuse_unused(names: Iterable[str], *, of_run: bool) -> None:

@@ -377,10 +377,7 @@ def _report(
     """Write it, send it where it is wanted, then say what failed and what has no number."""
     if attempts.failed and not sections:
         _refuse_empty(subject, attempts)
-    said = next((section.samples for section in sections if section.samples), None)
-    with attempts.of("samples"):
-        said = said or samples()
-    page = write_report(subject, sections, said or Samples([], "They could not be made."), attempts)
+    page = write_report(subject, sections, _samples_among(sections, samples, attempts), attempts)
     if upload is not None:
         drawn = [section for section in sections if section.name not in attempts.failed]
         console().print(upload(page, drawn), soft_wrap=True)
@@ -389,6 +386,16 @@ def _report(
     if missing := _missing(sections, attempts):
         raise IncompleteEvaluation(f"{page}: written, but {'; '.join(missing)}")
     return page
+
+
+def _samples_among(sections: Sequence[Section], make: Callable[[], Samples], attempts: Attempts) -> Samples:
+    """Samples that a section has already, else those made now."""
+    for section in sections:
+        if section.samples:
+            return section.samples
+    with attempts.of("samples"):
+        return make()
+    return Samples([], "They could not be made.")
 
 
 def _refuse_empty(subject: Subject, attempts: Attempts) -> NoReturn:

@@ -213,14 +213,21 @@ def _rewrite(override: Override, tree: DictConfig) -> str:
         return text
     if _has_key(tree, key) or OmegaConf.select(tree, key, throw_on_missing=False) is not None:
         return text
+    if _may_add(tree, key):
+        return f"++{text}"
+    raise UserError(f"{key}: unknown configuration key{did_you_mean(key, set(_known_keys(tree)))}")
+
+
+def _may_add(tree: DictConfig, key: str) -> bool:
+    """Whether a key that the tree lacks is an option of a constructor, or of a mapping that takes any."""
     parent_path, _, name = key.rpartition(".")
     parent = OmegaConf.select(tree, parent_path) if parent_path else tree
-    if isinstance(parent, DictConfig):
-        options = _constructor_options(parent)
-        is_free = options is None and "_target_" not in parent and bool(parent_path) and _is_free(parent_path, tree)
-        if is_free or name in (options or ()):
-            return f"++{text}"
-    raise UserError(f"{key}: unknown configuration key{did_you_mean(key, set(_known_keys(tree)))}")
+    if not isinstance(parent, DictConfig):
+        return False
+    options = _constructor_options(parent)
+    if options is not None:
+        return name in options
+    return bool(parent_path) and "_target_" not in parent and _is_free(parent_path, tree)
 
 
 def _is_free(path: str, tree: DictConfig) -> bool:

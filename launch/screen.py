@@ -96,16 +96,20 @@ def data_table(data: PreferenceDataModule, labels: str) -> Table:
         table.add_row("chat template", "", f"prints the date, {day} in all texts and when the run goes on (chat_date)")
     table.add_section()
     for name, split in data.splits.items():
-        remarks = _split_remarks(split.report, data.max_length)
-        if name == "train" and labels != "given":
-            remarks.append(f"labels {labels} (control)")
-        if name == "val" and not split.pairs:
-            remarks.append("datamodule.val_pairs=0: no validation, no held-out metrics, no best checkpoint")
+        remarks = _cut_remarks(split.report, data.max_length) + _split_remarks(name, len(split.pairs), labels)
         table.add_row(name, str(len(split.pairs)), "; ".join(remarks) or "–")
     return table
 
 
-def _split_remarks(report: TokenizationReport, max_length: int) -> list[str]:
+def _split_remarks(name: str, n_pairs: int, labels: str) -> list[str]:
+    if name == "train" and labels != "given":
+        return [f"labels {labels} (control)"]
+    if name == "val" and not n_pairs:
+        return ["datamodule.val_pairs=0: no validation, no held-out metrics, no best checkpoint"]
+    return []
+
+
+def _cut_remarks(report: TokenizationReport, max_length: int) -> list[str]:
     counts = {
         **report.dropped,
         f"prompts cut from the left to fit {max_length} tokens": report.prompts_cut,

@@ -338,6 +338,12 @@ def _headline(table: pd.DataFrame, metric: str, name: str, file: str, remark: st
     return Headline(number(last.value), name, f"{interval}n = {as_counts(last)}{remark}; {file}, {metric}")
 
 
+def _drawn_by(decoding: Decoding | None) -> str:
+    if decoding is None:
+        return "(how they were drawn is not known)"
+    return f"({as_words(decoding)})" + (", with the same random numbers" if decoding.temperature > 0 else "")
+
+
 def _kl_is(decoding: Decoding | None) -> str:
     if decoding is not None and decoding.temperature == 1 and decoding.top_p == 1:
         return "drawn as they were, an unbiased estimate of KL(π‖π₀)."
@@ -351,11 +357,8 @@ def reading_of(table: pd.DataFrame, *, n_prompts: int | None, decoding: Decoding
         n_prompts: that both models completed; None: not known.
         decoding: how completions were drawn; None: not known.
     """
-    is_drawn = decoding is not None and decoding.temperature > 0
-    how = "how they were drawn is not known" if decoding is None else as_words(decoding)
     lines = [
-        f"Both models complete the same {f'{n_prompts} ' if n_prompts else ''}prompts ({how})"
-        + (", with the same random numbers." if is_drawn else "."),
+        f"Both models complete the same {f'{n_prompts} ' if n_prompts else ''}prompts {_drawn_by(decoding)}.",
         "Every number names its scorer below the table; numbers of different scorers are not comparable. n counts completions, "
         "for preference figures pairs, for TruthfulQA questions.",
     ]

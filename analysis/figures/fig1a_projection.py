@@ -1,6 +1,7 @@
 """Do hidden states move along what the preference asks for? Fig. 1a: projections onto v and v̄ by site, and pair by pair."""
 
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -218,22 +219,18 @@ def parting(seen: Observed) -> tuple[StatePair, Float[Tensor, "row d_model"], pd
     position = None if rows is None else rows.positions[0]
     if rows is None or not rows.tokens or position not in (DIVERGE, USUAL_POSITION):
         return None
-    usable, words = [], []
+    words: dict[int, tuple[int, int]] = {}
     for i in rows.policy[rows.points[0]].pair_index.tolist():
-        cut = cut_pair(rows.tokens[i], ["diverge"])
-        w, other = cut.chosen_ids[-1], cut.rejected_ids[-1]
-        if w != other and (position == DIVERGE or len(cut.chosen_ids) == 1):
-            usable.append(i)
-            words += [w, other]
-    if len(usable) < 4:
-        return None
-    kept = rows.of_pairs(torch.tensor(sorted(usable)))
+        _, chosen, rejected = cut_pair(rows.tokens[i], ["diverge"])
+        if chosen[-1] != rejected[-1] and (position == DIVERGE or len(chosen) == 1):
+            words[i] = chosen[-1], rejected[-1]
     d_model = rows.update(rows.points[0]).shape[1]
-    if (found := seen.read_unembedding(words, d_model)) is None:
+    found = seen.read_unembedding([*chain.from_iterable(words.values())], d_model) if len(words) >= 4 else None
+    if found is None:
         return None
     e, model = found
-    said = about(rows, rows.points[-1:]).assign(n_kept=len(usable), d_model=d_model, model=model)
-    return kept, e[0::2] - e[1::2], said
+    said = about(rows, rows.points[-1:]).assign(n_kept=len(words), d_model=d_model, model=model)
+    return rows.of_pairs(torch.tensor(sorted(words))), e[0::2] - e[1::2], said
 
 
 def plane_points(

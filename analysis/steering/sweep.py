@@ -115,8 +115,7 @@ class SteeringSweep:
             "operator": (operator, OPERATORS),
         }
         check_options("steering", least, options)
-        if not all(math.isfinite(x) for x in lambdas) or not any(lambdas) or len(set(lambdas)) < len(lambdas):
-            raise UserError(f"steering.lambdas: expected different finite numbers, not only 0, got {list(lambdas)}")
+        _check_lambdas(lambdas)
         self.scorers = {name: scorer for name, scorer in scorers.items() if scorer is not None}
         self.decoding, self.sites, self.tokens, self.operator = decoding or Decoding(), sites, tokens, operator
         self.notes: list[str] = []
@@ -344,6 +343,11 @@ def swept_sites(sites: str | Sequence[str] | None, n_layers: int) -> Sequence[st
         return resolve_sites(sites, n_layers)
     middle = (layer_site((n_layers - 1) // 2),) if n_layers > 1 else ()
     return (*middle, FINAL_PRE_NORM, FINAL_POST_NORM)
+
+
+def _check_lambdas(lambdas: Sequence[float]) -> None:
+    if not (all(map(math.isfinite, lambdas)) and any(lambdas) and len(set(lambdas)) == len(lambdas)):
+        raise UserError(f"steering.lambdas: expected different finite numbers, not only 0, got {list(lambdas)}")
 
 
 def _is_file(name: str) -> bool:

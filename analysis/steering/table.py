@@ -206,7 +206,7 @@ def _read(path: Path, columns: Sequence[str]) -> pd.DataFrame:
         table[_ADDED] = "add"
     if list(table.columns) != list(columns):
         raise UserError(f"{path}: expected the columns {', '.join(columns)}; {_BEGIN_ANEW}")
-    never_empty = [name for name in columns if name not in _MAY_BE_EMPTY]
+    never_empty = pd.Index(columns).difference(_MAY_BE_EMPTY, sort=False)
     if table[never_empty].isna().to_numpy().any():
         raise UserError(f"{path}: damaged (a row without its {', '.join(never_empty)}); {_BEGIN_ANEW}")
     return table

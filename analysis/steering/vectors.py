@@ -13,7 +13,7 @@ from torch import Tensor
 from analysis.open.checkpoints import Checkpoints
 from analysis.open.foreign_vectors import open_like, runs_by_arm, vectors_of_file
 from analysis.open.probe_pairs import ProbePair
-from analysis.steering.directions import COUNTED, WITHOUT_POSITION, Kind, States, make, v_star
+from analysis.steering.directions import COUNTED, Kind, States, make, v_star
 from analysis.steering.unrelated_prompts import UNRELATED_PROMPTS
 from datamodules.prompts import PromptFile
 from datamodules.tokenization import SegmentEncoder
@@ -177,7 +177,7 @@ def estimate_vectors(
             found.made[kind.kind] = drawn.how
             found.drawn[kind.kind, site] = known.vectors(VectorId(kind.kind, site), drawn)
             continue
-        position = None if kind.kind in WITHOUT_POSITION else kind.position or wanted.position
+        position = kind.read_at(wanted.position)
         for number, control in _of_kind(kind, states, site, like[site], wanted).items():
             (vector,) = known.vectors(VectorId(kind.kind, site, position, number), control)
             found.add(kind.name(number), vector, control.how)
@@ -185,7 +185,7 @@ def estimate_vectors(
     for arm, run in runs_by_arm(wanted.runs):
         updates = states.update_of(*open_like(run, checkpoints.base, wanted.dtype))
         name, how = f"{V_STAR}_of_{arm}", f"v* of the run {run.folder.name}"
-        for site in (site for site in updates if site in like):
+        for site in filter(like.__contains__, updates):
             control = _at_length(updates[site], like[site], how, name, is_matched=is_matched)
             (vector,) = known.vectors(VectorId(V_STAR, site, wanted.position, source=arm), control)
             found.add(name, vector, how)

@@ -83,10 +83,14 @@ def _tables_of(root: Path, split: str | None, key: str) -> tuple[list[Table], li
         return [_only_table(root, split, key)], []
     if (root / "dataset_dict.json").is_file() or (root / "dataset_info.json").is_file():
         return _saved_table(root, split, key)
-    found = sorted(f for f in root.iterdir() if f.is_file() and f.name.endswith(SUFFIXES) and f.name[0] != ".")
+    return _tables_in(root, split, key)
+
+
+def _tables_in(folder: Path, split: str | None, key: str) -> tuple[list[Table], list[str]]:
+    found = sorted(f for f in folder.iterdir() if f.is_file() and f.name.endswith(SUFFIXES) and f.name[0] != ".")
     if not found:
-        raise UserError(f"{key}: no such file in folder {root} ({EXPECTED})")
-    chosen = files_named(found, split, "data.split", root)
+        raise UserError(f"{key}: no such file in folder {folder} ({EXPECTED})")
+    chosen = files_named(found, split, "data.split", folder)
     return [_file_table(f) for f in chosen], [f.name for f in found if f not in chosen]
 
 
@@ -211,25 +215,31 @@ def hub_table(name: str, config: str | None, split: str | None, revision: str | 
         UserError: no network and no downloaded copy, unknown or gated data set, configuration, split or revision, or a data
             set that is a script.
     """
-    import datasets
-    from huggingface_hub import HfApi
-
     if Path(name).expanduser().exists() or name.count("/") > 1:
         raise UserError(
             f"data.name: expected a data set of the hub such as OWNER/NAME, got {name}; files are read by data.path="
         )
     split = split or "train"
-    commit = revision or "main"
     what = f"split {split}"
+    commit = _hub_commit(name, revision, what)
+    rows = _hub_rows(name, config, split, revision)
+    table = "_".join(part for part in (name.rpartition("/")[2], config, split) if part)
+    return Table(table, f"hub:{name}@{commit} {what}", lambda _: enumerate(rows, start=1))
+
+
+def _hub_commit(name: str, revision: str | None, what: str) -> str:
+    """Commit that a revision is now; without network the revision itself, where there is a copy."""
+    import datasets
+    from huggingface_hub import HfApi
+
+    found: str | None = None
     try:
-        commit = HfApi().dataset_info(name, revision=revision, timeout=METADATA_TIMEOUT_S).sha or commit
+        found = HfApi().dataset_info(name, revision=revision, timeout=METADATA_TIMEOUT_S).sha
     except Exception as problem:  # the client raises its own, httpx's and OSErrors; each must become one line
         is_kept = (Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")).is_dir()
         if not may_use_cache(problem) or not is_kept:
             raise UserError(hub_failure(name, what, revision, "data.path", problem)) from problem
-    rows = _hub_rows(name, config, split, revision)
-    table = "_".join(part for part in (name.rpartition("/")[2], config, split) if part)
-    return Table(table, f"hub:{name}@{commit} {what}", lambda _: enumerate(rows, start=1))
+    return found or revision or "main"
 
 
 def _hub_rows(name: str, config: str | None, split: str, revision: str | None) -> Any:

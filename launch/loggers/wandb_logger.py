@@ -166,8 +166,9 @@ def _define_metrics(run: Any) -> None:
     for family in dict.fromkeys(each.family for each in METRICS + MEDIA):
         members = [each for each in METRICS + MEDIA if each.family == family]
         define(f"{family}/*", hidden=all(each.is_hidden for each in members) or None)
-        for name, summary in ((key, each.summary) for each in members if each.summary for key in each.keys):
-            define(name, summary=summary)
+        for each in members:
+            for key in each.keys if each.summary else ():
+                define(key, summary=each.summary)
 
 
 def id_of(run_dir: Path) -> str | None:

@@ -68,7 +68,7 @@ def last_line_choice(text: str, choices: Sequence[str]) -> str | None:
 
 def ask_choices(judge: Judge, questions: Sequence[Question], choices: Sequence[str]) -> list[Answer]:
     """Ask all questions; those whose reply can't be read are asked once more, with the choices said again."""
-    replies = judge.ask(questions)
+    replies = judge.ask(questions) if questions else []
     answers = [read_answer(q, reply, choices) for q, reply in zip(questions, replies, strict=True)]
     unread = [i for i, answer in enumerate(answers) if answer.failure == "parse"]
     again = [reminded(questions[i], f"End with one of {', '.join(choices)}, alone.") for i in unread]

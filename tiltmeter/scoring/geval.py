@@ -114,12 +114,17 @@ class GEvalScorer:
             (criterion, side, i) for i in range(len(samples)) for criterion in ready for side in _SIDES
         ]
         questions = [self._question(samples[i], criterion, side) for criterion, side, i in keys]
-        answers = dict(zip(keys, ask_choices(self.judge, questions, POINTS), strict=True)) if keys else {}
+        answers = dict(zip(keys, ask_choices(self.judge, questions, POINTS), strict=True))
         scores = Scores()
         for criterion in self.criteria:
             lacking = self.steps.missing.get(criterion, Answer())
             of = {side: [answers.get((criterion, side, i), lacking) for i in range(len(samples))] for side in _SIDES}
             self._report(criterion, of, samples, scores)
+        self._report_means(samples, scores)
+        return scores
+
+    def _report_means(self, samples: Sequence[Sample], scores: Scores) -> None:
+        """Add the mean over criteria of each sample, and its figures."""
         name = f"{self.prefix}_score"
         for side in _SIDES:
             columns = [scores.columns[f"{name}/{criterion}/{side}"] for criterion in self.criteria]
@@ -128,7 +133,6 @@ class GEvalScorer:
             scores.figures.append(
                 mean_figure(name, side, means, samples, scorer=scorer, is_share=True, max_missing=self.max_missing_rate)
             )
-        return scores
 
     def _question(self, sample: Sample, criterion: str, side: Side) -> Question:
         reply = sample.policy if side == "policy" else sample.base

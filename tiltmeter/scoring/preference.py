@@ -71,14 +71,7 @@ def preference_scores(
     }
     parts = {"": list(range(n))} | _rows_by_source(labels)
     figures = [
-        grouped_mean_figure(
-            name + suffix,
-            "both",
-            [column[i] for i in rows],
-            [groups[i] for i in rows],
-            scorer=SCORER,
-            is_share=name in ("preference_accuracy", "preference_ties"),
-        )
+        _mean_of(rows, name + suffix, column, groups, is_share=name in ("preference_accuracy", "preference_ties"))
         for suffix, rows in parts.items()
         for name, column in columns.items()
     ]
@@ -86,6 +79,13 @@ def preference_scores(
     for suffix, rows in parts.items():
         figures += _accuracy_by_margin(f"preference_accuracy_by_margin{suffix}", [weighed[i] for i in rows])
     return Scores(figures, columns)
+
+
+def _mean_of(
+    rows: Sequence[int], name: str, column: Sequence[float], groups: Sequence[str], *, is_share: bool
+) -> Figure:
+    values, names = [column[i] for i in rows], [groups[i] for i in rows]
+    return grouped_mean_figure(name, "both", values, names, scorer=SCORER, is_share=is_share)
 
 
 def _rows_by_source(sources: Sequence[str]) -> dict[str, list[int]]:

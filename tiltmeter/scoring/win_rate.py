@@ -127,7 +127,7 @@ def compare(
     questions = [
         _question(comparisons[i], candidate_is_first, preset, mode, trusted, seed) for i, candidate_is_first in orders
     ]
-    answers = ask_choices(judge, questions, tuple(preset.choices)) if questions else []
+    answers = ask_choices(judge, questions, tuple(preset.choices))
     judged: dict[int, list[Judgement]] = {i: [] for i in range(len(comparisons))}
     for (i, candidate_is_first), answer in zip(orders, answers, strict=True):
         judged[i].append(_judgement(answer, candidate_is_first, preset))
@@ -216,11 +216,13 @@ def win_rate_figures(
     kept = [cluster for cluster, is_valid in zip(clusters, valid, strict=True) if is_valid]
     differences = np.asarray(length_differences, dtype=np.float64)
     enough = n > 0 and n_missing <= max_missing * len(y)
-    shares = {"": y[valid]} | {f"_{what}": (y[valid] == worth) * 1.0 for what, worth in _OUTCOMES.items()}
-    found = {end: share_interval(values.tolist(), kept) if enough else NO_INTERVAL for end, values in shares.items()}
-    found["_length_controlled"] = (
-        length_controlled(y[valid].tolist(), kept, differences[valid].tolist()) if enough else NO_INTERVAL
-    )
+    ends = ("", *(f"_{what}" for what in _OUTCOMES), "_length_controlled")
+    found = dict.fromkeys(ends, NO_INTERVAL)
+    if enough:
+        shares = (y[valid], *((y[valid] == worth) * 1.0 for worth in _OUTCOMES.values()))
+        at_equal_length = length_controlled(y[valid].tolist(), kept, differences[valid].tolist())
+        intervals = (*(share_interval(values.tolist(), kept) for values in shares), at_equal_length)
+        found = dict(zip(ends, intervals, strict=True))
     figures = [Figure(name + end, "both", *interval, n, n_missing, scorer) for end, interval in found.items()]
     longer = cluster_mean_interval(differences.tolist(), clusters) if len(y) else NO_INTERVAL
     return [*figures, Figure(f"{name}_length_difference", "both", *longer, len(y), 0, scorer)]
@@ -279,6 +281,11 @@ def _equal_length_win_rates(
 
 
 Opponent = Literal["base", "chosen"]
+
+
+def _against(sample: Sample, opponent: Opponent) -> Comparison:
+    reply = sample.chosen if opponent == "chosen" else sample.base.text
+    return Comparison(f"{sample.pair_id}/{sample.index}", sample.prompt, sample.policy.text, reply)
 
 
 class WinRateScorer:
@@ -362,11 +369,7 @@ class WinRateScorer:
         scores = Scores()
         has_chosen = any(sample.chosen.strip() for sample in samples)
         for opponent in (o for o in self.against if o != "chosen" or has_chosen):
-            replies = [s.chosen if opponent == "chosen" else s.base.text for s in samples]
-            comparisons = [
-                Comparison(f"{s.pair_id}/{s.index}", s.prompt, s.policy.text, reply)
-                for s, reply in zip(samples, replies, strict=True)
-            ]
+            comparisons = [_against(sample, opponent) for sample in samples]
             verdicts = compare(
                 self.judge,
                 comparisons,
