@@ -125,7 +125,6 @@ class PreferenceLoss:
 
     name: str
     function: Callable[[PairLogProbs], Float[Tensor, " pair"]]
-    needs_reference: bool
     beta: float
     sft_weight: float = 0.0
 
@@ -142,7 +141,6 @@ PREFERENCE_LOSSES: dict[str, Callable[..., Tensor]] = {
     "ipo": ipo_loss,
     "simpo": simpo_loss,
 }
-_REFERENCE_FREE = {"simpo"}
 
 
 def make_preference_loss(name: str, sft_weight: float = 0.0, **options: float | int | str | None) -> PreferenceLoss:
@@ -178,7 +176,7 @@ def make_preference_loss(name: str, sft_weight: float = 0.0, **options: float | 
     example = torch.zeros(1)
     count = torch.ones(1, dtype=torch.long)
     bound(PairLogProbs(example, example, example, example, count, count))  # range errors now, not after loading a model
-    return PreferenceLoss(name, bound, name not in _REFERENCE_FREE, beta, sft_weight)
+    return PreferenceLoss(name, bound, beta, sft_weight)
 
 
 def _number(name: str, value: float | int | str) -> float:
