@@ -58,7 +58,7 @@ class Mixture:
             if reports[key]:
                 reports[key][0].notes["used in the mixture"] = share
         drawn = {key: _draw(pairs, counts[key], f"{self.seed}/{key}") for key, pairs in loaded.items()}
-        mixed = _interleave([pairs for pairs in drawn.values() if pairs])
+        mixed = _interleave([*drawn.values()])
         _check_ids(mixed)
         return mixed, [report for key in self.sources for report in reports[key]]
 
