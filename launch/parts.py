@@ -22,6 +22,7 @@ from analysis.open.adapters import find_adapter
 from datamodules.preference import PreferenceDataModule
 from datamodules.tokenization import train_bpe_tokenizer
 from launch.configuration import CONF, check_config, expand_home
+from launch.converted_models import without_gguf
 from launch.loggers.wandb_logger import Mode
 from lightning_modules.base import LogProbModule
 from lightning_modules.schedule import steps_of_fit
@@ -53,7 +54,7 @@ _OURS = (
 
 @dataclass
 class Parts:
-    """What a run is made of before its trainer exists."""
+    """Parts of a run before its trainer exists."""
 
     data: PreferenceDataModule
     model: CausalLM
@@ -158,6 +159,7 @@ def build_parts(config: DictConfig) -> Parts:
     data: PreferenceDataModule = instantiate(config.datamodule, source=instantiate(config.data))
     data.load()
     with _adapter_explained(model):
+        model = without_gguf(model, Path(config.runs_root))
         if model.trains_tokenizer:
             tokenizer: PreTrainedTokenizerBase = train_bpe_tokenizer(data.training_texts(), vocab_size=model.vocab_size)
         else:
@@ -168,7 +170,7 @@ def build_parts(config: DictConfig) -> Parts:
         raise UserError(
             f"datamodule.max_length={data.max_length}: this model takes at most {limit} tokens; set it to {limit} or less"
         )
-    data.tokenize(tokenizer)
+    data.tokenize(tokenizer, model.load_end_ids())
     revision = getattr(model_config, "_commit_hash", None) or model.revision
     return Parts(data, model, tokenizer, module, revision)
 

@@ -16,9 +16,11 @@ from datamodules.prompts import PromptFile
 from datamodules.records import LoadReport, PreferencePair, PreferenceSource, load_pairs
 from datamodules.splits import with_clean_label
 from datamodules.synthetic import SyntheticWorld
-from datamodules.tokenization import PairTokenizer, SegmentEncoder, TextFormat, TokenizationReport
+from datamodules.tokenization import PairTokenizer, SegmentEncoder, TokenizationReport
 from tiltmeter.errors import UserError
 from tiltmeter.models.causal_lm import DTYPES
+from tiltmeter.models.generation import end_ids
+from tiltmeter.pairs.chat import TextChoice, settle_text_format
 from tiltmeter.pairs.preference_losses import make_preference_loss
 from tiltmeter.scoring.behaviour import Prompt
 from tiltmeter.scoring.scorer import Scorer
@@ -90,8 +92,8 @@ class HeldOutPairs:
 
     Args:
         n_pairs: so many at most.
-        max_length, text_format, chat_date: see :class:`~datamodules.tokenization.PairTokenizer`; never longer than the model has
-            positions.
+        max_length, text_format, chat_date: see :class:`~datamodules.preference.PreferenceDataModule`; never longer than the model
+            has positions.
         seed: of the draw.
 
     Raises:
@@ -103,7 +105,7 @@ class HeldOutPairs:
         *,
         n_pairs: int = 256,
         max_length: int = 1024,
-        text_format: TextFormat = "transcript",
+        text_format: TextChoice = "auto",
         seed: int = 0,
         chat_date: str | None = None,
     ) -> None:
@@ -137,10 +139,11 @@ class HeldOutPairs:
         opened = _open(base, aligned, dtype, device, attn_implementation)
         limit = getattr(opened[0].model.config, "max_position_embeddings", None) or self.max_length
         drawn = [with_clean_label(record) for record in _one_a_prompt(records, self.n_pairs, self.seed)]
+        tokenizer = opened[0].tokenizer
         encode = PairTokenizer(
-            opened[0].tokenizer,
+            tokenizer,
             min(self.max_length, limit),
-            text_format=self.text_format,
+            text_format=settle_text_format(self.text_format, tokenizer, end_ids(opened[0].model, tokenizer))[0],
             chat_date=self.chat_date,
         )
         kept, ids, cuts = encode(drawn)
@@ -215,7 +218,7 @@ def _check_same_ids(opened: Sequence[LoadedModel], records: Iterable[PreferenceP
 
 
 def settings_that_differ(checkpoints: Checkpoints) -> list[str]:
-    """What the two configurations say differently of one computation: ``rope_theta 10000.0 and 500000.0``, a text a setting."""
+    """Settings of one computation that two configurations differ in: ``rope_theta 10000.0 and 500000.0``, a text a setting."""
     one, other = (opened.model.config.get_text_config().to_dict() for opened in (checkpoints.base, checkpoints.aligned))
     return [
         f"{name} {one.get(name)} and {other.get(name)}"

@@ -1,4 +1,4 @@
-"""What a SLURM job does that is to go on after it was stopped: it puts itself back into the queue, and finds its run again."""
+"""SLURM jobs that go on after they were stopped: each puts itself back into the queue, and finds its run again."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ from signal import SIGUSR1
 from omegaconf import DictConfig
 
 from analysis.open.runs import start_of
-from launch.resuming import check_same_run
+from launch.resuming import check_same_run, keep_chat_date
 from launch.run_folder import is_first_process
 from tiltmeter.checkpoint_files import newest_valid
 from tiltmeter.errors import Preempted, UserError
@@ -35,7 +35,7 @@ def note_job(run_dir: Path) -> None:
 
 
 def checkpoint_of_this_job(config: DictConfig) -> Path | None:
-    """Where a job that SLURM started again goes on: the newest run of this job under these settings that saved something.
+    """Checkpoint of a job that SLURM started again: of its newest run under these settings that saved something.
 
     None: the job has not been started before (``SLURM_RESTART_COUNT``), or had not come as far.
     """
@@ -52,8 +52,10 @@ def checkpoint_of_this_job(config: DictConfig) -> Path | None:
 
 def _is_same(checkpoint: Path, config: DictConfig) -> bool:
     """A job that sweeps has runs of other settings too."""
+    settings = config.copy()
+    keep_chat_date(checkpoint, settings)  # requeued after midnight, it is still the same run
     try:
-        check_same_run(checkpoint, config)
+        check_same_run(checkpoint, settings)
     except UserError:
         return False
     return True
