@@ -46,7 +46,8 @@ def converted(name: str, root: Path, *, sha256: str | None = None) -> str:
     digest = sha256_of(path)
     if sha256 is not None and digest != sha256:
         raise UserError(
-            f"{argument('CausalLM.revision')}: expected sha256 {sha256[:12]}… of {path}, found {digest[:12]}…; take the same file, or null"
+            f"{argument('CausalLM.revision')}: expected sha256 {sha256[:12]}… of {path}, found "
+            f"{digest[:12]}…; take the same file, or null"
         )
     folder = root / "cache" / "models" / f"{digest[:16]}-{_FORMAT}"
     folder.parent.mkdir(parents=True, exist_ok=True)

