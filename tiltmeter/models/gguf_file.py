@@ -63,8 +63,8 @@ def convert_gguf(path: Path, folder: Path) -> None:
     model, report = loaded
     if missing := sorted(report["missing_keys"]):  # the library fills them with random numbers
         raise UserError(
-            f"{argument('CausalLM.name_or_path')}: cannot read {path}: {len(missing)} weights are missing, {missing[0]} among them; "
-            "give one whole file, not a part of several"
+            f"{argument('CausalLM.name_or_path')}: cannot read {path}: {len(missing)} weights are missing, {missing[0]} among "
+            "them; give one whole file, not a part of several"
         )
     del model.config.quantization_config  # with them transformers refuses to save the model
     model.hf_quantizer = None

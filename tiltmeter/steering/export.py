@@ -109,7 +109,7 @@ def write_lm_eval(
     return written
 
 
-def export(source: Path, out: Path, form: Format, wanted: Mapping[str, str], model: str | None) -> list[str]:
+def export(source: Path, out: Path, form: str, wanted: Mapping[str, str], model: str | None) -> list[str]:
     """Export the vectors of a file; returns lines that say what was written and what was left out.
 
     Args:
@@ -151,7 +151,7 @@ def main(arguments: list[str]) -> int:
             raise UserError(
                 f"expected FILE OUT format={'|'.join(get_args(Format))} [model=] [kind=] [position=] [draw=] [source=]"
             )
-        for line in export(Path(places[0]), Path(places[1]), form, options, model):  # type: ignore[arg-type]
+        for line in export(Path(places[0]), Path(places[1]), form, options, model):
             print(line)  # noqa: T201
     except UserError as error:
         print(f"tiltmeter: {error}", file=sys.stderr)  # noqa: T201
