@@ -3,6 +3,7 @@
 Imports nothing heavy: the process that starts the workers starts it too.
 """
 
+import multiprocessing
 import os
 from multiprocessing import forkserver
 
@@ -19,9 +20,15 @@ _server = forkserver._forkserver  # type: ignore[attr-defined]
 
 
 def start() -> str:
-    """Start it, unless it runs; returns its address. It ends with this process."""
-    _server.set_forkserver_preload(list(PRELOADED))
-    _server.ensure_running()
+    """Start it, unless it runs, and wait until it has imported all; returns its address. It ends with this process.
+
+    On a fresh machine the libraries are compiled then, and only read by all that come after.
+    """
+    if _server._forkserver_address is None:
+        _server.set_forkserver_preload(list(PRELOADED))
+        first = multiprocessing.get_context("forkserver").Process(target=int)
+        first.start()
+        first.join()
     address: str = _server._forkserver_address
     return address
 
