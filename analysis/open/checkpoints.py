@@ -11,7 +11,6 @@ from analysis.open.adapters import check_adapter, find_adapter, merge_adapter
 from analysis.open.models import LoadedModel, load_config, load_model, load_tokenizer
 from analysis.open.probe_pairs import PROMPTS_FILE, ProbePair, check_ids, read_probe_pairs
 from analysis.open.runs import Run
-from datamodules.oracle import PlantedOracle
 from datamodules.prompts import PromptFile
 from datamodules.records import LoadReport, PreferencePair, PreferenceSource, load_pairs
 from datamodules.splits import with_clean_label
@@ -20,8 +19,9 @@ from datamodules.tokenization import PairTokenizer, SegmentEncoder, TextFormat, 
 from tiltmeter.errors import UserError
 from tiltmeter.models.causal_lm import DTYPES
 from tiltmeter.pairs.preference_losses import make_preference_loss
+from tiltmeter.scoring import scorer as scoring
 from tiltmeter.scoring.behaviour import Prompt
-from tiltmeter.scoring.scorer import Scorer
+from tiltmeter.scoring.scorer import LabelledPair, Scorer
 
 Device = str | None
 USUAL_BETA = 0.1
@@ -56,11 +56,9 @@ class Checkpoints:
 
 
 def start_scorers(scorers: Iterable[Scorer], checkpoints: Checkpoints) -> None:
-    """Load or reach what scorers need; the planted oracle judges by the world that the pairs are from. Raises UserError."""
-    for scorer in scorers:
-        if isinstance(scorer, PlantedOracle):
-            scorer.use_world(checkpoints.world)
-        scorer.start()
+    """Load or reach what scorers need; judges are held against the pairs' own labels. Raises UserError."""
+    pairs = [LabelledPair(p.pair_id, p.prompt, p.chosen, p.rejected, p.group, p.attributes) for p in checkpoints.pairs]
+    scoring.start_scorers(scorers, world=checkpoints.world, pairs=pairs)
 
 
 def checkpoints_of_run(
