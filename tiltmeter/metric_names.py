@@ -238,7 +238,7 @@ METRICS: tuple[Metric, ...] = (
     _said(("kl",), "nats", "Mean log π − log π₀ of the policy’s own completions", needs=_ASKED),
     _said(("kl_per_token",), "nats/token", "Mean log π − log π₀ per token of the policy’s own completions", needs=_ASKED),
     Metric("judge", ("agreement",), _SHARE, "Held-out pairs of which the judge prefers the chosen response, ties half; ½: guessing",
-           needs=_HELD, label="judge’s agreement with labels"),
+           needs=_HELD, label="judge agrees with labels"),
     Metric("judge", ("agreement_wins", "agreement_ties", "agreement_losses"), _SHARE,
            "Pairs decided as labelled, undecided, and decided otherwise", needs=_HELD),
     Metric("judge", ("agreement_length_controlled",), _SHARE, "Agreement between responses of equal length", needs=_HELD),

@@ -120,9 +120,9 @@ def test_an_honest_judge_s_scores_arrive_with_the_step_they_are_about(tmp_path: 
             assert row[name] == pytest.approx(texts[f"geval_score/helpfulness/{side}"].mean())
         assert row["behaviour/geval_low_mass/helpfulness"] == 0
         assert 0 <= row["behaviour/geval_win_rate"] <= 1
+        assert row["judge/agreement"] == likes_length(watched.data.splits["probe"].records)
     assert rows[0]["behaviour/geval_score"] == rows[0]["behaviour/geval_score/base"], "the base against itself"
     assert rows[0]["behaviour/geval_win_rate"] == 0.5
-        assert row["judge/agreement"] == likes_length(watched.data.splits["probe"].records)
     figures = read_table(tmp_path / "report" / "tables" / FIGURES)
     agreement = figures[figures["metric"] == "judge/agreement"]
     assert agreement["n"].tolist() == [N_PROBE] * 2
