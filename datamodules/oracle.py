@@ -39,7 +39,7 @@ class PlantedOracle:
 
     def __init__(self, world: SyntheticWorld | None = None, *, agreement_pairs: int = AGREEMENT_PAIRS) -> None:
         self.world = world
-        self.agreement = Agreement(agreement_pairs, self._agreement)
+        self.agreement = Agreement(agreement_pairs, self._agreement, self.start)
         self._words: frozenset[str] = frozenset()
 
     def use_world(self, world: object) -> None:

@@ -117,7 +117,7 @@ def draw_win_rate(axes: Axes, table: pd.DataFrame, *, metric: str) -> str:
     if has(table, f"{metric}{VS_CHOSEN}", "both"):
         labels.append(_curve(axes, table, f"{metric}{VS_CHOSEN}", "both", COLOURS["chosen"], "vs chosen"))
     if has(table, AGREEMENT):
-        labels.append(_curve(axes, table, AGREEMENT, "judge", COLOURS["mark"], "labels"))
+        labels.append(_curve(axes, table, AGREEMENT, "judge", COLOURS["mark"], "agreement"))
     axes.set_ylabel("win rate")
     label_ends(axes, [label for label in labels if math.isfinite(label.y)])
     last = last_point(table, metric, "both")

@@ -287,22 +287,12 @@ def _draw_margins(axes: Axes, found: RewardTables) -> str:
     reach = max(float(np.abs(margins).max()), 1e-6)
     width = 2 * reach / _N_BARS
     edges = width * np.arange(-_N_BARS // 2, _N_BARS // 2 + 1)
-    for part, colour, name in (
-        (margins[margins <= 0], COLOURS["rejected"], "wrong"),
-        (margins[margins > 0], COLOURS["chosen"], "right"),
-    ):
-        if len(part):
-            counts, *_ = axes.hist(part, bins=list(edges), color=colour, linewidth=0)
-            peak = int(np.argmax(counts))
-            axes.annotate(
-                f"{len(part)} {name}",
-                (edges[peak] + width / 2, counts[peak]),
-                ha="center",
-                va="bottom",
-                color=colour,
-                fontweight="bold",
-            )
-    axes.margins(y=0.18)
+    wrong, right = margins[margins <= 0], margins[margins > 0]
+    for part, side, at, name in ((wrong, "rejected", 0.02, "left"), (right, "chosen", 0.98, "right")):
+        axes.hist(part, bins=list(edges), color=COLOURS[side], linewidth=0)
+        said = f"{len(part)} {'wrong' if name == 'left' else 'right'}"
+        axes.text(at, 0.97, said, color=COLOURS[side], fontweight="bold", ha=name, va="top", transform=axes.transAxes)
+    axes.margins(y=0.2)
     axes.axvline(0, color=COLOURS["mark"], linewidth=0.8, linestyle=(0, (4, 3)))
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.set_xlabel(f"margin of implicit rewards, nats × β (β = {found.beta:g})")
@@ -326,13 +316,11 @@ def _draw_along(axes: Axes, found: RewardTables) -> str:
     axes.set_xlim(-0.3, max(len(starts) - 0.7, 0.7))
     mark_level(axes, 0.0)
     label_ends(axes, labels)
-    ends = drawn.groupby("first_token")["last_token"].max()
-    names = [f"{first}" if first == ends[first] else f"{first}–{ends[first]}" for first in starts]
-    axes.set_xticks(range(len(starts)), names)
-    axes.set_xlabel("token of the response")
-    axes.set_ylabel("log π − log π₀, nats per token")
+    axes.set_xticks(range(len(starts)), [str(first) for first in starts])
+    axes.set_xlabel("token of the response, from")
+    axes.set_ylabel("log π/π₀, nats per token")
     if math.isnan(found.first.value):
-        return "The mean margin is not told from 0, so no share of it lies anywhere in the response"
+        return "The mean margin can’t be told from 0, so there is no share of it in the first tokens"
     share = as_text(found.first.value, "percent") + _ends(found.first, "percent")
     return f"The first {FIRST_TOKENS} tokens of the responses hold {share} of the mean margin"
 

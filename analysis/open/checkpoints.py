@@ -124,6 +124,19 @@ class HeldOutPairs:
         self.n_pairs, self.max_length, self.text_format, self.seed = n_pairs, max_length, text_format, seed
         self.chat_date = chat_date
 
+    def draw(self, source: PreferenceSource) -> tuple[list[PreferencePair], list[LoadReport]]:
+        """Pairs with their clean labels, held out where the source says which are; with what was read.
+
+        Raises:
+            UserError: no pairs.
+        """
+        records, reports = load_pairs(source)
+        records = [record for record in records if record.held_out] or records
+        if not records:
+            raise UserError("data: no preference pair is left after filtering")
+        taken = records if self.n_pairs is None else _one_a_prompt(records, self.n_pairs, self.seed)
+        return [with_clean_label(record) for record in taken], reports
+
     def ask(
         self,
         base: str,
@@ -139,14 +152,9 @@ class HeldOutPairs:
         Raises:
             UserError: a model that can't be opened, two tokenizers, or no pairs.
         """
-        records, reports = load_pairs(source)
-        records = [record for record in records if record.held_out] or records
-        if not records:
-            raise UserError("data: no preference pair is left after filtering")
+        drawn, reports = self.draw(source)
         opened = _open(base, aligned, dtype, device, attn_implementation)
         limit = getattr(opened[0].model.config, "max_position_embeddings", None) or self.max_length
-        taken = records if self.n_pairs is None else _one_a_prompt(records, self.n_pairs, self.seed)
-        drawn = [with_clean_label(record) for record in taken]
         encode = PairTokenizer(
             opened[0].tokenizer,
             min(self.max_length, limit),

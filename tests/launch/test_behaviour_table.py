@@ -54,7 +54,7 @@ def test_a_judge_s_agreement_stands_below_its_win_rates(tmp_path: Path) -> None:
     planted.write(tmp_path, {10: [*planted.LOOKS[10], planted.figure("judge/agreement", "judge", 0.875, n=100)]})
     lines = printed(tmp_path).splitlines()
     at = next(i for i, line in enumerate(lines) if line.strip().startswith("judge agrees with labels"))
-    assert lines[at].split()[4:] == ["–", "0.875", "0.825", "…", "0.925", "100", "3"]
+    assert lines[at].split()[4:] == ["–", "0.875", "0.825", "…", "0.925", "100", "2"]
     assert lines[at - 1].strip().startswith("win rate vs chosen")
 
 

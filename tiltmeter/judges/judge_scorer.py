@@ -66,7 +66,7 @@ class JudgeScorer:
             seed=seed,
         )
         self._compared = comparing if against else None
-        self.agreement = Agreement(agreement_pairs, comparing.agreement)
+        self.agreement = Agreement(agreement_pairs, comparing.agreement, comparing.start)
         self.name = self._rated.name
         self.is_slow = self._rated.is_slow
 

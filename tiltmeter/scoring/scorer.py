@@ -115,15 +115,18 @@ class Agreement:
     Args:
         n_pairs: held-out pairs that it is asked about; 0: none, and the agreement is not known.
         measure: asks the judge, in the way that it is asked about replies; figures ``judge/…`` of ``judge``.
+        start: loads or reaches the judge, for this alone.
 
     Raises:
         UserError: a number below 0.
     """
 
-    def __init__(self, n_pairs: int, measure: Callable[[Sequence[LabelledPair]], list[Figure]]) -> None:
+    def __init__(
+        self, n_pairs: int, measure: Callable[[Sequence[LabelledPair]], list[Figure]], start: Callable[[], None]
+    ) -> None:
         if n_pairs < 0:
             raise UserError(f"judge.agreement_pairs: expected a number of pairs from 0, got {n_pairs}")
-        self.n_pairs, self._measure = n_pairs, measure
+        self.n_pairs, self.start, self._measure = n_pairs, start, measure
         self._pairs: list[LabelledPair] = []
         self._found: list[Figure] = []
 

@@ -127,7 +127,7 @@ def test_an_assumed_beta_is_called_that_and_a_run_s_own_is_not() -> None:
 def test_two_equal_models_have_ties_alone_and_one_pair_no_interval() -> None:
     section = rewards_section(Rewards().table(SAME))
     assert section.sentences[0].startswith("Of 9 pairs 0\u00a0%")
-    assert section.sentences[1].startswith("The mean margin is not told from 0")
+    assert section.sentences[1].startswith("The mean margin can’t be told from 0")
     assert any("(ties: 100\u00a0%)" in line for line in section.reading)
     one = Rewards().table(Checkpoints(TWO.base, TWO.aligned, TWO.pairs[:1]))
     assert len(one.pairs) == 1
