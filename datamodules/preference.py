@@ -49,7 +49,7 @@ class PreferenceDataModule(LightningDataModule):
         max_length: longest prompt + response in tokens.
         max_response_length, truncation, text_format, chat_date: see :class:`~datamodules.tokenization.PairTokenizer`.
         train_pairs: number of training pairs, None: all that remain.
-        val_pairs: number of held-out pairs for validation.
+        val_pairs: number of held-out pairs for validation; 0: there is none.
         probe_pairs: number of held-out pairs for measuring hidden states; disjoint from both.
         pairs_per_step: pairs of one optimizer step, over all processes.
         tokens_per_micro_batch: tokens of one forward pass on one process, padding included.
@@ -92,11 +92,12 @@ class PreferenceDataModule(LightningDataModule):
             1,
             pairs_per_step=pairs_per_step,
             tokens_per_micro_batch=tokens_per_micro_batch,
-            val_pairs=val_pairs,
             bucket_steps=bucket_steps,
         )
         _check_least(1, train_pairs=1 if train_pairs is None else train_pairs)
-        _check_least(0, probe_pairs=probe_pairs, split_seed=split_seed, seed=seed, num_workers=num_workers)
+        _check_least(
+            0, val_pairs=val_pairs, probe_pairs=probe_pairs, split_seed=split_seed, seed=seed, num_workers=num_workers
+        )
         for name, value, choices in (
             ("labels", labels, get_args(LabelControl)),
             ("layout", layout, get_args(PairLayout)),
@@ -199,9 +200,9 @@ class PreferenceDataModule(LightningDataModule):
         start = self.trainer.global_step % self.steps_per_epoch if self.trainer is not None else 0
         return self.loader("train", shuffle=True, start_step=start)
 
-    def val_dataloader(self) -> DataLoader[StepBatch]:
-        """Held-out pairs in a fixed order."""
-        return self.loader("val")
+    def val_dataloader(self) -> DataLoader[StepBatch] | list[DataLoader[StepBatch]]:
+        """Held-out pairs in a fixed order; an empty list, with which Lightning validates never, where there are none."""
+        return self.loader("val") if self.splits["val"].pairs else []
 
     def pairs_of(self, split: Split) -> Sequence[TokenizedPair]:
         """Token ids of a split as they are trained or scored: training labels follow ``labels``."""

@@ -39,6 +39,11 @@ def split_by_group(
     splits: dict[Split, list[PreferencePair]] = {"train": [], "val": [], "probe": []}
     position = 0
     given = {pair.group for pair in pairs if pair.held_out}
+    if given and not (sizes["val"] or sizes["probe"]):
+        raise UserError(
+            "data.validation_path: nothing is held out with datamodule.val_pairs=0 and probe_pairs=0; ask for pairs of it, or "
+            "leave it out"
+        )
     may_be_held_out = [name for name in order if name in given] if given else order
     held_out: tuple[Split, ...] = ("val", "probe")
     for split in held_out:

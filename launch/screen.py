@@ -18,6 +18,7 @@ from analysis.controls.c08_random_weights import difference, is_known, verdict
 from analysis.report.site_axes import as_text
 from datamodules.preference import PreferenceDataModule
 from datamodules.records import LoadReport
+from datamodules.tokenization import TokenizationReport
 
 _SILENCED = (
     "lightning",
@@ -95,17 +96,24 @@ def data_table(data: PreferenceDataModule, labels: str) -> Table:
         table.add_row("chat template", "", f"prints the date, {day} in all texts and when the run goes on (chat_date)")
     table.add_section()
     for name, split in data.splits.items():
-        remarks = [f"{n} {reason}" for reason, n in split.report.dropped.items()]
-        if split.report.prompts_cut:
-            remarks.append(f"{split.report.prompts_cut} prompts cut from the left to fit {data.max_length} tokens")
-        if split.report.responses_cut:
-            remarks.append(f"{split.report.responses_cut} responses cut")
-        if split.report.special_words:
-            remarks.append(f"{split.report.special_words} with words of special tokens, taken as plain text")
+        remarks = _cut_remarks(split.report, data.max_length)
         if name == "train" and labels != "given":
             remarks.append(f"labels {labels} (control)")
+        if name == "val" and not split.pairs:
+            remarks.append("datamodule.val_pairs=0: no validation, no held-out metrics, no best checkpoint")
         table.add_row(name, str(len(split.pairs)), "; ".join(remarks) or "–")
     return table
+
+
+def _cut_remarks(report: TokenizationReport, max_length: int) -> list[str]:
+    remarks = [f"{n} {reason}" for reason, n in report.dropped.items()]
+    if report.prompts_cut:
+        remarks.append(f"{report.prompts_cut} prompts cut from the left to fit {max_length} tokens")
+    if report.responses_cut:
+        remarks.append(f"{report.responses_cut} responses cut")
+    if report.special_words:
+        remarks.append(f"{report.special_words} with words of special tokens, taken as plain text")
+    return remarks
 
 
 def _source_remarks(report: LoadReport) -> str:

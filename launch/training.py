@@ -308,8 +308,10 @@ def make_trainer(config: DictConfig, watching: Sequence[Callback], loggers: list
         last = instantiate(config.last_checkpoint)
         callbacks += [instantiate(config.checkpoint), last]
     callbacks += [Preemption(last), *watching, RandomState()]
+    never = {"limit_val_batches": 0} if config.datamodule.get("val_pairs") == 0 else {}
     trainer: Trainer = instantiate(
         config.trainer,
+        **never,
         logger=loggers or False,
         callbacks=callbacks,
         default_root_dir=config.run_dir,

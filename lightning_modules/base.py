@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from datamodules.preference import Objective, PreferenceDataModule
 from datamodules.splits import Split
 from lightning_modules.model_factory import ModelFactory
+from lightning_modules.optimizers import OptimizerChoice
 from lightning_modules.pair_metrics import PairMetrics, PairResults, metrics_by_source
 from lightning_modules.policy import EmptyBuilder, Policy, PolicyBuilder
 from lightning_modules.schedule import (
@@ -46,8 +47,12 @@ class LogProbModule(LightningModule):
     mean over its pairs for any cut and any number of processes (Lightning's accumulation would average micro-batch means).
 
     Args:
-        learning_rate: peak learning rate of AdamW.
-        weight_decay, betas: of AdamW.
+        learning_rate: peak learning rate.
+        weight_decay: of the optimizer.
+        betas: of the optimizer; null: its own, (0.9, 0.999) of Adam's family.
+        optimizer: ``adamw`` or another of torch.optim (``rmsprop``, ``adafactor``, ``sgd`` …), or ``adamw_8bit`` and others of
+            bitsandbytes on a GPU.
+        optimizer_options: other options of its constructor, such as ``momentum`` or ``eps``.
         warmup_share: share of all steps with a rising learning rate.
         schedule: after warm-up: ``constant``, ``linear`` or ``cosine`` down to 0.
         gradient_clip_norm: largest gradient norm; null: no clipping.
@@ -73,7 +78,9 @@ class LogProbModule(LightningModule):
         *,
         learning_rate: float,
         weight_decay: float = 0.0,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[float, float] | None = None,
+        optimizer: str = "adamw",
+        optimizer_options: Mapping[str, Any] | None = None,
         warmup_share: float = 0.1,
         schedule: Schedule = "linear",
         gradient_clip_norm: float | None = 1.0,
@@ -101,15 +108,13 @@ class LogProbModule(LightningModule):
         )
         check_number("max_skipped_steps", max_skipped_steps, 0, math.inf)
         check_number("spike_sigmas", 1 if spike_sigmas is None else spike_sigmas, 0, math.inf, above=True)
-        for beta in betas:
+        for beta in betas or ():
             check_number("betas", beta, 0, 1)
         if schedule not in ("constant", "linear", "cosine"):
             raise UserError(f"module.schedule: expected constant, linear or cosine, got {schedule}")
         check_number("warmup_share", warmup_share, 0, 1.001)
         self.automatic_optimization = False
-        self.learning_rate = learning_rate
-        self.weight_decay = weight_decay
-        self.betas = (betas[0], betas[1])
+        self.optimizer = OptimizerChoice(optimizer, learning_rate, weight_decay, betas, optimizer_options or {})
         self.warmup_share = warmup_share
         self.schedule: Schedule = schedule
         self.gradient_clip_norm = gradient_clip_norm
@@ -158,8 +163,10 @@ class LogProbModule(LightningModule):
         """Make the model and check what it computes; does nothing the second time."""
         if self.policy is not None:
             return
-        policy = self.factory.make(self.trainer, self.device_mesh)
         is_sharded = self.device_mesh is not None
+        if is_sharded:
+            self.optimizer.check_sharding()
+        policy = self.factory.make(self.trainer, self.device_mesh)
         with (
             torch.device(policy.model.device),
             self.trainer.precision_plugin.forward_context() if is_sharded else nullcontext(),
@@ -200,11 +207,8 @@ class LogProbModule(LightningModule):
         """What the step's summed objective is divided by."""
 
     def configure_optimizers(self) -> Any:
-        """AdamW with warm-up and a schedule over all optimizer steps."""
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(
-            parameters, lr=self.learning_rate, betas=self.betas, weight_decay=self.weight_decay
-        )
+        """The optimizer, with warm-up and a schedule over all steps."""
+        optimizer = self.optimizer.make(p for p in self.parameters() if p.requires_grad)
         total = self.total_steps()
 
         def factor(step: int) -> float:  # a function, which checkpoints leave out: a resumed run may take more steps
@@ -252,7 +256,7 @@ class LogProbModule(LightningModule):
         metrics: dict[str, Any] = metrics_by_source(sums, self.data.sources, "train", self.metrics_from_sums)
         reason = self.guard.refuse(loss=float(metrics[metric("train", "loss")]), norm=float(mean_norm))
         if reason is not None:
-            optimizer.zero_grad()  # AdamW passes over weights without a gradient; the step and its learning rate count
+            optimizer.zero_grad()  # optimizers pass over weights without a gradient; the step and its learning rate count
             self.print(self.guard.skipped(self.trainer.global_step, reason, self._not_finite(seen)))
         optimizer.step()
         optimizer.zero_grad()

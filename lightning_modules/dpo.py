@@ -1,5 +1,6 @@
 """Direct preference optimisation and its relatives, with a reference that is computed once."""
 
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -16,10 +17,11 @@ from datamodules.splits import Split
 from lightning_modules.base import LogProbModule
 from lightning_modules.pair_metrics import PairResults
 from lightning_modules.reference import MicroBatches, cached_reference
+from lightning_modules.schedule import check_number
 from tiltmeter.errors import UserError
 from tiltmeter.models.lora import adapters_disabled, plain_state
 from tiltmeter.pairs.batch import PreferenceBatch, StepBatch
-from tiltmeter.pairs.preference_losses import PAIR_METRICS, PairLogProbs, make_preference_loss
+from tiltmeter.pairs.preference_losses import PAIR_METRICS, PairLogProbs, chosen_nll, make_preference_loss
 from tiltmeter.pairs.reference_cache import ReferenceCache, forward_identity, hash_weights
 
 
@@ -34,11 +36,12 @@ class DPOModule(LogProbModule):
         loss: a name of :data:`~tiltmeter.pairs.preference_losses.PREFERENCE_LOSSES`.
         beta, label_smoothing, gamma_beta_ratio: options of the loss; null takes its default, one that the loss does
             not have is refused.
+        sft_weight: of the negative log-likelihood of the chosen response per token, added to the loss of each pair (RPO).
         learning_rate and the rest: see :class:`~lightning_modules.base.LogProbModule`.
     """
 
     objective: Objective = "preference"
-    columns = PAIR_METRICS
+    columns: tuple[str, ...] = PAIR_METRICS
 
     def __init__(
         self,
@@ -47,12 +50,16 @@ class DPOModule(LogProbModule):
         beta: float | None = None,
         label_smoothing: float | None = None,
         gamma_beta_ratio: float | None = None,
+        sft_weight: float = 0.0,
         **options: Any,
     ) -> None:
         super().__init__(**options)
+        check_number("sft_weight", sft_weight, 0, math.inf)
         self.loss = make_preference_loss(
-            loss, beta=beta, label_smoothing=label_smoothing, gamma_beta_ratio=gamma_beta_ratio
+            loss, sft_weight, beta=beta, label_smoothing=label_smoothing, gamma_beta_ratio=gamma_beta_ratio
         )
+        if sft_weight:
+            self.columns = (*PAIR_METRICS, "sft_loss")
         self.reference_cache_dir: Path | None = None
         """Folder of reference caches shared by all runs; None: every run computes its own."""
         self._cache: ReferenceCache | None = None
@@ -106,10 +113,10 @@ class DPOModule(LogProbModule):
                 )
 
     def _needed_rows(self) -> dict[Split, Sequence[int]]:
-        return {
-            "train": self.data.rows_of_first_steps(self.total_steps()),
-            "val": range(len(self.data.splits["val"].pairs)),
-        }
+        needed: dict[Split, Sequence[int]] = {"train": self.data.rows_of_first_steps(self.total_steps())}
+        if n_held_out := len(self.data.splits["val"].pairs):
+            needed["val"] = range(n_held_out)
+        return needed
 
     def _find_reference(self, split: Split, rows: Sequence[int]) -> Tensor:
         table, line = cached_reference(
@@ -172,6 +179,8 @@ class DPOModule(LogProbModule):
             rewards = [self.loss.beta * log_ratio for log_ratio in pairs.log_ratios()]
             margins = rewards[0] - rewards[1]
             figures = [losses, *rewards, margins, (margins > 0).float(), chosen, rejected]
+            if self.loss.sft_weight:
+                figures.append(chosen_nll(pairs))
             columns = torch.stack([f.detach().float() for f in figures], dim=1)
         return PairResults((losses * batch.weights).sum(), columns)
 

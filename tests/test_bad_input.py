@@ -133,6 +133,11 @@ def test_hub_data_without_network(
         (["module.loss=dpo"], "module.loss: expected one of sigmoid"),
         (["module.beta=0"], "module.beta"),
         (["module.learning_rate=0"], "module.learning_rate"),
+        (["module.optimizer=adamv"], "module.optimizer: expected one of adamw, adam"),
+        (
+            ["module.optimizer=sgd", "module.optimizer_options.momentun=1"],
+            "momentun: sgd has no such option (it has: dampening",
+        ),
         (["data.label_noise=0.7"], "data.label_noise"),
         (["datamodule.layout=packed"], "datamodule.layout: expected shared_prefix or concatenated, got packed"),
         (["datamodule.labels=random"], "datamodule.labels: expected given or swapped or shuffled, got random"),

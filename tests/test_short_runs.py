@@ -32,6 +32,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("options", "names"),
     [
         (["trainer.limit_val_batches=0", "trainer.val_check_interval=100"], ["last"]),
+        (["datamodule.val_pairs=0", "trainer.val_check_interval=100"], ["last"]),
         (["trainer.max_time=00:00:10:00"], ["best", "last"]),
         (["trainer.check_val_every_n_epoch=5"], []),
         (["trainer.val_check_interval=4", "trainer.max_steps=2"], []),
@@ -47,6 +48,19 @@ def test_a_shortened_run_ends_with_a_model_and_the_checkpoints_of_its_validation
     assert (run / "aligned" / "model.safetensors").is_file()
     assert (run / "metrics.csv").is_file()
     assert [path.stem for path in sorted((run / "checkpoints").glob("*.ckpt")) if path.is_symlink()] == names
+
+
+def test_a_run_without_held_out_pairs_says_so_and_logs_no_figure_of_them(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train(composed(*SIX_STEPS, f"runs_root={root}", "datamodule.val_pairs=0", "callbacks=geometry"))
+    GlobalHydra.instance().clear()
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "no validation, no held-out metrics, no best checkpoint" in said
+    names = (run / "metrics.csv").read_text(encoding="utf-8").splitlines()[0].split(",")
+    assert "train/loss" in names
+    assert not [name for name in names if name.startswith("val/")]
+    assert not (run / "held_out.csv").exists()
 
 
 @pytest.mark.parametrize(

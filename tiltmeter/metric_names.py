@@ -20,6 +20,7 @@ STEP_AXIS = "trainer/global_step"
 STEPS_TAKEN, SCORED_STEP = "probe/steps_taken", "behaviour/of_steps_taken"
 _USUAL: Position = "prompt_last"
 _SHARE, _COSINE, _REWARD, _LENGTH = "share, 0 … 1", "cosine, −1 … 1", "β · nats", "activation units"
+_SFT = "`module.sft_weight`"
 _MIXED, _ORACLE = "several sources of pairs", "`judge=oracle`"
 _HELD = "`judge`, `agreement_pairs` above 0"
 _JUDGE, _ASKED, _OFTEN, _QUESTIONS = "`judge`", "`analyze.py`", "`decoding.n_samples` above 1", "`truthfulqa=mc`"
@@ -86,9 +87,11 @@ def _of_both(*variants: str) -> tuple[str, ...]:
     return _each(variants, ("", "/base"))
 
 
-def _of_pairs(what: str, unit: str, meaning: str, summary: str = "") -> Iterator[Metric]:
+def _of_pairs(what: str, unit: str, meaning: str, summary: str = "", needs: str = "") -> Iterator[Metric]:
     for split, whose in (("train", "pairs of the step"), ("val", "held-out pairs")):
-        yield Metric(split, (what,), unit, f"{meaning}; {whose}", summary=summary if split == "val" else "")
+        yield Metric(
+            split, (what,), unit, f"{meaning}; {whose}", needs=needs, summary=summary if split == "val" else ""
+        )
         yield Metric(split, (f"{what}/<source>",), unit, f"{meaning}; {whose}, of one source", needs=_MIXED)
 
 
@@ -118,6 +121,7 @@ METRICS: tuple[Metric, ...] = (
     *_of_pairs("rewards/accuracies", _SHARE, "Pairs whose chosen response has the higher reward", "max,last"),
     *_of_pairs("logps/chosen", "nats", "Log-probability of the chosen response under the policy"),
     *_of_pairs("logps/rejected", "nats", "Log-probability of the rejected response under the policy"),
+    *_of_pairs("sft_loss", "nats/token", "−log π of the chosen response per token, before its weight", needs=_SFT),
     Metric("train", ("gradient_norm",), "loss / weight", "Norm of the gradient before it is clipped"),
     Metric("train", ("learning_rate",), "1", "Learning rate of the step"),
     Metric("throughput", ("pairs_per_second",), "pairs/s", "Pairs trained on per second of training steps"),

@@ -82,6 +82,12 @@ def test_held_out_splits_that_stay_too_small_are_an_error(sizes: tuple[int | Non
         split_by_group(pairs, sizes=dict(zip(("train", "val", "probe"), sizes, strict=True)), seed=0)
 
 
+def test_a_validation_file_of_which_no_pair_is_asked_for_is_refused() -> None:
+    pairs = [replace(pair, held_out=i < 5) for i, pair in enumerate(POOL)]
+    with pytest.raises(UserError, match=r"data.validation_path: nothing is held out with datamodule.val_pairs=0"):
+        split_by_group(pairs, sizes={"train": None, "val": 0, "probe": 0}, seed=0)
+
+
 FLIPPED = replace(
     POOL[0],
     attributes={"label_flipped": True, "utility_gap": -1.5, "chosen/tone": 0, "rejected/tone": 1, "topic": "tea"},

@@ -15,7 +15,7 @@ pytestmark = lightning_warnings
 BEFORE: dict[str, Any] = {"learning_rate": 3e-3, "weight_decay": 0.01, "schedule": "linear", "warmup_share": 0.0}
 CHANGED: dict[str, Any] = {
     "learning_rate": 1e-4, "weight_decay": 0.5, "betas": (0.5, 0.6), "warmup_share": 0.9, "schedule": "cosine",
-    "gradient_clip_norm": 1e-3, "max_skipped_steps": 7, "spike_sigmas": 2.0, "loss": "ipo", "beta": 0.7,
+    "gradient_clip_norm": 1e-3, "max_skipped_steps": 7, "spike_sigmas": 2.0, "loss": "ipo", "beta": 0.7, "sft_weight": 0.5,
 }  # fmt: skip
 
 
@@ -70,11 +70,11 @@ def test_a_changed_option_moves_weights_as_if_the_checkpoint_had_been_saved_unde
 
 def test_no_option_comes_from_the_checkpoint(checkpoint: Path) -> None:
     resumed, fresh = train(str(checkpoint), CHANGED), DPOModule(**CHANGED)
-    for part in ("guard", "loss"):
+    for part in ("guard", "loss", "optimizer"):
         assert plain(getattr(resumed, part)) == plain(getattr(fresh, part))
-    assert {name: plain(getattr(resumed, name, None)) for name in CHANGED if name not in ("loss", "beta")} == {
-        name: plain(getattr(fresh, name, None)) for name in CHANGED if name not in ("loss", "beta")
-    }
+    assert {
+        name: plain(getattr(resumed, name, None)) for name in CHANGED if name not in ("loss", "beta", "sft_weight")
+    } == {name: plain(getattr(fresh, name, None)) for name in CHANGED if name not in ("loss", "beta", "sft_weight")}
     optimizer, scheduler = resumed.optimizers(), resumed.lr_schedulers()
     (group,) = optimizer.param_groups  # type: ignore[union-attr]
     assert (group["initial_lr"], group["weight_decay"], tuple(group["betas"])) == (1e-4, 0.5, (0.5, 0.6))

@@ -148,6 +148,22 @@ def test_frozen_embeddings_do_not_move_and_everything_else_does(family: str) -> 
     assert moved == set(start) - embeddings
 
 
+def test_the_supervised_term_is_the_mean_over_pairs_of_the_cross_entropy_per_token_of_chosen_responses() -> None:
+    module = dpo(learning_rate=1e-30, sft_weight=0.7)
+    data = make_data(7, pairs_per_step=7, tokens_per_micro_batch=120)
+    step = one_step(module, data, "gpt2", "float64")
+    model, terms = module.trained_policy.model, []
+    for prompt, chosen, _ in data.splits["train"].pairs:
+        ids = torch.tensor([*prompt, *chosen])
+        with torch.no_grad():
+            logits = model(input_ids=ids[None]).logits[0]
+        terms.append(F.cross_entropy(logits[len(prompt) - 1 : -1], ids[len(prompt) :]).item())
+    expected = sum(terms) / len(terms)
+    assert len(step.batches) > 1
+    assert sum(r.objective.item() for r in step.results) / 7 == pytest.approx(math.log(2) + 0.7 * expected, abs=1e-12)
+    assert module.trainer.callback_metrics["train/sft_loss"].item() == pytest.approx(expected, rel=1e-6)
+
+
 @pytest.mark.parametrize("predict_prompt", [False, True])
 def test_sft_loss_is_the_cross_entropy_over_the_same_tokens(predict_prompt: bool) -> None:
     module = SFTModule(learning_rate=1e-30, predict_prompt=predict_prompt)

@@ -163,6 +163,24 @@ def test_loss_and_gradients_equal_trl_as_shipped_to_its_float32(name: str, tmp_p
     assert gradient <= 2e-6
 
 
+@pytest.mark.usefixtures("exact_head")
+def test_the_supervised_term_equals_trl_s_of_one_pair(tmp_path: Path) -> None:
+    tokenizer, pairs = make_tokenizer(), random_pairs(1, seed=2)
+    ref = make_model("gpt2", torch.float64, "eager", vocab_size=len(tokenizer))
+    policy = make_model("gpt2", torch.float64, "eager", vocab_size=len(tokenizer), seed=5)
+    options = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.3]}
+    trainer = trl_trainer(policy, ref, pairs, tmp_path, tokenizer, **options)
+    theirs = trainer._compute_loss(trainer.model, trainer.data_collator([trainer.train_dataset[0]]), False)
+    their_gradients = gradients(policy, theirs)
+    mine = collate_pairs(pairs, pair_index=[0], layout="shared_prefix")
+    with torch.no_grad():
+        reference = sequence_log_probs(ref, mine).chunk(2)
+    logps, counts = sequence_log_probs(policy, mine).chunk(2), mine.target_counts.chunk(2)
+    ours = make_preference_loss("sigmoid", 0.3, beta=BETA)(PairLogProbs(*logps, *reference, *counts)).mean()
+    assert abs(ours.item() - theirs.item()) <= 1e-10
+    assert worst(gradients(policy, ours), their_gradients) <= 1e-10
+
+
 class TracedDPO(DPOModule):
     """Remembers losses and gradient norms in full precision, and the parameters before the first step."""
 

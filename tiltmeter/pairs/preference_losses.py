@@ -110,6 +110,15 @@ def simpo_loss(pairs: PairLogProbs, *, beta: float = 10.0, gamma_beta_ratio: flo
     return -F.logsigmoid(beta * (difference - gamma_beta_ratio))
 
 
+def chosen_nll(pairs: PairLogProbs) -> Float[Tensor, " pair"]:
+    """Negative log-likelihood of the chosen response, nats per token: −log π(y_w|x) / |y_w|.
+
+    The supervised term of RPO (arXiv 2404.19733, eq. 1): each pair counts the same, whatever its length. TRL's ``sft`` loss
+    averages over all tokens of a micro-batch instead.
+    """
+    return -pairs.chosen / pairs.token_counts()[0]
+
+
 @dataclass(frozen=True)
 class PreferenceLoss:
     """A loss with its options bound: call it with :class:`PairLogProbs`, get one loss per pair."""
@@ -118,10 +127,12 @@ class PreferenceLoss:
     function: Callable[[PairLogProbs], Float[Tensor, " pair"]]
     needs_reference: bool
     beta: float
+    sft_weight: float = 0.0
 
     def __call__(self, pairs: PairLogProbs) -> Float[Tensor, " pair"]:
-        """Loss of each pair."""
-        return self.function(pairs)
+        """Loss of each pair, with ``sft_weight`` times :func:`chosen_nll`."""
+        loss = self.function(pairs)
+        return loss + self.sft_weight * chosen_nll(pairs) if self.sft_weight else loss
 
 
 PREFERENCE_LOSSES: dict[str, Callable[..., Tensor]] = {
@@ -134,8 +145,13 @@ PREFERENCE_LOSSES: dict[str, Callable[..., Tensor]] = {
 _REFERENCE_FREE = {"simpo"}
 
 
-def make_preference_loss(name: str, **options: float | int | str | None) -> PreferenceLoss:
+def make_preference_loss(name: str, sft_weight: float = 0.0, **options: float | int | str | None) -> PreferenceLoss:
     """Look a loss up and bind its options; an option left None takes the loss's own default.
+
+    Args:
+        name: a key of :data:`PREFERENCE_LOSSES`.
+        sft_weight: of the supervised term :func:`chosen_nll`, which any loss can have.
+        options: of the loss.
 
     Raises:
         UserError: unknown loss, an option that this loss does not have, or a value out of range.
@@ -163,7 +179,7 @@ def make_preference_loss(name: str, **options: float | int | str | None) -> Pref
     example = torch.zeros(1)
     count = torch.ones(1, dtype=torch.long)
     bound(PairLogProbs(example, example, example, example, count, count))  # range errors now, not after loading a model
-    return PreferenceLoss(name, bound, name not in _REFERENCE_FREE, beta)
+    return PreferenceLoss(name, bound, name not in _REFERENCE_FREE, beta, sft_weight)
 
 
 def _number(name: str, value: float | int | str) -> float:

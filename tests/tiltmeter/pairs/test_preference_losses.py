@@ -107,6 +107,9 @@ def test_three_pairs_worked_by_hand() -> None:
     assert_close(ipo_loss(pairs, beta=0.5), torch.tensor([0.3025, 1.96, 1.0]))
     # SimPO, β = 2, γ/β = ½: means −2 and −3, −2 and −3, −3 and −3: 2(1−½) = 1, 1, −1
     assert_close(simpo_loss(pairs, beta=2.0), torch.tensor([0.313262, 0.313262, 1.313262]), rtol=0, atol=1e-6)
+    # RPO: −log π of chosen per token is 10/5 = 2, 20/10 = 2, 6/2 = 3, of which a half is added
+    rpo = make_preference_loss("sigmoid", sft_weight=0.5, beta=0.5)(pairs)
+    assert_close(rpo, torch.tensor([1.313262, 2.701413, 2.193147]), rtol=0, atol=1e-6)
 
 
 @given(margins_in_nats, betas)
