@@ -4,28 +4,16 @@ import json
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import open_dict
 
 from launch.agreement import agreement_of, agreement_table
-from launch.configuration import CONF, prepare_overrides
 from tests.analysis.asked import save_model
+from tests.launch.analyze_command import composed
 from tiltmeter.errors import UserError
 from tiltmeter.scoring.scorer import Figure
 
 
 def asked(*arguments: str) -> dict[str, Figure]:
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        overrides = prepare_overrides(arguments, config_name="analyze")
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("analyze", overrides=overrides, return_hydra_config=True)
-    HydraConfig.instance().set_config(config)
-    with open_dict(config):
-        del config["hydra"]
-    return {figure.name: figure for figure in agreement_of(config)}
+    return {figure.name: figure for figure in agreement_of(composed(*arguments))}
 
 
 def test_the_oracle_of_a_world_agrees_with_it() -> None:
