@@ -49,7 +49,7 @@ _OURS = (
 
 @dataclass
 class Parts:
-    """What a run is made of before its trainer exists."""
+    """Parts of a run before its trainer exists."""
 
     data: PreferenceDataModule
     model: CausalLM

@@ -4,7 +4,6 @@ import math
 import sys
 from collections.abc import Iterable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,15 +59,13 @@ class DPOModule(LogProbModule):
         )
         if sft_weight:
             self.columns = (*PAIR_METRICS, "sft_loss")
-        self.reference_cache_dir: Path | None = None
-        """Folder of reference caches shared by all runs; None: every run computes its own."""
         self._cache: ReferenceCache | None = None
         self.reference: dict[str, Tensor] = {}
         """Split → [row, 2] log π₀ of chosen and rejected, nats, float32 (float64 for a float64 model)."""
 
     def on_model_built(self, model: PreTrainedModel) -> None:
         """Open the cache of this very model, as it computes here."""
-        if self.reference_cache_dir is not None:
+        if self.reference_cache is not None:
             depends_on = {
                 "weights": hash_weights(plain_state(model), is_first=self.trainer.is_global_zero),
                 "precision": self.trainer.precision,
@@ -78,7 +75,7 @@ class DPOModule(LogProbModule):
                 "sharded": str(self.device_mesh is not None),
                 **forward_identity(model, self.trainer.strategy.root_device),
             }
-            self._cache = ReferenceCache(self.reference_cache_dir, depends_on)
+            self._cache = ReferenceCache(self.reference_cache, depends_on)
 
     def divisor(self, step: StepBatch) -> int:
         """Pairs of the step."""

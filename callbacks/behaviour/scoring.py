@@ -7,7 +7,7 @@ from pathlib import Path
 from lightning.pytorch import Trainer
 
 from callbacks.behaviour.completions import labelled_pairs_of
-from callbacks.observation import log, report_failed_write
+from callbacks.probe_session import log, report_failed_write
 from datamodules.preference import PreferenceDataModule
 from tiltmeter.errors import UserError
 from tiltmeter.metric_names import SCORED_STEP

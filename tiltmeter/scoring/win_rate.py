@@ -1,4 +1,4 @@
-"""How often a judge prefers the policy's reply, to the base's and to the data's, and how often what people preferred.
+"""Share of replies of the policy that a judge prefers to others, and of people's preferences that it shares.
 
 From one comparison in both orders, over win rates with their intervals, to the scorer.
 """
@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -16,7 +16,6 @@ from tiltmeter.judges.answers import LOW_MASS, Answer, ask_choices, checked_pref
 from tiltmeter.judges.judge import Failure, Judge, Question
 from tiltmeter.judges.local_judge import LocalJudge
 from tiltmeter.judges.prompts import COMPARE, COMPARE_HH_DPO, PromptTemplate, digest, resolve_criteria
-from tiltmeter.models.generation import Completion
 from tiltmeter.scoring.scorer import (
     AGREEMENT,
     MAX_MISSING_SHARE,
@@ -29,7 +28,7 @@ from tiltmeter.scoring.scorer import (
     mean_figure,
 )
 from tiltmeter.stats.equal_length import length_controlled
-from tiltmeter.stats.jackknife import Interval, cluster_mean_interval
+from tiltmeter.stats.jackknife import NO_INTERVAL, cluster_mean_interval
 from tiltmeter.stats.proportions import share_interval
 
 VerdictMode = Literal["logprob", "text"]
@@ -135,7 +134,7 @@ def compare(
     questions = [
         _question(comparisons[i], candidate_is_first, preset, mode, trusted, seed) for i, candidate_is_first in orders
     ]
-    answers = ask_choices(judge, questions, tuple(preset.choices)) if questions else []
+    answers = ask_choices(judge, questions, tuple(preset.choices))
     judged: dict[int, list[Judgement]] = {i: [] for i in range(len(comparisons))}
     for (i, candidate_is_first), answer in zip(orders, answers, strict=True):
         judged[i].append(_judgement(answer, candidate_is_first, preset))
@@ -175,7 +174,6 @@ def _judgement(answer: Answer, candidate_is_first: bool, preset: Preset) -> Judg
     return Judgement(candidate_is_first, to_first if candidate_is_first else 1 - to_first, answer.mass, None, "")
 
 
-_NOTHING = Interval(math.nan, math.nan, math.nan)
 _OUTCOMES = {"wins": 1.0, "ties": 0.5, "losses": 0.0}
 
 
@@ -222,13 +220,15 @@ def win_rate_figures(
     kept = [cluster for cluster, is_valid in zip(clusters, valid, strict=True) if is_valid]
     differences = np.asarray(length_differences, dtype=np.float64)
     enough = n > 0 and n_missing <= max_missing * len(y)
-    shares = {"": y[valid]} | {f"_{what}": (y[valid] == worth) * 1.0 for what, worth in _OUTCOMES.items()}
-    found = {end: share_interval(values.tolist(), kept) if enough else _NOTHING for end, values in shares.items()}
-    found["_length_controlled"] = (
-        length_controlled(y[valid].tolist(), kept, differences[valid].tolist()) if enough else _NOTHING
-    )
+    ends = ("", *(f"_{what}" for what in _OUTCOMES), "_length_controlled")
+    found = dict.fromkeys(ends, NO_INTERVAL)
+    if enough:
+        shares = (y[valid], *((y[valid] == worth) * 1.0 for worth in _OUTCOMES.values()))
+        at_equal_length = length_controlled(y[valid].tolist(), kept, differences[valid].tolist())
+        intervals = (*(share_interval(values.tolist(), kept) for values in shares), at_equal_length)
+        found = dict(zip(ends, intervals, strict=True))
     figures = [Figure(name + end, "both", *interval, n, n_missing, scorer) for end, interval in found.items()]
-    longer = cluster_mean_interval(differences.tolist(), clusters) if len(y) else _NOTHING
+    longer = cluster_mean_interval(differences.tolist(), clusters) if len(y) else NO_INTERVAL
     return [*figures, Figure(f"{name}_length_difference", "both", *longer, len(y), 0, scorer)]
 
 
@@ -244,6 +244,11 @@ class _Names(NamedTuple):
 
 
 _OF_JUDGE = _Names(AGREEMENT, "judge/position_consistency", "judge/first_position_rate")
+
+
+def _against(sample: Sample, opponent: Opponent) -> Comparison:
+    reply = sample.chosen if opponent == "chosen" else sample.base.text
+    return Comparison(f"{sample.pair_id}/{sample.index}", sample.prompt, sample.policy.text, reply)
 
 
 class WinRateScorer:
@@ -329,24 +334,15 @@ class WinRateScorer:
         has_chosen = any(sample.chosen.strip() for sample in samples)
         for opponent in (o for o in self.against if o != "chosen" or has_chosen):
             end = "" if opponent == "base" else f"_vs_{opponent}"
-            comparisons = [
-                Comparison(
-                    f"{s.pair_id}/{s.index}", s.prompt, s.policy.text, s.chosen if opponent == "chosen" else s.base.text
-                )
-                for s in samples
-            ]
             ends = ("win_rate", "position_consistency", "first_position_rate")
             names = _Names(*(f"{prefix}_{name}{end}" for name in ends))
-            verdicts, figures = self._compare(names, comparisons, groups)
+            verdicts, figures = self._compare(names, [_against(sample, opponent) for sample in samples], groups)
             scores.figures.extend(figures)
             scores.columns[f"{prefix}_win{end}"] = [verdict.value for verdict in verdicts]
             scores.columns[f"{prefix}_consistent{end}"] = [verdict.is_consistent for verdict in verdicts]
-        replies: dict[Side, list[Completion]] = {
-            "policy": [s.policy for s in samples],
-            "base": [s.base for s in samples],
-        }
-        for side, said in replies.items():
-            empty = [float(reply.is_empty) for reply in said]
+        sides: tuple[Side, ...] = ("policy", "base")
+        for side in sides:
+            empty = [float(getattr(sample, side).is_empty) for sample in samples]
             scores.figures.append(
                 mean_figure(
                     f"{self.prefix}_empty", side, empty, samples, scorer="no text but white space", is_share=True
@@ -368,7 +364,6 @@ class WinRateScorer:
         self, names: _Names, comparisons: Sequence[Comparison], groups: Sequence[str]
     ) -> tuple[list[Verdict], list[Figure]]:
         """Ask about all, and count."""
-        name, limit = names.rate, self.max_missing_rate
         verdicts = compare(
             self.judge,
             comparisons,
@@ -378,28 +373,33 @@ class WinRateScorer:
             meaning=self.meaning,
             seed=self.seed,
         )
+        name, limit = names.rate, self.max_missing_rate
         longer = [len(c.candidate) - len(c.opponent) for c in comparisons]
         failed = [verdict.failed for verdict in verdicts]
         warn_of_missing(name, [why for why in failed if why], len(failed), limit)
         values = [verdict.value for verdict in verdicts]
         figures = win_rate_figures(name, values, groups, longer, scorer=self.name, max_missing=limit)
         figures += missing_figures(name, "both", [why and why[0] for why in failed], scorer=self.name)
+        return verdicts, figures + self._shares(names, list(zip(verdicts, groups, strict=True)))
 
-        def share(figure: str, of: Sequence[tuple[float, str]], *, max_missing: float = 1.0) -> Figure:
-            shares, whose = [value for value, _ in of], [group for _, group in of]
-            made = {"scorer": self.name, "is_share": True, "max_missing": max_missing}
-            return grouped_mean_figure(figure, "both", shares, whose, **made)  # type: ignore[arg-type]
-
-        pairs = list(zip(verdicts, groups, strict=True))
-        asked = [(verdict, group) for verdict, group in pairs if verdict.judgements]
+    def _shares(self, names: _Names, verdicts: Sequence[tuple[Verdict, str]]) -> list[Figure]:
+        """Figures on how the judge judged, from verdicts with their prompt."""
+        asked = [(verdict, group) for verdict, group in verdicts if verdict.judgements]
         answers = [(judgement, group) for verdict, group in asked for judgement in verdict.judgements]
-        decisive = [(found.prefers_first, group) for found, group in answers if not math.isnan(found.prefers_first)]
-        low = [(float(found.mass < LOW_MASS), group) for found, group in answers if not found.failure]
+        first = [(found.prefers_first, group) for found, group in answers]
         consistent = [(verdict.is_consistent, group) for verdict, group in asked]
-        return verdicts, [
-            *figures,
-            share(names.consistency, consistent, max_missing=limit),
+        decisive = [one for one in first if not math.isnan(one[0])]
+        low = [(float(found.mass < LOW_MASS), group) for found, group in answers if not found.failure]
+        same = [(float(not verdict.judgements), group) for verdict, group in verdicts]
+
+        def share(figure: str, of: Sequence[tuple[float, str]], max_missing: float = 1.0) -> Figure:
+            values, groups = [value for value, _ in of], [group for _, group in of]
+            how: dict[str, Any] = {"scorer": self.name, "is_share": True, "max_missing": max_missing}
+            return grouped_mean_figure(figure, "both", values, groups, **how)
+
+        return [
+            share(names.consistency, consistent, self.max_missing_rate),
             share(names.first, decisive),
-            share(f"{name}_low_mass", low),
-            share(f"{name}_identical", [(float(not verdict.judgements), group) for verdict, group in pairs]),
+            share(f"{names.rate}_low_mass", low),
+            share(f"{names.rate}_identical", same),
         ]

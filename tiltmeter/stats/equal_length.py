@@ -1,4 +1,4 @@
-"""Win rate between replies of equal length: what is left of a preference once longer replies are not preferred for their length."""
+"""Win rate between replies of equal length: the preference that is left once length is taken out."""
 
 import math
 from collections.abc import Sequence
@@ -9,13 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tiltmeter.stats.jackknife import LOG_ODDS, Interval, jackknife_interval
+from tiltmeter.stats.jackknife import LOG_ODDS, NO_INTERVAL, Interval, jackknife_interval
 from tiltmeter.stats.proportions import share_interval
 
 LENGTH_EFFECT_VARIANCE = 10.0
 """Variance of the length effect's normal prior, log-odds². Wide, it only keeps the effect finite where longer always wins."""
 _NEWTON_STEPS = 30
-_NOTHING = Interval(math.nan, math.nan, math.nan)
 
 
 def length_controlled(
@@ -39,7 +38,7 @@ def length_controlled(
     delta = torch.as_tensor(np.asarray(length_differences, dtype=np.float64))
     estimate = partial(_equal_length_win_rates, y, delta)
     if math.isnan(float(estimate(torch.ones(1, len(y), dtype=torch.float64))[0])):
-        return _NOTHING
+        return NO_INTERVAL
     if len(set(verdicts)) == 1:  # nothing that length could explain
         return share_interval(verdicts, clusters)
     return jackknife_interval(estimate, clusters, scale=LOG_ODDS)
