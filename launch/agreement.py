@@ -1,4 +1,4 @@
-"""How far a judge agrees with people, on any labelled data and without a model in between: ``python -m launch.agreement``.
+"""Agreement of a judge with people, on any labelled data and without a model in between: ``python -m launch.agreement``.
 
 ``python -m launch.agreement data=hh data.path=DIR/harmless-base judge=local judge.judge.model=NAME judge.criteria=harmlessness``
 """

@@ -1,4 +1,4 @@
-"""Implicit rewards of pairs by two checkpoints, β log(π/π₀): margins, and which tokens of a response they come from."""
+"""Implicit rewards of pairs by two checkpoints, β log(π/π₀): margins, and the tokens of a response that they come from."""
 
 import math
 from collections.abc import Sequence
@@ -282,7 +282,7 @@ def _as_coloured(found: RewardTables) -> Coloured | None:
 
 
 def _draw_margins(axes: Axes, found: RewardTables) -> str:
-    """How margins are spread, right ones and wrong ones."""
+    """Histogram of the margins, right ones and wrong ones."""
     margins = found.pairs["margin"].to_numpy()
     reach = max(float(np.abs(margins).max()), 1e-6)
     width = 2 * reach / _N_BARS

@@ -168,7 +168,7 @@ def is_judged(metric: str) -> bool:
 
 
 def agreement_with(table: pd.DataFrame, metric: str) -> str:
-    """The end of a sentence with a judge's figure: how far the judge agrees with labels; nothing where that is not known."""
+    """End of a sentence with a judge's figure: its agreement with labels; empty where that is not known."""
     found = last_point(table, AGREEMENT, "judge")
     if not is_judged(metric) or not math.isfinite(found.value):
         return ""
@@ -178,7 +178,7 @@ def agreement_with(table: pd.DataFrame, metric: str) -> str:
 
 
 def agreement_in_short(table: pd.DataFrame) -> str:
-    """How far the judge agrees with labels, or that it is not known, beside a number of the first screen."""
+    """Agreement of the judge with labels, or that it is not known, beside a number of the first screen."""
     found = last_point(table, AGREEMENT, "judge")
     if found is NOTHING:
         return "its agreement with labels: not measured"
@@ -417,7 +417,7 @@ def reading_of(table: pd.DataFrame, *, n_prompts: int | None, decoding: Decoding
 
 
 def _agreement_lines(table: pd.DataFrame) -> list[str]:
-    """What is to be known of the judge beside its figures; nothing where nobody judged."""
+    """Note that a reader needs on the judge beside its figures; none where nobody judged."""
     if not any(map(is_judged, table["metric"])):
         return []
     found = last_point(table, AGREEMENT, "judge")
@@ -436,7 +436,7 @@ def _agreement_lines(table: pd.DataFrame) -> list[str]:
 
 
 def judge_of_sweep(table: pd.DataFrame) -> list[str]:
-    """What is to be known of the judge whose figures are among the rows of a sweep; nothing where nobody judged."""
+    """Note on the judge whose figures are among the rows of a sweep; none where nobody judged."""
     if not any(map(is_judged, table["metric"].unique())):
         return []
     found = table[table["metric"] == AGREEMENT]

@@ -1,4 +1,4 @@
-"""One judge, asked everything: does it prefer what people did, how good is a reply (G-Eval), which of two is better?"""
+"""One judge, asked everything: pairs that people ranked, G-Eval scores of replies, and which of two replies is better."""
 
 from collections.abc import Mapping, Sequence
 from typing import Literal

@@ -21,7 +21,7 @@ Side = Literal["policy", "base", "both", "judge"]
 MAX_MISSING_SHARE = 0.05
 """Above this share of missing scores a figure is NaN: what is left may not be a fair sample."""
 AGREEMENT = "judge/agreement"
-"""Name of the figure of how often a judge prefers what people preferred."""
+"""Name of the share of people's preferences that a judge shares."""
 AGREEMENT_PAIRS = 100
 """Held-out pairs that a judge is held against."""
 
@@ -110,7 +110,7 @@ class Scorer(Protocol):
 
 
 class Agreement:
-    """How often a judge prefers what people preferred: measured before its first score, then said with every one.
+    """Share of people's preferences that a judge shares: measured before its first score, then said with every one.
 
     Args:
         n_pairs: held-out pairs that it is asked about; 0: none, and the agreement is not known.
