@@ -26,6 +26,8 @@ from datamodules.records import PreferenceSource
 from launch.base_model import find_or_train_base, progress_callbacks
 from launch.command import one_line_errors
 from launch.loggers.metrics_csv import MetricsCSV
+from launch.loggers.tensorboard import MODE as TENSORBOARD
+from launch.loggers.tensorboard import open_tensorboard
 from launch.loggers.wandb_logger import RunLogger, close_wandb, open_wandb
 from launch.loggers.wandb_media import WandbMedia
 from launch.parts import Parts, build_parts, check_length, check_options
@@ -183,6 +185,8 @@ def _attach(parts: Parts, root: Path) -> None:
     parts.module.attach_model(lambda: model.build(tokenizer), lambda: model.build_empty(tokenizer))
     if isinstance(parts.module, DPOModule):
         parts.module.reference_cache_dir = root / "cache" / "reference"
+        if (reference := parts.reference) is not None:
+            parts.module.attach_reference(lambda: reference.build(tokenizer), lambda: reference.build_empty(tokenizer))
 
 
 def _why_not_merged(parts: Parts) -> str | None:
@@ -266,11 +270,14 @@ def _keep(run_dir: Path, parts: Parts, trainer: Trainer) -> str | None:
 
 
 def _open_loggers(config: DictConfig, run_dir: Path, parts: Parts, checkpoint: Path | None) -> tuple[list[Logger], str]:
+    resume_step = None if checkpoint is None else verify(checkpoint, contents=False).step
+    loggers: list[Logger] = [MetricsCSV(run_dir / "metrics.csv", resume_step=resume_step)]
+    if config.logger.mode == TENSORBOARD:
+        tensorboard, line = open_tensorboard(run_dir, resume_step=resume_step)
+        return [*loggers, tensorboard], line
     facts = {**OmegaConf.to_container(config, resolve=True), **provenance(parts)}  # type: ignore[dict-item]
     options = OmegaConf.to_container(config.logger, resolve=True)
     wandb_logger, line = open_wandb(run_dir=run_dir, config=facts, name=run_dir.name, group=config.name, **options)  # type: ignore[arg-type]
-    resume_step = None if checkpoint is None else verify(checkpoint, contents=False).step
-    loggers: list[Logger] = [MetricsCSV(run_dir / "metrics.csv", resume_step=resume_step)]
     return loggers + ([wandb_logger] if wandb_logger is not None else []), line
 
 

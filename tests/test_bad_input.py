@@ -11,6 +11,7 @@ from hydra.core.global_hydra import GlobalHydra
 from launch.command import run_command
 from launch.configuration import CONF, prepare_overrides
 from launch.training import train
+from tests.analysis.asked import save_model
 from tests.cli import TINY
 from tiltmeter.errors import UserError
 
@@ -115,6 +116,27 @@ def test_a_hub_model_without_network(capsys: pytest.CaptureFixture[str], tmp_pat
     line = fails_with(capsys, tmp_path / "r", "model.name_or_path=meta-llama/Llama-2-7b-hf")
     assert "meta-llama/Llama-2-7b-hf" in line
     assert "network" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["reference.name_or_path=TOY"],
+            "reference.name_or_path: TOY has another vocabulary than the model that is trained",
+        ),
+        (["reference.name_or_path=/nowhere"], "reference.name_or_path: no such folder: /nowhere"),
+        (["reference.revision=main"], "reference.name_or_path: expected a hub id or a folder, got none"),
+        (["reference.name_or_path=TOY", "reference.init=random"], "reference.init: not of a reference"),
+        (["reference.name_or_path=TOY", "module=sft"], "reference.name_or_path: this module has no reference"),
+    ],
+)
+def test_a_reference_that_does_not_fit(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    toy = str(save_model(tmp_path / "toy", seed=0))
+    given = [argument.replace("TOY", toy) for argument in arguments]
+    assert words.replace("TOY", toy) in fails_with(capsys, tmp_path / "r", *TINY, *given)
 
 
 def test_hub_data_without_network(
