@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Timer
 from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedTokenizerBase
 
+from analysis.open.adapters import adapter_to_merge
 from datamodules.preference import PreferenceDataModule
 from datamodules.tokenization import train_bpe_tokenizer
 from launch.configuration import CONF, check_config, expand_home
@@ -159,6 +160,8 @@ def build_parts(config: DictConfig) -> Parts:
             "model.init=random: a model from scratch needs a base trained by SFT first; set base (see conf/experiment)"
         )
     reference = _reference(config, module, model)
+    if model.adapter_path is not None:
+        adapter_to_merge(model.adapter_path, base=str(model.name_or_path))
     data: PreferenceDataModule = instantiate(config.datamodule, source=instantiate(config.data))
     data.load()
     if model.trains_tokenizer:

@@ -23,7 +23,7 @@ from callbacks.observation import report_failed_write
 from callbacks.process.preemption import Preemption
 from callbacks.process.random_state import RandomState
 from datamodules.records import PreferenceSource
-from launch.base_model import find_or_train_base, progress_callbacks
+from launch.base_model import find_or_train_base, merge_adapter_into_base, progress_callbacks
 from launch.command import one_line_errors
 from launch.loggers.metrics_csv import MetricsCSV
 from launch.loggers.tensorboard import MODE as TENSORBOARD
@@ -156,6 +156,9 @@ def _settle_base(config: DictConfig, parts: Parts, checkpoint: Path | None) -> I
         yield f"Base: found in {kept.name_or_path}"
     elif config.base is not None:
         parts.model, line = find_or_train_base(config, parts.model, parts.tokenizer, parts.data)
+        yield line
+    elif parts.model.adapter_path is not None:
+        parts.model, line = merge_adapter_into_base(config, parts.model, parts.tokenizer)
         yield line
     elif is_first_process() and (given := Path(str(parts.model.name_or_path))).is_dir():
         check_kept(given)  # a run's own aligned/ …

@@ -33,6 +33,8 @@ class CausalLM:
         revision: commit or tag on the hub; pin it for runs that are to be remade.
         init: ``pretrained`` loads weights, ``random`` makes a model from ``architecture``.
         architecture: for ``init=random``: ``model_type`` and the fields of that family's configuration.
+        adapter_path: folder or hub id of a LoRA adapter that is merged into the weights before anything else is done with them;
+            :meth:`build` and its like are of the merged model, whose choice has none any more.
         tokenizer: hub id or folder; None: the model's own. For ``init=random`` None means: train a BPE on the data.
         vocab_size: size of a trained BPE.
         dtype: of the weights. float32 weights with ``trainer.precision=bf16-mixed`` is the usual choice.
@@ -45,6 +47,7 @@ class CausalLM:
     revision: str | None = None
     init: str = "pretrained"
     architecture: Mapping[str, Any] | None = None
+    adapter_path: str | None = None
     tokenizer: str | None = None
     vocab_size: int = 4096
     dtype: str = "float32"
@@ -64,6 +67,10 @@ class CausalLM:
             )
         if self.init == "random" and self.name_or_path:
             raise UserError(f"{self.key}.name_or_path: not with {self.key}.init=random; choose one of the two")
+        if self.init == "random" and self.adapter_path:
+            raise UserError(
+                f"{self.key}.adapter_path: not with {self.key}.init=random; give the base that it was trained on"
+            )
         if self.init == "random" and "model_type" not in (self.architecture or {}):
             raise UserError(
                 f"{self.key}.architecture: {self.key}.init=random needs model_type (for example llama) and its sizes"
