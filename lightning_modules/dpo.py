@@ -22,10 +22,12 @@ from lightning_modules.pair_metrics import PairResults
 from lightning_modules.policy import EmptyBuilder, Policy, PolicyBuilder
 from lightning_modules.reference import MicroBatches, cached_reference
 from lightning_modules.schedule import check_number
+from tiltmeter.errors import UserError
 from tiltmeter.models.lora import adapters_disabled, plain_state
 from tiltmeter.pairs.batch import PreferenceBatch, StepBatch
 from tiltmeter.pairs.preference_losses import PAIR_METRICS, PairLogProbs, chosen_nll, make_preference_loss
 from tiltmeter.pairs.reference_cache import ReferenceCache, forward_identity, hash_weights
+from tiltmeter.pairs.router_loss import router_coefficient
 from tiltmeter.pairs.verification import settle_packing, verify_no_randomness
 
 
@@ -41,6 +43,8 @@ class DPOModule(LogProbModule):
         beta, label_smoothing, gamma_beta_ratio: options of the loss; null takes its default, one that the loss does
             not have is refused.
         sft_weight: of the negative log-likelihood of the chosen response per token, added to the loss of each pair (RPO).
+        router_aux_loss: weight of the load-balancing loss of a mixture of experts; null: the model's own
+            (``router_aux_loss_coef``); 0: none.
         learning_rate and the rest: see :class:`~lightning_modules.base.LogProbModule`.
     """
 
@@ -55,6 +59,7 @@ class DPOModule(LogProbModule):
         label_smoothing: float | None = None,
         gamma_beta_ratio: float | None = None,
         sft_weight: float = 0.0,
+        router_aux_loss: float | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -64,6 +69,9 @@ class DPOModule(LogProbModule):
         )
         if sft_weight:
             self.columns = (*PAIR_METRICS, "sft_loss")
+        check_number("router_aux_loss", router_aux_loss or 0, 0, math.inf)
+        self.router_aux_loss = None if router_aux_loss is None else float(router_aux_loss)
+        self._router_weight = 0.0
         self.reference_cache_dir: Path | None = None
         """Folder of reference caches shared by all runs; None: every run computes its own."""
         self._cache: ReferenceCache | None = None
@@ -79,8 +87,24 @@ class DPOModule(LogProbModule):
 
     def on_model_built(self, model: PreTrainedModel) -> None:
         """Open the cache of this very model, as it computes here."""
+        self._settle_router_loss(model)
         if self._other_reference is None:
             self._open_cache(model)
+
+    def _settle_router_loss(self, model: PreTrainedModel) -> None:
+        weight = router_coefficient(model, self.router_aux_loss)
+        if not weight:
+            return
+        if (
+            self.device_mesh is not None
+        ):  # routers' outputs are none of their blocks', so FSDP2 would free weights that they need
+            if self.router_aux_loss:
+                raise UserError("module.router_aux_loss: not with trainer=fsdp; leave it out or take trainer=ddp")
+            self.print("Experts: no load-balancing loss, which trainer=fsdp can't have (module.router_aux_loss)")
+            return
+        self._router_weight = weight
+        self.columns = (*self.columns, "router_loss")
+        self.print(f"Experts: load-balancing loss × {weight:g} beside the preference loss (module.router_aux_loss)")
 
     def _open_cache(self, model: PreTrainedModel) -> None:
         if self.reference_cache_dir is not None:
@@ -208,7 +232,9 @@ class DPOModule(LogProbModule):
 
     def pair_results(self, batch: PreferenceBatch, split: Split) -> PairResults:
         """Preference loss and TRL's reward metrics; rewards are β·log(π/π₀) whatever the loss."""
-        chosen, rejected = self.trained_policy(batch).chunk(2)
+        policy = self.trained_policy
+        logps, router_loss = policy.with_router_loss(batch) if self._router_weight else (policy(batch), None)
+        chosen, rejected = logps.chunk(2)
         chosen_tokens, rejected_tokens = batch.target_counts.chunk(2)
         reference_chosen, reference_rejected = self.reference[split][batch.pair_index].unbind(1)
         pairs = PairLogProbs(chosen, rejected, reference_chosen, reference_rejected, chosen_tokens, rejected_tokens)
@@ -219,7 +245,13 @@ class DPOModule(LogProbModule):
             figures = [losses, *rewards, margins, (margins > 0).float(), chosen, rejected]
             if self.loss.sft_weight:
                 figures.append(chosen_nll(pairs))
+            if router_loss is not None:
+                figures.append(router_loss.expand_as(losses))
             columns = torch.stack([f.detach().float() for f in figures], dim=1)
+        if router_loss is not None:
+            losses = (
+                losses + self._router_weight * router_loss
+            )  # of the micro-batch, so that each pair brings its own's
         return PairResults((losses * batch.weights).sum(), columns)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
