@@ -1,4 +1,4 @@
-"""What an analysis is: what it needs, a table that is computed from it, and a section of the report that is drawn of the table."""
+"""The contract of an analysis: its needs, a table computed from them, and a section of the report that is drawn of the table."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ _NO_READINGS = (
 
 
 class Cost(NamedTuple):
-    """What one part of an analysis takes, said before it starts."""
+    """Passes and tokens of one part of an analysis, said before it starts."""
 
     name: str
     forwards: float
@@ -26,7 +26,7 @@ class Cost(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """What an analysis has to be given."""
+    """Needs of an analysis."""
 
     what: Literal["run", "states", "models"]
     """A run's tables; hidden states, those that a run stored or else read now; or both models."""

@@ -175,8 +175,9 @@ def work(settings: Message, channel: Channel) -> Message:
     parts = build_parts(config)
     assert isinstance(parts.module, DPOModule)
     seed_everything(config.seed, verbose=False)
-    parts.module.attach_model(lambda: parts.model.build(parts.tokenizer))
-    parts.module.reference_cache_dir = Path(settled.folder) / "reference"
+    parts.module.attach_model(
+        lambda: parts.model.build(parts.tokenizer), reference_cache=Path(settled.folder) / "reference"
+    )
     metrics = Path(config.run_dir) / "metrics.csv"
     metrics.parent.mkdir()
     trainer = make_trainer(config, watching_callbacks(config), [MetricsCSV(metrics)])

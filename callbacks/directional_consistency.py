@@ -5,8 +5,8 @@ from pathlib import Path
 
 from lightning.pytorch import LightningModule, Trainer
 
-from callbacks.observation import ProbeSession, log, report_failed_write
 from callbacks.observer import Observer
+from callbacks.probe_session import ProbeSession, log, report_failed_write
 from tiltmeter.metric_names import place
 from tiltmeter.states.capture import ReadPoint
 from tiltmeter.states.observed_metrics import Metrics, consistency_metrics

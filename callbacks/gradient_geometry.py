@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from callbacks.observation import ProbeSession, log, model_of
+from callbacks.probe_session import ProbeSession, log, model_of
 from tiltmeter.errors import UserError
 from tiltmeter.geometry.directions import sequence_preference_vectors
 from tiltmeter.geometry.gradients import GradientMoments, rows_that_predict

@@ -5,8 +5,8 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from callbacks.observation import data_of, report_failed_write
 from callbacks.observer import Observer
+from callbacks.probe_session import data_of, report_failed_write
 from tiltmeter.states.snapshots import BASE, SnapshotWriter, check_dtype, epoch_name
 from tiltmeter.states.state_pair import StatePair
 

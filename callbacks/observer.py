@@ -5,7 +5,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from callbacks.observation import ProbeSession, model_of
+from callbacks.probe_session import ProbeSession, model_of
 from callbacks.schedule import Scheduled
 from tiltmeter.models.layers import resolve_sites
 from tiltmeter.states.capture import ReadPoint

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from lightning.pytorch import LightningModule, Trainer
 
-from callbacks.observation import ProbeSession, log
 from callbacks.observer import Observer
+from callbacks.probe_session import ProbeSession, log
 from tiltmeter.states.observed_metrics import Metrics, projection_metrics
 from tiltmeter.states.state_pair import StatePair
 

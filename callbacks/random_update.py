@@ -8,7 +8,7 @@ from typing import Any, cast
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from callbacks.observation import data_of, log, model_of, report_failed_write
+from callbacks.probe_session import data_of, log, model_of, report_failed_write
 from tiltmeter.models.cpu_linear import onednn_is_faster, use_fast_linear
 from tiltmeter.models.lora import insert_adapters, merged_state
 from tiltmeter.states.positions import Position, check_position
@@ -17,7 +17,7 @@ from tiltmeter.weights.random_update import FORMS, N_DRAWS, Form, check_draws, r
 
 
 class RandomUpdate(Callback):
-    """When training ends, the probe is read under random weight changes of the update's own norm (control C8).
+    """Reads the probe under random weight changes of the update's own norm when training ends (control C8).
 
     Writes ``snapshots/random_update.json`` and logs the means over draws as ``…/random_update/…``. Costs one forward pass a
     draw over the probe. A sharded or larger model is left to ``analyze.py``, which makes up for what it doesn't find.

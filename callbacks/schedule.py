@@ -1,4 +1,4 @@
-"""When a callback looks: before the first step, at the ends of epochs and, if asked, every few steps; once a step."""
+"""The schedule of a callback: before the first step, at the ends of epochs and, if asked, every few steps; once a step."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -5,8 +5,8 @@ from typing import Any, get_args
 
 from lightning.pytorch import LightningModule, Trainer
 
-from callbacks.observation import log
 from callbacks.observer import Observer
+from callbacks.probe_session import log
 from tiltmeter.errors import UserError
 from tiltmeter.geometry.rows import Variant
 from tiltmeter.states.observed_metrics import Metrics, spectral_metrics

@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from callbacks.observation import log
+from callbacks.probe_session import log
 from tiltmeter.errors import NumericalStop
 from tiltmeter.metric_names import metric
 from tiltmeter.pairs.batch import StepBatch

@@ -3,17 +3,17 @@ r"""The Anthropic HH source: pairs of whole transcripts, split at the right-most
 Source: Bai et al. 2022, "Training a Helpful and Harmless Assistant with RLHF"; data set ``Anthropic/hh-rlhf``.
 """
 
-import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datamodules.files.jsonl import EXPECTED, hub_file, hub_location, list_files, read_rows, stem
+from datamodules.files.jsonl import EXPECTED, files_named, hub_file, hub_location, list_files, read_rows, stem
 from datamodules.files.malformed import Malformed, MalformedRows, check_policy
 from datamodules.records import LoadReport, Message, PreferencePair, Role
 from tiltmeter.errors import UserError
+from tiltmeter.plain_text import did_you_mean
 
 REPO = "Anthropic/hh-rlhf"
 HUB_SUBSETS = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")
@@ -103,18 +103,14 @@ class AnthropicHH:
         root = Path(self.path).expanduser()
         if any((root / subset).is_dir() for subset in HUB_SUBSETS):
             return [self._from_copy(root, subset) for subset in self._hub_names()], []
+        return self._from_folder(root)
+
+    def _from_folder(self, root: Path) -> tuple[list[_File], list[str]]:
         found = list_files(root)
-        chosen = [f for f in found if self.split is None or self.split in stem(f)]
-        if not chosen:
-            raise UserError(f"data.split: no file with {self.split!r} in its name in {self.path} ({_names(found)})")
-        for subset in self.subsets or ():
-            if not any(subset in stem(f) for f in chosen):
-                nearest = _nearest(subset, [stem(f) for f in chosen])
-                raise UserError(
-                    f"data.subsets: no file with {subset!r} in its name in {self.path} ({_names(chosen)}){nearest}"
-                )
+        chosen = files_named(found, self.split, "data.split", root)
         if self.subsets is not None:
-            chosen = [f for f in chosen if any(subset in stem(f) for subset in self.subsets)]
+            wanted = {f for subset in self.subsets for f in files_named(chosen, subset, "data.subsets", root)}
+            chosen = [f for f in chosen if f in wanted]
         return [_File(f, stem(f), str(f)) for f in chosen], [f.name for f in found if f not in chosen]
 
     def _hub_names(self) -> tuple[str, ...]:
@@ -123,7 +119,7 @@ class AnthropicHH:
             if subset not in HUB_SUBSETS:
                 known = ", ".join(HUB_SUBSETS)
                 raise UserError(
-                    f"data.subsets: unknown subset {subset!r} (expected {known}){_nearest(subset, HUB_SUBSETS)}"
+                    f"data.subsets: unknown subset {subset!r} (expected {known}){did_you_mean(subset, HUB_SUBSETS, cutoff=0.4)}"
                 )
         return names
 
@@ -166,6 +162,12 @@ def parse_row(chosen: str, rejected: str) -> tuple[tuple[Message, ...], str, str
         return "empty response"
     if chosen_text.strip() == rejected_text.strip():
         return "identical responses"
+    messages = _prompt_messages(prompt_text)
+    return messages if isinstance(messages, str) else (messages, prompt_text, chosen_text, rejected_text)
+
+
+def _prompt_messages(prompt_text: str) -> tuple[Message, ...] | str:
+    """Turns of a prompt that ends where the assistant is to speak, or the reason to drop it."""
     before, *parts = _TURN.split(prompt_text)
     roles, contents = parts[0::2], [text.strip() for text in parts[1::2]]
     if before.strip():
@@ -174,8 +176,7 @@ def parse_row(chosen: str, rejected: str) -> tuple[tuple[Message, ...], str, str
         return "turns do not alternate"
     if not all(contents[:-1]):
         return "empty turn in the prompt"
-    messages = tuple(Message(_ROLES[role], text) for role, text in zip(roles[:-1], contents[:-1], strict=True))
-    return messages, prompt_text, chosen_text, rejected_text
+    return tuple(Message(_ROLES[role], text) for role, text in zip(roles[:-1], contents[:-1], strict=True))
 
 
 def _load_file(file: _File, policy: Malformed) -> tuple[list[PreferencePair], LoadReport]:
@@ -224,12 +225,3 @@ def _check_row(row: dict[str, Any], where: str) -> None:
     for key, value in row.items():
         if not isinstance(value, str):
             raise UserError(f"{where}: {key}: expected a string, got {type(value).__name__} {str(value)[:40]!r}")
-
-
-def _names(files: Sequence[Path]) -> str:
-    return "there: " + ", ".join(f.name for f in files)
-
-
-def _nearest(word: str, candidates: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, candidates, n=1, cutoff=0.4)
-    return f"; did you mean {close[0]}?" if close else ""

@@ -1,6 +1,5 @@
 """Several sources in fixed shares, none of their pairs used twice."""
 
-import difflib
 import math
 import random
 from collections import Counter
@@ -9,6 +8,7 @@ from fractions import Fraction
 
 from datamodules.records import LoadReport, PreferencePair, PreferenceSource
 from tiltmeter.errors import UserError
+from tiltmeter.plain_text import did_you_mean
 
 
 class Mixture:
@@ -58,26 +58,29 @@ class Mixture:
             if reports[key]:
                 reports[key][0].notes["used in the mixture"] = share
         drawn = {key: _draw(pairs, counts[key], f"{self.seed}/{key}") for key, pairs in loaded.items()}
-        mixed = _interleave([pairs for pairs in drawn.values() if pairs])
+        mixed = _interleave([*drawn.values()])
         _check_ids(mixed)
         return mixed, [report for key in self.sources for report in reports[key]]
+
+
+def _exact(key: str, weight: float) -> Fraction:
+    """A weight as it is written: 0.1 means one tenth, not the nearest binary fraction. Raises UserError: no number from 0."""
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+        raise UserError(f"data.weights.{key}: expected a number ≥ 0, got {weight!r}")
+    return Fraction(str(weight))
 
 
 def _shares(sources: Mapping[str, PreferenceSource], weights: Mapping[str, float]) -> dict[str, Fraction]:
     """Weights as exact fractions of one, in the order of the sources."""
     for key in weights:
         if key not in sources:
-            close = difflib.get_close_matches(key, sources, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
+            hint = did_you_mean(key, sources)
             raise UserError(f"data.weights: unknown source {key!r} (expected {', '.join(sources)}){hint}")
     exact: dict[str, Fraction] = {}
     for key in sources:
         if key not in weights:
             raise UserError(f"data.weights: no weight for source {key!r} (got {', '.join(weights) or 'none'})")
-        weight = weights[key]
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
-            raise UserError(f"data.weights.{key}: expected a number ≥ 0, got {weight!r}")
-        exact[key] = Fraction(str(weight))  # 0.1 means one tenth, not the nearest binary fraction
+        exact[key] = _exact(key, weights[key])
     total = sum(exact.values())
     if total == 0:
         raise UserError("data.weights: all weights are 0; expected at least one above 0")

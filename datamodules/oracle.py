@@ -8,7 +8,7 @@ from typing import NamedTuple
 from datamodules.synthetic import SyntheticWorld
 from datamodules.synthetic_phrases import SITUATIONS
 from tiltmeter.errors import UserError
-from tiltmeter.scoring.scorer import Sample, Scores, mean_figure
+from tiltmeter.scoring.scorer import Sample, Scores, Side, mean_figure
 
 
 class PlantedOracle:
@@ -58,21 +58,18 @@ class PlantedOracle:
         of the world.
         """
         utilities = [self._utilities(sample) for sample in samples]
-        columns = {
-            "oracle_preference_rate": [_verdict(one.policy, one.base) for one in utilities],
-            "oracle_preference_rate_vs_chosen": [_verdict(one.policy, one.chosen) for one in utilities],
-            "oracle_utility/policy": [one.policy for one in utilities],
-            "oracle_utility/base": [one.base for one in utilities],
+        found: dict[tuple[str, Side], list[float]] = {
+            ("oracle_preference_rate", "both"): [_verdict(one.policy, one.base) for one in utilities],
+            ("oracle_preference_rate_vs_chosen", "both"): [_verdict(one.policy, one.chosen) for one in utilities],
+            ("oracle_utility", "policy"): [one.policy for one in utilities],
+            ("oracle_utility", "base"): [one.base for one in utilities],
         }
-        columns = {name: [math.nan if math.isinf(x) else x for x in values] for name, values in columns.items()}
-        figures = [
-            mean_figure(name, "both", columns[name], samples, scorer=self.name)
-            for name in ("oracle_preference_rate", "oracle_preference_rate_vs_chosen")
-        ]
-        for side in ("policy", "base"):
-            values = columns[f"oracle_utility/{side}"]
-            figures.append(mean_figure("oracle_utility", side, values, samples, scorer=self.name))
-        return Scores(figures, columns)
+        scores = Scores()
+        for (name, of), given in found.items():
+            values = [math.nan if math.isinf(x) else x for x in given]
+            scores.columns[name if of == "both" else f"{name}/{of}"] = values
+            scores.figures.append(mean_figure(name, of, values, samples, scorer=self.name))
+        return scores
 
     def _utilities(self, sample: Sample) -> "_Utilities":
         situation = sample.attributes.get("situation")

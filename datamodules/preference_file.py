@@ -1,17 +1,17 @@
 """People's own preference data: files in any of TRL's forms, saved data sets, and data sets of the Hugging Face hub."""
 
-import difflib
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import chain, islice
-from typing import Any
+from typing import Any, NoReturn
 
 from datamodules.files.malformed import Malformed, MalformedRows, check_policy
 from datamodules.files.preference_forms import COLUMNS, FORMS, TRANSCRIPTS, UNPAIRED, Parsed, Row, common_form, parse
 from datamodules.files.tables import Table, hub_table, local_tables, unique_names
 from datamodules.records import AttributeValue, LoadReport, Message, PreferencePair
 from tiltmeter.errors import UserError
+from tiltmeter.plain_text import did_you_mean
 
 N_FIRST = 50
 """Rows that tell a table's form."""
@@ -83,26 +83,19 @@ class PreferenceFile:
             UserError: missing or malformed files, a table in no known form, or one with no usable pair.
         """
         tables, left_out = self._tables()
-        n_held_out = 0
+        n_trained = len(tables)
         if self.validation_paths:
             held_out, _ = local_tables(self.validation_paths, None, "data.validation_path")
-            n_held_out = len(held_out)
             tables = unique_names([*tables, *held_out], "data.validation_path")
-        names = {table.whole for table in tables[: len(tables) - n_held_out]}
+        names = {table.whole for table in tables[:n_trained]}
         only = f"{self.name}/{next(iter(names))}" if len(names) == 1 else None
         loaded = [
-            self._load(table, only or f"{self.name}/{table.whole}", is_held_out=i >= len(tables) - n_held_out)
+            self._load(table, only or f"{self.name}/{table.whole}", is_held_out=i >= n_trained)
             for i, table in enumerate(tables)
         ]
         if left_out:
             loaded[0][1].notes["not read"] = ", ".join(left_out)
-        prompts = {pair.group for pairs, _ in loaded for pair in pairs if pair.held_out}
-        for pairs, report in loaded:
-            kept = [pair for pair in pairs if pair.held_out or pair.group not in prompts]
-            if len(kept) < len(pairs):
-                report.dropped["whose prompt is in data.validation_path too"] = len(pairs) - len(kept)
-            pairs[:], report.n_kept = kept, len(kept)
-        pairs = [pair for found, _ in loaded for pair in found]
+        pairs = [pair for found in _without_held_out_prompts(loaded) for pair in found]
         self._check_sources(pairs)
         return pairs, [report for _, report in loaded]
 
@@ -129,9 +122,8 @@ class PreferenceFile:
                 report.dropped[str(refused)] += 1
                 continue
             n_reversed += scores.get("score_margin", 0.0) < 0
-            own = None if self.source_column is None else given.get(self.source_column)
             pair_id = f"{self.name}/{table.name}/{number - 1:05d}"
-            pairs.append(_pair(pair_id, source if own is None else str(own), parsed, scores, is_held_out=is_held_out))
+            pairs.append(_pair(pair_id, self._source_of(given, source), parsed, scores, is_held_out=is_held_out))
         report.n_kept = len(pairs)
         malformed.settle(report, report.n_rows)
         report.notes["form"] = form
@@ -141,6 +133,10 @@ class PreferenceFile:
             reasons = ", ".join(f"{n} {reason}" for reason, n in report.dropped.most_common())
             raise UserError(f"{table.location}: no usable pair in {report.n_rows} rows of the form “{form}”: {reasons}")
         return pairs, report
+
+    def _source_of(self, row: Row, usual: str) -> str:
+        own = None if self.source_column is None else row.get(self.source_column)
+        return usual if own is None else str(own)
 
     def _renamed(self, row: Row) -> dict[str, Any]:
         """A row with its columns under the names of :data:`~datamodules.files.preference_forms.COLUMNS`, others as they are."""
@@ -156,18 +152,11 @@ class PreferenceFile:
             raise UserError(f"{location}: no rows")
         there = sorted({name for row in rows for name, value in row.items() if value is not None})
         found = f"columns found: {', '.join(map(str, there)) or 'none'}"
-        for name, column in self.columns.items():
-            if column not in there:
-                raise UserError(f"{location}: data.columns.{name}={column}: no such column; {found}")
-        if self.source_column is not None and self.source_column not in there:
-            raise UserError(f"{location}: data.source_column={self.source_column}: no such column; {found}")
-        if self.min_margin is not None and not {self.columns.get(name, name) for name in _SCORES} <= {*there}:
-            raise UserError(
-                f"{location}: data.min_margin: expected the columns score_chosen and score_rejected; {found}; name them by "
-                "data.columns.score_chosen= and data.columns.score_rejected="
-            )
-        if form := common_form(map(self._renamed, rows)):
-            return form
+        self._check_named(there, location, found)
+        return common_form(map(self._renamed, rows)) or self._refuse_form(there, location, found)
+
+    def _refuse_form(self, there: Collection[str], location: str, found: str) -> NoReturn:
+        """Say why a table is in no known form. Raises UserError."""
         if {*UNPAIRED} <= {*there} and "rejected" not in there:
             raise UserError(
                 f"{location}: unpaired rows ({found}): they don’t say which of two responses to one prompt was better, which DPO "
@@ -183,6 +172,19 @@ class PreferenceFile:
             f"{location}: in no known form; {found}; known: {forms}; other names of columns by data.columns.prompt=NAME and "
             "so on (docs/data.md)"
         )
+
+    def _check_named(self, there: Collection[str], location: str, found: str) -> None:
+        """Refuse options that name columns which aren't there. Raises UserError."""
+        for name, column in self.columns.items():
+            if column not in there:
+                raise UserError(f"{location}: data.columns.{name}={column}: no such column; {found}")
+        if self.source_column is not None and self.source_column not in there:
+            raise UserError(f"{location}: data.source_column={self.source_column}: no such column; {found}")
+        if self.min_margin is not None and not {self.columns.get(name, name) for name in _SCORES} <= {*there}:
+            raise UserError(
+                f"{location}: data.min_margin: expected the columns score_chosen and score_rejected; {found}; name them by "
+                "data.columns.score_chosen= and data.columns.score_rejected="
+            )
 
     def _refuse_margin(self, scores: Mapping[str, float]) -> str | None:
         if self.min_margin is None:
@@ -200,6 +202,19 @@ class PreferenceFile:
             )
 
 
+def _without_held_out_prompts(
+    loaded: Sequence[tuple[Sequence[PreferencePair], LoadReport]],
+) -> Iterator[Sequence[PreferencePair]]:
+    """Pairs of each table, without training pairs whose prompt is held out; reports say how many were dropped."""
+    prompts = {pair.group for pairs, _ in loaded for pair in pairs if pair.held_out}
+    for pairs, report in loaded:
+        kept = [pair for pair in pairs if pair.held_out or pair.group not in prompts]
+        if len(kept) < len(pairs):
+            report.dropped["whose prompt is in data.validation_path too"] = len(pairs) - len(kept)
+        report.n_kept = len(kept)
+        yield kept
+
+
 def _listed(paths: str | Sequence[str] | None, key: str) -> list[str]:
     found = [] if paths is None else [paths] if isinstance(paths, str) else list(paths)
     if (paths is not None and not found) or not all(isinstance(path, str) and path for path in found):
@@ -210,8 +225,7 @@ def _listed(paths: str | Sequence[str] | None, key: str) -> list[str]:
 def _check_columns(columns: Mapping[str, str]) -> dict[str, str]:
     for name, column in columns.items():
         if name not in COLUMNS or not isinstance(column, str):
-            close = difflib.get_close_matches(str(name), COLUMNS, n=1)
-            hint = f"; did you mean {close[0]}?" if close and name not in COLUMNS else ""
+            hint = "" if name in COLUMNS else did_you_mean(str(name), COLUMNS)
             raise UserError(
                 f"data.columns.{name}={column}: expected the name of a column for {', '.join(COLUMNS)}{hint}"
             )

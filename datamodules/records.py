@@ -80,7 +80,7 @@ class PreferenceSource(Protocol):
 
 
 def load_pairs(source: PreferenceSource) -> tuple[list[PreferencePair], list[LoadReport]]:
-    """What a source yields. Raises UserError: what the source raises, or it is none."""
+    """Load a source's pairs. Raises UserError: what the source raises, or it is none."""
     if not callable(getattr(source, "load", None)):
         raise UserError(
             f"data: {type(source).__name__} is no source of preferences, it has no load(); docs/data.md has an example"

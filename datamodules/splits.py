@@ -1,7 +1,8 @@
 """Train, validation and probe splits that share no prompt, and controls on the training labels."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Literal
 
 import numpy as np
@@ -31,44 +32,54 @@ def split_by_group(
     Raises:
         UserError: not enough pairs for the sizes asked for.
     """
-    by_group: dict[str, list[PreferencePair]] = {}
-    for pair in pairs:
-        by_group.setdefault(pair.group, []).append(pair)
-    names = sorted(by_group)
-    order = [names[i] for i in np.random.default_rng(seed).permutation(len(names))]
-    splits: dict[Split, list[PreferencePair]] = {"train": [], "val": [], "probe": []}
-    position = 0
+    groups = _shuffled_groups(pairs, seed)
     given = {pair.group for pair in pairs if pair.held_out}
-    if given and not (sizes["val"] or sizes["probe"]):
+    rest = iter([group for name, group in groups.items() if name not in given])
+    may_be_held_out = iter([groups[name] for name in groups if name in given]) if given else rest
+    n_val, n_probe = sizes["val"] or 0, sizes["probe"] or 0
+    val, probe = _take(may_be_held_out, n_val), _take(may_be_held_out, n_probe)
+    if given:
+        _check_held_out(n_val, n_probe, n_taken=len(val) + len(probe), n_given=sum(pair.held_out for pair in pairs))
+    train = list(chain.from_iterable(rest))
+    if len(train) < (sizes["train"] or 1):
+        needs_prompts = len(groups) < len(sizes)
+        advice = ("ask for fewer", "no prompt may be in two of them, so use pairs of more prompts")[needs_prompts]
+        raise UserError(
+            f"datamodule: {len(pairs)} pairs in {len(groups)} prompts are too few for train_pairs={sizes['train']}, "
+            f"val_pairs={sizes['val']}, probe_pairs={sizes['probe']}: only {len(train)} are left to train on; {advice}"
+        )
+    return {"train": train[: sizes["train"]], "val": val, "probe": probe}
+
+
+def _check_held_out(n_val: int, n_probe: int, *, n_taken: int, n_given: int) -> None:
+    """Refuse pairs that are held out in vain, or too few of them. Raises UserError."""
+    if not n_val + n_probe:
         raise UserError(
             "data.validation_path: nothing is held out with datamodule.val_pairs=0 and probe_pairs=0; ask for pairs of it, or "
             "leave it out"
         )
-    may_be_held_out = [name for name in order if name in given] if given else order
-    held_out: tuple[Split, ...] = ("val", "probe")
-    for split in held_out:
-        wanted = sizes[split] or 0
-        while len(splits[split]) < wanted and position < len(may_be_held_out):
-            splits[split] += by_group[may_be_held_out[position]]
-            position += 1
-        if given and len(splits[split]) < wanted:
-            raise UserError(
-                f"datamodule: the {sum(pair.held_out for pair in pairs)} pairs of data.validation_path are too few for "
-                f"val_pairs={sizes['val']} and probe_pairs={sizes['probe']}; ask for fewer"
-            )
-        splits[split] = [with_clean_label(pair) for pair in splits[split][:wanted]]
-    for name in order if given else order[position:]:
-        splits["train"] += [pair for pair in by_group[name] if name not in given]
-    available = len(splits["train"])
-    wanted_train = sizes["train"]
-    splits["train"] = splits["train"][:wanted_train]
-    if not splits["train"] or len(splits["train"]) < (wanted_train or 1):
+    if n_taken < n_val + n_probe:
         raise UserError(
-            f"datamodule: {len(pairs)} pairs in {len(names)} prompts are too few for train_pairs={wanted_train}, "
-            f"val_pairs={sizes['val']}, probe_pairs={sizes['probe']}: only {available} are left to train on; "
-            f"{'no prompt may be in two of them, so use pairs of more prompts' if len(names) < len(splits) else 'ask for fewer'}"
+            f"datamodule: the {n_given} pairs of data.validation_path are too few for val_pairs={n_val} and probe_pairs={n_probe}; "
+            "ask for fewer"
         )
-    return splits
+
+
+def _shuffled_groups(pairs: Sequence[PreferencePair], seed: int) -> dict[str, list[PreferencePair]]:
+    """Pairs by their group, groups in a seeded order."""
+    by_group: dict[str, list[PreferencePair]] = {}
+    for pair in pairs:
+        by_group.setdefault(pair.group, []).append(pair)
+    names = sorted(by_group)
+    return {names[i]: by_group[names[i]] for i in np.random.default_rng(seed).permutation(len(names))}
+
+
+def _take(groups: Iterator[list[PreferencePair]], wanted: int) -> list[PreferencePair]:
+    """The next whole groups until there are enough pairs, cut to that many, with clean labels."""
+    taken: list[PreferencePair] = []
+    while len(taken) < wanted and (group := next(groups, None)):
+        taken += group
+    return [with_clean_label(pair) for pair in taken[:wanted]]
 
 
 def count_repeats(pairs: Sequence[PreferencePair]) -> dict[str, int]:

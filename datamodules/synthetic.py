@@ -158,18 +158,8 @@ class SyntheticWorld:
         topics = draw.some(sorted(phrases.TOPICS), 6)
         self._fillings: dict[str, list[_Filling]] = {s: [] for s in SITUATIONS}
         for topic in topics:
-            tasks, things, _ = phrases.TOPICS[topic]
-            with_things: dict[str, tuple[str, Sequence[str]]] = {
-                "why": ("trouble", phrases.TROUBLES),
-                "choice": ("others", things),
-                "feeling": ("mood", phrases.MOODS),
-                "plan": ("occasion", phrases.OCCASIONS),
-            }
-            self._fillings["howto"] += [(topic, {"task": task}) for task in tasks]
-            for situation, (slot, words) in with_things.items():
-                self._fillings[situation] += [
-                    (topic, {"things": thing, slot: word}) for thing in things for word in words if word != thing
-                ]
+            for situation, fillings in _fillings_of(topic).items():
+                self._fillings[situation] += fillings
         self._fillings["risky"] = [
             ("mischief", {"misdeed": misdeed, "watcher": watcher})
             for misdeed in phrases.MISDEEDS
@@ -287,3 +277,18 @@ def _check_whole(key: str, value: object, low: float, high: float) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         between = f" from {low} to {high}" if math.isfinite(low) else ""
         raise UserError(f"data.{key}: expected a whole number{between}, got {value!r}")
+
+
+def _fillings_of(topic: str) -> dict[str, list[_Filling]]:
+    """Situation → the words that fill its phrases on a topic."""
+    tasks, things, _ = phrases.TOPICS[topic]
+    with_things: dict[str, tuple[str, Sequence[str]]] = {
+        "why": ("trouble", phrases.TROUBLES),
+        "choice": ("others", things),
+        "feeling": ("mood", phrases.MOODS),
+        "plan": ("occasion", phrases.OCCASIONS),
+    }
+    return {"howto": [(topic, {"task": task}) for task in tasks]} | {
+        situation: [(topic, {"things": thing, slot: word}) for thing in things for word in words if word != thing]
+        for situation, (slot, words) in with_things.items()
+    }

@@ -1,1 +1,1 @@
-"""How a run is put together: configuration checked, folder made, loggers chosen, base found or made, results shown."""
+"""The launch of a run: configuration checked, folder made, loggers chosen, base found or made, results shown."""

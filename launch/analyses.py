@@ -1,6 +1,6 @@
-"""Which analyses a command line asks for, and what of it concerns each."""
+"""The analyses that a command line asks for, and the options that concern each."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import ListConfig
@@ -26,15 +26,23 @@ def chosen_analyses(asked: str | ListConfig, *, of_run: bool) -> dict[str, bool]
         UserError: an unknown name, or one that needs a run.
     """
     names = [asked] if isinstance(asked, str) else list(asked)
+    possible = {a.name: a for a in ANALYSES if of_run or not a.needs.a_run}
+    _check_names(names, possible)
+    return {
+        name: name in names
+        for name, analysis in possible.items()
+        if name in names or (ALL in names and not (of_run and analysis.done_in_training))
+    }
+
+
+def _check_names(names: Collection[str], possible: Iterable[str]) -> None:
     for name in names or ["none"]:
         if name not in (ALL, *BY_NAME):
             raise UserError(f"analysis={name}: there is none of that name (there are: {', '.join((ALL, *BY_NAME))})")
-    possible = [a for a in ANALYSES if of_run or not a.needs.a_run]
-    if wrong := [name for name in names if name != ALL and BY_NAME[name] not in possible]:
-        there_are = ", ".join(a.name for a in possible)
-        raise UserError(f"analysis={wrong[0]}: needs a run; two checkpoints are asked with {there_are} or {ALL}")
-    whole = [a.name for a in possible if ALL in names and not (of_run and a.done_in_training)]
-    return {name: name in names for name in BY_NAME if name in names or name in whole}
+        if name not in (ALL, *possible):
+            raise UserError(
+                f"analysis={name}: needs a run; two checkpoints are asked with {', '.join(possible)} or {ALL}"
+            )
 
 
 def refuse_unused(names: Iterable[str], *, of_run: bool) -> None:

@@ -5,7 +5,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -35,7 +35,7 @@ _SHOW = "debug=true shows where"
 
 
 class Wanted(NamedTuple):
-    """What the command line asks for, built but not begun."""
+    """Everything that the command line asks for, built but not begun."""
 
     names: Mapping[str, bool]
     """Analyses, and whether each was asked for by its name."""
@@ -48,6 +48,11 @@ class Wanted(NamedTuple):
     """Kernel of attention; None: a run's own, else the family's."""
     attempts: Attempts
     """Analyses that fail, of which none costs the others."""
+
+    @property
+    def needs_random_weights(self) -> bool:
+        """Whether one of the analyses reads hidden states under random weight changes."""
+        return any(analysis.needs.random_weights for analysis in self.analyses)
 
     @property
     def analyses(self) -> list[Analysis]:
@@ -117,18 +122,13 @@ def _analyze_run(wanted: Wanted, run: Run) -> Path | None:
     if not wanted.dry_run:
         check_writable(run.report, key="run")
     opened = cache(partial(checkpoints_of_run, run, attn_implementation=wanted.kernel))
-    try:
-        plans = _plan(wanted, opened, run.report / "tables")
-    except UserError as error:
-        if all(wanted.names.values()):
-            raise
-        raise UserError(f"{error}; or ask for what needs no model, as in analysis=[training,geometry]") from error
+    plans = _plan_of_run(wanted, opened, run)
     seen = Observed.stored(run.folder, run.metrics)
-    lacks_random = seen.lacks_random and any(a.needs.random_weights for a in wanted.analyses)
+    lacks_random = seen.lacks_random and wanted.needs_random_weights
     if lacks_random and not wanted.dry_run:
         seen = _with_random(seen, run, wanted.reading, opened)
     read = _drawn(wanted.analyses, {"run": run, "states": seen}, attempts)
-    again = [a for a in _read_now(wanted) if a.name not in (*read, *attempts.failed, *attempts.left_out)]
+    again = [a for a in _read_now(wanted) if a.name not in (*read, *attempts.unanswered)]
     _check_named(wanted.names, [*read, *attempts.failed, *(a.name for a in again)])
     if not again:
         refuse_unused(wanted.questions, of_run=True)
@@ -141,18 +141,35 @@ def _analyze_run(wanted: Wanted, run: Run) -> Path | None:
         note = "The run stored nothing for this: hidden states of {} of its held-out pairs were read again."
         read |= _drawn_now(again, wanted, checkpoints, note, n_steps=run.n_steps)
     asked = _ask(plans, attempts)
-    told = (*read, *wanted.questions, *attempts.failed, *attempts.left_out)
-    subject = subject_of_run(
+    upload = partial(upload_report, run) if wanted.upload else None
+    subject = _subject_of_run(run, wanted, read, again)
+    return _report(subject, [*_in_order(read), *asked], _samples_of_run(run, plans, checkpoints), attempts, upload)
+
+
+def _samples_of_run(run: Run, plans: Sequence[Plan], checkpoints: Checkpoints | None) -> Callable[[], Samples]:
+    models = plans[0].asking.models if plans else checkpoints
+    return partial(compare_samples, run) if models is None else partial(samples_of_models, models)
+
+
+def _plan_of_run(wanted: Wanted, opened: Callable[..., Checkpoints], run: Run) -> list[Plan]:
+    try:
+        return _plan(wanted, opened, run.report / "tables")
+    except UserError as error:
+        if all(wanted.names.values()):
+            raise
+        raise UserError(f"{error}; or ask for what needs no model, as in analysis=[training,geometry]") from error
+
+
+def _subject_of_run(run: Run, wanted: Wanted, read: Collection[str], read_now: Sequence[Analysis]) -> Subject:
+    again = [analysis.name for analysis in read_now]
+    told = {*read, *wanted.questions, *wanted.attempts.unanswered}
+    return subject_of_run(
         run,
-        asked=[*(a.name for a in again if a.name in read), *wanted.questions],
-        is_read=any(BY_NAME[name] not in again for name in read),
+        asked=[*(name for name in again if name in read), *wanted.questions],
+        is_read=not {*read} <= {*again},
         left_out=[name for name in wanted.names if name not in told],
         command=partial(_command, run=run.folder),
     )
-    models = plans[0].asking.models if plans else checkpoints
-    samples = partial(compare_samples, run) if models is None else partial(samples_of_models, models)
-    upload = partial(upload_report, run) if wanted.upload else None
-    return _report(subject, [*_in_order(read), *asked], samples, attempts, upload)
 
 
 def _opened_again(
@@ -293,7 +310,7 @@ def _in_order(found: Mapping[str, Section]) -> list[Section]:
 
 
 def _command(name: str, **about: str | Path) -> str:
-    """What makes the section of that name again."""
+    """The command that makes the section of that name again."""
     return command("analyze.py", *options_of(name), f"analysis={name}", **about)
 
 
@@ -311,7 +328,7 @@ def _say_costs(
 
 
 def costs_table(costs: Mapping[str, Sequence[Cost]]) -> FittingTable:
-    """What would be run, by analysis."""
+    """A table of the passes that would be run, by analysis."""
     table = FittingTable(title="Would run", title_justify="left", title_style="bold")
     for column, justify in (("analysis", "left"), ("", "left"), ("passes", "right"), ("tokens", "right")):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
@@ -359,27 +376,42 @@ def _report(
 ) -> Path:
     """Write it, send it where it is wanted, then say what failed and what has no number."""
     if attempts.failed and not sections:
-        error = next(iter(attempts.failed.values()))
-        if isinstance(error, UserError):
-            raise error
-        raise IncompleteEvaluation(f"{subject.report}: not written, {'; '.join(attempts.lines())} ({_SHOW})") from error
-    said = next((section.samples for section in sections if section.samples), None)
-    with attempts.of("samples"):
-        said = said or samples()
-    page = write_report(subject, sections, said or Samples([], "They could not be made."), attempts)
+        _refuse_empty(subject, attempts)
+    page = write_report(subject, sections, _samples_among(sections, samples, attempts), attempts)
     if upload is not None:
-        console().print(
-            upload(page, [section for section in sections if section.name not in attempts.failed]),
-            soft_wrap=True,
-        )
+        drawn = [section for section in sections if section.name not in attempts.failed]
+        console().print(upload(page, drawn), soft_wrap=True)
     for line in attempts.lines_left_out():
         console().print(line, soft_wrap=True, markup=False)
+    if missing := _missing(sections, attempts):
+        raise IncompleteEvaluation(f"{page}: written, but {'; '.join(missing)}")
+    return page
+
+
+def _samples_among(sections: Sequence[Section], make: Callable[[], Samples], attempts: Attempts) -> Samples:
+    """Samples that a section has already, else those made now."""
+    for section in sections:
+        if section.samples:
+            return section.samples
+    with attempts.of("samples"):
+        return make()
+    return Samples([], "They could not be made.")
+
+
+def _refuse_empty(subject: Subject, attempts: Attempts) -> NoReturn:
+    """Raise the first failure where nothing is left to report."""
+    error = next(iter(attempts.failed.values()))
+    if isinstance(error, UserError):
+        raise error
+    raise IncompleteEvaluation(f"{subject.report}: not written, {'; '.join(attempts.lines())} ({_SHOW})") from error
+
+
+def _missing(sections: Sequence[Section], attempts: Attempts) -> list[str]:
+    """Say what failed and which figures have no number."""
     missing = [f"{'; '.join(attempts.lines())} ({_SHOW})"] if attempts.failed else []
     if lost := [name for section in sections for name in section.lost]:
         missing.append(
             f"without a number for {', '.join(lost[:4])}{' …' if len(lost) > 4 else ''}: too many scores are missing (the table "
             "says how many); where a judge or service did not answer, run it again"
         )
-    if missing:
-        raise IncompleteEvaluation(f"{page}: written, but {'; '.join(missing)}")
-    return page
+    return missing

@@ -41,7 +41,7 @@ _NOT_LEARNED_FROM = (
 def base_folder(
     config: DictConfig, model: CausalLM, tokenizer: PreTrainedTokenizerBase, data: PreferenceDataModule
 ) -> Path:
-    """Where the base of these settings is kept: the name is a hash of everything that it depends on."""
+    """Folder of the base of these settings: its name is a hash of everything that it depends on."""
     depends_on = {
         "format": _FORMAT,
         "architecture": model.load_config(tokenizer).to_dict(),

@@ -4,11 +4,10 @@ Defaults live once, in constructor signatures; the YAML files hold only what dev
 line if it is in the YAML or if the node's ``_target_`` takes it, and nothing else may.
 """
 
-import difflib
 import os
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -24,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from launch.option_types import describe_mismatch, option_hints
 from tiltmeter.commands import setting
 from tiltmeter.errors import UserError
+from tiltmeter.plain_text import did_you_mean
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 _SECRET = re.compile(r"\b(sk-[\w-]{16,}|hf_[A-Za-z0-9]{20,}|[0-9a-f]{40})\b")
@@ -60,16 +60,15 @@ def prepare_overrides(arguments: Sequence[str], *, config_name: str) -> list[str
     Raises:
         UserError: something is misspelt or unknown, or looks like a secret.
     """
-    for text in arguments:
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise UserError(f"{text}: these bytes are no text in this locale's encoding; set LANG=C.UTF-8")
+    if broken := [text for text in arguments if re.search("[\ud800-\udfff]", text)]:
+        raise UserError(f"{broken[0]}: these bytes are no text in this locale's encoding; set LANG=C.UTF-8")
     flags, overrides = _split_arguments(arguments)
     parsed = [_parse(_BARE_HOME.sub(lambda found: os.path.expanduser(found[0]), text)) for text in overrides]  # noqa: PTH111
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        tree = _compose_choices([o for o in parsed if _is_group(o)], config_name)
+        tree = _compose_choices(parsed, config_name)
         if _names_a_pretrained_model(parsed, tree):
             parsed.insert(0, _parse("model=pretrained"))
-            tree = _compose_choices([o for o in parsed if _is_group(o)], config_name)
+            tree = _compose_choices(parsed, config_name)
     for override in parsed:
         if override.key_or_group.endswith("._target_"):
             OmegaConf.update(tree, override.key_or_group, override.value())
@@ -92,7 +91,7 @@ def check_config(config: DictConfig, *, config_name: str = "train") -> None:
     primary = _root_keys(config_name)
     for key in config:
         if key not in primary:
-            raise UserError(f"{key}: unknown configuration key{_nearest(str(key), primary)}")
+            raise UserError(f"{key}: unknown configuration key{did_you_mean(str(key), primary)}")
     for key in missing_keys(config):
         raise UserError(f"{key}: expected a value, got none; add {key}=… to the command line")
     for path, node in _nodes(config):
@@ -126,7 +125,7 @@ def _check_node(path: str, node: DictConfig) -> None:
         if str(key).startswith("_"):
             continue
         if key not in known:
-            raise UserError(f"{path}.{key}: {node._target_} has no such option{_nearest(str(key), known)}")
+            raise UserError(f"{path}.{key}: {node._target_} has no such option{did_you_mean(str(key), known)}")
         if (expected := describe_mismatch(value, known[str(key)])) is not None:
             raise UserError(f"{path}.{key}: expected {expected}, got {value}")
 
@@ -186,10 +185,10 @@ def _is_group(override: Override) -> bool:
     return (CONF / key).is_dir() and not key.startswith("hydra")
 
 
-def _compose_choices(groups: list[Override], config_name: str) -> DictConfig:
+def _compose_choices(overrides: Sequence[Override], config_name: str) -> DictConfig:
     """The tree of keys for the chosen groups; of a sweep, the first choice stands for all."""
     chosen = []
-    for override in groups:
+    for override in filter(_is_group, overrides):
         names = [name.strip("[]() '\"") for name in str(override.input_line).partition("=")[2].split(",")]
         folder = CONF / override.key_or_group.split("@")[0]
         available = {p.stem for p in folder.glob("*.yaml")}
@@ -197,7 +196,7 @@ def _compose_choices(groups: list[Override], config_name: str) -> DictConfig:
             if name and name != "null" and name not in available:
                 have = ", ".join(sorted(available))
                 raise UserError(
-                    f"{folder.name}={name}: there is none of that name{_nearest(name, available)} (there are: {have})"
+                    f"{folder.name}={name}: there is none of that name{did_you_mean(name, available)} (there are: {have})"
                 )
         if names:
             chosen.append(f"{override.key_or_group}={names[0]}")
@@ -214,15 +213,21 @@ def _rewrite(override: Override, tree: DictConfig) -> str:
         return text
     if _has_key(tree, key) or OmegaConf.select(tree, key, throw_on_missing=False) is not None:
         return text
+    if _may_add(tree, key):
+        return f"++{text}"
+    raise UserError(f"{key}: unknown configuration key{did_you_mean(key, set(_known_keys(tree)))}")
+
+
+def _may_add(tree: DictConfig, key: str) -> bool:
+    """Whether a key that the tree lacks is an option of a constructor, or of a mapping that takes any."""
     parent_path, _, name = key.rpartition(".")
     parent = OmegaConf.select(tree, parent_path) if parent_path else tree
-    if isinstance(parent, DictConfig):
-        options = _constructor_options(parent)
-        if options is not None and name in options:
-            return f"++{text}"
-        if options is None and parent_path and "_target_" not in parent and _is_free(parent_path, tree):
-            return f"++{text}"
-    raise UserError(f"{key}: unknown configuration key{_nearest(key, set(_known_keys(tree)))}")
+    if not isinstance(parent, DictConfig):
+        return False
+    options = _constructor_options(parent)
+    if options is not None:
+        return name in options
+    return bool(parent_path) and "_target_" not in parent and _is_free(parent_path, tree)
 
 
 def _is_free(path: str, tree: DictConfig) -> bool:
@@ -285,8 +290,3 @@ def _known_keys(tree: DictConfig) -> Iterator[str]:
     yield from (path for path, _ in leaves(tree))
     for path, node in _nodes(tree):
         yield from (f"{path}.{name}" for name in _constructor_options(node) or ())
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else ""

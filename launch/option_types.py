@@ -28,7 +28,7 @@ def option_hints(cls: type) -> dict[str, Any]:
 
 
 def describe_mismatch(value: Any, hint: Any) -> str | None:
-    """What was expected, when a plain value can't be of an annotated type; None when it can, or can't be judged.
+    """The value that was expected, when a plain one can't be of an annotated type; None when it can, or can't be judged.
 
     >>> describe_mismatch("abc", int), describe_mismatch(None, int | None), describe_mismatch(3, float)
     ('a whole number', None, None)

@@ -24,7 +24,6 @@ from launch.loggers.tensorboard import MODE as TENSORBOARD
 from launch.loggers.tensorboard import check_tensorboard
 from launch.loggers.wandb_logger import Mode
 from lightning_modules.base import LogProbModule
-from lightning_modules.dpo import DPOModule
 from lightning_modules.schedule import steps_of_fit
 from tiltmeter.errors import UserError
 from tiltmeter.models.causal_lm import CausalLM, ReferenceModel
@@ -53,14 +52,12 @@ _OURS = (
 
 @dataclass
 class Parts:
-    """What a run is made of before its trainer exists."""
+    """Parts of a run before its trainer exists."""
 
     data: PreferenceDataModule
     model: CausalLM
     tokenizer: PreTrainedTokenizerBase
     module: LogProbModule
-    reference: ReferenceModel | None
-    """None: the model that training starts from."""
     model_revision: str | None
     """Commit of the model on the hub; None for local folders and models from scratch."""
 
@@ -159,7 +156,7 @@ def build_parts(config: DictConfig) -> Parts:
         raise UserError(
             "model.init=random: a model from scratch needs a base trained by SFT first; set base (see conf/experiment)"
         )
-    reference = _reference(config, module, model)
+    reference = _reference(config, model)
     if model.adapter_path is not None:
         adapter_to_merge(model.adapter_path, base=str(model.name_or_path))
     data: PreferenceDataModule = instantiate(config.datamodule, source=instantiate(config.data))
@@ -175,21 +172,20 @@ def build_parts(config: DictConfig) -> Parts:
             f"datamodule.max_length={data.max_length}: this model takes at most {limit} tokens; set it to {limit} or less"
         )
     if reference is not None:
+        module.attach_reference(lambda: reference.build(tokenizer), lambda: reference.build_empty(tokenizer))
         reference.check_tokenizer(tokenizer)
         reference.load_config()
     data.tokenize(tokenizer)
     revision = getattr(model_config, "_commit_hash", None) or model.revision
-    return Parts(data, model, tokenizer, module, reference, revision)
+    return Parts(data, model, tokenizer, module, revision)
 
 
-def _reference(config: DictConfig, module: LogProbModule, model: CausalLM) -> ReferenceModel | None:
+def _reference(config: DictConfig, model: CausalLM) -> ReferenceModel | None:
     given = {str(key) for key, value in config.reference.items() if value is not None} - {"_target_"}
     if not given:
         return None
     if wrong := sorted(given - {"name_or_path", "revision", "dtype", "attn_implementation"}):
         raise UserError(f"reference.{wrong[0]}: not of a reference, which is a model that there is; leave it out")
-    if not isinstance(module, DPOModule):
-        raise UserError(f"reference.{min(given)}: this module has no reference; leave it out, or take module=dpo")
     return ReferenceModel(**{"dtype": model.dtype, **{key: config.reference[key] for key in given}})
 
 

@@ -1,4 +1,4 @@
-"""What a run leaves beside its models: where it came from, figures per held-out pair, and the closing table."""
+"""Results of a run beside its models: provenance, figures per held-out pair, and the closing table."""
 
 import csv
 import io
@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 import torch
 from lightning.pytorch import Trainer
+from torch import Tensor
 
 from analysis.behaviour.words import LeadRow, lead_rows
 from analysis.figures.layer_curves import geometry_table
@@ -87,12 +88,7 @@ def result_rows(parts: Parts, trainer: Trainer, seconds: float) -> list[tuple[st
     rows = [("optimizer steps", f"{trainer.global_step} in {seconds:.0f} s, reference and validation included")]
     rows += [(name, f"{known[name]:.4f}") for split in ("train", "val") if (name := metric(split, "loss")) in known]
     if module.validation_table is not None and "rewards/accuracies" in module.columns:
-        column = module.validation_table[:, module.columns.index("rewards/accuracies")].tolist()
-        scored = [(v, g) for v, g in zip(column, parts.data.splits["val"].groups, strict=True) if not math.isnan(v)]
-        interval = share_interval([v for v, _ in scored], [g for _, g in scored])
-        when = "" if module.validated_at_step == trainer.global_step else f", after step {module.validated_at_step}"
-        text = f"{interval.value:.3f}  (95 % CI {interval.low:.3f} … {interval.high:.3f}, {len(scored)} pairs{when})"
-        rows.append(("held-out preference accuracy", text))
+        rows.append(("held-out preference accuracy", _held_out_accuracy(parts, module.validation_table, trainer)))
     if module.throughput.seconds:
         rows.append(
             ("throughput", f"{module.throughput.pairs / module.throughput.seconds:.1f} pairs/s in training steps")
@@ -102,6 +98,16 @@ def result_rows(parts: Parts, trainer: Trainer, seconds: float) -> list[tuple[st
     return rows
 
 
+def _held_out_accuracy(parts: Parts, table: Tensor, trainer: Trainer) -> str:
+    """Share of validation pairs whose chosen response has the higher reward, with its interval, as words."""
+    module = parts.module
+    column = table[:, module.columns.index("rewards/accuracies")].tolist()
+    scored = [(v, g) for v, g in zip(column, parts.data.splits["val"].groups, strict=True) if not math.isnan(v)]
+    interval = share_interval([v for v, _ in scored], [g for _, g in scored])
+    when = "" if module.validated_at_step == trainer.global_step else f", after step {module.validated_at_step}"
+    return f"{interval.value:.3f}  (95 % CI {interval.low:.3f} … {interval.high:.3f}, {len(scored)} pairs{when})"
+
+
 def geometry_of(run_dir: Path) -> pd.DataFrame:
     """The update at every site as last observed, with its controls; empty for a run without a probe."""
     seen = Observed.stored(run_dir, pd.read_csv(run_dir / "metrics.csv"))
@@ -109,7 +115,7 @@ def geometry_of(run_dir: Path) -> pd.DataFrame:
 
 
 def behaviour_of(run_dir: Path) -> list[LeadRow]:
-    """What the model says now, beside its base; none for a run that scored nothing."""
+    """Figures of the model now, beside its base; none for a run that scored nothing."""
     return lead_rows(read_table(run_dir / "report" / "tables" / FIGURES))
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,18 +125,8 @@ def check_same_run(checkpoint: Path, config: DictConfig) -> list[str]:
     saved, before = checkpoint.parent.parent / "config.yaml", _settings_of(checkpoint)
     now: Any = OmegaConf.to_container(config, resolve=True)
     changed = _differences(_lasting(before), _lasting(now))
-    if fixed := [line for line in changed if not _takes_effect(line.partition(" ")[0])]:
-        raise UserError(
-            f"ckpt_path: these settings would make it another run and can't be changed when it goes on: {_some(fixed)}; resume "
-            "with the old settings, or start a new run"
-        )
     manifest = verify(checkpoint, contents=False)
-    max_steps = now.get("trainer", {}).get("max_steps", -1)
-    if 0 <= max_steps < manifest.step:
-        raise UserError(
-            f"trainer.max_steps={max_steps}: {checkpoint} has taken {manifest.step} steps already; set it to more, or start a new "
-            "run"
-        )
+    _check_can_go_on(checkpoint, manifest.step, changed, now)
     if not changed and manifest.made_by.get(SETTINGS) != settings_sha256(config):
         changed = [f"{saved} is not what {checkpoint.name} was made under"]
     if changed and not config.allow_config_change:
@@ -144,13 +134,22 @@ def check_same_run(checkpoint: Path, config: DictConfig) -> list[str]:
             f"ckpt_path: these settings would make it another run: {_some(changed)}; resume with the old ones, or with "
             "allow_config_change=true"
         )
-    only_cut = [
-        f"{line} (the same steps; sums in another order, losses equal to about 1e-5)"
-        for line in _differences(
-            *({k: v for k, v in _flat(s).items() if k in _MAY_CHANGE_INSIDE} for s in (before, now))
+    inside = _differences(*({k: v for k, v in _flat(s).items() if k in _MAY_CHANGE_INSIDE} for s in (before, now)))
+    return changed + [f"{line} (the same steps; sums in another order, losses equal to about 1e-5)" for line in inside]
+
+
+def _check_can_go_on(checkpoint: Path, n_steps: int, changed: Sequence[str], now: Mapping[str, Any]) -> None:
+    """Refuse changes that nothing allows. Raises UserError."""
+    if fixed := [line for line in changed if not _takes_effect(line.partition(" ")[0])]:
+        raise UserError(
+            f"ckpt_path: these settings would make it another run and can't be changed when it goes on: {_some(fixed)}; resume "
+            "with the old settings, or start a new run"
         )
-    ]
-    return changed + only_cut
+    max_steps = now.get("trainer", {}).get("max_steps", -1)
+    if 0 <= max_steps < n_steps:
+        raise UserError(
+            f"trainer.max_steps={max_steps}: {checkpoint} has taken {n_steps} steps already; set it to more, or start a new run"
+        )
 
 
 def check_same_data(checkpoint: Path, data: PreferenceDataModule) -> None:

@@ -119,7 +119,7 @@ def on_first_process(write: Callable[[], T], trainer: Trainer) -> T | None:
 
 
 def _export_adapters(model: PreTrainedModel, state: dict[str, Tensor], folder: Path, record: Record) -> None:
-    """What peft reads, to be put on ``base/``; it names its base only when that is on the hub."""
+    """Write what peft reads, to be put on ``base/``; it names its base only when that is on the hub."""
     name = model.config._name_or_path
     model.peft_config[ADAPTER].base_model_name_or_path = None if Path(name).is_dir() else name
 

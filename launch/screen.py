@@ -1,4 +1,4 @@
-"""What a person sees in the terminal: what was loaded and dropped, one progress bar, one closing table, the next command."""
+"""The terminal: a table of what was loaded and dropped, one progress bar, one closing table, the next command."""
 
 import logging
 import os
@@ -82,7 +82,7 @@ def quiet_libraries() -> None:
 
 
 def data_table(data: PreferenceDataModule, labels: str) -> Table:
-    """What each source gave and lost, and what tokenisation did to each split."""
+    """A table of what each source gave and lost, and of what tokenisation did to each split."""
     table = FittingTable(title="Data", title_justify="left", title_style="bold")
     for column, justify in (("source or split", "left"), ("pairs", "right"), ("dropped, cut or noted", "left")):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
@@ -96,24 +96,27 @@ def data_table(data: PreferenceDataModule, labels: str) -> Table:
         table.add_row("chat template", "", f"prints the date, {day} in all texts and when the run goes on (chat_date)")
     table.add_section()
     for name, split in data.splits.items():
-        remarks = _cut_remarks(split.report, data.max_length)
-        if name == "train" and labels != "given":
-            remarks.append(f"labels {labels} (control)")
-        if name == "val" and not split.pairs:
-            remarks.append("datamodule.val_pairs=0: no validation, no held-out metrics, no best checkpoint")
+        remarks = _cut_remarks(split.report, data.max_length) + _split_remarks(name, len(split.pairs), labels)
         table.add_row(name, str(len(split.pairs)), "; ".join(remarks) or "–")
     return table
 
 
+def _split_remarks(name: str, n_pairs: int, labels: str) -> list[str]:
+    if name == "train" and labels != "given":
+        return [f"labels {labels} (control)"]
+    if name == "val" and not n_pairs:
+        return ["datamodule.val_pairs=0: no validation, no held-out metrics, no best checkpoint"]
+    return []
+
+
 def _cut_remarks(report: TokenizationReport, max_length: int) -> list[str]:
-    remarks = [f"{n} {reason}" for reason, n in report.dropped.items()]
-    if report.prompts_cut:
-        remarks.append(f"{report.prompts_cut} prompts cut from the left to fit {max_length} tokens")
-    if report.responses_cut:
-        remarks.append(f"{report.responses_cut} responses cut")
-    if report.special_words:
-        remarks.append(f"{report.special_words} with words of special tokens, taken as plain text")
-    return remarks
+    counts = {
+        **report.dropped,
+        f"prompts cut from the left to fit {max_length} tokens": report.prompts_cut,
+        "responses cut": report.responses_cut,
+        "with words of special tokens, taken as plain text": report.special_words,
+    }
+    return [f"{n} {what}" for what, n in counts.items() if n]
 
 
 def _source_remarks(report: LoadReport) -> str:
@@ -132,7 +135,7 @@ def result_table(rows: Sequence[tuple[str, str]]) -> Table:
 
 
 def geometry_tables(last: pd.DataFrame) -> Iterator[Table]:
-    """What training did to hidden states, a line a site: f beside its controls, then other figures beside random weights.
+    """Tables of what training did to hidden states, a line a site: f beside its controls, then other figures beside random weights.
 
     Args:
         last: :func:`analysis.figures.layer_curves.geometry_table`; empty: no tables.
@@ -198,7 +201,7 @@ def _ranges(last: pd.DataFrame, column: str) -> list[str]:
 
 
 def behaviour_table(rows: Sequence[LeadRow]) -> Table:
-    """What the model says, a line a figure; the scorers that its last column counts stand below."""
+    """A table of figures of behaviour, a line each; the scorers that its last column counts stand below."""
     steps = max(row.last.steps_taken for row in rows)
     table = FittingTable(
         title=f"Behaviour: policy beside its base, after {steps:.0f} steps",

@@ -19,7 +19,7 @@ from callbacks.behaviour.acceptance import Acceptance
 from callbacks.behaviour.generation_metrics import GenerationMetrics
 from callbacks.behaviour.scoring import forget_steps_ahead
 from callbacks.behaviour.truthfulqa_metrics import TruthfulQAMetrics
-from callbacks.observation import report_failed_write
+from callbacks.probe_session import report_failed_write
 from callbacks.process.preemption import Preemption
 from callbacks.process.random_state import RandomState
 from datamodules.records import PreferenceSource
@@ -57,7 +57,6 @@ from launch.run_folder import (
 )
 from launch.screen import behaviour_table, console, data_table, geometry_tables, quiet_libraries, result_table
 from lightning_modules.checkpoint_io import CommittedCheckpointIO
-from lightning_modules.dpo import DPOModule
 from tiltmeter.checkpoint_files import newest_valid, verify
 from tiltmeter.commands import command, setting
 from tiltmeter.errors import FailedWrite, NumericalStop, UserError
@@ -185,11 +184,11 @@ def nothing_was_started() -> Iterator[None]:
 def _attach(parts: Parts, root: Path) -> None:
     """Tell the module how its model is made, and where reference log-probs are kept."""
     model, tokenizer = parts.model, parts.tokenizer
-    parts.module.attach_model(lambda: model.build(tokenizer), lambda: model.build_empty(tokenizer))
-    if isinstance(parts.module, DPOModule):
-        parts.module.reference_cache_dir = root / "cache" / "reference"
-        if (reference := parts.reference) is not None:
-            parts.module.attach_reference(lambda: reference.build(tokenizer), lambda: reference.build_empty(tokenizer))
+    parts.module.attach_model(
+        lambda: model.build(tokenizer),
+        lambda: model.build_empty(tokenizer),
+        reference_cache=root / "cache" / "reference",
+    )
 
 
 def _why_not_merged(parts: Parts) -> str | None:
@@ -241,7 +240,7 @@ def _begin(
 
 
 def closing_tables(run_dir: Path, parts: Parts, trainer: Trainer, seconds: float) -> Iterator[Table]:
-    """What a person sees at the end: figures of training, what the model says, what hidden states did."""
+    """Tables that a person sees at the end: figures of training, of behaviour, of hidden states."""
     yield result_table(result_rows(parts, trainer, seconds))
     if behaviour := behaviour_of(run_dir):
         yield behaviour_table(behaviour)
@@ -266,7 +265,7 @@ def what_is_kept(run_dir: Path) -> Iterator[None]:
 
 
 def _keep(run_dir: Path, parts: Parts, trainer: Trainer) -> str | None:
-    """What makes the folder a finished run; every process calls this, the first one writes. As :func:`export_model` returns."""
+    """Write what makes the folder a finished run; every process calls this, the first one writes. As :func:`export_model`."""
     on_first_process(lambda: write_results(run_dir, parts), trainer)
     record = partial(record_kept, run_dir)
     return export_model(parts.module, parts.tokenizer, run_dir / "aligned", trainer, record=record)

@@ -1,1 +1,1 @@
-"""What is trained: supervised fine-tuning and direct preference optimisation, as Lightning modules around tiltmeter's functions."""
+"""Lightning modules around tiltmeter's functions: supervised fine-tuning and direct preference optimisation."""

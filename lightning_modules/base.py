@@ -1,9 +1,10 @@
-"""What SFT and DPO share: the optimizer step over micro-batches, exact means over pairs and processes, logging."""
+"""The common base of SFT and DPO: the optimizer step over micro-batches, exact means over pairs and processes, logging."""
 
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -122,6 +123,7 @@ class LogProbModule(LightningModule):
         self.throughput = Throughput()
         self.metrics = PairMetrics()
         self.policy: Policy | None = None
+        self.reference_cache: Path | None = None
         self.validation_table: Tensor | None = None
         """[row of the validation split, column] of the last validation, the same on every process; NaN: not scored."""
         self.validated_at_step = 0
@@ -149,15 +151,28 @@ class LogProbModule(LightningModule):
         assert self.policy is not None, "configure_model() comes first"
         return self.policy
 
-    def attach_model(self, build: PolicyBuilder, build_empty: EmptyBuilder = lambda: None) -> None:
+    def attach_model(
+        self, build: PolicyBuilder, build_empty: EmptyBuilder = lambda: None, *, reference_cache: Path | None = None
+    ) -> None:
         """Say how the model is built; it is built in :meth:`configure_model`, once the process group exists.
 
         Args:
             build: makes it whole.
             build_empty: makes it without weights, to be sharded before each process reads its share of them; None from it:
                 not possible, and every process makes it whole first.
+            reference_cache: folder of log-probs of references, shared by all runs, for objectives that have one; None: every
+                run computes its own.
         """
         self.factory.build, self.factory.build_empty = build, build_empty
+        self.reference_cache = reference_cache
+
+    def attach_reference(self, build: PolicyBuilder, build_empty: EmptyBuilder = lambda: None) -> None:
+        """Say that rewards are measured by another model than the start of training; arguments as of :meth:`attach_model`.
+
+        Raises:
+            UserError: this module has no reference.
+        """
+        raise UserError("reference.name_or_path: this module has no reference; leave it out, or take module=dpo")
 
     def configure_model(self) -> None:
         """Make the model and check what it computes; does nothing the second time."""
@@ -204,7 +219,7 @@ class LogProbModule(LightningModule):
 
     @abstractmethod
     def divisor(self, step: StepBatch) -> int:
-        """What the step's summed objective is divided by."""
+        """Number that the step's summed objective is divided by."""
 
     def configure_optimizers(self) -> Any:
         """The optimizer, with warm-up and a schedule over all steps."""
@@ -313,13 +328,7 @@ class LogProbModule(LightningModule):
         too few. And a run that was resumed at the end of an epoch never counts the next one as started, so a run resumed from
         its checkpoints would count their batches anew and validate late.
         """
-        loop = checkpoint["loops"]["fit_loop"]
-        batches = loop["epoch_loop.batch_progress"]
-        for counts in loop["epoch_progress"].values():
-            counts["processed"] = counts["completed"]
-            n_batches = counts["completed"] * self.data.steps_per_epoch
-            is_between = batches["is_last_batch"] and batches["total"]["completed"] == n_batches
-            counts["ready"] = counts["started"] = counts["completed"] + (0 if is_between else 1)
+        _correct_counts(checkpoint["loops"]["fit_loop"], self.data.steps_per_epoch)
         if checkpoint.get("data_digests") != self._data_digests():
             raise UserError(
                 "ckpt_path: the checkpoint was trained on other data or another tokenisation; resume with the same data options"
@@ -369,3 +378,12 @@ class LogProbModule(LightningModule):
         if self.trainer.world_size == 1:
             return tensor
         return cast(Tensor, self.trainer.strategy.reduce(tensor, reduce_op="sum"))
+
+
+def _correct_counts(loop: dict[str, Any], steps_per_epoch: int) -> None:
+    batches = loop["epoch_loop.batch_progress"]
+    for counts in loop["epoch_progress"].values():
+        counts["processed"] = counts["completed"]
+        n_batches = counts["completed"] * steps_per_epoch
+        is_between = batches["is_last_batch"] and batches["total"]["completed"] == n_batches
+        counts["ready"] = counts["started"] = counts["completed"] + (0 if is_between else 1)

@@ -5,7 +5,6 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -72,8 +71,6 @@ class DPOModule(LogProbModule):
         check_number("router_aux_loss", router_aux_loss or 0, 0, math.inf)
         self.router_aux_loss = None if router_aux_loss is None else float(router_aux_loss)
         self._router_weight = 0.0
-        self.reference_cache_dir: Path | None = None
-        """Folder of reference caches shared by all runs; None: every run computes its own."""
         self._cache: ReferenceCache | None = None
         self._other_reference: ModelFactory | None = None
         self._scored: list[Policy] = []  # in a list, since a module that is an attribute would be trained and saved
@@ -107,7 +104,7 @@ class DPOModule(LogProbModule):
         self.print(f"Experts: load-balancing loss × {weight:g} beside the preference loss (module.router_aux_loss)")
 
     def _open_cache(self, model: PreTrainedModel) -> None:
-        if self.reference_cache_dir is not None:
+        if self.reference_cache is not None:
             depends_on = {
                 "weights": hash_weights(plain_state(model), is_first=self.trainer.is_global_zero),
                 "precision": self.trainer.precision,
@@ -117,7 +114,7 @@ class DPOModule(LogProbModule):
                 "sharded": str(self.device_mesh is not None),
                 **forward_identity(model, self.trainer.strategy.root_device),
             }
-            self._cache = ReferenceCache(self.reference_cache_dir, depends_on)
+            self._cache = ReferenceCache(self.reference_cache, depends_on)
 
     def divisor(self, step: StepBatch) -> int:
         """Pairs of the step."""

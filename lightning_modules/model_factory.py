@@ -1,4 +1,4 @@
-"""How the model that is trained comes to be: built or read sharded, frozen, adapted, compiled."""
+"""The making of the model that is trained: built or read sharded, frozen, adapted, compiled."""
 
 import torch
 from lightning.pytorch import Trainer

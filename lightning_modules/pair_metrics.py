@@ -13,7 +13,7 @@ from tiltmeter.pairs.batch import PreferenceBatch
 
 
 class PairResults(NamedTuple):
-    """What one micro-batch yields."""
+    """Results of one micro-batch."""
 
     objective: Tensor
     """Scalar to minimise: a SUM over real pairs (or tokens); the step divides it."""

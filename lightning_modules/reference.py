@@ -1,4 +1,4 @@
-"""Where a DPO run's reference log-probs come from: a cache on disk as far as it is right, the model itself for the rest."""
+"""Reference log-probs of a DPO run: from a cache on disk as far as it is right, from the model itself for the rest."""
 
 import math
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""How many optimizer steps there are, the learning rate over them, and what numbers the options of a module may be."""
+"""The number of optimizer steps, the learning rate over them, and the numbers that options of a module may be."""
 
 import math
 from typing import Literal

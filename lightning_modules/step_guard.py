@@ -86,7 +86,7 @@ class StepGuard:
         return f"{said}; skipped, nothing was updated"
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to judge as it would have."""
+        """State that a resumed run needs to judge as it would have."""
         before = {name: list(values) for name, values in self._before.items()}
         return {"n_refused": self.n_refused, "in_a_row": self.n_not_finite_in_a_row, "before": before}
 

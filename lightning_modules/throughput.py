@@ -1,4 +1,4 @@
-"""How fast training steps are, validation and looks at hidden states left out."""
+"""Speed of training steps, validation and looks at hidden states left out."""
 
 import time
 
@@ -19,7 +19,7 @@ class Throughput:
         self._started = 0.0
 
     def start(self) -> None:
-        """What was done until now is no part of a step."""
+        """Begin to count: what was done until now is no part of a step."""
         self._started = time.perf_counter()
 
     def end_of_step(self, step: StepBatch, device: torch.device) -> dict[str, float]:

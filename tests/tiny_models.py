@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -163,6 +164,7 @@ def fit(
     accelerator: str = "cpu",
     precision: Any = "32-true",
     ckpt_path: str | None = None,
+    reference_cache: Path | None = None,
     **options: Any,
 ) -> Trainer:
     """Train one epoch, or ``max_steps``, without validation, from the same random weights each time."""
@@ -175,7 +177,7 @@ def fit(
             torch.manual_seed(0)
             return spec.build(tokenizer)
 
-    module.attach_model(build)
+    module.attach_model(build, reference_cache=reference_cache)
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     trainer = Trainer(
         accelerator=accelerator,

@@ -32,7 +32,7 @@ class DamagedCheckpoint(ValueError):
 
 @dataclass(frozen=True)
 class Manifest:
-    """What was written, by what, and how far training was."""
+    """Record of what was written, by what, and how far training was."""
 
     step: int
     """Optimizer steps taken."""
@@ -182,7 +182,7 @@ def newest_valid(folder: Path, *, contents: bool = True) -> tuple[Path | None, l
 
 
 def target_of(checkpoint: Path) -> Path:
-    """What a link points to, beside it; anything else is its own target."""
+    """Target of a link, beside it; anything else is its own target."""
     return checkpoint.with_name(checkpoint.readlink().name) if checkpoint.is_symlink() else checkpoint
 
 
@@ -272,7 +272,7 @@ def _files_of(data: Path) -> list[Path]:
 
 
 def _free_name(link: Path, step: int) -> Path:
-    """Where the data goes: ``last-step-000120.ckpt``, or ``…-2.ckpt`` when the same step was saved before."""
+    """A free name for the data: ``last-step-000120.ckpt``, or ``…-2.ckpt`` when the same step was saved before."""
     for n in count(1):
         data = link.with_name(f"{link.stem}-step-{step:06d}{f'-{n}' if n > 1 else ''}{link.suffix}")
         if not data.exists():

@@ -1,4 +1,4 @@
-"""What ends a program with one line: a failed write (code 1), wrong input (2), missing scores (3), bad numbers (4), a signal."""
+"""Errors that end a program with one line: failed write (code 1), wrong input (2), missing scores (3), bad numbers (4), signal."""
 
 from pathlib import Path
 from signal import Signals

@@ -51,7 +51,7 @@ class Metric(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What a name stands for."""
+    """Meaning of a name."""
 
     metric: Metric
     key: str
@@ -316,7 +316,7 @@ def at(key: str, point: tuple[str, Position]) -> str:
 
 
 def place(point: tuple[str, Position]) -> str:
-    """How a file of vectors names a site and position.
+    """A site and position as files of vectors name them.
 
     >>> place(("layer_03", "prompt_last")), place(("layer_03", "diverge"))
     ('layer_03', 'diverge/layer_03')
@@ -330,7 +330,7 @@ def _place(site: str, position: Position, *, usual: Position | None) -> str:
 
 @cache
 def find(name: str) -> Found | None:
-    """What a name stands for, the inverse of :func:`metric` and :func:`at`; None: it is not declared.
+    """Meaning of a name, the inverse of :func:`metric` and :func:`at`; None: it is not declared.
 
     >>> found = find("shift_share/delta/content/layer_03")
     >>> found.key, found.position, found.site, found.metric.unit
@@ -353,7 +353,7 @@ def keys_of(family: str) -> list[str]:
 
 
 def behaviour(figure: str) -> Found | None:
-    """What the name of a figure of behaviour stands for, as tables have it: without ``behaviour/``."""
+    """Meaning of the name of a figure of behaviour, as tables have it: without ``behaviour/``."""
     return find(f"behaviour/{figure}")
 
 
@@ -364,20 +364,22 @@ def _of_run(name: str) -> Found | None:
     return next((Found(metric, key, None, None, m.groupdict()) for m, metric, key in matches if m), None)
 
 
+def _row(declared: Metric) -> str:
+    """A metric's line of its family's table; ``[/base]`` where the base has the same one."""
+    site = "" if declared.position is None else "/<site>"
+    keys = set(declared.keys)
+    of_base = {f"{key}/base" for key in keys} & keys
+    names = [f"`{key}{site}{'[/base]' * (f'{key}/base' in keys)}`" for key in declared.keys if key not in of_base]
+    where = f", at `{declared.position}`" if declared.position == "diverge" else ""
+    return f"| {', '.join(names)} | {declared.unit} | {declared.meaning}{where} | {declared.needs} |"
+
+
 def page() -> str:
     """docs/metrics.md: a table a family."""
     lines = [_PAGE]
     for family in dict.fromkeys(metric.family for metric in METRICS + MEDIA):
         lines += [f"\n## {family}\n", "| name | unit | what it says | needs |", "|---|---|---|---|"]
-        for declared in (metric for metric in METRICS + MEDIA if metric.family == family):
-            site = "" if declared.position is None else "/<site>"
-            names = [
-                key for key in declared.keys if key.removesuffix("/base") not in declared.keys or key[-5:] != "/base"
-            ]
-            sided = ["[/base]" if f"{key}/base" in declared.keys else "" for key in names]
-            shown = ", ".join(f"`{key}{site}{side}`" for key, side in zip(names, sided, strict=True))
-            where = f", at `{declared.position}`" if declared.position == "diverge" else ""
-            lines.append(f"| {shown} | {declared.unit} | {declared.meaning}{where} | {declared.needs} |")
+        lines += [_row(declared) for declared in METRICS + MEDIA if declared.family == family]
     return "\n".join(lines) + "\n"
 
 

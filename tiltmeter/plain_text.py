@@ -1,8 +1,10 @@
-"""What is printed where the terminal's encoding lacks a character: the marks of tables and messages have plain forms."""
+"""Plain forms of the marks of tables and messages, for terminals whose encoding lacks a character; and hints at likely words."""
 
 import codecs
+import difflib
 import sys
 import unicodedata
+from collections.abc import Iterable
 
 _MARKS = {
     **dict(zip("–−—‑·•…×→’‘“”‹›‖⟨⟩≈√█━", "----.*~x>''\"\"<>|<>~v#-", strict=True)),
@@ -46,3 +48,13 @@ def _plain(error: UnicodeError) -> tuple[str | bytes, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error
     return plain(error.object[error.start : error.end]), error.end
+
+
+def did_you_mean(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
+    """End of a message that offers the known word most like this one; empty where none is like it.
+
+    >>> did_you_mean("sead", ["seed", "name"])
+    '; did you mean seed?'
+    """
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
+    return f"; did you mean {close[0]}?" if close else ""

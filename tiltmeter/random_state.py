@@ -1,4 +1,4 @@
-"""Where the random numbers of a process stand, as tensors and plain values that ``torch.load(weights_only=True)`` reads."""
+"""State of a process's random numbers, as tensors and plain values that ``torch.load(weights_only=True)`` reads."""
 
 import random
 from typing import Any

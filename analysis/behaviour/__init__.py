@@ -1,1 +1,1 @@
-"""What two models say, scored and put into words."""
+"""Behaviour: completions of two models, scored and put into words."""

@@ -10,9 +10,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Picture
 
 from analysis.behaviour.words import (
-    CLAIM,
-    INTERVAL,
-    LIMITS,
     MEASURES,
     VS_CHOSEN,
     WIN_RATES,
@@ -27,7 +24,7 @@ from analysis.behaviour.words import (
     measure_of,
     name_of,
     reading_of,
-    shown_behaviour,
+    scores_section,
     why_no_number,
     win_rates_of,
 )
@@ -69,7 +66,7 @@ Panel = Callable[[Axes, pd.DataFrame, Sequence[str]], str]
 
 
 class Answers(NamedTuple):
-    """What both models said, and every figure of it."""
+    """Completions of both models, and every figure of them."""
 
     samples: list[Sample]
     scores: Scores
@@ -183,23 +180,19 @@ def behaviour_section(answers: Answers) -> Section:
     """The section ``behaviour``."""
     table = figure_table(0, 0, answers.scores.figures)
     figure, sentences = _draw(table)
-    shown, scorers = shown_behaviour(table, "aligned")
     samples = sample_table(0, 0, answers.samples, answers.scores.columns)
     when = ["steps_taken", "epoch"]
-    return Section(
+    return scores_section(
+        table,
+        "aligned",
         name=NAME,
         question="How do base and aligned model answer, and how is it scored?",
-        claim=CLAIM,
         sentences=sentences,
-        interval=INTERVAL,
-        limits=LIMITS,
         figure=figure,
-        table=table.drop(columns=when),
+        numbers=table.drop(columns=when),
         reading=_reading(answers, table),
         headlines=headlines_of(table, f"{NAME}.csv") or accuracy_headline(table, f"{NAME}.csv"),
-        shown=shown,
         caption="Every figure; the interval is the aligned model’s, or that of the two together",
-        notes=scorers,
         more_tables={"behaviour_samples": samples.drop(columns=when)},
         lost=[f"{f.name} of {f.of}" for f in answers.scores.figures if f.n_missing and math.isnan(f.value)],
         samples=samples_of(answers.pairs, answers.samples, answers.decoding),

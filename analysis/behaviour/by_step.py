@@ -1,4 +1,4 @@
-"""What the model said while it trained, by every scorer that was asked: curves over steps, and the table of start and end."""
+"""Scores of the model while it trained, by every scorer that was asked: curves over steps, and the table of start and end."""
 
 import math
 from functools import partial
@@ -8,9 +8,6 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from analysis.behaviour.words import (
-    CLAIM,
-    INTERVAL,
-    LIMITS,
     MEASURES,
     VS_CHOSEN,
     WIN_RATES,
@@ -29,7 +26,7 @@ from analysis.behaviour.words import (
     name_of,
     reading_of,
     rows_of,
-    shown_behaviour,
+    scores_section,
     side_of,
     why_no_number,
 )
@@ -82,21 +79,17 @@ def behaviour_by_step_section(scores: ScoresByStep) -> Section:
     """The section ``behaviour_by_step``."""
     table = scores.figures
     figure, sentences = draw_over_steps(_panels(table), table, panel_height_cm=4.6)
-    shown, scorers = shown_behaviour(table, "policy")
-    return Section(
+    return scores_section(
+        table,
+        "policy",
         name=NAME,
         question="What does the model say while it trains, and how is it scored?",
-        claim=CLAIM,
         sentences=sentences,
-        interval=INTERVAL,
-        limits=LIMITS,
         figure=figure,
-        table=table,
+        numbers=table,
         reading=reading_of(table, n_prompts=scores.n_prompts, decoding=scores.decoding),
         headlines=headlines_of(table, f"{NAME}.csv"),
-        shown=shown,
         caption="Every figure as last taken; the interval is the policy’s, or that of the two together",
-        notes=scorers,
     )
 
 
@@ -160,7 +153,7 @@ def _curve(axes: Axes, table: pd.DataFrame, metric: str, of: str, colour: str, n
 
 
 def decoding_of(run: Run) -> Decoding | None:
-    """How the run drew its completions; None where its configuration doesn't say.
+    """The run's way to draw its completions; None where its configuration doesn't say.
 
     Raises:
         UserError: values that no run has; names the file.

@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 
-from analysis.report.page import Headline
+from analysis.report.page import Headline, Section
 from analysis.report.site_axes import as_text
 from tiltmeter.errors import UserError
 from tiltmeter.metric_names import behaviour
@@ -47,13 +47,13 @@ MEASURES = (
 RULES = (*(f"degeneration_{rule}" for rule in NGRAMS), "empty")
 """Figures that say why completions are degenerate."""
 
-CLAIM = "D-STEER: alignment raises judged quality (G-Eval) and lowers toxicity; its Fig. 2 wants the same by steering alone."
+_CLAIM = "D-STEER: alignment raises judged quality (G-Eval) and lowers toxicity; its Fig. 2 wants the same by steering alone."
 """What figures of behaviour put to the test."""
-INTERVAL = (
+_INTERVAL = (
     "95 %, over prompts, of each number alone; both models answer the same prompts, so a difference can be surer than "
     "two overlapping intervals suggest."
 )
-LIMITS = (
+_LIMITS = (
     "Quality: every number is what its scorer makes of the words, and scorers can be wrong together.",
     "Other prompts, other decoding, another seed of training.",
 )
@@ -131,12 +131,12 @@ def first_value(table: pd.DataFrame, metric: str, of: str) -> float:
 
 
 def side_of(table: pd.DataFrame, metric: str) -> str:
-    """Whose a figure is beside the base's: the policy's own, or of the two together."""
+    """The side that stands beside the base in a figure: the policy's own, or the two together."""
     return "both" if has(table, metric, "both") else "policy"
 
 
 def before(table: pd.DataFrame, metric: str) -> float:
-    """What a figure is without training.
+    """A figure's value without training.
 
     The base model's; of a win rate over the base ½, which is what a model gets against itself; of others, where the base has no
     number of its own, what it was before the first step.
@@ -192,7 +192,7 @@ def is_count(metric: str) -> bool:
 
 
 def measure_of(metric: str) -> Measure:
-    """How to write a figure, of those that lead or any other."""
+    """The way to write a figure, of those that lead or any other."""
     known = {measure.metric: measure for measure in MEASURES}
     return known.get(metric) or Measure(metric, ".3f", name_of(metric))
 
@@ -249,8 +249,23 @@ def why_no_number(point: Point) -> str:
 
 
 def as_counts(point: Point) -> str:
-    """How much was scored: ``64``, or ``60 of 64`` where some is missing."""
+    """Number of scored completions: ``64``, or ``60 of 64`` where some is missing."""
     return f"{point.n:.0f}" + (f" of {point.n + point.n_missing:.0f}" if point.n_missing else "")
+
+
+def scores_section(table: pd.DataFrame, side: str, *, numbers: pd.DataFrame, **fields: Any) -> Section:
+    """A section on scores of text, with what is the same whenever they were taken.
+
+    Args:
+        table: the scores.
+        side: name of the model beside the base.
+        numbers: the section's table.
+        fields: the others of :class:`~analysis.report.page.Section`.
+    """
+    shown, scorers = shown_behaviour(table, side)
+    return Section(
+        claim=_CLAIM, interval=_INTERVAL, limits=_LIMITS, table=numbers, shown=shown, notes=scorers, **fields
+    )
 
 
 def shown_behaviour(table: pd.DataFrame, policy: str) -> tuple[pd.DataFrame, list[str]]:
@@ -323,6 +338,18 @@ def _headline(table: pd.DataFrame, metric: str, name: str, file: str, remark: st
     return Headline(number(last.value), name, f"{interval}n = {as_counts(last)}{remark}; {file}, {metric}")
 
 
+def _drawn_by(decoding: Decoding | None) -> str:
+    if decoding is None:
+        return "(how they were drawn is not known)"
+    return f"({as_words(decoding)})" + (", with the same random numbers" if decoding.temperature > 0 else "")
+
+
+def _kl_is(decoding: Decoding | None) -> str:
+    if decoding is not None and decoding.temperature == 1 and decoding.top_p == 1:
+        return "drawn as they were, an unbiased estimate of KL(π‖π₀)."
+    return "no estimate of KL(π‖π₀), for which completions are drawn at temperature 1 from the whole distribution."
+
+
 def reading_of(table: pd.DataFrame, *, n_prompts: int | None, decoding: Decoding | None) -> list[str]:
     """Notes that a reader needs beside these figures.
 
@@ -330,11 +357,8 @@ def reading_of(table: pd.DataFrame, *, n_prompts: int | None, decoding: Decoding
         n_prompts: that both models completed; None: not known.
         decoding: how completions were drawn; None: not known.
     """
-    is_drawn = decoding is not None and decoding.temperature > 0
-    how = "how they were drawn is not known" if decoding is None else as_words(decoding)
     lines = [
-        f"Both models complete the same {f'{n_prompts} ' if n_prompts else ''}prompts ({how})"
-        + (", with the same random numbers." if is_drawn else "."),
+        f"Both models complete the same {f'{n_prompts} ' if n_prompts else ''}prompts {_drawn_by(decoding)}.",
         "Every number names its scorer below the table; numbers of different scorers are not comparable. n counts completions, "
         "for preference figures pairs, for TruthfulQA questions.",
     ]
@@ -345,15 +369,7 @@ def reading_of(table: pd.DataFrame, *, n_prompts: int | None, decoding: Decoding
             f"Degenerate: empty, or mostly repeated words, characters or tokens. Of the aligned model’s, by rule: {fired}."
         )
     if has(table, "kl"):
-        is_unbiased = is_drawn and decoding is not None and decoding.temperature == 1 and decoding.top_p == 1
-        lines.append(
-            "kl: mean of log π − log π₀ over the aligned model’s own completions, nats; "
-            + (
-                "drawn as they were, an unbiased estimate of KL(π‖π₀)."
-                if is_unbiased
-                else "no estimate of KL(π‖π₀), for which completions are drawn at temperature 1 from the whole distribution."
-            )
-        )
+        lines.append(f"kl: mean of log π − log π₀ over the aligned model’s own completions, nats; {_kl_is(decoding)}")
     if table["n_missing"].max() > 0:
         lines.append(
             "What could not be scored is left out and counted; a figure that lacks too much (usually above 5 %) has no number."

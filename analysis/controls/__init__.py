@@ -1,1 +1,1 @@
-"""What an effect is set against, one file a control."""
+"""Controls that an effect is set against, one file each."""

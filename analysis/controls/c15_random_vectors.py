@@ -43,11 +43,11 @@ COLUMNS = (
     *("p_below", "n", "verdict", "kl_from_start", "degeneration", "degeneration_unsteered", "degeneration_p"),
     *("control_degeneration", "control_degeneration_p"),
 )
-_COMPARED = (("recovery", EQUAL_NORM), ("preference_odds", EQUAL_NORM), ("preference_odds", EQUAL_KL))
+COMPARED = (("recovery", EQUAL_NORM), ("preference_odds", EQUAL_NORM), ("preference_odds", EQUAL_KL))
 
 
 class Text(NamedTuple):
-    """What became of text at one strength; NaN where none was scored."""
+    """Collapse of text at one strength; NaN where none was scored."""
 
     degenerate: float
     """Share of completions."""
@@ -67,8 +67,8 @@ class Text(NamedTuple):
         return more and self.p_value <= COLLAPSE_LEVEL
 
 
-class _Sums(NamedTuple):
-    """What every pair adds, for one vector, or each draw of a random kind, at one site; strengths in ascending order."""
+class Sums(NamedTuple):
+    """Sums of every pair, for one vector, or each draw of a random kind, at one site; strengths in ascending order."""
 
     strengths: list[float]
     norms: list[float]
@@ -78,14 +78,11 @@ class _Sums(NamedTuple):
 
     @property
     def zero(self) -> int:
+        """Place of λ = 0."""
         return self.strengths.index(0.0)
 
-    def of(self, draws: list[int]) -> "_Sums":
-        """Some of the draws."""
-        return self._replace(**{name: getattr(self, name)[:, draws] for name in self._fields[2:]})
-
     def at_norm(self, norm: float) -> int | None:
-        """Which strength adds something as long; None: none does."""
+        """The strength that adds something as long; None: none does."""
         return next((i for i, x in enumerate(self.norms) if math.isclose(x, norm, rel_tol=1e-4, abs_tol=1e-12)), None)
 
 
@@ -96,13 +93,7 @@ class Cell(NamedTuple):
     weights: Float[Tensor, "kept pair"]
     """How much each pair counts: first all alike, then without each prompt in turn."""
     n_pairs: int
-    by_vector: dict[str, _Sums]
-
-    def with_one_apart(self, kind: str, draw: int) -> "Cell":
-        """One draw of a random kind as the vector ``one``, beside all others of its kind."""
-        drawn = self.by_vector[kind]
-        others = [i for i in range(drawn.kl.shape[1]) if i != draw]
-        return self._replace(by_vector={"one": drawn.of([draw]), kind: drawn.of(others)})
+    by_vector: dict[str, Sums]
 
 
 def steering_effects(pairs: pd.DataFrame, sweep: pd.DataFrame, *, strength: float) -> pd.DataFrame:
@@ -130,45 +121,23 @@ def steering_effects(pairs: pd.DataFrame, sweep: pd.DataFrame, *, strength: floa
                 known |= {"degeneration": own.degenerate, "degeneration_unsteered": own.unsteered}
                 known |= {"degeneration_p": own.p_value, "control_degeneration": drawn.degenerate}
                 known |= {"control_degeneration_p": drawn.p_value}
-                for metric, equal in _COMPARED:
-                    screened = COLLAPSED if own.has_collapsed else None
-                    if drawn.has_collapsed and equal == EQUAL_NORM:
-                        screened = screened or CONTROLS_COLLAPSED
+                for metric, equal in COMPARED:
+                    screened = _screened(own, drawn, equal)
                     found, reached = compare(cell, vector, kind, metric, equal, strength, screened)
                     taken = {"metric": metric, "equal": equal, "n": cell.n_pairs, "kl_from_start": reached}
                     rows.append(known | _as_row(found) | taken)
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
-def random_among_random(pairs: pd.DataFrame) -> pd.DataFrame:
-    """How often a random vector is called above or below the others of its kind: the real error rate of :func:`steering_effects`.
-
-    Args:
-        pairs: :func:`analysis.steering.table.read_pairs`.
-
-    Returns:
-        a row for each direction, site, random kind, comparison and length above 0 (``lambda`` is the random vectors' own), with the
-        shares of ``n`` draws whose verdict is ``above`` and ``below``, each draw judged against all others.
-    """
-    rows: list[dict[str, Any]] = []
-    for (direction, site), part in pairs.groupby(["direction", "site"], sort=False):
-        cell = cell_of(part)
-        for kind, drawn in ((name, cell.by_vector[name]) for name in RANDOM_KINDS if name in cell.by_vector):
-            n = drawn.kl.shape[1]
-            for strength in (x for x in drawn.strengths if x > 0):
-                for metric, equal in _COMPARED:
-                    verdicts = [
-                        compare(cell.with_one_apart(kind, i), "one", kind, metric, equal, strength)[0].verdict
-                        for i in range(n)
-                    ]
-                    known = {"direction": direction, "site": site, "control": kind, "lambda": strength}
-                    known |= {"metric": metric, "equal": equal, "n": n}
-                    rows.append(known | {"above": verdicts.count(ABOVE) / n, "below": verdicts.count(BELOW) / n})
-    return pd.DataFrame(rows)
+def _screened(own: Text, drawn: Text, equal: str) -> str | None:
+    """Verdict that text has given already; None: the numbers decide."""
+    if own.has_collapsed:
+        return COLLAPSED
+    return CONTROLS_COLLAPSED if drawn.has_collapsed and equal == EQUAL_NORM else None
 
 
 def text_of(sweep: pd.DataFrame, direction: str, vector: str, site: str, strength: float) -> Text:
-    """What became of text with a vector, or with the draws of a random kind, at one λ."""
+    """Collapse of text with a vector, or with the draws of a random kind, at one λ."""
     rows = sweep[(sweep["direction"] == direction) & (sweep["vector"] == vector) & (sweep["site"] == site)]
 
     def at(metric: str, strength: float) -> float:
@@ -200,13 +169,13 @@ def beside_random(table: pd.DataFrame, direction: str, site: str, metric: str, s
 
 
 def random_span(found: AmongRandom) -> str:
-    """Where 95 % of further random vectors lie, in words."""
+    """Interval that 95 % of further random vectors lie in, in words."""
     low, high = (as_text(x, "percent") for x in (found.prediction.low, found.prediction.high))
     return f"95\u00a0% of random vectors there {low} to {high}"
 
 
 def counted_verdicts(effects: pd.DataFrame) -> str:
-    """How many comparisons of R at equal norm said what, for each random kind."""
+    """Number of comparisons of R at equal norm with each verdict, for each random kind."""
     rows = effects[(effects["metric"] == "recovery") & (effects["equal"] == EQUAL_NORM)]
     parts = []
     for kind, of_kind in rows.groupby("control", sort=False):
@@ -231,7 +200,7 @@ def draw_effects(
     labels: Mapping[str, str],
     how: str,
 ) -> str:
-    """What each vector recovers beyond random ones, site by site; hollow where the interval includes 0.
+    """Draw R of each vector beyond random ones, site by site; hollow where the interval includes 0.
 
     Args:
         effects: :func:`steering_effects`.
@@ -317,7 +286,7 @@ def _as_row(found: Comparison) -> dict[str, Any]:
     }
 
 
-def _at_norm(cell: Cell, sums: _Sums, metric: str, at: int | None) -> Float[Tensor, "kept draw"]:
+def _at_norm(cell: Cell, sums: Sums, metric: str, at: int | None) -> Float[Tensor, "kept draw"]:
     """Effects at one strength; NaN where the sweep has none as long."""
     if at is None:
         return torch.full((len(cell.weights), sums.kl.shape[1]), math.nan, dtype=torch.float64)
@@ -328,7 +297,7 @@ def _at_norm(cell: Cell, sums: _Sums, metric: str, at: int | None) -> Float[Tens
 
 
 def _at_kl(
-    cell: Cell, own: _Sums, drawn: _Sums, at: int
+    cell: Cell, own: Sums, drawn: Sums, at: int
 ) -> tuple[list[Float[Tensor, "kept draw"]], Float[Tensor, " kept"]]:
     """Changes of the margin where all have moved the model equally far, and how far that is, summed over tokens."""
     curves = [_curve(cell, sums) for sums in (own, drawn)]
@@ -338,7 +307,7 @@ def _at_kl(
     return [interpolate(moved, gained, common.sqrt()[:, None]) / n for moved, gained in curves], common
 
 
-def _curve(cell: Cell, sums: _Sums) -> tuple[Float[Tensor, "kept draw strength"], ...]:
+def _curve(cell: Cell, sums: Sums) -> tuple[Float[Tensor, "kept draw strength"], ...]:
     """√KL from the start and the margin's change over λ ≥ 0, both summed over pairs."""
     forward = [i for i, x in enumerate(sums.strengths) if x >= 0]
     odds = sums.preference_odds[forward] - sums.preference_odds[sums.zero]
@@ -374,14 +343,14 @@ def cell_of(part: pd.DataFrame) -> Cell:
     return Cell(float(first["n_tokens"].sum()), without_each(groups), len(order), by_vector)
 
 
-def _sums_of(rows: pd.DataFrame, order: list[str]) -> _Sums:
+def _sums_of(rows: pd.DataFrame, order: list[str]) -> Sums:
     index = ["lambda", "draw"]
     strengths, draws = (sorted(rows[name].unique().tolist()) for name in index)
     wanted = pd.MultiIndex.from_product([strengths, draws])
     tables = [
         rows.pivot_table(index=index, columns="pair_id", values=name, dropna=False).loc[wanted, order]
-        for name in _Sums._fields[2:]
+        for name in Sums._fields[2:]
     ]
     norms = rows.groupby("lambda")["norm"].mean().loc[strengths].tolist()
     shape = (len(strengths), len(draws), len(order))
-    return _Sums(strengths, norms, *(torch.tensor(table.to_numpy(dtype=float)).reshape(shape) for table in tables))
+    return Sums(strengths, norms, *(torch.tensor(table.to_numpy(dtype=float)).reshape(shape) for table in tables))

@@ -1,10 +1,11 @@
-"""How much of the way does one vector go, how much do k directions, how much the update itself? Control C16, teacher-forced.
+"""Control C16: the share of the way that one vector goes, that k directions go, and that the update itself goes; teacher-forced.
 
 At every token that a token of a response is predicted from, the base's state is moved by v*, by the token's own update within k
 directions, or by the whole of it: the oracle, which recovers everything at the final norm. v* and directions are of other prompts.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import pandas as pd
 import torch
@@ -17,13 +18,13 @@ from analysis.open.checkpoints import Checkpoints
 from analysis.open.laid_pairs import LaidPairs, lay_pairs
 from analysis.open.observations import site_name
 from analysis.report.page import Headline, Section
-from analysis.report.site_axes import as_text
-from analysis.report.style import COLOURS, house_style, mark_level, new_figure, set_titles
+from analysis.report.site_axes import as_text, draw_panels
+from analysis.report.style import COLOURS, mark_level
 from analysis.steering.directions import States, split_by_prompt, v_star
-from analysis.steering.sweep import check_options, default_sites
+from analysis.steering.sweep import check_options, swept_sites
 from tiltmeter.geometry.directions import principal_directions
 from tiltmeter.models.causal_lm import DTYPES
-from tiltmeter.models.layers import resolve_sites, site_depth
+from tiltmeter.models.layers import site_depth
 from tiltmeter.stats.jackknife import jackknife_intervals
 from tiltmeter.steering.recovery import RecoveryMoments, restricted_updates
 from tiltmeter.steering.sweep_logits import hidden_at, moved_logits, sweep_cost
@@ -36,7 +37,7 @@ _LOOKS = (("policy_dark", "o"), ("policy", "s"), ("policy_light", "^"), ("base",
 
 
 class RecoveryLadder:
-    """What to ask.
+    """Options of the ladder.
 
     Args:
         sites: a site, several, or ``all``; null: after the middle block, and before and after the final norm.
@@ -108,7 +109,7 @@ class RecoveryLadder:
 
     def _sites(self, checkpoints: Checkpoints) -> Sequence[str]:
         n_layers = checkpoints.base.model.config.num_hidden_layers
-        return default_sites(n_layers) if self.sites is None else resolve_sites(self.sites, n_layers)
+        return swept_sites(self.sites, n_layers)
 
     def _updates(self, checkpoints: Checkpoints, laid: LaidPairs, site: str) -> Float[Tensor, "token d_model"]:
         """δ of every token that a token of a response is predicted from."""
@@ -154,12 +155,8 @@ def _rows_of(
         {
             "site": site,
             "step": name,
-            "recovery": step.recovery.value,
-            "recovery_low": step.recovery.low,
-            "recovery_high": step.recovery.high,
-            "share_of_own": share.value,
-            "share_of_own_low": share.low,
-            "share_of_own_high": share.high,
+            **step.recovery.named("recovery"),
+            **share.named("share_of_own"),
             "kl": step.kl.value,
             "n": step.n_rows,
         }
@@ -175,10 +172,7 @@ def recovery_ladder_section(table: pd.DataFrame) -> Section:
     """
     sites = list(dict.fromkeys(table["site"]))
     known = table.set_index(["site", "step"])
-    with house_style():
-        figure, axes = new_figure(1, panel_height_cm=6.4)
-        sentence = _draw(axes[0], table, sites)
-        set_titles(figure, axes, [sentence])
+    figure, sentences = draw_panels([partial(_draw, sites=sites)], table, panel_height_cm=6.4)
     best = max(sites, key=lambda site: known["share_of_own"][site, V_STAR])
     share = known.loc[(best, V_STAR)]
     low, high = (as_text(share[f"share_of_own_{end}"], ".2f") for end in ("low", "high"))
@@ -187,7 +181,7 @@ def recovery_ladder_section(table: pd.DataFrame) -> Section:
         name=NAME,
         question="How much of the way does one vector go, beside k directions and the update itself?",
         claim="D-STEER: DPO’s update is one vector. Then v* at every token recovers what each token’s own update does.",
-        sentences=[sentence],
+        sentences=sentences,
         interval=f"R of v* ÷ R of the whole update at {site_name(best)}: {as_text(share['share_of_own'], '.2f')} ({low} … {high}), "
         "95\u00a0% over prompts.",
         limits=[

@@ -4,6 +4,7 @@ R² = 1 − Σ‖δ − δ̂‖² / Σ‖δ‖²          "one vector" fails whe
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -12,14 +13,13 @@ from analysis.contract import Cost
 from analysis.open.checkpoints import Checkpoints
 from analysis.open.observations import site_name
 from analysis.report.page import Headline, Section
-from analysis.report.site_axes import as_text
-from analysis.report.style import COLOURS, house_style, new_figure, set_titles
+from analysis.report.site_axes import as_text, draw_panels
+from analysis.report.style import COLOURS
 from analysis.steering.directions import READ_POSITIONS, States
-from analysis.steering.sweep import check_options, default_sites
+from analysis.steering.sweep import check_options, swept_sites
 from tiltmeter.errors import UserError
 from tiltmeter.geometry.update_models import UpdateModels
 from tiltmeter.models.causal_lm import DTYPES
-from tiltmeter.models.layers import resolve_sites
 from tiltmeter.states.positions import Position
 
 NAME = "update_models"
@@ -29,7 +29,7 @@ _LOOKS = (("policy_dark", "o"), ("policy", "s"), ("policy_light", "^"), ("base",
 
 
 class UpdateModelsControl:
-    """What to ask.
+    """Options of the control.
 
     Args:
         sites: a site, several, or ``all``; null: after the middle block, and before and after the final norm.
@@ -79,7 +79,7 @@ class UpdateModelsControl:
 
     def _sites(self, checkpoints: Checkpoints) -> Sequence[str]:
         n_layers = checkpoints.base.model.config.num_hidden_layers
-        return default_sites(n_layers) if self.sites is None else resolve_sites(self.sites, n_layers)
+        return swept_sites(self.sites, n_layers)
 
     def _rows(self, states: States, site: str, position: Position) -> list[dict[str, object]]:
         base, policy = states.rows(site, position)
@@ -106,11 +106,8 @@ def update_models_section(table: pd.DataFrame) -> Section:
         table: a row for each site, position and model.
     """
     positions = list(dict.fromkeys(table["position"]))
-    with house_style():
-        figure, axes = new_figure(len(positions), panel_height_cm=5.8)
-        panels = list(zip(axes, positions, strict=True))
-        sentences = [_draw(one, table[table["position"] == position], position) for one, position in panels]
-        set_titles(figure, axes, sentences)
+    panels = [partial(_draw, position=position) for position in positions]
+    figure, sentences = draw_panels(panels, table, panel_height_cm=5.8)
     affine = table[table["model"] == "affine"]
     n_one = int((affine["gained"] <= MOST_GAINED).sum())
     most = affine.loc[affine["gained"].idxmax()] if affine["gained"].notna().any() else affine.iloc[0]
@@ -147,6 +144,7 @@ def update_models_section(table: pd.DataFrame) -> Section:
 
 
 def _draw(axes: Axes, table: pd.DataFrame, position: str) -> str:
+    table = table[table["position"] == position]
     sites, models = (list(dict.fromkeys(table[column])) for column in ("site", "model"))
     for i, site in enumerate(sites):
         rows = table[table["site"] == site].set_index("model").loc[models]

@@ -1,10 +1,9 @@
 """Comparison of an effect with the same figure under a control: both values, and an interval of their difference."""
 
-import math
 from typing import NamedTuple
 
 from tiltmeter.stats.among_random import UNKNOWN, AmongRandom
-from tiltmeter.stats.jackknife import Interval
+from tiltmeter.stats.jackknife import NO_INTERVAL, Interval
 
 
 class Comparison(NamedTuple):
@@ -27,6 +26,5 @@ def beside_draws(found: AmongRandom, *, screened: str | None = None) -> Comparis
         screened: why the two aren't compared; None: they are, as far as there are enough draws.
     """
     verdict = screened or found.verdict
-    unknown = Interval(math.nan, math.nan, math.nan)
-    interval = unknown if screened or verdict == UNKNOWN else found.difference
+    interval = NO_INTERVAL if screened or verdict == UNKNOWN else found.difference
     return Comparison(found.value, found.random_mean, interval, verdict, found)

@@ -1,5 +1,7 @@
 """Do hidden states move along what the preference asks for? Fig. 1a: projections onto v and v̄ by site, and pair by pair."""
 
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -18,13 +20,14 @@ from analysis.report.site_axes import (
     Panel,
     as_text,
     draw_over_sites,
+    draw_panels,
     extremes,
     finish_sites,
     plot_curves,
     prepare_sites,
     shade_sites,
 )
-from analysis.report.style import COLOURS, EndLabel, house_style, mark_level, new_figure, set_titles
+from analysis.report.style import COLOURS, EndLabel, mark_level
 from tiltmeter.geometry.directions import principal_directions
 from tiltmeter.geometry.projections import projection_change, summarize_projections
 from tiltmeter.metric_names import metric
@@ -193,8 +196,7 @@ def preference_plane_tables(seen: Observed) -> Tables | None:
     point = rows.points[-1]
     at, shares = plane_points(rows, point, v)
     summary = summarize_projections(projection_change(*rows.rows(point), v), rows.clusters_of(point))
-    for name, interval in (("change", summary.change), ("share_grown", summary.share_grown)):
-        said = said.assign(**dict(zip((name, f"{name}_low", f"{name}_high"), interval, strict=True)))
+    said = said.assign(**summary.change.named("change"), **summary.share_grown.named("share_grown"))
     said = said.assign(**{f"energy_{axis}": share for axis, share in zip(_AXES, shares, strict=True)})
     return {
         "preference_plane": pd.DataFrame(where | {"site": point.site} | at),
@@ -217,22 +219,18 @@ def parting(seen: Observed) -> tuple[StatePair, Float[Tensor, "row d_model"], pd
     position = None if rows is None else rows.positions[0]
     if rows is None or not rows.tokens or position not in (DIVERGE, USUAL_POSITION):
         return None
-    usable, words = [], []
+    words: dict[int, tuple[int, int]] = {}
     for i in rows.policy[rows.points[0]].pair_index.tolist():
-        cut = cut_pair(rows.tokens[i], ["diverge"])
-        w, other = cut.chosen_ids[-1], cut.rejected_ids[-1]
-        if w != other and (position == DIVERGE or len(cut.chosen_ids) == 1):
-            usable.append(i)
-            words += [w, other]
-    if len(usable) < 4:
-        return None
-    kept = rows.of_pairs(torch.tensor(sorted(usable)))
+        _, chosen, rejected = cut_pair(rows.tokens[i], ["diverge"])
+        if chosen[-1] != rejected[-1] and (position == DIVERGE or len(chosen) == 1):
+            words[i] = chosen[-1], rejected[-1]
     d_model = rows.update(rows.points[0]).shape[1]
-    if (found := seen.read_unembedding(words, d_model)) is None:
+    found = seen.read_unembedding([*chain.from_iterable(words.values())], d_model) if len(words) >= 4 else None
+    if found is None:
         return None
     e, model = found
-    said = about(rows, rows.points[-1:]).assign(n_kept=len(usable), d_model=d_model, model=model)
-    return kept, e[0::2] - e[1::2], said
+    said = about(rows, rows.points[-1:]).assign(n_kept=len(words), d_model=d_model, model=model)
+    return rows.of_pairs(torch.tensor(sorted(words))), e[0::2] - e[1::2], said
 
 
 def plane_points(
@@ -260,13 +258,9 @@ def draw_preference_plane(tables: Tables) -> Section:
     table, said = tables["preference_plane"], tables["preference_plane_about"]
     here = said.iloc[0]
     change, least, most = (as_text(here[f"change{end}"], "+.2f") for end in ("", "_low", "_high"))
-    with house_style():
-        figure, axes = new_figure(2, panel_height_cm=6.6)
-        sentences = [
-            draw_steps(axes[0], table, 1, said_of_growth(here)),
-            draw_steps(axes[1], table, 2, said_of_shares(here)),
-        ]
-        set_titles(figure, axes, sentences)
+    said_of = {1: said_of_growth(here), 2: said_of_shares(here)}
+    panels = [partial(draw_steps, component=i, sentence=sentence) for i, sentence in said_of.items()]
+    figure, sentences = draw_panels(panels, table, panel_height_cm=6.6)
     return Section(
         name="preference_plane",
         question="Where do hidden states move, seen along the preference?",
@@ -283,7 +277,6 @@ def draw_preference_plane(tables: Tables) -> Section:
         figure=figure,
         table=table,
         reading=_plane_reading(said),
-        headlines=[],
         more_tables={name: tables[name] for name in ("projections", "preference_plane_about")},
     )
 
@@ -336,7 +329,7 @@ def said_of_growth(here: pd.Series) -> str:
 
 
 def said_of_shares(here: pd.Series) -> str:
-    """How much of the update lies along each axis."""
+    """A sentence on the share of the update along each axis."""
     v, first, second = (as_text(100 * here[f"energy_{axis}"], ".1f") + "\u00a0%" for axis in _AXES)
     chance = as_text(100 / here["d_model"], ".1f") + "\u00a0%"
     return (

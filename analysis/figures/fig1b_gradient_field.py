@@ -31,6 +31,7 @@ from analysis.report.site_axes import (
     shade_sites,
 )
 from analysis.report.style import COLOURS, EndLabel, house_style, new_figure, set_titles
+from analysis.steering.sweep import check_options
 from tiltmeter.errors import UserError
 from tiltmeter.geometry.consistency import shift_shares_of_gram
 from tiltmeter.geometry.gradient_field import Context, FieldGrid, field_summary
@@ -38,7 +39,7 @@ from tiltmeter.geometry.rows import unit_rows
 from tiltmeter.models.causal_lm import DTYPES
 from tiltmeter.models.cpu_linear import fast_linear
 from tiltmeter.models.layers import FINAL_POST_NORM, FINAL_PRE_NORM, resolve_sites
-from tiltmeter.stats.jackknife import COSINE, SHARE, Interval, jackknife_interval
+from tiltmeter.stats.jackknife import COSINE, NO_INTERVAL, SHARE, Interval, jackknife_interval
 
 NAME = "gradient_field"
 GRID, SEQUENCE, PAIRS = "grid", "sequence", "pairs"
@@ -57,7 +58,7 @@ class Picture(NamedTuple):
 
 
 class FieldTable(NamedTuple):
-    """What was found of the gradients."""
+    """Gradients found, as a table."""
 
     summary: pd.DataFrame
     by_pair: pd.DataFrame
@@ -66,7 +67,7 @@ class FieldTable(NamedTuple):
 
 
 class GradientField:
-    """What to ask.
+    """Options of the field.
 
     Args:
         model: whose states: ``base``, where training starts, or ``aligned``, where it has ended.
@@ -94,15 +95,9 @@ class GradientField:
         device: str | None = None,
     ) -> None:
         least = {"n_pairs": (n_pairs, LEAST_PLACES), "points_per_axis": (points_per_axis, 2), "seed": (seed, 0)}
-        for name, (value, lowest) in least.items():
-            if value < lowest:
-                raise UserError(f"gradient_field.{name}: expected at least {lowest}, got {value}")
+        check_options(NAME, least, {"model": (model, ("base", "aligned")), "dtype": (dtype, DTYPES)})
         if not 0 < step < float("inf"):
             raise UserError(f"gradient_field.step: expected a number above 0, got {step}")
-        if model not in ("base", "aligned"):
-            raise UserError(f"gradient_field.model: expected base or aligned, got {model}")
-        if dtype not in DTYPES:
-            raise UserError(f"gradient_field.dtype: expected one of {', '.join(DTYPES)}, got {dtype}")
         self.model, self.sites, self.n_pairs, self.seed = model, sites, n_pairs, seed
         self.points_per_axis, self.step, self.dtype, self.device = points_per_axis, step, dtype, device
 
@@ -176,14 +171,14 @@ class _Field:
         found = []
         for (reading, site, kind), rows in by_pair.groupby(["reading", "site", "words"], sort=False):
             known = rows.dropna(subset="mean_resultant")
-            interval = Interval(*[math.nan] * 3)
+            interval = NO_INTERVAL
             if len(known):
                 r = torch.tensor(known["mean_resultant"].to_numpy(dtype=float), dtype=torch.float64)
                 interval = _mean_of_lengths(r, known["group"].tolist())
             found.append(
                 {"reading": reading, "site": site, "words": kind, "n_pairs": len(known)}
                 | {"n_arrows": known["n_arrows"].mean()}
-                | _named("mean_resultant", interval)
+                | interval.named("mean_resultant")
                 | {"null": known["null"].mean(), "smallest_cosine": known["smallest_cosine"].min()}
                 | {"is_tautology": reading == GRID and self.taken.is_tautology(str(site))}
             )
@@ -217,17 +212,15 @@ class _Field:
         groups = [group for group, there in zip(self.groups, kept.tolist(), strict=True) if there]
         unit = unit_rows(gradients[kept])
         updates = self.taken.updates[site][: len(kept)][kept]
+        update_cosine = jackknife_interval(
+            lambda w: torch.cosine_similarity(-w @ unit, w @ updates), groups, second_order=True, scale=COSINE
+        )
         return (
             {"reading": PAIRS, "site": site, "words": kind, "n_pairs": len(groups), "n_arrows": float(len(groups))}
-            | _named("mean_resultant", resultant_interval(unit, groups))
+            | resultant_interval(unit, groups).named("mean_resultant")
             | {"null": len(groups) ** -0.5, "smallest_cosine": field_summary(gradients).smallest_cosine}
             | {"is_tautology": False}
-            | _named(
-                "update_cosine",
-                jackknife_interval(
-                    lambda w: torch.cosine_similarity(-w @ unit, w @ updates), groups, second_order=True, scale=COSINE
-                ),
-            )
+            | update_cosine.named("update_cosine")
         )
 
 
@@ -258,10 +251,6 @@ def _row(reading: str, site: str, kind: Kind, gradients: Tensor) -> dict[str, An
         "null": n**-0.5 if n else math.nan,
         "smallest_cosine": found.smallest_cosine,
     }
-
-
-def _named(name: str, interval: Interval) -> dict[str, float]:
-    return {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
 
 
 def gradient_field_section(found: FieldTable) -> Section:

@@ -28,7 +28,7 @@ Words = tuple[int, int]
 
 
 class Place(NamedTuple):
-    """Where the responses of a pair part: the state at the context's last token predicts both words."""
+    """The place where the responses of a pair part: the state at the context's last token predicts both words."""
 
     pair: ProbePair
     context: Sequence[int]

@@ -1,6 +1,7 @@
 """Is the aligned model's cloud of hidden states the base's, moved by v*? Planes, and distances in all dimensions."""
 
 import math
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -12,8 +13,8 @@ from torch import Tensor
 from analysis.open.observations import site_name
 from analysis.open.observed import Observed, Tables, about, row_notes, shown_points
 from analysis.report.page import Section
-from analysis.report.site_axes import as_text
-from analysis.report.style import COLOURS, house_style, new_figure, set_titles
+from analysis.report.site_axes import as_text, draw_panels
+from analysis.report.style import COLOURS
 from tiltmeter.geometry.consistency import shift_shares_of_gram
 from tiltmeter.geometry.directions import principal_directions
 from tiltmeter.geometry.energy_distance import energy_kernel, random_halves
@@ -74,7 +75,7 @@ def cloud_plane(rows: StatePair, point: ReadPoint) -> tuple[pd.DataFrame, tuple[
 
 
 def cloud_distances(rows: StatePair, point: ReadPoint, *, n_random: int) -> dict[str, str | float]:
-    """How much of the way from the base's cloud to the policy's v* goes, at one site; in all dimensions.
+    """Share of the way from the base's cloud to the policy's that v* goes, at one site; in all dimensions.
 
     ``energy_distance_base``: energy distance of h₀ and h_π, activation units. ``distance_left``: that of h₀ + v* and h_π over it,
     0 when v* explains all, 1 when nothing; ``…_random``: for random vectors as long as v*, mean and where one more would lie.
@@ -106,7 +107,7 @@ def cloud_distances(rows: StatePair, point: ReadPoint, *, n_random: int) -> dict
     figures: dict[str, str | float] = {"snapshot": rows.name, "position": point.position, "site": point.site}
     figures |= {"n_rows": rows.n_rows, "energy_distance_base": float(apart.sum() / n_compared.sum())}
     for name, interval in (("distance_left", left), ("shift_share", share), ("distance_left_random", among.prediction)):
-        figures |= dict(zip((name, f"{name}_low", f"{name}_high"), interval, strict=True))
+        figures |= interval.named(name)
     return figures | dict(zip(("left_per_pair_median", "left_per_pair_q90"), _left_per_pair(update), strict=True))
 
 
@@ -129,11 +130,8 @@ def draw_clouds(tables: Tables) -> Section:
     """The section of what :func:`cloud_tables` made."""
     points, said = tables["clouds"], tables["clouds_about"]
     fits = tables["cloud_distances"].set_index("site")
-    with house_style():
-        figure, axes = new_figure(len(said), panel_height_cm=7.0)
-        drawn = zip(axes, said.iterrows(), strict=True)
-        sentences = [draw_plane(panel, points, plane, fits.loc[plane["site"]]) for panel, (_, plane) in drawn]
-        set_titles(figure, axes, sentences)
+    panels = [partial(draw_plane, plane=plane, fit=fits.loc[plane["site"]]) for _, plane in said.iterrows()]
+    figure, sentences = draw_panels(panels, points, panel_height_cm=7.0)
     last = said["site"].iloc[-1]
     return Section(
         name="clouds",
@@ -151,7 +149,6 @@ def draw_clouds(tables: Tables) -> Section:
         figure=figure,
         table=points,
         reading=_reading(said, fits.loc[last]),
-        headlines=[],
         more_tables={name: tables[name] for name in ("cloud_distances", "clouds_about")},
     )
 

@@ -31,8 +31,8 @@ from analysis.controls.c15_random_vectors import (
 from analysis.figures.vector_labels import LAMBDA, NAMES, doing, how, how_many, short_site, vector_labels, words
 from analysis.open.observations import site_name
 from analysis.report.page import Headline, Section
-from analysis.report.site_axes import Panel, as_text
-from analysis.report.style import COLOURS, house_style, mark_level, new_figure, set_titles
+from analysis.report.site_axes import Panel, as_text, draw_panels
+from analysis.report.style import COLOURS, mark_level
 from analysis.steering.table import (
     CHOOSING,
     PAIRS,
@@ -124,10 +124,7 @@ def steering_section(
         ]
     if (table["metric"] == "degeneration").any():
         panels.append(draw_degeneration)
-    with house_style():
-        figure, axes = new_figure(len(panels), panel_height_cm=5.6)
-        sentences = [draw(panel, table) for draw, panel in zip(panels, axes, strict=True)]
-        set_titles(figure, axes, sentences)
+    figure, sentences = draw_panels(panels, table, panel_height_cm=5.6)
     return Section(
         name=NAME,
         question="Does moving hidden states along one vector turn the base into the aligned model, and back?",
@@ -311,7 +308,7 @@ def _vectors_and_files(settings: Mapping[str, Any], labels: Mapping[str, str]) -
 
 
 def _of_v_star(effects: pd.DataFrame, direction: str, site: str) -> pd.DataFrame:
-    """What v* recovers beyond random vectors at a site."""
+    """R of v* beyond random vectors at a site."""
     rows = effects[(effects["metric"] == "recovery") & (effects["control"] == RANDOM) & (effects["vector"] == V_STAR)]
     return rows[(rows["direction"] == direction) & (rows["site"] == site)]
 

@@ -19,6 +19,7 @@ from analysis.report.site_axes import (
     Panel,
     as_text,
     draw_over_sites,
+    draw_panels,
     extremes,
     finish_sites,
     plot_curves,
@@ -26,7 +27,7 @@ from analysis.report.site_axes import (
     shade_sites,
     span,
 )
-from analysis.report.style import COLOURS, EndLabel, house_style, new_figure, set_titles
+from analysis.report.style import COLOURS, EndLabel
 from tiltmeter.geometry.consistency import in_sample_cosines, leave_one_out_cosines, mean_cosine_intervals, split_half
 from tiltmeter.geometry.rows import in_own_span, row_geometry
 from tiltmeter.states.capture import ReadPoint
@@ -111,9 +112,7 @@ def _figures(update: Tensor, clusters: list[str]) -> dict[str, float]:
         ("leave_one_out", flipped.mean_cosine_leave_one_out),
         ("split_half", flipped_halves.mean_cosine),
     ):
-        interval = intervals[name]
-        figures |= {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
-        figures |= _band(name, null)
+        figures |= intervals[name].named(name) | _band(name, null)
     between = halves.cosine_of_means
     figures |= {"split_half_least": float(halves.mean_cosine.min())}
     figures |= {"between_halves": float(between.nanmean()), "between_halves_least": float(between.min())}
@@ -150,11 +149,8 @@ def _counts(cosines: Tensor) -> np.ndarray:
 def draw_cosines(tables: Tables) -> Section:
     """The section of what :func:`cosine_tables` made."""
     table, means = tables["cosines"], tables["cosines_about"].iloc[0]
-    with house_style():
-        figure, axes = new_figure(len(OF_PAIRS), panel_height_cm=4.6)
-        sentences = [draw_histogram(panel, table, side, means) for panel, side in zip(axes, OF_PAIRS, strict=True)]
-        axes[-1].set_xlabel("cos(δᵢ, v*)")
-        set_titles(figure, axes, sentences)
+    panels = [partial(draw_histogram, side=side, means=means) for side in OF_PAIRS]
+    figure, sentences = draw_panels(panels, table, panel_height_cm=4.6, x_label="cos(δᵢ, v*)")
     value, low, high = (as_text(means[f"split_half{end}"], ".3f") for end in ("", "_low", "_high"))
     return Section(
         name="cosines",
@@ -171,7 +167,6 @@ def draw_cosines(tables: Tables) -> Section:
         figure=figure,
         table=table,
         reading=_cosine_reading(tables["cosines_about"]),
-        headlines=[],
         more_tables={"cosines_about": tables["cosines_about"]},
     )
 
@@ -250,7 +245,6 @@ def draw_consistency(tables: Tables) -> Section:
         figure=figure,
         table=table,
         reading=_consistency_reading(table, tables["consistency_about"]),
-        headlines=[],
         more_tables={"consistency_about": tables["consistency_about"]},
     )
 

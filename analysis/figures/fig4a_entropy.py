@@ -100,7 +100,6 @@ def draw_entropies(tables: Tables) -> Section:
         figure=figure,
         table=last,
         reading=_reading(last, cap),
-        headlines=[],
         more_tables={"entropy_about": tables["entropy_about"]},
     )
 
@@ -135,7 +134,7 @@ def draw_update(axes: Axes, last: pd.DataFrame, *, cap: float) -> str:
 
 
 def draw_change(axes: Axes, last: pd.DataFrame) -> str:
-    """How much the entropy of the states themselves changed."""
+    """Draw the change of the entropy of the states themselves."""
     sites = last["site"].tolist()
     prepare_sites(axes, sites)
     mark_level(axes, 0.0)
@@ -208,7 +207,6 @@ def draw_entropy_controls(tables: Tables) -> Section:
             "Second panel: thin blue, the policy’s states; broad grey beneath, the base’s.",
             *row_notes(said),
         ],
-        headlines=[],
         more_tables={"entropy_controls_about": said},
     )
 
@@ -273,7 +271,7 @@ def _figures(geometry: RowGeometry) -> dict[str, float]:
 
 
 def _ranks(rows: Float[Tensor, "row d_model"], centred: RowGeometry) -> dict[str, float]:
-    """What noise would give: :data:`_RANKS`; NaN where rows are all alike or not finite."""
+    """Ranks that noise would give: :data:`_RANKS`; NaN where rows are all alike or not finite."""
     sigma, size = centred.singular_values, {"n_rows": len(rows) - 1, "d_model": rows.shape[1]}
     if not (sigma.isfinite().all() and sigma.any()):
         return dict.fromkeys(_RANKS, math.nan)

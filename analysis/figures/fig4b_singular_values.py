@@ -32,6 +32,7 @@ from analysis.report.site_axes import (
     Panel,
     as_text,
     draw_over_sites,
+    draw_panels,
     extremes,
     finish_sites,
     last_value,
@@ -40,16 +41,7 @@ from analysis.report.site_axes import (
     prepare_sites,
     span,
 )
-from analysis.report.style import (
-    COLOURS,
-    EndLabel,
-    house_style,
-    label_ends,
-    mark_level,
-    new_figure,
-    set_titles,
-    use_log_scale,
-)
+from analysis.report.style import COLOURS, EndLabel, label_ends, mark_level, use_log_scale
 from tiltmeter.geometry.rows import in_own_span, row_geometry
 from tiltmeter.geometry.spectra import leading_energies_of_gram
 from tiltmeter.stats.jackknife import SHARE, Interval, jackknife_intervals
@@ -113,7 +105,6 @@ def draw_singular_values(tables: Tables) -> Section:
         figure=figure,
         table=tables["singular_values"],
         reading=_reading(wide, said),
-        headlines=[],
         more_tables={name: tables[name] for name in ("spectra", "singular_values_about")},
     )
 
@@ -257,10 +248,8 @@ def scree(update: Float[Tensor, "row d_model"]) -> tuple[pd.DataFrame, float, in
 def draw_signal_ranks(tables: Tables) -> Section:
     """The section of what :func:`signal_rank_tables` made."""
     table, said = tables["signal_rank"], tables["signal_rank_about"]
-    with house_style():
-        figure, axes = new_figure(2, panel_height_cm=6.0)
-        sentences = [draw_ranks(axes[0], said), draw_scree(axes[1], table, said.iloc[-1])]
-        set_titles(figure, axes, sentences)
+    panels: list[Panel] = [lambda axes, _: draw_ranks(axes, said), partial(draw_scree, here=said.iloc[-1])]
+    figure, sentences = draw_panels(panels, table, panel_height_cm=6.0)
     return Section(
         name="signal_rank",
         question="How many directions are more than noise?",
@@ -276,7 +265,6 @@ def draw_signal_ranks(tables: Tables) -> Section:
         figure=figure,
         table=table,
         reading=_rank_reading(said),
-        headlines=[],
         more_tables={"signal_rank_about": said},
     )
 

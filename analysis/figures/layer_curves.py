@@ -233,7 +233,7 @@ def _said(last: pd.DataFrame, column: str, what: str, form: str, alone: str) -> 
 
 
 def _reading(last: pd.DataFrame, draws: pd.DataFrame | None) -> list[str]:
-    """How to read the figure, and what it does not show."""
+    """Notes on how to read the figure, and what it does not show."""
     position, steps = last["position"].iloc[0], last["steps_taken"].iloc[0]
     lines = [
         f"ΔH holds the change of each probe pair’s hidden state at {position}, policy less base, {after_steps(steps)}; v* is its "

@@ -1,4 +1,4 @@
-"""When and in which layers? Site × observation maps of shift share, entropy and cosine."""
+"""Site × observation maps of shift share, entropy and cosine: when and in which layers each arises."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -96,7 +96,6 @@ def draw_layers_by_step(tables: Tables) -> Section:
         figure=figure,
         table=seen,
         reading=_reading(seen, seen["steps_taken"].nunique()),
-        headlines=[],
     )
 
 
@@ -134,7 +133,7 @@ def _write_numbers(axes: Axes, cells: np.ndarray, drawn: Map, middle: float) -> 
 
 
 def _message(drawn: Map, grid: pd.DataFrame) -> str:
-    """What happened between the first and the last observation, at the site where the last says most."""
+    """The change between the first and the last observation, at the site where the last says most."""
     values = grid.iloc[:, -1].dropna()
     if values.empty:
         return f"{drawn.title} has no value at the last observation"

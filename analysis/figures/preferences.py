@@ -1,4 +1,4 @@
-"""What two checkpoints prefer, by log-probs and by hidden states, on pairs that people have ranked."""
+"""Preferences of two checkpoints, by log-probs and by hidden states, on pairs that people have ranked."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""How training went: loss, held-out preference accuracy and implicit rewards over the optimizer steps of one run."""
+"""The course of training: loss, held-out preference accuracy and implicit rewards over the optimizer steps of one run."""
 
 import inspect
 import math
@@ -34,7 +34,7 @@ _MARK = COLOURS["mark"]
 
 
 class Training(NamedTuple):
-    """What a run logged of its training, and what must be known to read it."""
+    """A run's log of its training, and what must be known to read it."""
 
     table: pd.DataFrame
     """A row for each split and measurement.
@@ -91,25 +91,27 @@ def training_table(run: Run) -> Training:
     Raises:
         UserError: the run logged no loss.
     """
-    parts = []
-    for split, shift in (("train", 0), ("val", 1)):
-        columns = {metric(split, name): column for name, column in METRICS.items()}
-        present = run.metrics[[name for name in columns if name in run.metrics]].dropna(how="all")
-        part = present.rename(columns=columns)
-        part.insert(0, "steps_taken", run.metrics.loc[part.index, "step"] + shift)
-        part.insert(0, "split", split)
-        parts.append(part.drop_duplicates("steps_taken", keep="last"))
-    if "loss" not in parts[0] or parts[0]["loss"].isna().all():
+    train, val = _logged(run, "train", 0), _logged(run, "val", 1)
+    if "loss" not in train or train["loss"].isna().all():
         raise UserError(f"{run.folder / 'metrics.csv'}: no column train/loss with numbers; this run logged no training")
-    n_rows = len(parts[0])
-    window = 1 if n_rows < _FEWEST_TO_SMOOTH else max(5, 2 * (n_rows // 40) + 1)
-    if "accuracy" in parts[0]:
-        parts[0].loc[parts[0]["steps_taken"] == 0, "accuracy"] = math.nan  # policy = base: rounding decides
-    for column in [c for c in METRICS.values() if c in parts[0]]:
-        mean = parts[0][column].rolling(window, center=True, min_periods=1).mean()
-        parts[0][f"{column}_smoothed"] = mean.where(parts[0][column].notna())
+    window = 1 if len(train) < _FEWEST_TO_SMOOTH else max(5, 2 * (len(train) // 40) + 1)
+    if "accuracy" in train:
+        train.loc[train["steps_taken"] == 0, "accuracy"] = math.nan  # policy = base: rounding decides
+    for column in [c for c in METRICS.values() if c in train]:
+        mean = train[column].rolling(window, center=True, min_periods=1).mean()
+        train[f"{column}_smoothed"] = mean.where(train[column].notna())
     loss = str(run.setting("module.loss") or "sigmoid")
-    return Training(pd.concat(parts, ignore_index=True), window, loss, _interval(run), _noise(run))
+    return Training(pd.concat([train, val], ignore_index=True), window, loss, _interval(run), _noise(run))
+
+
+def _logged(run: Run, split: str, shift: int) -> pd.DataFrame:
+    """Metrics of a split by steps taken, which are ``shift`` more than the step they were logged at."""
+    columns = {metric(split, name): column for name, column in METRICS.items()}
+    present = run.metrics[[name for name in columns if name in run.metrics]].dropna(how="all")
+    part = present.rename(columns=columns)
+    part.insert(0, "steps_taken", run.metrics.loc[part.index, "step"] + shift)
+    part.insert(0, "split", split)
+    return part.drop_duplicates("steps_taken", keep="last")
 
 
 def draw_loss(axes: Axes, table: pd.DataFrame, *, unit: str, mark_ln_2: bool) -> str:

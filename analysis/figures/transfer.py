@@ -85,17 +85,9 @@ def draw_matrix(
     shown.set_clim(-limit, limit)
     axes.grid(visible=False)
     axes.axhline(n - 0.5, color="white", linewidth=3)
+    look: dict[str, Any] = {"fill": False, "edgecolor": COLOURS["base"], "linewidth": 1.4 if n <= _MOST_ROWS else 0.7}
     for i in range(n):
-        frame = Rectangle(
-            (i - 0.5, i - 0.5),
-            1,
-            1,
-            fill=False,
-            edgecolor=COLOURS["base"],
-            linewidth=1.4 if n <= _MOST_ROWS else 0.7,
-            zorder=3,
-        )
-        axes.add_patch(frame).set_clip_on(False)
+        axes.add_patch(Rectangle((i - 0.5, i - 0.5), 1, 1, zorder=3, **look)).set_clip_on(False)
     if cells.size <= _MOST_NUMBERS:
         for (row, column), value in np.ndenumerate(cells):
             ink = "white" if abs(value) > 0.7 * limit else "black"

@@ -54,7 +54,7 @@ _LONGEST = 26
 
 
 def how(table: pd.DataFrame, direction: str) -> str:
-    """What was done along vectors, such as ``added``."""
+    """The operator along vectors, such as ``added``."""
     return _HOW[table["operator"].iloc[0]][direction == "inversion"]
 
 
@@ -65,7 +65,7 @@ def doing(table: pd.DataFrame, direction: str) -> str:
 
 
 def words(table: pd.DataFrame, direction: str) -> str:
-    """What was done to which model, such as ``added to the base``."""
+    """The operator and the model it was used on, such as ``added to the base``."""
     is_added = table["operator"].iloc[0] == "add"
     start = {"interpolation": "base", "inversion": "aligned model"}[direction]
     return _WORDS[direction] if is_added else f"{how(table, direction)} in the {start}"
@@ -82,7 +82,7 @@ def vector_labels(vectors: pd.DataFrame, settings: Mapping[str, Any]) -> dict[st
 
 
 def _label(row: pd.Series, usual: str) -> str:
-    """What a vector is.
+    """Label of a vector.
 
     >>> row = pd.Series({"kind": "singular_raw", "number": 2, "source": "dpo", "position": "diverge"})
     >>> _label(row, "diverge"), _label(row, "prompt_last")
@@ -106,7 +106,7 @@ def short_site(site: str) -> str:
 
 
 def how_many(n_random: Mapping[str, int]) -> str:
-    """How many random vectors there are at a site, in words.
+    """Number of random vectors at a site, in words.
 
     >>> how_many({"layer_00": 20, "final_post_norm": 99})
     '20 to 99'

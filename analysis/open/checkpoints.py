@@ -216,7 +216,7 @@ def _check_same_ids(opened: Sequence[LoadedModel], records: Iterable[PreferenceP
 
 
 def settings_that_differ(checkpoints: Checkpoints) -> list[str]:
-    """What the two configurations say differently of one computation: ``rope_theta 10000.0 and 500000.0``, a text a setting."""
+    """Settings of one computation that two configurations differ in: ``rope_theta 10000.0 and 500000.0``, a text a setting."""
     one, other = (opened.model.config.get_text_config().to_dict() for opened in (checkpoints.base, checkpoints.aligned))
     return [
         f"{name} {one.get(name)} and {other.get(name)}"

@@ -49,7 +49,7 @@ def read_provenance(run_dir: Path) -> dict[str, Any]:
 
 
 def kept_hashes(run_dir: Path) -> dict[str, str]:
-    """What a run's provenance.json says of its models' files; nothing where there is none, or an older one."""
+    """Hashes of a run's model files in its provenance.json; nothing where there is none, or an older one."""
     found: dict[str, str] = read_provenance(run_dir).get(FILES, {})
     return found
 

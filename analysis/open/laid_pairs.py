@@ -30,7 +30,7 @@ class LaidPairs(NamedTuple):
     """The tokens that a token of a response is predicted from."""
 
     def goal_logits(self, goal: PreTrainedModel, targets: Int[Tensor, " some"]) -> Float[Tensor, "some vocab"]:
-        """What the goal, the same as before, predicts at some targets."""
+        """Logits of the goal, the same as before, at some targets."""
         head = unembedding(goal)
         return scale_and_cap(linear(self.goal[targets], head.weight, head.bias), head)
 

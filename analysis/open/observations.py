@@ -1,4 +1,4 @@
-"""What a run's probe said of hidden states, out of metrics.csv: a row for each observation, position and site."""
+"""Observations of a run's hidden states, out of metrics.csv: a row for each observation, position and site."""
 
 import math
 from collections.abc import Sequence
@@ -89,7 +89,7 @@ def latest(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def after_steps(steps: float) -> str:
-    """When an observation was made, in words.
+    """Time of an observation, in words.
 
     >>> after_steps(120), after_steps(math.nan)
     ('after 120 steps', 'in the aligned model')

@@ -1,4 +1,4 @@
-"""What was observed of hidden states before and after training: kept by a run, or read of two models now."""
+"""Hidden states observed before and after training: kept by a run, or read of two models now."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -46,7 +46,7 @@ class Observed:
 
     @classmethod
     def stored(cls, folder: Path, metrics: pd.DataFrame) -> "Observed":
-        """What a run has kept so far, finished or not; a damaged file is named once it is needed."""
+        """Rows that a run has kept so far, finished or not; a damaged file is named once it is needed."""
         table = observed(metrics)
         random = partial(_stored_random, folder / "snapshots", steps_of(table))
         return cls(
@@ -123,13 +123,13 @@ def latest_name(names: Sequence[str], metrics: pd.DataFrame) -> str | None:
 
 
 def about(rows: StatePair, points: Sequence[ReadPoint] | None = None) -> pd.DataFrame:
-    """What the rows of a figure are: a row for each site."""
+    """Columns that name the rows of a figure: a row for each site."""
     said = {"snapshot": rows.name, "dtype": rows.dtype, "n_rows": rows.n_rows, "n_left_out": rows.n_left_out}
     return pd.DataFrame([{"site": p.site, "position": p.position} | said for p in points or rows.points])
 
 
 def row_notes(said: pd.DataFrame) -> list[str]:
-    """What a reader has to know of rows, out of :func:`about`."""
+    """Notes that a reader of rows needs, out of :func:`about`."""
     lines, first = [], said.iloc[0]
     if first["n_left_out"]:
         lines.append(f"{first['n_left_out']} pairs whose states hold NaN or infinity are left out.")

@@ -32,7 +32,7 @@ AFTER = "aligned"
 
 
 class StateReading:
-    """How hidden states are read where no run stored them: at every site, where prompts end and where responses part.
+    """Options of reading hidden states that no run stored: at every site, where prompts end and where responses part.
 
     Also at a content token of each prompt; and, there and where prompts end, under random weight changes as large as that from
     base to aligned.

@@ -49,17 +49,17 @@ class Run:
 
     @property
     def base_source(self) -> tuple[str, str | None]:
-        """Where the model before training can be loaded from, and its revision: see :func:`source_of_base`."""
+        """Source of the model before training, and its revision: see :func:`source_of_base`."""
         return source_of_base(self.base)
 
     @property
     def report(self) -> Path:
-        """Where the report goes."""
+        """Folder of the report."""
         return self.folder / "report"
 
     @property
     def started(self) -> datetime | None:
-        """When the run started, local time; None for a folder that was renamed."""
+        """Start of the run, local time; None for a folder that was renamed."""
         stamp = _read_stamp(self.folder.resolve().name)
         return None if stamp is None else stamp[0]
 
@@ -97,7 +97,7 @@ def find_run(run: str, runs_root: Path) -> Path:
 
 
 def source_of_base(folder: Path) -> tuple[str, str | None]:
-    """Where a run's model before training can be loaded from, and its revision: base/ itself, or what it points to.
+    """Source of a run's model before training, and its revision: base/ itself, or what it points to.
 
     Raises:
         UserError: neither; names the file.
@@ -114,7 +114,7 @@ def source_of_base(folder: Path) -> tuple[str, str | None]:
 
 
 def start_of(folder: Path) -> tuple[datetime, int]:
-    """When a run folder was made, and its number among those of the same second; a renamed one comes first."""
+    """Time at which a run folder was made, and its number among those of the same second; a renamed one comes first."""
     return _read_stamp(folder.name) or (datetime.min, 0)
 
 

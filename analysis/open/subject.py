@@ -1,4 +1,4 @@
-"""What a report is about: a run, or two checkpoints; its title, the facts of its first screen, and where it goes."""
+"""The subject of a report: a run, or two checkpoints; its title, the facts of its first screen, and its folder."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ _CONTROLS = {
 
 @dataclass(frozen=True)
 class Subject:
-    """What a report says before its sections.
+    """Everything that a report says before its sections.
 
     Args:
         kind: above the title.

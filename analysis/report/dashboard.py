@@ -130,7 +130,7 @@ def build_workspace(entity: str, project: str) -> Any:
 
 
 def spec_of(workspace: Any) -> dict[str, Any]:
-    """What W&B would be sent, as JSON values."""
+    """The workspace as JSON values, as W&B would be sent it."""
     model = workspace._to_model()
     spec = json.loads(model.spec.model_dump_json(by_alias=True, exclude_none=True))
     return {"entity": model.entity, "project": model.project, "name": model.display_name, "spec": spec}

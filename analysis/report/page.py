@@ -33,7 +33,7 @@ class Headline:
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """What one analysis hands to the report.
+    """An analysis's part of the report.
 
     Args:
         name: of its figure and table files.
@@ -63,7 +63,7 @@ class Section:
     figure: Figure
     table: pd.DataFrame
     reading: Sequence[str]
-    headlines: Sequence[Headline]
+    headlines: Sequence[Headline] = ()
     shown: pd.DataFrame | None = None
     caption: str = "The numbers by site, as last observed"
     notes: Sequence[str] = ()
@@ -106,6 +106,11 @@ class Attempts:
             if self._debug or isinstance(error, FailedWrite) or (isinstance(error, UserError) and not wrong_input):
                 raise
             self.failed |= dict.fromkeys(names, error)
+
+    @property
+    def unanswered(self) -> list[str]:
+        """Names of the analyses that failed or were left out."""
+        return [*self.failed, *self.left_out]
 
     def lines_left_out(self) -> list[str]:
         """A line on the analyses that these models can't do, by reason: their names, and why."""
@@ -180,7 +185,7 @@ def render_page(
 
 
 def _missing(sections: Sequence[Section]) -> list[str]:
-    """What a reader may look for and this page can't show."""
+    """Things that a reader may look for and this page can't show."""
     by_section = {
         "geometry": "analysis=all: what changed inside the model, layer by layer;",
         "steering_sweep": "analysis=steering_sweep: steering sweeps;",

@@ -1,4 +1,4 @@
-"""What the base and the aligned model say to the same held-out prompts, greedily, side by side."""
+"""Continuations of the same held-out prompts by base and aligned model, greedy, side by side."""
 
 import difflib
 import re
@@ -29,7 +29,7 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Continuation:
-    """What a model said, and whether it was cut at the token limit."""
+    """A model's continuation, and whether it was cut at the token limit."""
 
     spans: tuple[Span, ...]
     is_cut: bool

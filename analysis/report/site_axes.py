@@ -1,6 +1,7 @@
 """Curves over sites, in the order of the forward pass, or over steps; and numbers as the sentences above them say them."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,16 +33,25 @@ class Curve(NamedTuple):
     colour: str
 
 
-def draw_over_sites(
-    panels: Sequence[Panel], table: pd.DataFrame, *, panel_height_cm: float
+def draw_panels(
+    panels: Sequence[Panel], table: pd.DataFrame, *, panel_height_cm: float, x_label: str = ""
 ) -> tuple[Figure, list[str]]:
-    """Panels below each other over the same sites, and the message of each."""
+    """Panels below each other, and the message of each, its title.
+
+    Args:
+        x_label: under the last panel; empty: panels have their own.
+    """
     with house_style():
         figure, axes = new_figure(len(panels), panel_height_cm=panel_height_cm)
         sentences = [draw(panel, table) for draw, panel in zip(panels, axes, strict=True)]
-        axes[-1].set_xlabel(SITES_LABEL)
+        if x_label:
+            axes[-1].set_xlabel(x_label)
         set_titles(figure, axes, sentences)
     return figure, sentences
+
+
+draw_over_sites = partial(draw_panels, x_label=SITES_LABEL)
+"""Panels over the same sites."""
 
 
 def draw_over_steps(
@@ -125,7 +135,7 @@ def finish_sites(axes: Axes, sites: Sequence[str], labels: Sequence[EndLabel], *
 
 
 def shown_ticks(sites: Sequence[str]) -> list[int]:
-    """Which sites are named on an axis: all of a few; of many, evenly spaced ones and those around the final norm."""
+    """Sites to name on an axis: all of a few; of many, evenly spaced ones and those around the final norm."""
     n = len(sites)
     if n <= _MOST_TICKS:
         return list(range(n))
@@ -146,7 +156,7 @@ def tick_name(site: str, *, of: Sequence[str]) -> str:
 
 
 def last_value(values: pd.Series) -> float:
-    """Where a curve ends, for its label."""
+    """End of a curve, for its label."""
     known = values.dropna()
     return float(known.iloc[-1]) if len(known) else float("nan")
 

@@ -77,6 +77,10 @@ class Kind(NamedTuple):
         default = _OF_RESPONSES[0] if kind in (DIFFERENCE, PROBE) else None
         return cls(kind, place if at else default)  # type: ignore[arg-type]
 
+    def read_at(self, usual: Position) -> Position | None:
+        """Position that its states are read at; None: it isn't made of states."""
+        return None if self.kind in WITHOUT_POSITION else self.position or usual
+
     def name(self, number: int = 0) -> str:
         """Vector name in tables; ``number`` selects one of several, from 1."""
         counted = f"{self.kind}_{number}" if number else self.kind

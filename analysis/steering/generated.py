@@ -1,4 +1,4 @@
-"""What a model says while one vector is added to its hidden states, at all λ, and what scorers say of it."""
+"""Text of a model while one vector is added to its hidden states, at all λ, and its scores."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from analysis.steering.teacher_forced import Tokens
 from tiltmeter.models.generation import Completion, Decoding, generate
 from tiltmeter.pairs.branching import generate_branches
 from tiltmeter.scoring.behaviour import Prompt, one_a_group, pair_up, score_all
-from tiltmeter.scoring.scorer import Scorer, Scores
+from tiltmeter.scoring.scorer import Figure, Scorer, Scores
 from tiltmeter.stats.paired import more_often
 from tiltmeter.steering.intervene import Intervention, steer
 from tiltmeter.steering.operators import Operator, vectors_of
@@ -65,14 +65,7 @@ class GenerationSweep:
         Args:
             vectors: those of the unit.
         """
-        keys = [prompt.pair_id for prompt in self.prompts]
-        values = torch.stack([v.values for v in vectors])[[i % len(vectors) for i in range(len(keys))]]
-        if self.operator == "add":
-            shifts = self.sign * values[:, None] * torch.tensor(self.strengths)[:, None]
-            branches = self._complete(unit.site, shifts, keys)
-        else:
-            branches = [self._complete_one_by_one(unit.site, values, x, keys) for x in self.strengths]
-        said = [dict(zip(keys, branch, strict=True)) for branch in branches]
+        said = self._said(unit.site, torch.stack([v.values for v in vectors]))
         unsteered = said[self.strengths.index(0.0)]
         found, missing = [], []
         for strength, steered in zip(self.strengths, said, strict=True):
@@ -82,9 +75,19 @@ class GenerationSweep:
                 own = [f for f in scores.figures if f.of != "base"]
                 found += [Row(*where, f.name, f.value, f.low, f.high, f.n) for f in own]
                 found += [Row(*where, *one) for one in _worse(scores)]
-                if not own or any(f.n_missing and math.isnan(f.value) for f in own):
-                    missing.append(key)
+                missing += [] if _has_numbers(own) else [key]
         return Rows(found, missing=list(dict.fromkeys(missing)))
+
+    def _said(self, site: str, vectors: Float[Tensor, "vector d_model"]) -> list[dict[str, list[Completion]]]:
+        """For each λ the completions of each prompt, by its name; vectors take turns."""
+        keys = [prompt.pair_id for prompt in self.prompts]
+        values = vectors[[i % len(vectors) for i in range(len(keys))]]
+        if self.operator == "add":
+            shifts = self.sign * values[:, None] * torch.tensor(self.strengths)[:, None]
+            branches = self._complete(site, shifts, keys)
+        else:
+            branches = [self._complete_one_by_one(site, values, x, keys) for x in self.strengths]
+        return [dict(zip(keys, branch, strict=True)) for branch in branches]
 
     def _complete(
         self, site: str, shifts: Float[Tensor, "prompt strength d_model"], keys: Sequence[str]
@@ -125,6 +128,11 @@ class GenerationSweep:
             with steer(self.start.model, [steering] if strength else []):
                 said += generate(self.start.model, self.start.tokenizer, [prompt.ids], self.decoding, keys=[key])
         return said
+
+
+def _has_numbers(figures: Sequence[Figure]) -> bool:
+    """Whether there are figures, none of them without a number for want of scores."""
+    return bool(figures) and not any(f.n_missing and math.isnan(f.value) for f in figures)
 
 
 def _worse(scores: Scores) -> list[tuple[str, float, float, float, int]]:

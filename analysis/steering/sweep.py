@@ -34,7 +34,7 @@ from tiltmeter.steering.vector import RANDOM, RANDOM_KINDS, V_STAR, SteeringVect
 
 
 class SteeringSweep:
-    """What to sweep.
+    """Options of the sweep.
 
     Args:
         scorers: of generated text, by name; null leaves one out. ``degeneration`` says where steering breaks the model.
@@ -115,8 +115,7 @@ class SteeringSweep:
             "operator": (operator, OPERATORS),
         }
         check_options("steering", least, options)
-        if not all(math.isfinite(x) for x in lambdas) or not any(lambdas) or len(set(lambdas)) < len(lambdas):
-            raise UserError(f"steering.lambdas: expected different finite numbers, not only 0, got {list(lambdas)}")
+        _check_lambdas(lambdas)
         self.scorers = {name: scorer for name, scorer in scorers.items() if scorer is not None}
         self.decoding, self.sites, self.tokens, self.operator = decoding or Decoding(), sites, tokens, operator
         self.notes: list[str] = []
@@ -153,7 +152,7 @@ class SteeringSweep:
             UserError: an unknown site, too few prompts, or vectors that can't be made.
         """
         n_layers = checkpoints.base.model.config.num_hidden_layers
-        sites = default_sites(n_layers) if self.sites is None else resolve_sites(self.sites, n_layers)
+        sites = swept_sites(self.sites, n_layers)
         halves = split_by_prompt(checkpoints.pairs, seed=self.seed)
         vectors = estimate_vectors(checkpoints, halves.estimation, sites, self.wanted)
         return Sweep(self, checkpoints, halves, vectors)
@@ -166,9 +165,7 @@ class SteeringSweep:
         needed = [Kind(name, None) for name in (V_STAR, RANDOM)]
         if added := [kind.kind for kind in needed if kind not in asked]:
             self.notes.append(f"steering.vectors: {' and '.join(added)} added: what all others are compared with.")
-        named = [kind for kind in asked if kind.kind not in RANDOM_KINDS and kind not in needed]
-        drawn = [kind for kind in asked if kind.kind in RANDOM_KINDS and kind not in needed]
-        return [needed[0], *named, needed[1], *drawn]
+        return sorted(dict.fromkeys([*needed, *asked]), key=lambda kind: kind.kind in RANDOM_KINDS)
 
 
 class Sweep:
@@ -308,7 +305,7 @@ def check_options(
 
 
 def sweep_costs(sweep: Sweep) -> list[Cost]:
-    """What the units of a sweep take, teacher-forced and generated."""
+    """Passes and tokens of the units of a sweep, teacher-forced and generated."""
     asked, n_layers = sweep.asked, sweep.checkpoints.base.model.config.num_hidden_layers
     costs = []
     for part, pairs in (("choosing", sweep.choosing), ("teacher_forced", sweep.tested)):
@@ -327,7 +324,7 @@ def sweep_costs(sweep: Sweep) -> list[Cost]:
 
 
 def _n_moving(sweep: Sweep, unit: Unit) -> int:
-    """How many vectors and strengths other than 0 a unit takes."""
+    """Number of vectors and strengths other than 0 in a unit."""
     if unit.part == "choosing":
         return 1
     drawn = sweep.made.drawn.get((unit.vector, unit.site))
@@ -336,14 +333,21 @@ def _n_moving(sweep: Sweep, unit: Unit) -> int:
     return len(drawn) * (len(sweep.random_strengths(unit.site)) - 1)
 
 
-def default_sites(n_layers: int) -> tuple[str, ...]:
-    """After the middle block, and before and after the final norm.
+def swept_sites(sites: str | Sequence[str] | None, n_layers: int) -> Sequence[str]:
+    """The sites asked for; None: after the middle block, and before and after the final norm.
 
-    >>> default_sites(4)
+    >>> swept_sites(None, 4)
     ('layer_01', 'final_pre_norm', 'final_post_norm')
     """
+    if sites is not None:
+        return resolve_sites(sites, n_layers)
     middle = (layer_site((n_layers - 1) // 2),) if n_layers > 1 else ()
     return (*middle, FINAL_PRE_NORM, FINAL_POST_NORM)
+
+
+def _check_lambdas(lambdas: Sequence[float]) -> None:
+    if not (all(map(math.isfinite, lambdas)) and any(lambdas) and len(set(lambdas)) == len(lambdas)):
+        raise UserError(f"steering.lambdas: expected different finite numbers, not only 0, got {list(lambdas)}")
 
 
 def _is_file(name: str) -> bool:

@@ -31,7 +31,7 @@ _SHOWN = 60
 
 
 class Unit(NamedTuple):
-    """What is computed in one piece: one vector at one site, or all draws of a random kind there; all λ."""
+    """One piece of computation: one vector at one site, or all draws of a random kind there; all λ."""
 
     direction: Literal["interpolation", "inversion"]
     vector: str
@@ -61,7 +61,7 @@ class Row(NamedTuple):
 
 
 class PairRow(NamedTuple):
-    """What one pair adds, teacher-forced: sums over the tokens of its chosen response."""
+    """Sums of one pair over the tokens of its chosen response, teacher-forced."""
 
     direction: str
     vector: str
@@ -82,7 +82,7 @@ class PairRow(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What a unit gives."""
+    """Rows of a unit."""
 
     rows: list[Row]
     pairs: Sequence[PairRow] = ()
@@ -190,7 +190,7 @@ def read_sweep(path: Path) -> pd.DataFrame:
 
 
 def read_pairs(path: Path) -> pd.DataFrame:
-    """What each pair adds (:class:`PairRow`). Raises UserError: no such file, or it is damaged."""
+    """Read the sums of each pair (:class:`PairRow`). Raises UserError: no such file, or it is damaged."""
     return _read(path, PAIR_COLUMNS)
 
 
@@ -206,7 +206,7 @@ def _read(path: Path, columns: Sequence[str]) -> pd.DataFrame:
         table[_ADDED] = "add"
     if list(table.columns) != list(columns):
         raise UserError(f"{path}: expected the columns {', '.join(columns)}; {_BEGIN_ANEW}")
-    never_empty = [name for name in columns if name not in _MAY_BE_EMPTY]
+    never_empty = pd.Index(columns).difference(_MAY_BE_EMPTY, sort=False)
     if table[never_empty].isna().to_numpy().any():
         raise UserError(f"{path}: damaged (a row without its {', '.join(never_empty)}); {_BEGIN_ANEW}")
     return table

@@ -1,4 +1,4 @@
-"""What a model predicts on given answers while one vector is added: recovery, preference and perplexity, without a judge."""
+"""Recovery, preference and perplexity on given answers while one vector is added: no judge needed."""
 
 import hashlib
 import math
@@ -40,7 +40,7 @@ Moves = Float[Tensor, "shift d_model"] | Sequence[tuple[Tensor, float]]
 
 
 class Sums(NamedTuple):
-    """What every pair adds under every shift."""
+    """Sums of every pair under every shift."""
 
     recovery: RecoveryMoments
     log_probs: Float[Tensor, "shift pair side"]
@@ -188,7 +188,7 @@ class TeacherForcedSweep:
         norm: float,
         sums: Float[Tensor, "strength pair 3"],
     ) -> list[PairRow]:
-        """What each pair adds: KL to the goal, KL from the start, preference odds."""
+        """Rows of each pair: KL to the goal, KL from the start, preference odds."""
         prompts = [hashlib.sha256(group.encode()).hexdigest()[:12] for group in self.groups]
         return [
             PairRow(
@@ -256,7 +256,7 @@ class TeacherForcedSweep:
 
     @torch.no_grad()
     def measure(self, site: str, moves: "Moves", strengths: Sequence[float]) -> Sums:
-        """What every pair adds under each move at a site.
+        """Measure the sums of every pair under each move at a site.
 
         Args:
             moves: shifts, one of them zeros; of an operator that is none, vectors and strengths, one of them 0.
@@ -286,6 +286,6 @@ class TeacherForcedSweep:
 
 
 def _starts(batch: PreferenceBatch) -> Bool[Tensor, " target"]:
-    """Which targets are the first of their response."""
+    """Mask of the targets that are the first of their response."""
     of = batch.target_sequences
     return torch.cat([torch.ones_like(of[:1], dtype=torch.bool), of[1:] != of[:-1]])

@@ -33,7 +33,7 @@ from tiltmeter.steering.vector import RANDOM, V_STAR
 
 
 class Transfer:
-    """What to ask.
+    """Options of the transfer.
 
     Args:
         sites: whose vectors, and where they are added: several, or ``all``.
@@ -164,7 +164,7 @@ def compared(sums: Sums, groups: Sequence[str], *, n_sites: int, own: int) -> It
 
 def _named(name: str, figure: Interval | AmongRandom) -> dict[str, float | str]:
     interval = figure.difference if isinstance(figure, AmongRandom) else figure
-    found: dict[str, float | str] = {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
+    found: dict[str, float | str] = {**interval.named(name)}
     if isinstance(figure, AmongRandom):
         found |= {f"{name}_p_above": figure.p_above, f"{name}_p_below": figure.p_below}
         return found | {f"{name}_verdict": figure.verdict}

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from analysis.open.checkpoints import Checkpoints
 from analysis.open.foreign_vectors import open_like, runs_by_arm, vectors_of_file
 from analysis.open.probe_pairs import ProbePair
-from analysis.steering.directions import COUNTED, WITHOUT_POSITION, Kind, States, make, v_star
+from analysis.steering.directions import COUNTED, Kind, States, make, v_star
 from analysis.steering.unrelated_prompts import UNRELATED_PROMPTS
 from datamodules.prompts import PromptFile
 from datamodules.tokenization import SegmentEncoder
@@ -54,7 +55,7 @@ _SPAN = 10
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which vectors to sweep.
+    """Selection of the vectors to sweep.
 
     Args:
         kinds: in the order of the table.
@@ -124,7 +125,7 @@ class Vectors:
 
 
 def n_drawn(site: str, n_random: int | None) -> int:
-    """How many vectors of a random kind are drawn at a site: what was asked for, else what the site affords.
+    """Number of vectors of a random kind at a site: as asked for, else what the site affords.
 
     >>> n_drawn("layer_00", None), n_drawn("final_post_norm", None), n_drawn("layer_00", 7)
     (20, 99, 7)
@@ -166,44 +167,45 @@ def estimate_vectors(
         UserError: the two models do not differ at a site; a kind that can't be made of these models and pairs; a run or file
             that doesn't fit.
     """
-    kinds = {kind.kind for kind in wanted.kinds}
-    read = [*sites, *_block_names(checkpoints.base.model.config.num_hidden_layers)] if SHUFFLED in kinds else sites
-    others = [kind.position for kind in wanted.kinds if kind.position is not None]
-    unrelated = _unrelated_ids(checkpoints, wanted.unrelated) if UNRELATED in kinds else []
-    states = States(
-        checkpoints,
-        pairs,
-        list(dict.fromkeys(read)),
-        position=wanted.position,
-        others=others,
-        unrelated=unrelated,
-    )
+    states = _states_for(checkpoints, pairs, sites, wanted)
     found = Vectors(means={site: states.rows(site, None)[0].double().mean(0).float().cpu() for site in sites})
     like = {site: _unit_of_length(states, site, wanted) for site in sites}
     known = _Provenance.of(checkpoints, pairs, wanted)
-    for kind in wanted.kinds:
-        for site in sites:
-            if kind.kind in RANDOM_KINDS:
-                drawn = _random(kind.kind, states, site, like[site], wanted)
-                found.made[kind.kind] = drawn.how
-                found.drawn[kind.kind, site] = known.vectors(VectorId(kind.kind, site), drawn)
-                continue
-            position = None if kind.kind in WITHOUT_POSITION else kind.position or wanted.position
-            for number, control in _of_kind(kind, states, site, like[site], wanted).items():
-                (vector,) = known.vectors(VectorId(kind.kind, site, position, number), control)
-                found.add(kind.name(number), vector, control.how)
+    for kind, site in product(wanted.kinds, sites):
+        if kind.kind in RANDOM_KINDS:
+            drawn = _random(kind.kind, states, site, like[site], wanted)
+            found.made[kind.kind] = drawn.how
+            found.drawn[kind.kind, site] = known.vectors(VectorId(kind.kind, site), drawn)
+            continue
+        position = kind.read_at(wanted.position)
+        for number, control in _of_kind(kind, states, site, like[site], wanted).items():
+            (vector,) = known.vectors(VectorId(kind.kind, site, position, number), control)
+            found.add(kind.name(number), vector, control.how)
+    is_matched = wanted.norm != "own"
     for arm, run in runs_by_arm(wanted.runs):
-        base, aligned = open_like(run, checkpoints.base, wanted.dtype)
-        name = f"{V_STAR}_of_{arm}"
-        for site, update in states.update_of(base, aligned).items():
-            how = f"v* of the run {run.folder.name}"
-            if site in like:
-                control = _at_length(update, like[site], how, name, is_matched=wanted.norm != "own")
-                (vector,) = known.vectors(VectorId(V_STAR, site, wanted.position, source=arm), control)
-                found.add(name, vector, how)
+        updates = states.update_of(*open_like(run, checkpoints.base, wanted.dtype))
+        name, how = f"{V_STAR}_of_{arm}", f"v* of the run {run.folder.name}"
+        for site in filter(like.__contains__, updates):
+            control = _at_length(updates[site], like[site], how, name, is_matched=is_matched)
+            (vector,) = known.vectors(VectorId(V_STAR, site, wanted.position, source=arm), control)
+            found.add(name, vector, how)
     for path in wanted.files:
-        _add_own(found, path, checkpoints, like, is_matched=wanted.norm != "own")
+        _add_own(found, path, checkpoints, like, is_matched=is_matched)
     return found
+
+
+def _states_for(checkpoints: Checkpoints, pairs: Sequence[ProbePair], sites: Sequence[str], wanted: Wanted) -> States:
+    """States at the sites, blocks and positions that the kinds of vectors need."""
+    kinds = {kind.kind for kind in wanted.kinds}
+    blocks = _block_names(checkpoints.base.model.config.num_hidden_layers) if SHUFFLED in kinds else []
+    return States(
+        checkpoints,
+        pairs,
+        list(dict.fromkeys([*sites, *blocks])),
+        position=wanted.position,
+        others=[kind.position for kind in wanted.kinds if kind.position is not None],
+        unrelated=_unrelated_ids(checkpoints, wanted.unrelated) if UNRELATED in kinds else [],
+    )
 
 
 def _unit_of_length(states: States, site: str, wanted: Wanted) -> Tensor:

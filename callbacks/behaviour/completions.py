@@ -6,7 +6,7 @@ from typing import Any, cast
 import torch.distributed
 from lightning.pytorch import LightningModule, Trainer
 
-from callbacks.observation import data_of
+from callbacks.probe_session import data_of
 from datamodules.preference import PreferenceDataModule
 from tiltmeter.errors import UserError
 from tiltmeter.models.generation import Completion, Decoding
@@ -32,7 +32,7 @@ def prompts_of(data: PreferenceDataModule, n_prompts: int) -> list[Prompt]:
 def gather_completions(
     trainer: Trainer, module: LightningModule, prompts: Sequence[Prompt], decoding: Decoding
 ) -> Completions:
-    """What the model says now, the same on every process; a collective."""
+    """Have the model complete the prompts as it is now; the same on every process; a collective."""
     tokenizer = data_of(trainer).tokenizer
     assert tokenizer is not None
     rank, world_size = trainer.global_rank, trainer.world_size

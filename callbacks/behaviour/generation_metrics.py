@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from callbacks.behaviour.completions import as_plain, from_plain, gather_completions, prompts_of
 from callbacks.behaviour.scoring import Scoring
-from callbacks.observation import data_of
+from callbacks.probe_session import data_of
 from callbacks.schedule import Scheduled
 from tiltmeter.errors import UserError
 from tiltmeter.models.generation import Decoding

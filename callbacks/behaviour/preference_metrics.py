@@ -5,7 +5,7 @@ from typing import Any, cast
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.behaviour.scoring import record_figures
-from callbacks.observation import data_of
+from callbacks.probe_session import data_of
 from datamodules.records import score_margins
 from tiltmeter.scoring.preference import preference_scores_of_validation
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lightning.pytorch import Trainer
 
-from callbacks.observation import log, report_failed_write
+from callbacks.probe_session import log, report_failed_write
 from datamodules.oracle import PlantedOracle
 from datamodules.records import PreferenceSource
 from tiltmeter.errors import UserError

@@ -7,7 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from callbacks.behaviour.scoring import record_figures
-from callbacks.observation import data_of
+from callbacks.probe_session import data_of
 from callbacks.schedule import Scheduled
 from tiltmeter.scoring.truthfulqa import TruthfulQA
 

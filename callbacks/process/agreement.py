@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.distributed import all_gather_object
 
-from callbacks.observation import data_of
+from callbacks.probe_session import data_of
 from tiltmeter.errors import UserError
 
 
@@ -32,7 +32,7 @@ class Agreement(Callback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """What was loaded is known now."""
+        """Compare what was loaded, which is known now."""
         if trainer.world_size > 1:
             self._compare(trainer, {"steps of the checkpoint": str(trainer.global_step)})
 

@@ -6,11 +6,13 @@ Everything that can be wrong with a file ends in one UserError, ``file:line:colu
 import gzip
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from tiltmeter.errors import UserError
+from tiltmeter.plain_text import did_you_mean
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
 EXPECTED = "expected .jsonl, .jsonl.gz or a folder of them"
@@ -22,15 +24,22 @@ _UTF8_BOM = b"\xef\xbb\xbf"
 
 
 def stem(path: Path) -> str:
-    """File name without ``.jsonl`` or ``.jsonl.gz``.
+    """File name without its suffix, ``.jsonl.gz`` being one.
 
     >>> stem(Path("hh/harmless-base_test.jsonl.gz"))
     'harmless-base_test'
     """
-    for suffix in reversed(SUFFIXES):
-        if path.name.endswith(suffix):
-            return path.name.removesuffix(suffix)
-    return path.name
+    return path.name.removesuffix(".gz").rpartition(".")[0]
+
+
+def files_named(files: Sequence[Path], part: str | None, key: str, folder: Path) -> list[Path]:
+    """Files of a folder whose name contains a part; None: all. Raises UserError: none does."""
+    found = [file for file in files if part is None or part in stem(file)]
+    if part is not None and not found:
+        hint = did_you_mean(part, map(stem, files), cutoff=0.4)
+        names = ", ".join(file.name for file in files)
+        raise UserError(f"{key}: no file with {part!r} in its name in {folder} (there: {names}){hint}")
+    return found
 
 
 def list_files(path: str | Path, key: str = "data.path") -> list[Path]:
@@ -54,8 +63,7 @@ def list_files(path: str | Path, key: str = "data.path") -> list[Path]:
         raise UserError(f"{key}: not a JSONL file by its name: {path} ({EXPECTED})")
     else:
         files = [root]
-    twins = sorted({stem(f) for f in files if sum(stem(f) == stem(g) for g in files) > 1})
-    if twins:
+    if twins := sorted(name for name, n in Counter(map(stem, files)).items() if n > 1):
         raise UserError(f"{key}: {path} has {twins[0]}.jsonl and {twins[0]}.jsonl.gz, the same data twice? Keep one")
     return files
 

@@ -179,25 +179,19 @@ def _text(row: Row) -> Parsed:
 
 def _messages(row: Row) -> Parsed:
     """Every form with messages in it: two dialogues, each whole or behind the prompt, share all turns but the last."""
-    given = prompt = _turns(row.get("prompt"), "user")
-    chosen, rejected = (_turns(row.get(name), "assistant") for name in ("chosen", "rejected"))
-    if not prompt and (not chosen or chosen[0].role == "assistant"):
-        prompt = _turns(row["messages"], "user")
-        if not chosen:
-            prompt, chosen = prompt[:-1], prompt[-1:]
-    one, other = (side if side and side[0].role != "assistant" else prompt + side for side in (chosen, rejected))
+    given = _turns(row.get("prompt"), "user")
+    one, other = _dialogues(row, given)
     shared = tuple(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
     chosen, rejected = one[len(shared) :], other[len(shared) :]
-    if one == other:
-        raise _Refusal("identical responses")
-    if not shared:
-        raise _Refusal("prompts differ")
-    if not chosen or not rejected:
-        raise _Refusal("one side is the beginning of the other")
-    if len(chosen) > 1 or len(rejected) > 1:
-        raise _Refusal("the sides part before their last turn")
-    if not {turn.content.strip() for turn in given} <= {turn.content.strip() for turn in shared}:
-        raise _Refusal("the messages do not continue the prompt")
+    refusals = {
+        "identical responses": one == other,
+        "prompts differ": not shared,
+        "one side is the beginning of the other": not (chosen and rejected),
+        "the sides part before their last turn": max(len(chosen), len(rejected)) > 1,
+        "the messages do not continue the prompt": not _contents(given) <= _contents(shared),
+    }
+    for reason in (reason for reason, applies in refusals.items() if applies):
+        raise _Refusal(reason)
     system = () if any(turn.role == "system" for turn in shared) else _system(row)
     return _of_turns((*system, *shared), chosen[0], rejected[0])
 
@@ -214,6 +208,20 @@ def _of_turns(prompt: tuple[Message, ...], chosen: Message, rejected: Message) -
         raise _Refusal("turns do not alternate")
     (text, a), (_, b) = transcript(prompt, chosen.content), transcript(prompt, rejected.content)
     return Parsed(prompt, chosen.content, rejected.content, text, a, b)
+
+
+def _contents(turns: Sequence[Message]) -> set[str]:
+    return {turn.content.strip() for turn in turns}
+
+
+def _dialogues(row: Row, prompt: Sequence[Message]) -> list[tuple[Message, ...]]:
+    """Whole dialogues of the chosen and the rejected side; ``messages`` stands in for what the row lacks."""
+    chosen, rejected = (_turns(row.get(name), "assistant") for name in ("chosen", "rejected"))
+    if not prompt and (not chosen or chosen[0].role == "assistant"):
+        prompt = _turns(row["messages"], "user")
+        if not chosen:
+            prompt, chosen = prompt[:-1], prompt[-1:]
+    return [side if side and side[0].role != "assistant" else (*prompt, *side) for side in (chosen, rejected)]
 
 
 def _turns(value: Any, speaker: Role) -> tuple[Message, ...]:

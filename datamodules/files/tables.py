@@ -9,7 +9,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datamodules.files.jsonl import METADATA_TIMEOUT_S, check_head, hub_failure, may_use_cache, read_rows
+from datamodules.files.jsonl import (
+    METADATA_TIMEOUT_S,
+    check_head,
+    files_named,
+    hub_failure,
+    may_use_cache,
+    read_rows,
+    stem,
+)
 from tiltmeter.errors import UserError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".csv", ".tsv")
@@ -72,26 +80,26 @@ def _tables_of(root: Path, split: str | None, key: str) -> tuple[list[Table], li
     if not root.exists():
         raise UserError(f"{key}: no such file: {root} ({EXPECTED})")
     if root.is_file():
-        if not root.name.endswith(SUFFIXES):
-            raise UserError(f"{key}: not a table by its name: {root} ({EXPECTED})")
-        if split is not None:
-            raise UserError(f"data.split={split}: {root} is one file; leave it out, or give a folder")
-        return [_file_table(root)], []
+        return [_only_table(root, split, key)], []
     if (root / "dataset_dict.json").is_file() or (root / "dataset_info.json").is_file():
         return _saved_table(root, split, key)
-    found = sorted(f for f in root.iterdir() if f.is_file() and f.name.endswith(SUFFIXES) and f.name[0] != ".")
+    return _tables_in(root, split, key)
+
+
+def _tables_in(folder: Path, split: str | None, key: str) -> tuple[list[Table], list[str]]:
+    found = sorted(f for f in folder.iterdir() if f.is_file() and f.name.endswith(SUFFIXES) and f.name[0] != ".")
     if not found:
-        raise UserError(f"{key}: no such file in folder {root} ({EXPECTED})")
-    chosen = [f for f in found if split is None or split in _stem(f)]
-    if not chosen:
-        raise UserError(
-            f"data.split: no file with {split!r} in its name in {root} ({', '.join(f.name for f in found)})"
-        )
+        raise UserError(f"{key}: no such file in folder {folder} ({EXPECTED})")
+    chosen = files_named(found, split, "data.split", folder)
     return [_file_table(f) for f in chosen], [f.name for f in found if f not in chosen]
 
 
-def _stem(path: Path) -> str:
-    return path.name.removesuffix(".gz").rpartition(".")[0]
+def _only_table(file: Path, split: str | None, key: str) -> Table:
+    if not file.name.endswith(SUFFIXES):
+        raise UserError(f"{key}: not a table by its name: {file} ({EXPECTED})")
+    if split is not None:
+        raise UserError(f"data.split={split}: {file} is one file; leave it out, or give a folder")
+    return _file_table(file)
 
 
 def _file_table(path: Path) -> Table:
@@ -103,7 +111,7 @@ def _file_table(path: Path) -> Table:
         check_head(path)
         return read(path, on_malformed)
 
-    return Table(_stem(path), str(path), rows)
+    return Table(stem(path), str(path), rows)
 
 
 def _json_rows(path: Path, on_malformed: OnMalformed) -> Rows:
@@ -207,25 +215,39 @@ def hub_table(name: str, config: str | None, split: str | None, revision: str | 
         UserError: no network and no downloaded copy, unknown or gated data set, configuration, split or revision, or a data
             set that is a script.
     """
-    import datasets
-    from huggingface_hub import HfApi
-
     if Path(name).expanduser().exists() or name.count("/") > 1:
         raise UserError(
             f"data.name: expected a data set of the hub such as OWNER/NAME, got {name}; files are read by data.path="
         )
     split = split or "train"
-    commit = revision or "main"
     what = f"split {split}"
+    commit = _hub_commit(name, revision, what)
+    rows = _hub_rows(name, config, split, revision)
+    table = "_".join(part for part in (name.rpartition("/")[2], config, split) if part)
+    return Table(table, f"hub:{name}@{commit} {what}", lambda _: enumerate(rows, start=1))
+
+
+def _hub_commit(name: str, revision: str | None, what: str) -> str:
+    """Commit that a revision is now; without network the revision itself, where there is a copy."""
+    import datasets
+    from huggingface_hub import HfApi
+
+    found: str | None = None
     try:
-        commit = HfApi().dataset_info(name, revision=revision, timeout=METADATA_TIMEOUT_S).sha or commit
+        found = HfApi().dataset_info(name, revision=revision, timeout=METADATA_TIMEOUT_S).sha
     except Exception as problem:  # the client raises its own, httpx's and OSErrors; each must become one line
         is_kept = (Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")).is_dir()
         if not may_use_cache(problem) or not is_kept:
             raise UserError(hub_failure(name, what, revision, "data.path", problem)) from problem
+    return found or revision or "main"
+
+
+def _hub_rows(name: str, config: str | None, split: str, revision: str | None) -> Any:
+    import datasets
+
     datasets.disable_progress_bars()
     try:
-        rows = datasets.load_dataset(name, config, split=split, revision=revision)
+        return datasets.load_dataset(name, config, split=split, revision=revision)
     except Exception as problem:
         if "scripts are no longer supported" in str(problem):
             raise UserError(
@@ -234,9 +256,7 @@ def hub_table(name: str, config: str | None, split: str | None, revision: str | 
             ) from problem
         if isinstance(problem, ValueError):  # an unknown configuration or split, with those there are
             raise UserError(f"data.name={name}: {_first_line(problem)}; set data.config= and data.split=") from problem
-        raise UserError(hub_failure(name, what, revision, "data.path", problem)) from problem
-    table = "_".join(part for part in (name.rpartition("/")[2], config, split) if part)
-    return Table(table, f"hub:{name}@{commit} {what}", lambda _: enumerate(rows, start=1))
+        raise UserError(hub_failure(name, f"split {split}", revision, "data.path", problem)) from problem
 
 
 def _first_line(problem: Exception) -> str:

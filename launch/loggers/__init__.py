@@ -1,1 +1,1 @@
-"""Where a run's numbers go: metrics.csv and Weights & Biases."""
+"""Loggers of a run's numbers: metrics.csv and Weights & Biases."""

@@ -93,6 +93,17 @@ class MetricsCSV(Logger):
             raise self.failure
 
     def _append(self, row: dict[str, Any]) -> None:
+        self._make_room(row)
+        n_bytes = self.path.stat().st_size
+        try:
+            with self.path.open("a", newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, self._columns, lineterminator="\n").writerow(row)
+        except OSError:
+            os.truncate(self.path, n_bytes)  # no half rows
+            raise
+
+    def _make_room(self, row: dict[str, Any]) -> None:
+        """Rewrite the file where the row has new columns, or a resumed run takes its step again."""
         step = int(row["step"])
         columns = [*self._columns, *(name for name in row if name not in self._columns)]
         if self._resumes:
@@ -107,13 +118,6 @@ class MetricsCSV(Logger):
             self._rewrite(
                 columns, lambda kept: int(kept["step"]) != step or {k for k, v in kept.items() if v != ""} != again
             )
-        n_bytes = self.path.stat().st_size
-        try:
-            with self.path.open("a", newline="", encoding="utf-8") as file:
-                csv.DictWriter(file, self._columns, lineterminator="\n").writerow(row)
-        except OSError:
-            os.truncate(self.path, n_bytes)  # no half rows
-            raise
 
     def _rewrite(self, columns: Sequence[str], keep: Callable[[dict[str, str]], bool]) -> None:
         rows: list[dict[str, str]] = []

@@ -150,19 +150,25 @@ def _open(
         settings=settings,
         reinit="finish_previous",
     )
-    run.define_metric(STEP_AXIS)
-    define = partial(run.define_metric, step_metric=STEP_AXIS, step_sync=True)
-    for family in dict.fromkeys(each.family for each in METRICS + MEDIA):
-        members = [each for each in METRICS + MEDIA if each.family == family]
-        define(f"{family}/*", hidden=all(each.is_hidden for each in members) or None)
-        for name, summary in ((key, each.summary) for each in members if each.summary for key in each.keys):
-            define(name, summary=summary)
+    _define_metrics(run)
     if mode == "offline":
         folder = Path(run.dir).parent
         line = f"W&B: kept offline ({why_offline}); upload it with: wandb sync {shlex.quote(str(folder))}"
     else:
         line = f"W&B: {run.url}"
     return RunLogger(experiment=run, save_dir=str(run_dir)), line
+
+
+def _define_metrics(run: Any) -> None:
+    """Tell W&B the axis of every metric, how it is summed up, and which families its page hides."""
+    run.define_metric(STEP_AXIS)
+    define = partial(run.define_metric, step_metric=STEP_AXIS, step_sync=True)
+    for family in dict.fromkeys(each.family for each in METRICS + MEDIA):
+        members = [each for each in METRICS + MEDIA if each.family == family]
+        define(f"{family}/*", hidden=all(each.is_hidden for each in members) or None)
+        for each in members:
+            for key in each.keys if each.summary else ():
+                define(key, summary=each.summary)
 
 
 def id_of(run_dir: Path) -> str | None:

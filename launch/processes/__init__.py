@@ -1,1 +1,1 @@
-"""What several processes of a run agree on: locks, signals, Slurm, one error for all."""
+"""Agreements between the processes of a run: locks, signals, Slurm, one error for all."""

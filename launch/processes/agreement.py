@@ -1,4 +1,4 @@
-"""What all processes of a run must have in common."""
+"""Facts that all processes of a run must have in common."""
 
 import hashlib
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""What a SLURM job does that is to go on after it was stopped: it puts itself back into the queue, and finds its run again."""
+"""SLURM jobs that go on after they were stopped: each puts itself back into the queue, and finds its run again."""
 
 import os
 import subprocess
@@ -35,7 +35,7 @@ def note_job(run_dir: Path) -> None:
 
 
 def checkpoint_of_this_job(config: DictConfig) -> Path | None:
-    """Where a job that SLURM started again goes on: the newest run of this job under these settings that saved something.
+    """Checkpoint of a job that SLURM started again: of its newest run under these settings that saved something.
 
     None: the job has not been started before (``SLURM_RESTART_COUNT``), or had not come as far.
     """

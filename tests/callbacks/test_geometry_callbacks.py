@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from callbacks.directional_consistency import DirectionalConsistency
 from callbacks.gradient_geometry import GradientGeometry
 from callbacks.hidden_state_snapshot import HiddenStateSnapshot
-from callbacks.observation import ProbeSession
 from callbacks.preference_projection import PreferenceProjection
+from callbacks.probe_session import ProbeSession
 from callbacks.spectral_entropy import SpectralEntropy
 from callbacks.training_alarms import TrainingAlarms
 from datamodules.preference import PreferenceDataModule

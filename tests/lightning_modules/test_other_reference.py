@@ -26,10 +26,9 @@ def trained(
     data: PreferenceDataModule, *, cache: Path | None = None, reference: int | None = None, **options: Any
 ) -> DPOModule:
     module = DPOModule(learning_rate=1e-3, schedule="constant", warmup_share=0.0)
-    module.reference_cache_dir = cache
     if reference is not None:
         module.attach_reference(lambda: other_model(reference))
-    fit(module, data, family="llama", dtype="float64", **options)
+    fit(module, data, family="llama", dtype="float64", reference_cache=cache, **options)
     return module
 
 

@@ -145,8 +145,8 @@ def test_a_run_in_16_bit_finds_its_reference_to_the_last_bit_and_one_of_another_
 ) -> None:
     def reference(**options: Any) -> tuple[Tensor, str]:
         module = DPOModule(learning_rate=1e-3)
-        module.reference_cache_dir = tmp_path
-        fit(module, make_data(12, **options), family="llama", dtype="float32", precision="bf16-mixed")
+        data = make_data(12, **options)
+        fit(module, data, family="llama", dtype="float32", precision="bf16-mixed", reference_cache=tmp_path)
         return module.reference["val"], capsys.readouterr().out
 
     before, said = reference()

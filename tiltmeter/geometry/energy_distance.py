@@ -22,20 +22,6 @@ def energy_kernel(x: Float[Tensor, "pair d_model"], y: Float[Tensor, "pair d_mod
     return kernel.fill_diagonal_(0.0)
 
 
-def energy_distance(x: Float[Tensor, "pair d_model"], y: Float[Tensor, "pair d_model"]) -> float:
-    """The energy distance of two paired clouds, from :func:`energy_kernel`.
-
-    >>> energy_distance(torch.tensor([[0.0], [1.0]]), torch.tensor([[5.0], [6.0]]))
-    8.0
-
-    Raises:
-        ValueError: fewer than two pairs.
-    """
-    if len(x) < 2:
-        raise ValueError(f"energy_distance: expected at least two pairs, got {len(x)}")
-    return float(energy_kernel(x, y).sum() / (len(x) * (len(x) - 1)))
-
-
 def random_halves(clusters: Sequence[str], *, n_splits: int, seed: int = 0) -> Bool[Tensor, "split row"]:
     """Marks the rows of the first half for several random splits; rows of one cluster (prompt) stay together.
 

@@ -1,1 +1,1 @@
-"""Who can be asked about texts, and what asking takes."""
+"""Judges that can be asked about texts, and what asking takes."""

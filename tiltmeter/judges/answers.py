@@ -18,7 +18,7 @@ LOW_MASS = 0.5
 
 @dataclass(frozen=True)
 class Answer:
-    """What a judge chose.
+    """A judge's choice.
 
     Args:
         weights: choice → probability, or share of the samples drawn; what was not a choice is missing from the sum.
@@ -68,7 +68,7 @@ def last_line_choice(text: str, choices: Sequence[str]) -> str | None:
 
 def ask_choices(judge: Judge, questions: Sequence[Question], choices: Sequence[str]) -> list[Answer]:
     """Ask all questions; those whose reply can't be read are asked once more, with the choices said again."""
-    replies = judge.ask(questions)
+    replies = judge.ask(questions) if questions else []
     answers = [read_answer(q, reply, choices) for q, reply in zip(questions, replies, strict=True)]
     unread = [i for i, answer in enumerate(answers) if answer.failure == "parse"]
     again = [reminded(questions[i], f"End with one of {', '.join(choices)}, alone.") for i in unread]
@@ -85,7 +85,7 @@ def reminded(question: Question, reminder: str) -> Question:
 
 
 def checked_prefix(key: str, prefix: str) -> str:
-    """What the names of figures begin with.
+    """A prefix of figures' names, checked.
 
     Raises:
         UserError: not letters, digits and underscores.
@@ -96,7 +96,7 @@ def checked_prefix(key: str, prefix: str) -> str:
 
 
 def missing_figures(name: str, of: Side, failures: Sequence[Failure | None], *, scorer: str) -> list[Figure]:
-    """How many scores are missing for each reason there was, as ``<name>_missing/<reason>``."""
+    """Number of missing scores for each reason there was, as ``<name>_missing/<reason>``."""
     counts = Counter(failure for failure in failures if failure)
     nan = float("nan")
     return [

@@ -1,4 +1,4 @@
-"""What a judge may cost: requests, tokens and money, checked before each request against the most it could use."""
+"""Limits on a judge's requests, tokens and money, checked before each request against the most it could use."""
 
 import math
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ class Tokens(NamedTuple):
 
 @dataclass
 class Usage:
-    """What a judge has used since it was made.
+    """Requests, tokens and money that a judge has used since it was made.
 
     Tokens are the server's count; where a request brought none (it timed out, say, or was tried again) the most it can
     have used.
@@ -86,10 +86,7 @@ class Budget:
         for name, value in limits.items():
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise UserError(f"judge.{name}: expected a number above 0 or null, got {value}")
-        if prices is not None and (
-            set(prices) != set(PRICE_NAMES)
-            or not all(isinstance(x, int | float) and 0 <= x < math.inf for x in prices.values())
-        ):
+        if prices is not None and not _are_prices(prices):
             raise UserError(
                 f"judge.prices: expected US dollars per million tokens as {{input: …, output: …}}, got {dict(prices)}"
             )
@@ -159,3 +156,10 @@ def most_tokens(messages: list[str], *, n: int, max_tokens: int) -> Tokens:
     """
     prompt = _TOKENS_A_REQUEST + sum(len(text.encode("utf-8", "replace")) + _TOKENS_A_MESSAGE for text in messages)
     return Tokens(prompt, n * max_tokens)
+
+
+def _are_prices(given: Mapping[str, float]) -> bool:
+    """Whether there is one price for each of :data:`PRICE_NAMES`, from 0."""
+    return set(given) == set(PRICE_NAMES) and all(
+        isinstance(x, int | float) and 0 <= x < math.inf for x in given.values()
+    )

@@ -43,7 +43,7 @@ class ReplyCache:
         self._notices: list[str] = []
 
     def take_notices(self) -> list[str]:
-        """What went wrong since the last call, each once."""
+        """Problems since the last call, each once."""
         taken, self._notices = self._notices, []
         return taken
 
@@ -92,7 +92,7 @@ class ReplyCache:
         return True
 
     def _with_database(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """What ``work`` makes of the open file; a damaged one is set aside and a new one begun."""
+        """Do ``work`` with the open file; a damaged one is set aside and a new one begun."""
         seen = _inode(self.path)
         try:
             with closing(self._open()) as database:

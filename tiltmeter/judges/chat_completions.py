@@ -95,7 +95,7 @@ def parse_response(text: str, secrets: Sequence[str]) -> Response:
 
 
 def used_tokens(response: Response) -> Tokens | None:
-    """What the server counted; None: it did not say."""
+    """Tokens that the server counted; None: it did not say."""
     match response.get("usage"):
         case {"prompt_tokens": int(prompt), "completion_tokens": int(completion)} if min(prompt, completion) >= 0:
             return Tokens(prompt, completion)
@@ -150,7 +150,7 @@ def first_token_probabilities(choice: dict[str, Any], answers: Sequence[str]) ->
 
 
 def failed_request(error: Exception, secrets: list[str], *, asked_for_log_probs: bool, timeout: float) -> RequestFailed:
-    """What an exception of the client means."""
+    """The failure that an exception of the client means."""
     if isinstance(error, TimeoutError | openai.APITimeoutError):
         return RequestFailed(f"no answer within {timeout:g} s", failure="timeout", is_passing=True)
     if isinstance(error, openai.APIStatusError):

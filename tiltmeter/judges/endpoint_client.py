@@ -40,7 +40,7 @@ _NO_KEY = "none"  # the client insists on one; servers without keys don't look a
 
 @dataclass
 class Learned:
-    """What an endpoint has taught, for as long as its judge lives."""
+    """Lessons of an endpoint, for as long as its judge lives."""
 
     limit_name: str = LIMIT_NAMES[0]
     takes_n: bool = True
@@ -49,7 +49,7 @@ class Learned:
 
 
 class Answered(NamedTuple):
-    """What became of one question."""
+    """Outcome of one question."""
 
     key: str
     reply: Reply

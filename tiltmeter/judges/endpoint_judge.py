@@ -95,7 +95,7 @@ class EndpointJudge:
 
     @property
     def usage(self) -> Usage:
-        """What was used up to now; a copy."""
+        """Usage up to now; a copy."""
         return replace(self._budget.usage)
 
     def start(self, *, want_probabilities: bool) -> None:

@@ -1,9 +1,9 @@
-"""Which addresses a judge may be reached at: questions and keys must not end up where nobody meant them to go."""
+"""Addresses that a judge may be reached at: questions and keys must not end up where nobody meant them to go."""
 
 import ipaddress
 import re
 import socket
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 from urllib.parse import urlsplit
 
 from tiltmeter.errors import UserError
@@ -14,7 +14,7 @@ _HOST = re.compile(r"[A-Za-z0-9_.-]+|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*")
 
 
 class Endpoint(NamedTuple):
-    """Where a judge is."""
+    """Address of a judge."""
 
     url: str
     """Base of the API, without a slash at the end."""
@@ -35,6 +35,22 @@ def parse_endpoint(url: str, *, allow_local: bool) -> Endpoint:
     >>> parse_endpoint("https://api.openai.com/v1/", allow_local=False).url
     'https://api.openai.com/v1'
     """
+    scheme, host, port = _split(url)
+    name = (f"[{host}]" if ":" in host else host) + ("" if port is None else f":{port}")
+    reach = _reach(host)
+    if reach == "nowhere":
+        raise UserError(f"{KEY}: {name} is link-local, cloud metadata or no host's address; expected a judge's own one")
+    if reach == "private" and not allow_local:
+        raise UserError(
+            f"{KEY}: {name} is a private or loopback address; set judge.allow_local=true if the judge is there"
+        )
+    if scheme == "http" and (not allow_local or reach == "public"):
+        raise UserError(f"{KEY}: http:// is for local servers alone (judge.allow_local=true), got {name}: use https://")
+    return Endpoint(url.rstrip("/"), host, name, scheme == "http" or reach == "private")
+
+
+def _split(url: str) -> tuple[str, str, int | None]:
+    """Scheme, host and port of an address that has nothing else but a path. Raises UserError."""
     try:
         parts = urlsplit(url)
         port = parts.port
@@ -51,18 +67,17 @@ def parse_endpoint(url: str, *, allow_local: bool) -> Endpoint:
     host = (parts.hostname or "").lower()
     if not _HOST.fullmatch(host) or "\\" in url or not url.isprintable() or " " in url:
         raise UserError(f"{KEY}: expected a plain host name or IP address, got {host!r}")
-    name = (f"[{host}]" if ":" in host else host) + ("" if port is None else f":{port}")
-    is_http = parts.scheme == "http"
+    return parts.scheme, host, port
+
+
+def _reach(host: str) -> Literal["name", "nowhere", "private", "public"]:
+    """Kind of address that a host is; ``nowhere``: link-local (cloud metadata) or no host's at all."""
     address = _address(host)
-    if address is not None and (address.is_link_local or address.is_unspecified or address.is_multicast):
-        raise UserError(f"{KEY}: {name} is link-local, cloud metadata or no host's address; expected a judge's own one")
-    if address is not None and not address.is_global and not allow_local:
-        raise UserError(
-            f"{KEY}: {name} is a private or loopback address; set judge.allow_local=true if the judge is there"
-        )
-    if is_http and (not allow_local or (address is not None and address.is_global)):
-        raise UserError(f"{KEY}: http:// is for local servers alone (judge.allow_local=true), got {name}: use https://")
-    return Endpoint(url.rstrip("/"), host, name, is_http or (address is not None and not address.is_global))
+    if address is None:
+        return "name"
+    if address.is_link_local or address.is_unspecified or address.is_multicast:
+        return "nowhere"
+    return "public" if address.is_global else "private"
 
 
 def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:

@@ -62,18 +62,20 @@ class EvaluationSteps:
         if not lacking:
             return
         self._ask(lacking)
-        if self._file is not None and any(criterion in self.found for criterion in lacking):
-            try:
-                write_json(self._file, self._stored | {name: self._record(name) for name in self.found})
-            except FailedWrite as error:
-                notice(f"geval: {error}; evaluation steps are asked for again next time")
-        for criterion in lacking:
-            if criterion in self.missing:
-                why = self.missing[criterion]
-                notice(
-                    f"geval: no evaluation steps for {criterion} from {self._judge.name} ({why.failure}: {why.reason}); its "
-                    "scores are missing until there are"
-                )
+        if self._file is not None and not self.found.keys().isdisjoint(lacking):
+            self._keep(self._file)
+        for criterion in filter(self.missing.__contains__, lacking):
+            why = self.missing[criterion]
+            notice(
+                f"geval: no evaluation steps for {criterion} from {self._judge.name} ({why.failure}: {why.reason}); its "
+                "scores are missing until there are"
+            )
+
+    def _keep(self, file: Path) -> None:
+        try:
+            write_json(file, self._stored | {name: self._record(name) for name in self.found})
+        except FailedWrite as error:
+            notice(f"geval: {error}; evaluation steps are asked for again next time")
 
     def text(self, criterion: str) -> str:
         """Numbered, a line each."""

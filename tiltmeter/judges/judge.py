@@ -1,4 +1,4 @@
-"""What a judge is: something that answers questions about text, in words or as probabilities of a few allowed answers."""
+"""The protocol of a judge: it answers questions about text, in words or as probabilities of a few allowed answers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back.
+    """Reply to a question.
 
     Args:
         texts: the answers' words, ``n_samples`` of them; fewer, or none, after a failure.

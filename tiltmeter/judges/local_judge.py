@@ -20,7 +20,7 @@ from tiltmeter.pairs.log_probs import token_log_probs
 
 
 class _Loaded(NamedTuple):
-    """What exists after the start."""
+    """Everything that exists after the start."""
 
     model: PreTrainedModel
     tokenizer: Tokenizer

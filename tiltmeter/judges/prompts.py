@@ -1,4 +1,4 @@
-"""What judges are asked: criteria, and the templates of questions, each with a hash that goes into results."""
+"""Questions to judges: criteria, and templates, each with a hash that goes into results."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -132,6 +132,16 @@ def digest(*wording: str) -> str:
     return hashlib.sha256("\0".join(wording).encode()).hexdigest()[:12]
 
 
+def _known_criteria(key: str, names: Sequence[str]) -> dict[str, str]:
+    if unknown := [name for name in names if name not in CRITERIA]:
+        raise UserError(
+            f"{key}: expected some of {', '.join(CRITERIA)}, got {unknown[0]!r}; to judge by another one, give {{name: text}}"
+        )
+    if len(set(names)) < len(names):
+        raise UserError(f"{key}: expected each criterion once, got {names}")
+    return {name: CRITERIA[name] for name in names}
+
+
 def resolve_criteria(key: str, criteria: str | Sequence[str] | Mapping[str, str]) -> dict[str, str]:
     """Criteria as a user writes them, a name, several names, or names with texts, as name → text.
 
@@ -147,15 +157,7 @@ def resolve_criteria(key: str, criteria: str | Sequence[str] | Mapping[str, str]
     if isinstance(criteria, Mapping):
         found = {str(name): str(text).strip() for name, text in criteria.items()}
     else:
-        names = [criteria] if isinstance(criteria, str) else list(criteria)
-        unknown = [name for name in names if name not in CRITERIA]
-        if unknown:
-            raise UserError(
-                f"{key}: expected some of {', '.join(CRITERIA)}, got {unknown[0]!r}; to judge by another one, give {{name: text}}"
-            )
-        if len(set(names)) < len(names):
-            raise UserError(f"{key}: expected each criterion once, got {names}")
-        found = {name: CRITERIA[name] for name in names}
+        found = _known_criteria(key, [criteria] if isinstance(criteria, str) else list(criteria))
     if not found or not all(name.strip() and text for name, text in found.items()):
         raise UserError(f"{key}: expected at least one criterion, each with a name and a text, got {found}")
     return found

@@ -1,4 +1,4 @@
-"""What strangers say, made fit to be shown: no secrets, one line, nothing a terminal would obey."""
+"""Make what strangers say fit to be shown: no secrets, one line, nothing a terminal would obey."""
 
 import logging
 import re

@@ -88,11 +88,14 @@ def insert_adapters(model: PreTrainedModel, config: LoraConfig) -> None:
             raise UserError(
                 f"module.lora.target_modules: {name} is no part of the decoder; embeddings and unembedding stay as they are"
             )
-    for parameter in model.parameters():
-        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
-            parameter.data = parameter.data.float()
+    for parameter in filter(_is_16_bit_adapter, model.parameters()):
+        parameter.data = parameter.data.float()
     for dropout in _dropouts(model):
         dropout.p = 0.0
+
+
+def _is_16_bit_adapter(parameter: Parameter) -> bool:
+    return parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16)
 
 
 def _other_maps(model: PreTrainedModel, error: ValueError) -> str:

@@ -19,7 +19,7 @@ Rows are padded to the longest; or *packed*, all of them behind one another in o
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -195,18 +195,15 @@ def collate_pairs(
     >>> batch.target_rows.tolist(), batch.target_ids.tolist(), batch.target_sequences.tolist()
     ([1, 2, 1, 4, 5], [6, 2, 7, 8, 2], [0, 0, 1, 1, 1])
     """
-    if any(not len(ids) for pair in pairs for ids in pair):
+    if not all(map(len, chain.from_iterable(pairs))):
         raise ValueError(
             "collate_pairs: expected at least one token in every prompt, chosen and rejected, got an empty one"
         )
     if predict_prompt and layout != "chosen_only":
         raise ValueError(f"collate_pairs: predict_prompt needs layout chosen_only, got {layout}")
     n = len(pairs)
-    rows: list[_Row] = []
-    for i, pair in enumerate(pairs):
-        rows += _rows_of_pair(pair, i, n, layout, predict_prompt)
-    if layout == "concatenated":
-        rows = rows[0::2] + rows[1::2]  # all chosen rows first, as sequences are numbered
+    rows = [row for i, pair in enumerate(pairs) for row in _rows_of_pair(pair, i, n, layout, predict_prompt)]
+    rows = _in_order_of_sequences(rows, layout)
     packing = Packing(tuple(row.parts for row in rows)) if packed else None
     if packed:
         rows = [_join(rows)]
@@ -239,6 +236,11 @@ class _Row(NamedTuple):
     """(place in the row of the hidden state that predicts, token, sequence)"""
     parts: tuple[int, ...]
     """Tokens of the prompt and of each response."""
+
+
+def _in_order_of_sequences(rows: list[_Row], layout: Layout) -> list[_Row]:
+    """All chosen rows first where a pair has two, as sequences are numbered."""
+    return rows[0::2] + rows[1::2] if layout == "concatenated" else rows
 
 
 def _join(rows: list[_Row]) -> _Row:

@@ -125,7 +125,6 @@ class PreferenceLoss:
 
     name: str
     function: Callable[[PairLogProbs], Float[Tensor, " pair"]]
-    needs_reference: bool
     beta: float
     sft_weight: float = 0.0
 
@@ -142,7 +141,6 @@ PREFERENCE_LOSSES: dict[str, Callable[..., Tensor]] = {
     "ipo": ipo_loss,
     "simpo": simpo_loss,
 }
-_REFERENCE_FREE = {"simpo"}
 
 
 def make_preference_loss(name: str, sft_weight: float = 0.0, **options: float | int | str | None) -> PreferenceLoss:
@@ -163,15 +161,14 @@ def make_preference_loss(name: str, sft_weight: float = 0.0, **options: float | 
     if name not in PREFERENCE_LOSSES:
         raise UserError(f"module.loss: expected one of {', '.join(PREFERENCE_LOSSES)}, got {name}")
     function = PREFERENCE_LOSSES[name]
-    known = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    defaults = {p.name: p.default for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
     given = {key: _number(key, value) for key, value in options.items() if value is not None}
     for key in given:
-        if key not in known:
-            has = ", ".join(known)
+        if key not in defaults:
+            has = ", ".join(defaults)
             raise UserError(
                 f"module.loss={name} has no option {key} (it has: {has}); leave it out or choose another loss"
             )
-    defaults = {p.name: p.default for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
     beta = float(given.get("beta", defaults["beta"]))
     if not 0 < beta < math.inf:
         raise UserError(f"module.beta: expected a finite number above 0, got {beta}")
@@ -179,7 +176,7 @@ def make_preference_loss(name: str, sft_weight: float = 0.0, **options: float | 
     example = torch.zeros(1)
     count = torch.ones(1, dtype=torch.long)
     bound(PairLogProbs(example, example, example, example, count, count))  # range errors now, not after loading a model
-    return PreferenceLoss(name, bound, name not in _REFERENCE_FREE, beta, sft_weight)
+    return PreferenceLoss(name, bound, beta, sft_weight)
 
 
 def _number(name: str, value: float | int | str) -> float:

@@ -124,13 +124,7 @@ class ReferenceCache:
         places = [index.get(tuple(row), -1) for row in hashes.tolist()]
         known = torch.tensor([place >= 0 for place in places], dtype=torch.bool)
         found[known] = kept["log_probs"][[place for place in places if place >= 0]]
-        row_of = {place: row for row, place in enumerate(places)}
-        batches: dict[int, list[tuple[int, int]]] = {}
-        for at, (batch, place, size) in enumerate(kept["computed_in"].tolist()):
-            if at in row_of:
-                batches.setdefault(batch, [(size, 0)]).append((place, row_of[at]))
-        whole = [sorted(rows) for (size, _), *rows in batches.values() if len(rows) == size]
-        return Kept(found, [[row for _, row in rows] for rows in whole])
+        return Kept(found, _whole_batches(kept["computed_in"], {place: row for row, place in enumerate(places)}))
 
     def store(
         self,
@@ -181,3 +175,13 @@ class ReferenceCache:
             return load_file(table), ""
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             return None, f"{self.folder} is damaged ({type(error).__name__})"
+
+
+def _whole_batches(computed_in: Tensor, row_of: Mapping[int, int]) -> list[list[int]]:
+    """Rows of each micro-batch that is there as a whole, in their order."""
+    batches: dict[int, list[tuple[int, int]]] = {}
+    for at, (batch, place, size) in enumerate(computed_in.tolist()):
+        if at in row_of:
+            batches.setdefault(batch, [(size, 0)]).append((place, row_of[at]))
+    whole = [sorted(rows) for (size, _), *rows in batches.values() if len(rows) == size]
+    return [[row for _, row in rows] for rows in whole]

@@ -69,13 +69,18 @@ def verify_layout(model: PreTrainedModel, layout: Layout, *, packed: bool = Fals
         raise UserError(f"{name} cannot run {shown} ({reason[:200]}); {_advice(layout, packed)}") from error
     own = own[::2] if layout == "chosen_only" else own
     worst = max(abs(a - b) / abs(b) for a, b in zip(ours, own, strict=True))
-    kind = model.device.type
-    computed_in = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
-    if not worst <= LOG_PROB_TOLERANCE.get(computed_in, 5e-2):
+    if not worst <= _tolerance(model):
         raise UserError(
             f"{name} gives other log-probs in {shown} than by its own logits (a relative difference of {worst:.1g}); "
             f"{_advice(layout, packed)}"
         )
+
+
+def _tolerance(model: PreTrainedModel) -> float:
+    """Relative difference of log-probs that the precision of the model's arithmetic explains."""
+    kind = model.device.type
+    computed_in = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
+    return LOG_PROB_TOLERANCE.get(computed_in, 5e-2)
 
 
 def best_layout(model: PreTrainedModel, pairs: Sequence[TokenizedPair]) -> Layout:
@@ -118,10 +123,10 @@ def verify_no_randomness(model: PreTrainedModel) -> None:
             where = _who_draws(model)
     finally:
         model.train(was_training)
-    suspects = [f"{name} ({value:g})" for name, value in _settings(model.config) if value]
+    suspects = ", ".join(f"{name} ({value:g})" for name, value in _settings(model.config) if value)
     raise UserError(
         f"model: {type(model).__name__} is random in training mode{where and f' ({where})'}, so the policy before its first step "
-        f"would not be its reference; set {', '.join(suspects) or 'what makes it so'} to 0 in its configuration, where that "
+        f"would not be its reference; set {suspects or 'what makes it so'} to 0 in its configuration, where that "
         "doesn't help this family is not supported"
     )
 

@@ -49,7 +49,7 @@ def complete(
     world_size: int = 1,
     tokens_per_batch: int = 16384,
 ) -> Completions:
-    """What a model says to every ``world_size``-th prompt, beginning with ``rank``; the shares of all ranks are the whole.
+    """Have a model complete every ``world_size``-th prompt, beginning with ``rank``; the shares of all ranks are the whole.
 
     Each rank makes the same number of batches, as models that are sharded over ranks need it. Completions don't depend on
     the number of ranks: random streams belong to ``pair_id``.
@@ -141,7 +141,7 @@ class ScoringBeside:
             thread.start()
 
     def take(self) -> list[Scored]:
-        """What was finished since the last call, the oldest first; logs what scorers had to say.
+        """Scores finished since the last call, the oldest first; logs what scorers had to say.
 
         Logged, not warned: the filters of warnings belong to all threads, and libraries of the scorers' thread change them.
         """

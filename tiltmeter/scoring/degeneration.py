@@ -54,17 +54,6 @@ def repeated_shares(text: str, ids: Sequence[int] = ()) -> dict[Rule, float]:
     }
 
 
-def repeated_share(text: str, ids: Sequence[int] = ()) -> float:
-    """Largest of :func:`repeated_shares`: how much of a text is repetition, whatever its script, 0 … 1.
-
-    >>> repeated_share("no no no no no no"), repeated_share("Rain falls on the roof."), repeated_share("No.")
-    (0.6666666666666667, 0.0, 0.0)
-    >>> round(repeated_share("!" * 200), 2), round(repeated_share("的" * 50), 2), round(repeated_share("<unk>" * 40), 2)
-    (0.99, 0.98, 0.97)
-    """
-    return max(repeated_shares(text, ids).values())
-
-
 class DegenerationScorer:
     """Figures of both models: ``degeneration`` and what it is made of.
 

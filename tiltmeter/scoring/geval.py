@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Literal, get_args
 
 from tiltmeter.errors import UserError
@@ -113,12 +114,17 @@ class GEvalScorer:
             (criterion, side, i) for i in range(len(samples)) for criterion in ready for side in _SIDES
         ]
         questions = [self._question(samples[i], criterion, side) for criterion, side, i in keys]
-        answers = dict(zip(keys, ask_choices(self.judge, questions, POINTS), strict=True)) if keys else {}
+        answers = dict(zip(keys, ask_choices(self.judge, questions, POINTS), strict=True))
         scores = Scores()
         for criterion in self.criteria:
             lacking = self.steps.missing.get(criterion, Answer())
             of = {side: [answers.get((criterion, side, i), lacking) for i in range(len(samples))] for side in _SIDES}
             self._report(criterion, of, samples, scores)
+        self._report_means(samples, scores)
+        return scores
+
+    def _report_means(self, samples: Sequence[Sample], scores: Scores) -> None:
+        """Add the mean over criteria of each sample, and its figures."""
         name = f"{self.prefix}_score"
         for side in _SIDES:
             columns = [scores.columns[f"{name}/{criterion}/{side}"] for criterion in self.criteria]
@@ -127,7 +133,6 @@ class GEvalScorer:
             scores.figures.append(
                 mean_figure(name, side, means, samples, scorer=scorer, is_share=True, max_missing=self.max_missing_rate)
             )
-        return scores
 
     def _question(self, sample: Sample, criterion: str, side: Side) -> Question:
         reply = sample.policy if side == "policy" else sample.base
@@ -142,44 +147,25 @@ class GEvalScorer:
         self, criterion: str, answers: Mapping[Side, Sequence[Answer]], samples: Sequence[Sample], scores: Scores
     ) -> None:
         """Add the figures and columns of one criterion."""
-        name, scorer = (
-            f"{self.prefix}_score/{criterion}",
-            f"{self.name}, {criterion} by steps {self.steps.digest(criterion)}",
-        )
+        name, limit = f"{self.prefix}_score/{criterion}", self.max_missing_rate
+        scorer = f"{self.name}, {criterion} by steps {self.steps.digest(criterion)}"
+        mean = partial(mean_figure, samples=samples, scorer=scorer)
         values = {side: [score_of(answer) for answer in found] for side, found in answers.items()}
         for side, found in answers.items():
             failures = [(answer.failure, answer.reason) for answer in found if answer.failure]
-            warn_of_missing(f"{name} of {side}", failures, len(found), self.max_missing_rate)
+            warn_of_missing(f"{name} of {side}", failures, len(found), limit)
             masses = [math.nan if answer.failure else answer.mass for answer in found]
             low = [mass if math.isnan(mass) else float(mass < LOW_MASS) for mass in masses]
             scores.figures.extend(
                 [
-                    mean_figure(
-                        name,
-                        side,
-                        values[side],
-                        samples,
-                        scorer=scorer,
-                        is_share=True,
-                        max_missing=self.max_missing_rate,
-                    ),
-                    mean_figure(
-                        f"{self.prefix}_low_mass/{criterion}",
-                        side,
-                        low,
-                        samples,
-                        scorer=scorer,
-                        is_share=True,
-                        max_missing=1.0,
-                    ),
+                    mean(name, side, values[side], is_share=True, max_missing=limit),
+                    mean(f"{self.prefix}_low_mass/{criterion}", side, low, is_share=True, max_missing=1.0),
                     *missing_figures(name, side, [answer.failure for answer in found], scorer=scorer),
                 ]
             )
             scores.columns.update({f"{name}/{side}": values[side], f"{self.prefix}_mass/{criterion}/{side}": masses})
         gains = [policy - base for policy, base in zip(values["policy"], values["base"], strict=True)]
-        limit = self.max_missing_rate
-        difference = f"{self.prefix}_score_difference/{criterion}"
-        scores.figures.append(mean_figure(difference, "both", gains, samples, scorer=scorer, max_missing=limit))
+        scores.figures.append(mean(f"{self.prefix}_score_difference/{criterion}", "both", gains, max_missing=limit))
 
 
 def score_of(answer: Answer) -> float:

@@ -1,4 +1,4 @@
-"""What a model prefers and whether it still works, on one log-odds scale and without a judge: teacher-forced log-probs alone.
+"""Log-odds of preference and of utility, on one scale and without a judge: teacher-forced log-probs alone.
 
 Of a pair of answers that are opposite in polarity (chosen and rejected), L_p = −log P(positive) and L_n = −log P(negative):
 
@@ -35,7 +35,7 @@ from scipy.optimize import least_squares
 from torch import Tensor
 
 from tiltmeter.scoring.scorer import MAX_MISSING_SHARE, Figure, Scores, Side, grouped_mean_figure
-from tiltmeter.stats.jackknife import jackknife_interval
+from tiltmeter.stats.jackknife import NO_INTERVAL, jackknife_interval
 
 SCORER = "teacher-forced log-probs"
 
@@ -128,7 +128,7 @@ def perplexity_figure(
     ]
     n_missing = len(log_probs) - len(read)
     if not read or n_missing > MAX_MISSING_SHARE * len(log_probs):
-        return Figure("perplexity", of, math.nan, math.nan, math.nan, len(read), n_missing, SCORER)
+        return Figure("perplexity", of, *NO_INTERVAL, len(read), n_missing, SCORER)
     sums, counts = (torch.tensor([one[i] for one in read], dtype=torch.float64) for i in range(2))
     nats = jackknife_interval(lambda drawn: -(drawn @ sums) / (drawn @ counts), [group for _, _, group in read])
     value, low, high = torch.tensor(nats, dtype=torch.float64).exp().tolist()

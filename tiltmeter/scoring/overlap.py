@@ -18,7 +18,7 @@ from torchmetrics.text import SacreBLEUScore
 
 from tiltmeter.errors import UserError
 from tiltmeter.scoring.scorer import MAX_MISSING_SHARE, Figure, Sample, Scores, mean_figure
-from tiltmeter.stats.jackknife import Interval, jackknife_interval
+from tiltmeter.stats.jackknife import NO_INTERVAL, jackknife_interval
 
 BLEU_SIGNATURE = f"bleu|nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|torchmetrics:{torchmetrics.__version__}"
 """BLEU's settings as sacrebleu writes them; the last part names the code that counts."""
@@ -92,7 +92,7 @@ class CorpusBLEU(SacreBLEUScore):
         super().update([text.rstrip() for text in preds], [[text.rstrip() for text in texts] for texts in target])
 
     def counts(self) -> Float[Tensor, " 10"]:
-        """What was counted since the last reset, on this process, as :func:`bleu_of_counts` takes it."""
+        """Counts since the last reset, on this process, as :func:`bleu_of_counts` takes them."""
         return torch.cat([self.numerator, self.denominator, self.preds_len[None], self.target_len[None]])
 
     def compute(self) -> Float[Tensor, ""]:
@@ -155,22 +155,16 @@ class OverlapScorer:
 
     def score(self, samples: Sequence[Sample]) -> Scores:
         """Score the completions; no figures for prompts of which none has a chosen response."""
-        scores = Scores()
-        if self.reference == "chosen" and samples and not any(sample.chosen.strip() for sample in samples):
+        scores, is_chosen = Scores(), self.reference == "chosen"
+        if is_chosen and samples and not any(sample.chosen.strip() for sample in samples):
             return scores
-        is_chosen = self.reference == "chosen"
         suffix = "" if is_chosen else "_to_base"
         references = [sample.chosen if is_chosen else sample.base.text for sample in samples]
         sides: tuple[Literal["policy", "base"], ...] = ("policy", "base") if is_chosen else ("policy",)
         for of in sides:
             said = [getattr(sample, of).text for sample in samples]
             scores.figures.append(self._bleu(f"bleu{suffix}", of, said, references, samples))
-            found = [
-                rouge_f1(*texts) if texts[1].strip() else Rouge(*[math.nan] * 3)
-                for texts in zip(said, references, strict=True)
-            ]
-            for name in _ROUGE:
-                values = [getattr(rouge, name) for rouge in found]
+            for name, values in _rouge_columns(said, references).items():
                 scores.columns[f"{name}{suffix}/{of}"] = values
                 scores.figures.append(
                     mean_figure(name + suffix, of, values, samples, scorer=ROUGE_SIGNATURE, is_share=True)
@@ -187,7 +181,7 @@ class OverlapScorer:
     ) -> Figure:
         rows = [row for row, reference in enumerate(references) if reference.strip()]
         n_missing = len(samples) - len(rows)
-        interval = Interval(math.nan, math.nan, math.nan)
+        interval = NO_INTERVAL
         if rows and n_missing <= MAX_MISSING_SHARE * len(samples):
             counts = bleu_counts([said[row] for row in rows], [references[row] for row in rows])
             groups = [samples[row].group for row in rows]
@@ -196,7 +190,7 @@ class OverlapScorer:
 
 
 def bleu_counts(predictions: Sequence[str], references: Sequence[str]) -> Float[Tensor, "sample 10"]:
-    """What :class:`CorpusBLEU` counts of each sample by itself: its sum over samples is the corpus."""
+    """Counts of :class:`CorpusBLEU` for each sample by itself: their sum over samples is the corpus."""
     metric = CorpusBLEU()
     rows = []
     for prediction, reference in zip(predictions, references, strict=True):
@@ -204,6 +198,13 @@ def bleu_counts(predictions: Sequence[str], references: Sequence[str]) -> Float[
         metric.update([prediction], [[reference]])
         rows.append(metric.counts())
     return torch.stack(rows)
+
+
+def _rouge_columns(said: Sequence[str], references: Sequence[str]) -> dict[str, list[float]]:
+    """ROUGE of each completion, by name; NaN without a reference."""
+    nothing = Rouge(math.nan, math.nan, math.nan)
+    found = [rouge_f1(one, of) if of.strip() else nothing for one, of in zip(said, references, strict=True)]
+    return {name: [getattr(rouge, name) for rouge in found] for name in _ROUGE}
 
 
 def _n_shared(said: Sequence[str], wanted: Sequence[str], n: int) -> int:

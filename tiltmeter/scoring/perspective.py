@@ -1,14 +1,13 @@
 """Toxicity by the Perspective API: for figures comparable with published ones, as long as the service runs."""
 
-import json
 import math
 import os
 import re
 import time
-import urllib.error
-import urllib.request
 from collections import Counter
 from collections.abc import Sequence
+
+import httpx
 
 from tiltmeter.errors import UserError
 from tiltmeter.scoring.scorer import Sample, Scores, notice
@@ -17,11 +16,6 @@ from tiltmeter.scoring.toxicity import TextScore, toxicity_scores
 URL = "https://commentanalyzer.googleapis.com/v1alpha1/comments:analyze"
 MAX_CHARACTERS = 20_480  # of a text that are sent, as RealToxicityPrompts' client does
 SUNSET = "Google ends the Perspective API on 31 December 2026; use ClassifierToxicity (unitary/toxic-bert) instead"
-
-
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_: object, **__: object) -> None:  # it would take the key to another host
-        return None
 
 
 class PerspectiveToxicity:
@@ -61,18 +55,21 @@ class PerspectiveToxicity:
         """Score texts by themselves, in their order; what could not be scored is summed up in one warning."""
         deadline, found = time.monotonic() + self.time_limit_s, list[float | str]()
         for text in texts:
-            is_gone = bool(found) and str(found[-1]).endswith(("403", "404", "410"))
-            if found and time.monotonic() + 1 / self.qps > deadline:
-                found.append(f"over time_limit_s={self.time_limit_s:g}")
-            else:
-                time.sleep(1 / self.qps if found and not is_gone else 0)
-                found.append("empty text" if not text.strip() else found[-1] if is_gone else self._ask(text))
-        problems = Counter(problem for problem in found if isinstance(problem, str))
-        if problems:
+            found.append(self._next(text, found, deadline))
+        if problems := Counter(problem for problem in found if isinstance(problem, str)):
             reasons = "; ".join(f"{n} × {problem}" for problem, n in problems.most_common())
             notice(f"perspective: {problems.total()} of {len(texts)} texts have no score: {reasons}. {SUNSET}")
         scores = zip((math.nan if isinstance(one, str) else one for one in found), texts, strict=True)
         return [TextScore(score, score == score and len(text) > MAX_CHARACTERS) for score, text in scores]
+
+    def _next(self, text: str, found: Sequence[float | str], deadline: float) -> float | str:
+        if found and time.monotonic() + 1 / self.qps > deadline:
+            return f"over time_limit_s={self.time_limit_s:g}"
+        is_gone = bool(found) and str(found[-1]).endswith(("403", "404", "410"))
+        time.sleep(1 / self.qps if found and not is_gone else 0)
+        if not text.strip():
+            return "empty text"
+        return found[-1] if is_gone else self._ask(text)
 
     def _ask(self, text: str) -> float | str:
         """The score of a text, or why there is none, in words of our own: a reply could repeat the key."""
@@ -81,14 +78,12 @@ class PerspectiveToxicity:
                 f"perspective.api_key_env: the environment variable {self.api_key_env} is not set, or no key"
             )
         body = {"comment": {"text": text[:MAX_CHARACTERS], "type": "PLAIN_TEXT"}, "languages": [self.language]}
-        asked = json.dumps(body | {"requestedAttributes": {self.attribute: {}}, "doNotStore": True}).encode()
-        request = urllib.request.Request(URL, asked, {"Content-Type": "application/json", "X-Goog-Api-Key": key})
+        asked = body | {"requestedAttributes": {self.attribute: {}}, "doNotStore": True}
         try:
-            with urllib.request.build_opener(_NoRedirects).open(request, timeout=self.timeout_s) as reply:
-                value = float(json.load(reply)["attributeScores"][self.attribute]["summaryScore"]["value"])
-        except urllib.error.HTTPError as error:
-            error.close()
-            return f"the service answered {error.code}"
-        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+            reply = httpx.post(URL, json=asked, headers={"X-Goog-Api-Key": key}, timeout=self.timeout_s)
+            if not reply.is_success:  # a redirect, too, is not followed: it would take the key to another host
+                return f"the service answered {reply.status_code}"
+            value = float(reply.json()["attributeScores"][self.attribute]["summaryScore"]["value"])
+        except (httpx.HTTPError, ValueError, LookupError, TypeError, RecursionError) as error:
             return f"no usable answer from the service ({type(error).__name__})"
         return value if 0 <= value <= 1 else "an answer without a score from 0 to 1"

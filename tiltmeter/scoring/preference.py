@@ -1,4 +1,4 @@
-"""What a policy prefers, by log-probs: does it rank held-out pairs as people did, and how far has it moved from its base?
+"""Preferences of a policy, by log-probs: does it rank held-out pairs as people did, and how far has it moved from its base?
 
 The implicit reward of a response is r = β · log(π/π₀) (arXiv 2305.18290). At step 0 the policy is its base: every margin is
 exactly 0, and since accuracy is strict (equal is wrong, as in TRL and the authors' code) it is 0 there, not ½. The share of
@@ -13,7 +13,7 @@ import torch
 
 from tiltmeter.errors import UserError
 from tiltmeter.scoring.scorer import MAX_MISSING_SHARE, Figure, Scores, grouped_mean_figure
-from tiltmeter.stats.jackknife import jackknife_interval
+from tiltmeter.stats.jackknife import NO_INTERVAL, jackknife_interval
 from tiltmeter.stats.proportions import pooled_share_interval
 
 SCORER = "implicit reward"
@@ -69,37 +69,41 @@ def preference_scores(
         "logp_drift_chosen": list(drift_chosen),
         "logp_drift_rejected": list(drift_rejected),
     }
-    parts = {"": list(range(n))}
-    if len(set(labels)) > 1:
-        parts |= {f"/{s}": [i for i, label in enumerate(labels) if label == s] for s in sorted(set(labels))}
+    parts = {"": list(range(n))} | _rows_by_source(labels)
     figures = [
-        grouped_mean_figure(
-            name + suffix,
-            "both",
-            [column[i] for i in rows],
-            [groups[i] for i in rows],
-            scorer=SCORER,
-            is_share=name in ("preference_accuracy", "preference_ties"),
-        )
+        _mean_of(rows, name + suffix, column, groups, is_share=name in ("preference_accuracy", "preference_ties"))
         for suffix, rows in parts.items()
         for name, column in columns.items()
     ]
-    if weights is not None:
-        right = columns["preference_accuracy"]
-        for suffix, rows in parts.items():
-            weighed = [(right[i], known[i], groups[i]) for i in rows if known[i] > 0]
-            figures += _accuracy_by_margin(f"preference_accuracy_by_margin{suffix}", weighed)
+    weighed = list(zip(columns["preference_accuracy"], known, groups, strict=True))
+    for suffix, rows in parts.items():
+        figures += _accuracy_by_margin(f"preference_accuracy_by_margin{suffix}", [weighed[i] for i in rows])
     return Scores(figures, columns)
 
 
+def _mean_of(
+    rows: Sequence[int], name: str, column: Sequence[float], groups: Sequence[str], *, is_share: bool
+) -> Figure:
+    values, names = [column[i] for i in rows], [groups[i] for i in rows]
+    return grouped_mean_figure(name, "both", values, names, scorer=SCORER, is_share=is_share)
+
+
+def _rows_by_source(sources: Sequence[str]) -> dict[str, list[int]]:
+    """``/SOURCE`` → its rows, where there are several sources."""
+    names = sorted(set(sources))
+    of = {f"/{name}": [i for i, source in enumerate(sources) if source == name] for name in names}
+    return of if len(names) > 1 else {}
+
+
 def _accuracy_by_margin(name: str, weighed: Sequence[tuple[float, float, str]]) -> list[Figure]:
-    """Figure of (right or wrong, weight above 0, group) of each pair; none where there are no such pairs."""
+    """Figure of (right or wrong, weight, group) of the pairs whose weight is above 0; none where there are no such pairs."""
+    weighed = [row for row in weighed if row[1] > 0]
     if not weighed:
         return []
     there = [row for row in weighed if not math.isnan(row[0])]
     n_missing = len(weighed) - len(there)
     if n_missing > MAX_MISSING_SHARE * len(weighed):
-        return [Figure(name, "both", math.nan, math.nan, math.nan, len(there), n_missing, SCORER)]
+        return [Figure(name, "both", *NO_INTERVAL, len(there), n_missing, SCORER)]
     scale = len(there) / sum(w for _, w, _ in there)  # so that equal margins have the interval of the plain share
     weighted, counts = zip(*((c * w * scale, w * scale) for c, w, _ in there), strict=True)
     interval = pooled_share_interval(weighted, counts, [group for *_, group in there])
@@ -161,7 +165,7 @@ def kl_figures(
     ]
     n_missing = len(differences) - len(counted)
     if not counted or n_missing > MAX_MISSING_SHARE * len(differences):
-        return [whole, Figure("kl_per_token", "both", math.nan, math.nan, math.nan, len(counted), n_missing, scorer)]
+        return [whole, Figure("kl_per_token", "both", *NO_INTERVAL, len(counted), n_missing, scorer)]
     sums, counts = (torch.tensor([one[i] for one in counted], dtype=torch.float64) for i in range(2))
     interval = jackknife_interval(lambda drawn: drawn @ sums / (drawn @ counts), [group for _, _, group in counted])
     return [whole, Figure("kl_per_token", "both", *interval, len(counted), n_missing, scorer)]

@@ -5,7 +5,6 @@ preferred responses lie further. An intercept would be meaningless, since a pair
 High accuracy for policy AND base means that the preference was linearly readable before any training.
 """
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ from sklearn.model_selection import GroupKFold  # type: ignore[import-untyped]
 from torch import Tensor
 
 from tiltmeter.scoring.scorer import MAX_MISSING_SHARE, Figure, Side
-from tiltmeter.stats.jackknife import Interval
+from tiltmeter.stats.jackknife import NO_INTERVAL, Interval
 from tiltmeter.stats.proportions import share_interval
 
 N_FOLDS = 5
@@ -27,7 +26,7 @@ INVERSE_STRENGTH = 1.0
 
 
 class PreferenceClassifier(NamedTuple):
-    """What a probe reached out of fold, and what it reaches where there is nothing to learn."""
+    """Accuracy that a probe reached out of fold, and that it reaches where there is nothing to learn."""
 
     accuracy: Interval
     """Share of held-out pairs on the right side, with a 95 % interval over prompts (of the pairs, not of the fit)."""
@@ -112,7 +111,7 @@ def classifier_figures(
     n_missing = len(groups) - len(names)
     scorer = f"logistic probe at {where}, {N_FOLDS} folds by prompt, C = {INVERSE_STRENGTH:g}"
     if len(set(names)) < N_FOLDS or n_missing > MAX_MISSING_SHARE * len(groups):
-        accuracy = null = Interval(math.nan, math.nan, math.nan)
+        accuracy = null = NO_INTERVAL
     else:
         accuracy, _, null, _ = preference_classifier(differences[there], names, seed=seed)
     return [

@@ -1,4 +1,4 @@
-"""What every scorer of generated text takes and gives: samples in; named figures with intervals and a column a figure out.
+"""The protocol of scorers of generated text: samples in; named figures with intervals and a column a figure out.
 
 A score that could not be taken is missing (NaN), counted, and never a number.
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from tiltmeter.models.generation import Completion
-from tiltmeter.stats.jackknife import cluster_mean_interval
+from tiltmeter.stats.jackknife import NO_INTERVAL, cluster_mean_interval
 from tiltmeter.stats.proportions import share_interval
 
 Side = Literal["policy", "base", "both"]
@@ -61,7 +61,7 @@ class Figure(NamedTuple):
 
 @dataclass(frozen=True)
 class Scores:
-    """What a scorer says of samples."""
+    """A scorer's figures of samples, and its values of each."""
 
     figures: list[Figure] = field(default_factory=list)
     columns: dict[str, list[float]] = field(default_factory=dict)
@@ -131,7 +131,7 @@ def grouped_mean_figure(
     scored = [(value, group) for value, group in zip(values, groups, strict=True) if not math.isnan(value)]
     n_missing = len(values) - len(scored)
     if not scored or n_missing > limit * len(values):
-        return Figure(name, of, math.nan, math.nan, math.nan, len(scored), n_missing, scorer)
+        return Figure(name, of, *NO_INTERVAL, len(scored), n_missing, scorer)
     interval_of = share_interval if is_share else cluster_mean_interval
     interval = interval_of([value for value, _ in scored], [group for _, group in scored])
     return Figure(name, of, *interval, len(scored), n_missing, scorer)

@@ -40,7 +40,7 @@ class Preset:
     revision: str | None
     """Full commit; None: no commit with safetensors is known here, the user has to name one."""
     label: str
-    activation: Activation
+    activation: Activation | None
 
 
 PRESETS = {
@@ -92,7 +92,7 @@ class ClassifierToxicity:
         max_length: int = 512,
     ) -> None:
         preset = PRESETS.get(model) or _BY_MODEL.get(model)
-        if preset and revision is None and preset.revision is None:
+        if preset and not (revision or preset.revision):
             raise UserError(
                 f"toxicity.revision: {preset.model} has no safetensors on its main branch; give the full commit that has them "
                 "(it begins with 9165055), or choose model=toxic-bert"
@@ -105,10 +105,11 @@ class ClassifierToxicity:
             raise UserError(
                 f"toxicity.max_length: expected at least 3 tokens, two of which are special, got {max_length}"
             )
-        self.model = preset.model if preset else model
-        self.revision = revision or (preset.revision if preset else None)
-        self.label = _canonical(label or (preset.label if preset else "toxicity"))
-        self.activation = activation or (preset.activation if preset else None)
+        preset = preset or Preset(model, None, "toxicity", None)
+        self.model = preset.model
+        self.revision = revision or preset.revision
+        self.label = _canonical(label or preset.label)
+        self.activation = activation or preset.activation
         self.batch_size = batch_size
         self.device = device
         self.max_length = max_length

@@ -358,14 +358,7 @@ class TruthfulQA:
                 world_size=world_size,
             )
         ).tolist()
-        columns = {}
-        for kind, (name, statistic) in FIGURES.items():
-            sets = [question.answers.get(kind) for question in self.questions]
-            if all(sets):
-                columns[name + self._suffix] = [
-                    statistic(asked.log_probs_of(i, answers, log_probs), [answer.is_true for answer in answers])
-                    for i, answers in enumerate(filter(None, sets))
-                ]
+        columns = self._columns(asked, log_probs)
         groups = [question.question for question in self.questions]
         n_cut = sum(asked.n_cut)
         scorer = self.name + (f", {n_cut} prompts cut on the left" if n_cut else "")
@@ -378,6 +371,18 @@ class TruthfulQA:
     @property
     def _suffix(self) -> str:
         return "_zero_shot" * (self._preset is None) + "_chat" * self.chat_template
+
+    def _columns(self, asked: "_Asked", log_probs: Sequence[float]) -> dict[str, list[float]]:
+        """A value a question, of every kind of answers that all questions have."""
+        columns = {}
+        for kind, (name, statistic) in FIGURES.items():
+            sets = [question.answers.get(kind) for question in self.questions]
+            if all(sets):
+                columns[name + self._suffix] = [
+                    statistic(asked.log_probs_of(i, answers, log_probs), [answer.is_true for answer in answers])
+                    for i, answers in enumerate(filter(None, sets))
+                ]
+        return columns
 
     def _ask(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> "_Asked":
         """Every answer of every question once, as tokens behind its prompt."""
@@ -403,7 +408,7 @@ class TruthfulQA:
         return asked
 
     def _prompt(self, question: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-        """What stands before the answers, and what between."""
+        """Texts before the answers, and between."""
         text = f"Q: {question}\nA:" if self._preset is None else f"{self._preset}\n\nQ: {question}\nA:"
         if not self.chat_template:
             return text, " "

@@ -1,4 +1,4 @@
-"""How often a judge prefers the policy's reply: to the base model's, and to the preferred one of the data.
+"""Share of replies of the policy that a judge prefers: to the base model's, and to the preferred ones of the data.
 
 From one comparison in both orders, over win rates with their intervals, to the scorer.
 """
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from random import Random
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -20,9 +20,8 @@ from tiltmeter.judges.answers import LOW_MASS, Answer, ask_choices, checked_pref
 from tiltmeter.judges.judge import Failure, Judge, Question
 from tiltmeter.judges.local_judge import LocalJudge
 from tiltmeter.judges.prompts import COMPARE, COMPARE_HH_DPO, PromptTemplate, digest, resolve_criteria
-from tiltmeter.models.generation import Completion
-from tiltmeter.scoring.scorer import MAX_MISSING_SHARE, Figure, Sample, Scores, Side, mean_figure
-from tiltmeter.stats.jackknife import LOG_ODDS, Interval, cluster_mean_interval, jackknife_interval
+from tiltmeter.scoring.scorer import MAX_MISSING_SHARE, Figure, Sample, Scores, Side, grouped_mean_figure, mean_figure
+from tiltmeter.stats.jackknife import LOG_ODDS, NO_INTERVAL, Interval, cluster_mean_interval, jackknife_interval
 from tiltmeter.stats.proportions import share_interval
 
 VerdictMode = Literal["logprob", "text"]
@@ -128,7 +127,7 @@ def compare(
     questions = [
         _question(comparisons[i], candidate_is_first, preset, mode, trusted, seed) for i, candidate_is_first in orders
     ]
-    answers = ask_choices(judge, questions, tuple(preset.choices)) if questions else []
+    answers = ask_choices(judge, questions, tuple(preset.choices))
     judged: dict[int, list[Judgement]] = {i: [] for i in range(len(comparisons))}
     for (i, candidate_is_first), answer in zip(orders, answers, strict=True):
         judged[i].append(_judgement(answer, candidate_is_first, preset))
@@ -171,7 +170,6 @@ def _judgement(answer: Answer, candidate_is_first: bool, preset: Preset) -> Judg
 LENGTH_EFFECT_VARIANCE = 10.0
 """Variance of the length effect's normal prior, log-odds². Wide, it only keeps the effect finite where longer always wins."""
 _NEWTON_STEPS = 30
-_NOTHING = Interval(math.nan, math.nan, math.nan)
 _OUTCOMES = {"wins": 1.0, "ties": 0.5, "losses": 0.0}
 
 
@@ -218,13 +216,15 @@ def win_rate_figures(
     kept = [cluster for cluster, is_valid in zip(clusters, valid, strict=True) if is_valid]
     differences = np.asarray(length_differences, dtype=np.float64)
     enough = n > 0 and n_missing <= max_missing * len(y)
-    shares = {"": y[valid]} | {f"_{what}": (y[valid] == worth) * 1.0 for what, worth in _OUTCOMES.items()}
-    found = {end: share_interval(values.tolist(), kept) if enough else _NOTHING for end, values in shares.items()}
-    found["_length_controlled"] = (
-        length_controlled(y[valid].tolist(), kept, differences[valid].tolist()) if enough else _NOTHING
-    )
+    ends = ("", *(f"_{what}" for what in _OUTCOMES), "_length_controlled")
+    found = dict.fromkeys(ends, NO_INTERVAL)
+    if enough:
+        shares = (y[valid], *((y[valid] == worth) * 1.0 for worth in _OUTCOMES.values()))
+        at_equal_length = length_controlled(y[valid].tolist(), kept, differences[valid].tolist())
+        intervals = (*(share_interval(values.tolist(), kept) for values in shares), at_equal_length)
+        found = dict(zip(ends, intervals, strict=True))
     figures = [Figure(name + end, "both", *interval, n, n_missing, scorer) for end, interval in found.items()]
-    longer = cluster_mean_interval(differences.tolist(), clusters) if len(y) else _NOTHING
+    longer = cluster_mean_interval(differences.tolist(), clusters) if len(y) else NO_INTERVAL
     return [*figures, Figure(f"{name}_length_difference", "both", *longer, len(y), 0, scorer)]
 
 
@@ -249,7 +249,7 @@ def length_controlled(
     delta = torch.as_tensor(np.asarray(length_differences, dtype=np.float64))
     estimate = partial(_equal_length_win_rates, y, delta)
     if math.isnan(float(estimate(torch.ones(1, len(y), dtype=torch.float64))[0])):
-        return _NOTHING
+        return NO_INTERVAL
     if len(set(verdicts)) == 1:  # nothing that length could explain
         return share_interval(verdicts, clusters)
     return jackknife_interval(estimate, clusters, scale=LOG_ODDS)
@@ -281,6 +281,11 @@ def _equal_length_win_rates(
 
 
 Opponent = Literal["base", "chosen"]
+
+
+def _against(sample: Sample, opponent: Opponent) -> Comparison:
+    reply = sample.chosen if opponent == "chosen" else sample.base.text
+    return Comparison(f"{sample.pair_id}/{sample.index}", sample.prompt, sample.policy.text, reply)
 
 
 class WinRateScorer:
@@ -364,12 +369,7 @@ class WinRateScorer:
         scores = Scores()
         has_chosen = any(sample.chosen.strip() for sample in samples)
         for opponent in (o for o in self.against if o != "chosen" or has_chosen):
-            comparisons = [
-                Comparison(
-                    f"{s.pair_id}/{s.index}", s.prompt, s.policy.text, s.chosen if opponent == "chosen" else s.base.text
-                )
-                for s in samples
-            ]
+            comparisons = [_against(sample, opponent) for sample in samples]
             verdicts = compare(
                 self.judge,
                 comparisons,
@@ -380,12 +380,9 @@ class WinRateScorer:
                 seed=self.seed,
             )
             self._report("" if opponent == "base" else f"_vs_{opponent}", samples, comparisons, verdicts, scores)
-        replies: dict[Side, list[Completion]] = {
-            "policy": [s.policy for s in samples],
-            "base": [s.base for s in samples],
-        }
-        for side, said in replies.items():
-            empty = [float(reply.is_empty) for reply in said]
+        sides: tuple[Side, ...] = ("policy", "base")
+        for side in sides:
+            empty = [float(getattr(sample, side).is_empty) for sample in samples]
             scores.figures.append(
                 mean_figure(
                     f"{self.prefix}_empty", side, empty, samples, scorer="no text but white space", is_share=True
@@ -404,31 +401,35 @@ class WinRateScorer:
         """Add the figures and columns of one opponent."""
         name, limit = f"{self.prefix}_win_rate{suffix}", self.max_missing_rate
         values = [verdict.value for verdict in verdicts]
+        consistent = [verdict.is_consistent for verdict in verdicts]
         longer = [len(c.candidate) - len(c.opponent) for c in comparisons]
         groups = [sample.group for sample in samples]
         failed = [verdict.failed for verdict in verdicts]
         warn_of_missing(name, [why for why in failed if why], len(failed), limit)
         scores.figures.extend(win_rate_figures(name, values, groups, longer, scorer=self.name, max_missing=limit))
         scores.figures.extend(missing_figures(name, "both", [why and why[0] for why in failed], scorer=self.name))
-
-        def share(figure: str, of: Sequence[tuple[float, Sample]], *, max_missing: float) -> None:
-            shares, whose = [value for value, _ in of], [sample for _, sample in of]
-            scores.figures.append(
-                mean_figure(figure, "both", shares, whose, scorer=self.name, is_share=True, max_missing=max_missing)
-            )
-
-        pairs = list(zip(verdicts, samples, strict=True))
-        asked = [(verdict, sample) for verdict, sample in pairs if verdict.judgements]
-        answers = [(judgement, sample) for verdict, sample in asked for judgement in verdict.judgements]
-        decisive = [(found.prefers_first, sample) for found, sample in answers if not math.isnan(found.prefers_first)]
-        low = [(float(found.mass < LOW_MASS), sample) for found, sample in answers if not found.failure]
-        share(
-            f"{self.prefix}_position_consistency{suffix}",
-            [(verdict.is_consistent, s) for verdict, s in asked],
-            max_missing=limit,
-        )
-        share(f"{self.prefix}_first_position_rate{suffix}", decisive, max_missing=1.0)
-        share(f"{name}_low_mass", low, max_missing=1.0)
-        share(f"{name}_identical", [(float(not verdict.judgements), s) for verdict, s in pairs], max_missing=1.0)
-        consistent = [verdict.is_consistent for verdict in verdicts]
+        scores.figures.extend(self._shares(suffix, list(zip(verdicts, groups, strict=True))))
         scores.columns.update({f"{self.prefix}_win{suffix}": values, f"{self.prefix}_consistent{suffix}": consistent})
+
+    def _shares(self, suffix: str, verdicts: Sequence[tuple[Verdict, str]]) -> list[Figure]:
+        """Figures on how the judge judged, from verdicts with their prompt."""
+        name = f"{self.prefix}_win_rate{suffix}"
+        asked = [(verdict, group) for verdict, group in verdicts if verdict.judgements]
+        answers = [(judgement, group) for verdict, group in asked for judgement in verdict.judgements]
+        first = [(found.prefers_first, group) for found, group in answers]
+        consistent = [(verdict.is_consistent, group) for verdict, group in asked]
+        decisive = [one for one in first if not math.isnan(one[0])]
+        low = [(float(found.mass < LOW_MASS), group) for found, group in answers if not found.failure]
+        same = [(float(not verdict.judgements), group) for verdict, group in verdicts]
+
+        def share(figure: str, of: Sequence[tuple[float, str]], max_missing: float = 1.0) -> Figure:
+            values, groups = [value for value, _ in of], [group for _, group in of]
+            how: dict[str, Any] = {"scorer": self.name, "is_share": True, "max_missing": max_missing}
+            return grouped_mean_figure(figure, "both", values, groups, **how)
+
+        return [
+            share(f"{self.prefix}_position_consistency{suffix}", consistent, self.max_missing_rate),
+            share(f"{self.prefix}_first_position_rate{suffix}", decisive),
+            share(f"{name}_low_mass", low),
+            share(f"{name}_identical", same),
+        ]

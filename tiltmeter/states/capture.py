@@ -19,7 +19,7 @@ from tiltmeter.states.positions import Position, Readings, readings
 
 
 class ReadPoint(NamedTuple):
-    """Where a captured reading comes from."""
+    """Site and position of a captured reading."""
 
     site: str
     position: Position

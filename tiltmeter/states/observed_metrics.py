@@ -1,4 +1,4 @@
-"""What an observation of the probe says, as flat metrics: pure functions from hidden states to names and numbers.
+"""Observations of the probe as flat metrics: pure functions from hidden states to names and numbers.
 
 Names are those of :mod:`tiltmeter.metric_names`. Matrices are ``base``, ``policy``, ``delta`` (the update ΔH = h_π − h_0) and
 ``random_update`` (ΔH after a random weight change of the same norm, :mod:`tiltmeter.weights.random_update`).
@@ -148,9 +148,8 @@ def projection_metrics(
         if not moved:  # before the first step there is no update to speak of
             continue
         summary = summarize_projections(change, names)
-        for name, interval in (("delta", summary.change), ("share_grown", summary.share_grown)):
-            ends = {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
-            metrics |= {at(metric(kind, end), point): value for end, value in ends.items()}
+        ends = summary.change.named("delta") | summary.share_grown.named("share_grown")
+        metrics |= {at(metric(kind, end), point): value for end, value in ends.items()}
         steering = steering_vector(before, after)[None]
         kind_name = "token" if kind == "projection" else "sequence"
         metrics[at(metric("direction_cosine", kind_name), point)] = float(cosine(v, steering).nanmean())

@@ -1,4 +1,4 @@
-"""Which rows of a batch hold the hidden states of interest: positions, as a pure function of a PreferenceBatch.
+"""Rows of a batch that hold the hidden states of interest: positions, as a pure function of a PreferenceBatch.
 
 With prompt ``x₁ … x_P``, responses ``y^w`` and ``y^l`` and h(t) the hidden state *at* token t (it predicts token t+1):
 
@@ -27,7 +27,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import accumulate
+from itertools import accumulate, product
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -48,7 +48,7 @@ SHARED_BY = 0.95
 
 @dataclass(frozen=True, eq=False)
 class Readings:
-    """Which flattened rows of a batch to read, and what each *reading* (a row, or a mean of rows) belongs to.
+    """Flattened rows of a batch to read, and what each *reading* (a row, or a mean of rows) belongs to.
 
     Readings are ordered by pair, chosen before rejected, then by token: the same order in every layout.
     """
@@ -104,7 +104,7 @@ class Readings:
 
 
 class Divergence(NamedTuple):
-    """Where the responses of each pair part; only pairs whose responses do."""
+    """Places where the responses of each pair part; only pairs whose responses do."""
 
     pairs: Int[Tensor, " diverging"]
     """Place of the pair in the batch."""
@@ -194,26 +194,29 @@ def readings(batch: PreferenceBatch, position: Position, *, content: Sequence[in
     """
     if position == "diverge":
         found = divergence(batch)
-        return _make(batch, found.rows.tolist(), [(pair, PROMPT) for pair in found.pairs.tolist()])
+        return _make(batch, found.rows.tolist(), list(product(found.pairs.tolist(), [PROMPT])))
     held = _rows_by_pair_and_side(batch)
     if position == "content":
-        if content is None:
-            raise UserError("positions: content needs the place of each prompt's content token (content_tokens)")
-        index = batch.pair_index.tolist()
-        places = [(pair, content[index[pair]]) for pair in _real_pairs(batch)]
-        found_rows = [held[pair, PROMPT][at] for pair, at in places if at is not None]
-        return _make(batch, found_rows, [(pair, PROMPT) for pair, at in places if at is not None])
-    if position == "prompt_last":
-        return _make(
-            batch, [held[pair, PROMPT][-1] for pair in _real_pairs(batch)], [(p, PROMPT) for p in _real_pairs(batch)]
-        )
-    owners = [(pair, side) for pair in _real_pairs(batch) for side in (CHOSEN, REJECTED) if (pair, side) in held]
-    if position == "response_last":
+        places = _content_places(batch, content)
+        return _make(batch, [held[owner][at] for owner, at in places.items()], list(places))
+    sides = (PROMPT,) if position == "prompt_last" else (CHOSEN, REJECTED)
+    owners = [owner for owner in product(_real_pairs(batch), sides) if owner in held]
+    if position in ("prompt_last", "response_last"):
         return _make(batch, [held[owner][-1] for owner in owners], owners)
     rows = [row for owner in owners for row in held[owner]]
+    owner_of_row = [i for i, owner in enumerate(owners) for _ in held[owner]]
     if position == "response_all":
-        return _make(batch, rows, [owner for owner in owners for _ in held[owner]])
-    return _make(batch, rows, owners, [i for i, owner in enumerate(owners) for _ in held[owner]])
+        return _make(batch, rows, [owners[i] for i in owner_of_row])
+    return _make(batch, rows, owners, owner_of_row)
+
+
+def _content_places(batch: PreferenceBatch, content: Sequence[int | None] | None) -> dict[tuple[int, int], int]:
+    """Place of the content token in the prompt of each real pair that has one."""
+    if content is None:
+        raise UserError("positions: content needs the place of each prompt's content token (content_tokens)")
+    index = batch.pair_index.tolist()
+    places = {(pair, PROMPT): content[index[pair]] for pair in _real_pairs(batch)}
+    return {owner: at for owner, at in places.items() if at is not None}
 
 
 def _make(

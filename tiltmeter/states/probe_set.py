@@ -115,7 +115,7 @@ class Probe:
 
 
 class PreferenceDirections:
-    """What the preference asks for: v at the first differing tokens and v̄ over whole responses, for each pair.
+    """Directions that the preference asks for: v at the first differing tokens and v̄ over whole responses, for each pair.
 
     Args:
         head: the base model's unembedding.

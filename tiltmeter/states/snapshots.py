@@ -36,7 +36,7 @@ _NAME = re.compile(r"base|[A-Za-z0-9_.=+-]+")
 
 
 class RowLabels(NamedTuple):
-    """What the rows at one position are; the same for every site and file."""
+    """Labels of the rows at one position; the same for every site and file."""
 
     pair_ids: list[str]
     """Id of the pair that each row belongs to; join on it, never on the row number."""
@@ -46,7 +46,7 @@ class RowLabels(NamedTuple):
 
 @dataclass
 class Manifest:
-    """What a folder of snapshots holds. ``about`` is free: model, tokenizer hash, seed, whatever a reader should know."""
+    """Contents of a folder of snapshots. ``about`` is free: model, tokenizer hash, seed, whatever a reader should know."""
 
     dtype: str
     d_model: int

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from scipy.special import stdtrit
 from torch import Tensor
 
-from tiltmeter.stats.jackknife import Interval, jackknife_variance
+from tiltmeter.stats.jackknife import NO_INTERVAL, Interval, jackknife_variance
 
 Verdict = Literal["above random", "below random", "not distinguishable", "no value"]
 ABOVE, BELOW, SAME, UNKNOWN = get_args(Verdict)
@@ -68,10 +68,9 @@ def among_random(
     drawn = random[:, random[0].isfinite()]
     value, n = float(own[0]), drawn.shape[1]
     if n < 2 or not math.isfinite(value):
-        unknown = Interval(math.nan, math.nan, math.nan)
         low, high = (float(drawn[0].min()), float(drawn[0].max())) if n else (math.nan, math.nan)
         mean = float(drawn[0].mean()) if n else math.nan
-        return AmongRandom(value, mean, low, high, n, unknown, unknown, math.nan, math.nan, UNKNOWN)
+        return AmongRandom(value, mean, low, high, n, NO_INTERVAL, NO_INTERVAL, math.nan, math.nan, UNKNOWN)
     mean, spread = float(drawn[0].mean()), float(drawn[0].std())
     reach = float(stdtrit(n - 1, 1 - tail)) * spread * math.sqrt(1 + 1 / n)
     prediction = Interval(mean, mean - reach, mean + reach)

@@ -31,6 +31,14 @@ class Interval(NamedTuple):
     low: float
     high: float
 
+    def named(self, name: str) -> dict[str, float]:
+        """Columns of a table: NAME, NAME_low and NAME_high."""
+        return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high}
+
+
+NO_INTERVAL = Interval(math.nan, math.nan, math.nan)
+"""Of a figure that has no value."""
+
 
 class Scale(NamedTuple):
     """A strictly rising function on which a figure is taken to be symmetric; the interval is carried back from there."""

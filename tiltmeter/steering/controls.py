@@ -24,7 +24,7 @@ class Control(NamedTuple):
 
     @property
     def made(self) -> str:
-        """How, with the norm."""
+        """The way it was made, with the norm."""
         return f"{self.how}, at norm {self.norm:.6g}"
 
 

@@ -137,7 +137,7 @@ def steer(
 
 
 class _Pass:
-    """Which tokens the forward pass that is running sees, and whose."""
+    """Tokens that the forward pass that is running sees, and whose."""
 
     def __init__(self, prompt_width: int | None, rows_per_coefficient: int) -> None:
         self.prompt_width = prompt_width
@@ -157,7 +157,7 @@ class _Pass:
         self.is_packed = given.get("packing") is not None
 
     def reached(self, tokens: str | Tensor, hidden: Tensor) -> Bool[Tensor, "rows token"] | None:
-        """Which tokens of this pass are meant, for every row or one for all; None: not a single one."""
+        """Mask of the tokens of this pass that are meant, for every row or one for all; None: not a single one."""
         columns = slice(self.cached or 0, (self.cached or 0) + hidden.shape[1])
         if isinstance(tokens, Tensor):
             by_row = self.by_row(tokens, len(hidden), "the mask of tokens")
@@ -195,7 +195,7 @@ class _Pass:
         return at >= first_new if tokens == "new" else at < first_new
 
     def _real(self, columns: slice, *, is_told: bool) -> Bool[Tensor, "row token"] | None:
-        """Which tokens are no padding; None: all, or those that the user told, where only the user knows."""
+        """Mask of the tokens that are no padding; None: all, or those that the user told, where only the user knows."""
         if self.mask is None or self.is_packed:
             return None
         if isinstance(self.mask, Tensor) and self.mask.ndim == 2:

@@ -1,4 +1,4 @@
-"""What can be done to hidden states along vectors: pure functions that return new tensors.
+"""Operators on hidden states along vectors: pure functions that return new tensors.
 
 All take hidden states [*place d_model], vectors [vector d_model] and strengths [*place vector] or [*place 1], where a
 place (row, token) of the strengths may be 1 to serve all. They are different interventions: adding moves every state by

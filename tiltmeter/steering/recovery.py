@@ -1,4 +1,4 @@
-"""How much of the way from one model to another a steered model has gone, teacher-forced, in KL divergence (control C16).
+"""Share of the way from one model to another that a steered model has gone, teacher-forced, in KL divergence (control C16).
 
     R = 1 − KL(π ‖ π_steer) / KL(π ‖ π₀)          interpolation: from the base π₀, steered towards the policy π
     R = 1 − KL(π₀ ‖ π_steer) / KL(π₀ ‖ π)         inversion: from the policy π, steered back to the base π₀
@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tiltmeter.stats.jackknife import Interval, jackknife_intervals
+from tiltmeter.stats.jackknife import NO_INTERVAL, Interval, jackknife_intervals
 from tiltmeter.stats.proportions import pooled_share_interval
 
 Direction = Literal["interpolation", "inversion"]
@@ -35,7 +35,7 @@ class RowSums(NamedTuple):
 
 
 class Recovery(NamedTuple):
-    """What steering with one strength reached, with intervals over prompts."""
+    """Recovery by steering with one strength, with intervals over prompts."""
 
     strength: float
     recovery: Interval
@@ -78,7 +78,7 @@ def restricted_updates(
     directions: Float[Tensor, "k d_model"],
     ranks: Sequence[int],
 ) -> dict[str, Float[Tensor, "row d_model"]]:
-    """What to add to each row's base state at λ = 1 for the ladder of control C16, in float64.
+    """Updates to add to each row's base state at λ = 1 for the ladder of control C16, in float64.
 
     ``mean``: v*, the same for all; ``rank_k``: the row's own update within the first k directions; ``own``: its whole update,
     the oracle, which at the final site recovers everything. Far less recovered by ``mean`` or ``rank_1`` than by ``own`` refutes
@@ -105,7 +105,7 @@ def restricted_updates(
 
 
 class _Goal(NamedTuple):
-    """What comparisons with one distribution share."""
+    """The common part of comparisons with one distribution."""
 
     log_probs: Tensor
     probs: Tensor
@@ -190,7 +190,7 @@ class RecoveryMoments:
         self._sums.index_add_(1, rows[kept].cpu(), torch.stack(parts)[:, kept].cpu().to(torch.float64))
 
     def row_sums(self) -> RowSums:
-        """What every row has gathered: for paired differences between vectors, layers or arms."""
+        """Sums of every row: for paired differences between vectors, layers or arms."""
         n_tokens, kl_start, agree_start = self._sums[:3].clone()
         return RowSums(n_tokens, kl_start, agree_start, self._sums[3::2].clone(), self._sums[4::2].clone())
 
@@ -233,5 +233,5 @@ class RecoveryMoments:
 def _agreement(agree: list[float], tokens: list[float], names: Sequence[str]) -> Interval:
     """Share of tokens; NaN where a logit was."""
     if any(map(math.isnan, agree)):
-        return Interval(math.nan, math.nan, math.nan)
+        return NO_INTERVAL
     return pooled_share_interval(agree, tokens, names)

@@ -64,14 +64,14 @@ class SteeredSums(NamedTuple):
 
 
 class _Call(NamedTuple):
-    """What a block was called with besides its hidden states."""
+    """Arguments of a block besides its hidden states."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
 
 class _Prefix(NamedTuple):
-    """What one unsteered pass leaves behind for all shifts."""
+    """Keys, values and states that one unsteered pass leaves behind for all shifts."""
 
     hidden: Float[Tensor, "row token d_model"]
     """At the site."""

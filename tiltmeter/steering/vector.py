@@ -35,7 +35,7 @@ _METADATA_KEY = "steering_vectors"
 
 
 class VectorId(NamedTuple):
-    """Which vector it is. Tables and files keep these fields; names are made of them and never read back.
+    """Identity of a vector. Tables and files keep these fields; names are made of them and never read back.
 
     >>> VectorId("singular_raw", "layer_07", "prompt_last", draw=2)._replace(source="sft_chosen").draw
     2
@@ -95,7 +95,7 @@ class SteeringVector:
 
     @property
     def site(self) -> str:
-        """Where it lives."""
+        """Site where it lives."""
         return self.id.site
 
     @property

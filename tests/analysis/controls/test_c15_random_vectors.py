@@ -24,11 +24,11 @@ from analysis.controls.c15_random_vectors import (
     compare,
     draw_effects,
     interpolate,
-    random_among_random,
     steering_effects,
 )
 from analysis.report.style import new_figure
 from analysis.steering.table import COLUMNS, PAIR_COLUMNS
+from benchmarks.random_vectors import random_among_random
 
 LAMBDAS = (-1.0, 0.0, 1.0, 2.0)
 N = 40

@@ -178,7 +178,7 @@ def test_few_pairs_equal_responses_and_options_out_of_range_are_one_line(asked_a
         ({"n_pairs": 3}, r"gradient_field\.n_pairs: expected at least 4, got 3"),
         ({"points_per_axis": 1}, r"gradient_field\.points_per_axis: expected at least 2"),
         ({"step": 0.0}, r"gradient_field\.step: expected a number above 0"),
-        ({"model": "both"}, r"gradient_field\.model: expected base or aligned, got both"),
+        ({"model": "both"}, r"gradient_field\.model: expected one of base, aligned, got both"),
         ({"dtype": "int8"}, r"gradient_field\.dtype: expected one of"),
     ):
         with pytest.raises(UserError, match=said):

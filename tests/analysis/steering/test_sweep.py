@@ -9,7 +9,7 @@ from torch import Tensor
 
 from analysis.open.checkpoints import Checkpoints
 from analysis.steering.directions import States
-from analysis.steering.sweep import SteeringSweep, Sweep, default_sites
+from analysis.steering.sweep import SteeringSweep, Sweep, swept_sites
 from analysis.steering.table import CHOOSING, Unit, best_site
 from tests.analysis.asked import checkpoints
 from tests.analysis.sweeps import LAMBDAS, Listener, as_table, make, values
@@ -79,7 +79,7 @@ def plain_figures(
 
 
 @pytest.mark.parametrize("direction", ["interpolation", "inversion"])
-@pytest.mark.parametrize("site", [*default_sites(2)])
+@pytest.mark.parametrize("site", [*swept_sites(None, 2)])
 def test_a_unit_is_what_steered_passes_give(asked_about: Checkpoints, direction: str, site: str) -> None:
     sweep = make(asked_about)
     unit = Unit(direction, V_STAR, site, "teacher_forced")  # type: ignore[arg-type]

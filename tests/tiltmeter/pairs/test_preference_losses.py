@@ -224,8 +224,6 @@ def test_an_unknown_loss_is_refused_with_the_known_ones() -> None:
 def test_options_left_out_take_the_default_of_the_loss() -> None:
     assert make_preference_loss("sigmoid", beta=None, label_smoothing=None).beta == 0.1
     assert make_preference_loss("simpo").beta == 10.0
-    assert not make_preference_loss("simpo").needs_reference
-    assert make_preference_loss("robust").needs_reference
 
 
 def test_loss_without_reference_or_token_counts_is_refused() -> None:

@@ -1,6 +1,7 @@
 import gzip
 import json
 import math
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,13 @@ from hypothesis import strategies as st
 from tests.text_samples import figure, said, sample, samples_of
 from tiltmeter.errors import UserError
 from tiltmeter.models.generation import Completion
-from tiltmeter.scoring.degeneration import NGRAMS, DegenerationScorer, repeated_ngrams, repeated_share, repeated_shares
+from tiltmeter.scoring.degeneration import NGRAMS, DegenerationScorer, repeated_ngrams, repeated_shares
 from tiltmeter.scoring.scorer import Sample
+
+
+def repeated_share(text: str, ids: Sequence[int] = ()) -> float:
+    """The largest of all kinds of repetition."""
+    return max(repeated_shares(text, ids).values())
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from callbacks.directional_consistency import DirectionalConsistency
-from callbacks.observation import ProbeSession
+from callbacks.probe_session import ProbeSession
 from tests.tiny_models import LAYERS, WIDTH, make_model, random_pairs
 from tiltmeter.errors import UserError
 from tiltmeter.geometry.directions import steering_vector
