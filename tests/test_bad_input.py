@@ -209,7 +209,10 @@ def test_hub_data_without_network(
         (["trainer.num_sanity_val_steps=2"], "trainer.num_sanity_val_steps: this program sets it itself"),
         (["trainer.strategy=deepspeed"], "trainer.strategy: expected auto or ddp"),
         (["trainer.accelerator=quantum"], "quantum"),
-        (["logger.mode=sometimes"], "logger.mode: expected auto or online or offline or disabled, got sometimes"),
+        (
+            ["logger.mode=sometimes"],
+            "logger.mode: expected auto or online or offline or disabled or tensorboard, got sometimes",
+        ),
         (["name=../../x"], "name: expected letters"),
         (["judge=openai"], "judge.judge.model: expected a value, got none; add judge.judge.model=…"),
         (["judge=endpoint", "judge.judge.model=m"], "judge.judge.base_url: expected a value, got none"),
