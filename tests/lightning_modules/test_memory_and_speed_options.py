@@ -173,10 +173,6 @@ def test_merged_weights_compute_what_the_adapted_model_does(options: dict[str, A
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            {"lora_dropout": 0.1},
-            "module.lora.lora_dropout: expected 0.0, got 0.1: policy and reference must be the same",
-        ),
         ({"init_lora_weights": False}, "module.lora.init_lora_weights: expected True, got False"),
         ({"init_lora_weights": "pissa"}, "module.lora.init_lora_weights: expected True, got pissa"),
         ({"bias": "all"}, "module.lora.bias: expected none, got all"),
