@@ -9,7 +9,7 @@ import pytest
 from benchmarks import workload
 from benchmarks.common import Spread
 from benchmarks.workload import Settings, random_order, sorted_order
-from tests.benchmarks.command import result_of, run_benchmark
+from tests.benchmarks.command import few_texts, result_of, run_benchmark
 from tests.tiny_models import random_pairs
 
 pytest.importorskip("trl")
@@ -26,7 +26,7 @@ def in_miniature() -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     workload.SHAPES["tiny"] = replace(tiny, architecture=tiny.architecture | sizes)
     workload.MAX_LENGTH = 128
-    workload.HHLengths = lambda _, made=workload.HHLengths: made(40)  # type: ignore[assignment, misc]
+    few_texts(40)
 
 
 @pytest.mark.slow
