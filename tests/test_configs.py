@@ -107,7 +107,7 @@ def test_every_part_of_an_experiment_can_be_instantiated(experiment: str) -> Non
         config.model.name_or_path = "somewhere"
     module, model = instantiate(config.module), instantiate(config.model)
     data = instantiate(config.datamodule, source=instantiate(config.data))
-    assert module.learning_rate == config.module.learning_rate
+    assert module.optimizer.learning_rate == config.module.learning_rate
     assert model.init in ("random", "pretrained")
     assert data.source.name in ("synthetic", "hh", "oasst1", "mixture")
 

@@ -5,6 +5,7 @@
 
 import sys
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -104,12 +105,11 @@ def write_lm_eval(
         vector.check_fits(model)
         entry = {"action": "add", "steering_coefficient": coefficient, "steering_vector": vector.values, "bias": None}
         written.append(folder / f"layer_{block:02d}.pt")
-        content = {names[blocks[block]]: entry}
-        write_atomically(written[-1], lambda temporary, content=content: torch.save(content, temporary))
+        write_atomically(written[-1], partial(torch.save, {names[blocks[block]]: entry}))
     return written
 
 
-def export(source: Path, out: Path, form: Format, wanted: Mapping[str, str], model: str | None) -> list[str]:
+def export(source: Path, out: Path, form: str, wanted: Mapping[str, str], model: str | None) -> list[str]:
     """Export the vectors of a file; returns lines that say what was written and what was left out.
 
     Args:
@@ -151,7 +151,7 @@ def main(arguments: list[str]) -> int:
             raise UserError(
                 f"expected FILE OUT format={'|'.join(get_args(Format))} [model=] [kind=] [position=] [draw=] [source=]"
             )
-        for line in export(Path(places[0]), Path(places[1]), form, options, model):  # type: ignore[arg-type]
+        for line in export(Path(places[0]), Path(places[1]), form, options, model):
             print(line)  # noqa: T201
     except UserError as error:
         print(f"tiltmeter: {error}", file=sys.stderr)  # noqa: T201
