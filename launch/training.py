@@ -22,7 +22,7 @@ from callbacks.behaviour.truthfulqa_metrics import TruthfulQAMetrics
 from callbacks.probe_session import report_failed_write
 from callbacks.process.preemption import Preemption
 from callbacks.process.random_state import RandomState
-from datamodules.records import PreferenceSource
+from datamodules.preference import PreferenceDataModule
 from launch.base_model import find_or_train_base, progress_callbacks
 from launch.command import one_line_errors
 from launch.loggers.metrics_csv import MetricsCSV
@@ -95,7 +95,7 @@ def _train(config: DictConfig, created: list[Path], held: ExitStack) -> Path:
     if checkpoint is not None:
         check_same_data(checkpoint, parts.data)
         check_same_model(checkpoint, config)
-    _say(screen, start_scorers(watching, parts.data.source))
+    _say(screen, start_scorers(watching, parts.data))
     screen.print(data_table(parts.data, parts.data.labels))
     _say(screen, _settle_base(config, parts, checkpoint))
     _say(screen, _unmerged("will be", _why_not_merged(parts)))
@@ -275,7 +275,7 @@ def _open_loggers(config: DictConfig, run_dir: Path, parts: Parts, checkpoint: P
     return loggers + ([wandb_logger] if wandb_logger is not None else []), line
 
 
-def start_scorers(callbacks: Sequence[Callback], source: PreferenceSource) -> Iterator[str]:
+def start_scorers(callbacks: Sequence[Callback], data: PreferenceDataModule) -> Iterator[str]:
     """Let scorers load or reach what they need, before anything that takes long; yields what a judge will be asked.
 
     Raises:
@@ -285,11 +285,15 @@ def start_scorers(callbacks: Sequence[Callback], source: PreferenceSource) -> It
         if isinstance(callback, TruthfulQAMetrics):
             callback.start()
         elif isinstance(callback, GenerationMetrics):
-            callback.scoring.start(source)
+            callback.scoring.start(data)
             for judge in callback.scoring.scorers.values():
                 if isinstance(judge, JudgeScorer):
                     n = judge.questions_per_sample * callback.n_prompts * callback.decoding.n_samples
-                    yield f"Judge: {judge.name}; about {n} questions each time, fewer where answers are equal or known"
+                    once = f", and {2 * judge.agreement.n_pairs} once about pairs that people ranked"
+                    yield (
+                        f"Judge: {judge.name}; about {n} questions each time{once if judge.agreement.n_pairs else ''}; fewer where "
+                        "answers are equal or known"
+                    )
 
 
 def watching_callbacks(config: DictConfig) -> list[Callback]:
