@@ -23,9 +23,11 @@ from callbacks.probe_session import report_failed_write
 from callbacks.process.preemption import Preemption
 from callbacks.process.random_state import RandomState
 from datamodules.preference import PreferenceDataModule
-from launch.base_model import find_or_train_base, progress_callbacks
+from launch.base_model import find_or_train_base, merge_adapter_into_base, progress_callbacks
 from launch.command import one_line_errors
 from launch.loggers.metrics_csv import MetricsCSV
+from launch.loggers.tensorboard import MODE as TENSORBOARD
+from launch.loggers.tensorboard import open_tensorboard
 from launch.loggers.wandb_logger import RunLogger, close_wandb, open_wandb
 from launch.loggers.wandb_media import WandbMedia
 from launch.parts import Parts, build_parts, check_length, check_options
@@ -154,6 +156,9 @@ def _settle_base(config: DictConfig, parts: Parts, checkpoint: Path | None) -> I
     elif config.base is not None:
         parts.model, line = find_or_train_base(config, parts.model, parts.tokenizer, parts.data)
         yield line
+    elif parts.model.adapter_path is not None:
+        parts.model, line = merge_adapter_into_base(config, parts.model, parts.tokenizer)
+        yield line
     elif is_first_process() and (given := Path(str(parts.model.name_or_path))).is_dir():
         check_kept(given)  # a run's own aligned/ …
 
@@ -267,11 +272,14 @@ def _keep(run_dir: Path, parts: Parts, trainer: Trainer) -> str | None:
 
 
 def _open_loggers(config: DictConfig, run_dir: Path, parts: Parts, checkpoint: Path | None) -> tuple[list[Logger], str]:
+    resume_step = None if checkpoint is None else verify(checkpoint, contents=False).step
+    loggers: list[Logger] = [MetricsCSV(run_dir / "metrics.csv", resume_step=resume_step)]
+    if config.logger.mode == TENSORBOARD:
+        tensorboard, line = open_tensorboard(run_dir, resume_step=resume_step)
+        return [*loggers, tensorboard], line
     facts = {**OmegaConf.to_container(config, resolve=True), **provenance(parts)}  # type: ignore[dict-item]
     options = OmegaConf.to_container(config.logger, resolve=True)
     wandb_logger, line = open_wandb(run_dir=run_dir, config=facts, name=run_dir.name, group=config.name, **options)  # type: ignore[arg-type]
-    resume_step = None if checkpoint is None else verify(checkpoint, contents=False).step
-    loggers: list[Logger] = [MetricsCSV(run_dir / "metrics.csv", resume_step=resume_step)]
     return loggers + ([wandb_logger] if wandb_logger is not None else []), line
 
 

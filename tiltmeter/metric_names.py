@@ -20,7 +20,7 @@ STEP_AXIS = "trainer/global_step"
 STEPS_TAKEN, SCORED_STEP = "probe/steps_taken", "behaviour/of_steps_taken"
 _USUAL: Position = "prompt_last"
 _SHARE, _COSINE, _REWARD, _LENGTH = "share, 0 … 1", "cosine, −1 … 1", "β · nats", "activation units"
-_SFT = "`module.sft_weight`"
+_SFT, _EXPERTS = "`module.sft_weight`", "a mixture of experts"
 _MIXED, _ORACLE = "several sources of pairs", "`judge=oracle`"
 _HELD = "`judge`, `agreement_pairs` above 0"
 _JUDGE, _ASKED, _OFTEN, _QUESTIONS = "`judge`", "`analyze.py`", "`decoding.n_samples` above 1", "`truthfulqa=mc`"
@@ -122,6 +122,7 @@ METRICS: tuple[Metric, ...] = (
     *_of_pairs("logps/chosen", "nats", "Log-probability of the chosen response under the policy"),
     *_of_pairs("logps/rejected", "nats", "Log-probability of the rejected response under the policy"),
     *_of_pairs("sft_loss", "nats/token", "−log π of the chosen response per token, before its weight", needs=_SFT),
+    *_of_pairs("router_loss", "1", "Load-balancing loss of the pair's micro-batch, before its weight", needs=_EXPERTS),
     Metric("train", ("gradient_norm",), "loss / weight", "Norm of the gradient before it is clipped"),
     Metric("train", ("learning_rate",), "1", "Learning rate of the step"),
     Metric("throughput", ("pairs_per_second",), "pairs/s", "Pairs trained on per second of training steps"),

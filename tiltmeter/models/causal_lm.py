@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from huggingface_hub import snapshot_download
@@ -42,16 +42,21 @@ class CausalLM:
         revision: commit or tag on the hub, of a GGUF file its sha256; pin it for runs that are to be remade.
         init: ``pretrained`` loads weights, ``random`` makes a model from ``architecture``.
         architecture: for ``init=random``: ``model_type`` and the fields of that family's configuration.
+        adapter_path: folder or hub id of a LoRA adapter that is merged into the weights before anything else is done with them;
+            :meth:`build` and its like are of the merged model, whose choice has none any more.
         tokenizer: hub id or folder; None: the model's own. For ``init=random`` None means: train a BPE on the data.
         vocab_size: size of a trained BPE.
         dtype: of the weights. float32 weights with ``trainer.precision=bf16-mixed`` is the usual choice.
         attn_implementation: ``sdpa`` or ``eager``; None: :func:`choose_attention`.
     """
 
+    key: ClassVar[str] = "model"
+    """What it is called in errors."""
     name_or_path: str | None = None
     revision: str | None = None
     init: str = "pretrained"
     architecture: Mapping[str, Any] | None = None
+    adapter_path: str | None = None
     tokenizer: str | None = None
     vocab_size: int = 4096
     dtype: str = "float32"
@@ -60,19 +65,29 @@ class CausalLM:
     def __post_init__(self) -> None:
         """Check that the options fit together."""
         if self.init not in ("pretrained", "random"):
-            raise UserError(f"model.init: expected pretrained or random, got {self.init}")
+            raise UserError(f"{self.key}.init: expected pretrained or random, got {self.init}")
         if self.init == "pretrained" and not self.name_or_path:
-            raise UserError("model.name_or_path: expected a hub id or a folder, got none (or set model.init=random)")
+            raise UserError(
+                f"{self.key}.name_or_path: expected a hub id or a folder, got none (or set {self.key}.init=random)"
+            )
         if self.init == "pretrained" and self.architecture:
-            raise UserError("model.architecture: only for model.init=random; a pretrained model brings its own")
+            raise UserError(
+                f"{self.key}.architecture: only for {self.key}.init=random; a pretrained model brings its own"
+            )
         if self.init == "random" and self.name_or_path:
-            raise UserError("model.name_or_path: not with model.init=random; choose one of the two")
+            raise UserError(f"{self.key}.name_or_path: not with {self.key}.init=random; choose one of the two")
+        if self.init == "random" and self.adapter_path:
+            raise UserError(
+                f"{self.key}.adapter_path: not with {self.key}.init=random; give the base that it was trained on"
+            )
         if self.init == "random" and "model_type" not in (self.architecture or {}):
-            raise UserError("model.architecture: model.init=random needs model_type (for example llama) and its sizes")
+            raise UserError(
+                f"{self.key}.architecture: {self.key}.init=random needs model_type (for example llama) and its sizes"
+            )
         if self.dtype not in DTYPES:
-            raise UserError(f"model.dtype: expected one of {', '.join(DTYPES)}, got {self.dtype}")
+            raise UserError(f"{self.key}.dtype: expected one of {', '.join(DTYPES)}, got {self.dtype}")
         if self.attn_implementation not in (None, *KERNELS):
-            raise UserError(f"model.attn_implementation: expected sdpa or eager, got {self.attn_implementation}")
+            raise UserError(f"{self.key}.attn_implementation: expected sdpa or eager, got {self.attn_implementation}")
 
     @property
     def trains_tokenizer(self) -> bool:
@@ -90,7 +105,7 @@ class CausalLM:
         where = self.tokenizer or str(self.name_or_path)
         revision = self.revision if where == self.name_or_path else None
         tokenizer = _load(
-            "model.name_or_path" if self.tokenizer is None else "model.tokenizer",
+            f"{self.key}.{'name_or_path' if self.tokenizer is None else 'tokenizer'}",
             where,
             lambda: AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=False),
             part="tokenizer",
@@ -111,7 +126,7 @@ class CausalLM:
         else:
             where = str(self.name_or_path)
             config = _load(
-                "model.name_or_path",
+                f"{self.key}.name_or_path",
                 where,
                 lambda: AutoConfig.from_pretrained(where, revision=self.revision, trust_remote_code=False),
                 part="config",
@@ -142,7 +157,7 @@ class CausalLM:
         else:
             where = str(self.name_or_path)
             loaded: Any = _load(
-                "model.name_or_path",
+                f"{self.key}.name_or_path",
                 where,
                 lambda: AutoModelForCausalLM.from_pretrained(
                     where,
@@ -159,10 +174,10 @@ class CausalLM:
             model, found = loaded
             if missing := sorted(found["missing_keys"]):  # the library fills them with random numbers
                 raise UserError(
-                    f"model.name_or_path: cannot load {where}: {len(missing)} weights are missing, {missing[0]} among them; "
+                    f"{self.key}.name_or_path: cannot load {where}: {len(missing)} weights are missing, {missing[0]} among them; "
                     "restore it, or take config.json and weights from one model"
                 )
-        _check_vocabulary(model, tokenizer)
+        _check_vocabulary(self.key, model, tokenizer)
         return model
 
     def build_empty(self, tokenizer: Tokenizer) -> EmptyModel | None:
@@ -187,9 +202,9 @@ class CausalLM:
             )
             return make_empty(Path(folder), lambda: self._from_config(config))
 
-        empty = _load("model.name_or_path", where, make, part="weights")
+        empty = _load(f"{self.key}.name_or_path", where, make, part="weights")
         if empty is not None:
-            _check_vocabulary(empty.model, tokenizer)
+            _check_vocabulary(self.key, empty.model, tokenizer)
         return empty
 
     def build_on_meta(self, tokenizer: Tokenizer) -> PreTrainedModel:
@@ -204,11 +219,38 @@ class CausalLM:
         )
 
 
-def _check_vocabulary(model: PreTrainedModel, tokenizer: Tokenizer) -> None:
+class ReferenceModel(CausalLM):
+    """Choice of another model than the one that training starts from, by which a policy's rewards are measured.
+
+    Args:
+        name_or_path, revision, dtype, attn_implementation: see :class:`CausalLM`; its tokenizer is only compared.
+    """
+
+    key: ClassVar[str] = "reference"
+
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Refuse one whose token ids mean something else.
+
+        Args:
+            tokenizer: the policy's.
+
+        Raises:
+            UserError: another vocabulary, or no tokenizer was found.
+        """
+        own, theirs = self.load_tokenizer().get_vocab(), tokenizer.get_vocab()
+        if own != theirs:
+            n_other = len(own.items() ^ theirs.items())
+            raise UserError(
+                f"{self.key}.name_or_path: {self.name_or_path} has another vocabulary than the model that is trained ({len(own)} "
+                f"tokens, there {len(theirs)}; {n_other} entries differ); a reference has to read the same token ids"
+            )
+
+
+def _check_vocabulary(key: str, model: PreTrainedModel, tokenizer: Tokenizer) -> None:
     size = cast(Embedding, model.get_input_embeddings()).num_embeddings
     if len(tokenizer) > size:
         raise UserError(
-            f"model: its vocabulary has {size} tokens but its tokenizer {len(tokenizer)}; they don't belong together"
+            f"{key}: its vocabulary has {size} tokens but its tokenizer {len(tokenizer)}; they don't belong together"
         )
 
 

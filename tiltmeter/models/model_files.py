@@ -92,7 +92,8 @@ def _say_adapter(folder: Path) -> str:
         base = None
     base = str(base or "ITS_BASE")
     return (
-        f"an adapter, expected a whole model; train on its base with adapter=lora {setting('model.name_or_path', base)} or "
+        f"an adapter, expected a whole model; go on from it with {setting('model.name_or_path', base)} "
+        f"{setting('model.adapter_path', folder)}, or "
         f"compare both with analyze.py {setting('base', base)} {setting('aligned', folder)}"
     )
 
