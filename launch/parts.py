@@ -188,7 +188,8 @@ def _reference(config: DictConfig, model: CausalLM) -> ReferenceModel | None:
         return None
     if wrong := sorted(given - {"name_or_path", "revision", "dtype", "attn_implementation"}):
         raise UserError(f"reference.{wrong[0]}: not of a reference, which is a model that there is; leave it out")
-    return ReferenceModel(**{"dtype": model.dtype, **{key: config.reference[key] for key in given}})
+    reference = ReferenceModel(**{"dtype": model.dtype, **{key: config.reference[key] for key in given}})
+    return without_gguf(reference, Path(config.runs_root))
 
 
 def check_length(trainer: Trainer, data: PreferenceDataModule) -> None:
