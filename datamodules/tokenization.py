@@ -14,15 +14,16 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from datamodules.records import Message, PreferencePair
 from tiltmeter.errors import UserError
 from tiltmeter.pairs.batch import TokenizedPair
-from tiltmeter.pairs.chat import as_date, render_chat
+from tiltmeter.pairs.chat import TextFormat, as_date, end_of_turn_id, render_chat
 
 Truncation = Literal["keep_end", "drop", "error"]
-TextFormat = Literal["transcript", "chat_template"]
 _ANCHOR = "\n"
 _MARKS = range(0xF0000, 0xFFFFD)
 """Code points of private use, of which some stand for the words of special tokens while a template is rendered."""
 SPECIAL_INSIDE = "with the id of a special token inside a text"
 """Reason for dropping a pair whose tokenizer can't write its words as words."""
+_THINKING = re.compile(r"<think>\s*(</think>\s*)?$")
+"""A thinking block at the end of a generation prompt, opened or left empty, which a dialogue may lack."""
 
 
 @dataclass(frozen=True)
@@ -202,8 +203,7 @@ class PairTokenizer:
             return Message(turn.role, self._special_pattern.sub(lambda found: mark_of[found[0]], turn.content))
 
         turns = tuple(map(marked, turns))
-        prompt = self._render(turns[:-2], add_generation_prompt=True)
-        responses = [self._response_text(turns[:-2], prompt, side) for side in turns[-2:]]
+        prompt, responses = self._split(turns[:-2], turns[-2:])
         word_of = {mark: self._ids_of_word(word) for word, mark in mark_of.items()}
         sides = [self._end_once(self._encode_marked(text, word_of)) for text in responses]
         if any(ids is None for ids in (*word_of.values(), *sides)):
@@ -234,12 +234,16 @@ class PairTokenizer:
         bos = self.tokenizer.bos_token_id
         return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
 
+    @cached_property
+    def _ends(self) -> list[int]:
+        """Tokens that end a response: the tokenizer's EOS, and the one with which the template ends a turn."""
+        return [i for i in (self.tokenizer.eos_token_id, end_of_turn_id(self.tokenizer)) if i is not None]
+
     def _end_once(self, ids: list[int]) -> list[int] | None:
-        """A rendered response up to the EOS with which the template closed it, or with one; None: words stand behind an EOS."""
-        eos = self.tokenizer.eos_token_id
-        if eos not in ids:
-            return [*ids, eos]
-        end = ids.index(eos) + 1
+        """A rendered response up to the token with which the template ended it, or with EOS; None: words stand behind it."""
+        end = next((at for at, token in enumerate(ids, 1) if token in self._ends), None)
+        if end is None:
+            return [*ids, self._ends[0]]
         return None if str(self.tokenizer.decode(ids[end:], skip_special_tokens=True)).strip() else ids[:end]
 
     def _render(self, messages: Iterable[Message], *, add_generation_prompt: bool) -> str:
@@ -252,14 +256,17 @@ class PairTokenizer:
                 f"{self.options}.text_format=transcript"
             ) from error
 
-    def _response_text(self, turns: Sequence[Message], prompt: str, response: Message) -> str:
-        whole = self._render((*turns, response), add_generation_prompt=False)
-        if not whole.startswith(prompt):
-            raise UserError(
-                f"{self.options}.text_format=chat_template: the template's prompt is not a prefix of its dialogue; use "
-                f"{self.options}.text_format=transcript"
-            )
-        return whole[len(prompt) :]
+    def _split(self, turns: Sequence[Message], sides: Sequence[Message]) -> tuple[str, list[str]]:
+        """The rendered prompt, and what follows it in the dialogue with either response."""
+        prompt = self._render(turns, add_generation_prompt=True)
+        wholes = [self._render((*turns, side), add_generation_prompt=False) for side in sides]
+        for start in (prompt, _THINKING.sub("", prompt)):
+            if all(whole.startswith(start) for whole in wholes):
+                return start, [whole[len(start) :] for whole in wholes]
+        raise UserError(
+            f"{self.options}.text_format=chat_template: the template's prompt is not a prefix of its dialogue; use "
+            f"{self.options}.text_format=transcript"
+        )
 
     def _fit(self, record: PreferencePair, ids: TokenizedPair, report: TokenizationReport) -> TokenizedPair | None:
         prompt, chosen, rejected = (list(x) for x in ids)

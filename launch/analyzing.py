@@ -21,6 +21,7 @@ from analysis.report.page import Attempts, Section, write_report
 from analysis.report.samples import Samples, compare_samples, samples_of_models
 from launch.analyses import chosen_analyses, is_set, options_of, refuse_unused
 from launch.configuration import check_config, expand_home
+from launch.converted_models import converted
 from launch.loggers.wandb_report import check_upload, upload_report
 from launch.processes.run_lock import check_writable
 from launch.run_folder import claim_folder
@@ -262,7 +263,11 @@ def _analyze_into(folder: Path, config: DictConfig, wanted: Wanted) -> Path | No
     takes_all = all(analysis.every_pair for analysis in wanted.analyses) and "n_pairs" not in config.pairs
     pairs: HeldOutPairs = instantiate(config.pairs, **({"n_pairs": None} if takes_all else {}))
     base, aligned = str(config.base), str(config.aligned)
-    opened = cache(partial(pairs.ask, base, aligned, instantiate(config.data), attn_implementation=wanted.kernel))
+    root = Path(config.runs_root)
+    where = {name: converted(name, root) for name in (base, aligned)}
+    opened = cache(
+        partial(pairs.ask, where[base], where[aligned], instantiate(config.data), attn_implementation=wanted.kernel)
+    )
     plans = _plan(
         wanted,
         lambda **how: opened(**how)[0],

@@ -20,6 +20,7 @@ from analysis.open.adapters import adapter_to_merge
 from datamodules.preference import PreferenceDataModule
 from datamodules.tokenization import train_bpe_tokenizer
 from launch.configuration import CONF, check_config, expand_home
+from launch.converted_models import without_gguf
 from launch.loggers.tensorboard import MODE as TENSORBOARD
 from launch.loggers.tensorboard import check_tensorboard
 from launch.loggers.wandb_logger import Mode
@@ -161,6 +162,7 @@ def build_parts(config: DictConfig) -> Parts:
         adapter_to_merge(model.adapter_path, base=str(model.name_or_path))
     data: PreferenceDataModule = instantiate(config.datamodule, source=instantiate(config.data))
     data.load()
+    model = without_gguf(model, Path(config.runs_root))
     if model.trains_tokenizer:
         tokenizer: PreTrainedTokenizerBase = train_bpe_tokenizer(data.training_texts(), vocab_size=model.vocab_size)
     else:
@@ -175,7 +177,7 @@ def build_parts(config: DictConfig) -> Parts:
         module.attach_reference(lambda: reference.build(tokenizer), lambda: reference.build_empty(tokenizer))
         reference.check_tokenizer(tokenizer)
         reference.load_config()
-    data.tokenize(tokenizer)
+    data.tokenize(tokenizer, model.load_end_ids())
     revision = getattr(model_config, "_commit_hash", None) or model.revision
     return Parts(data, model, tokenizer, module, revision)
 
@@ -186,7 +188,8 @@ def _reference(config: DictConfig, model: CausalLM) -> ReferenceModel | None:
         return None
     if wrong := sorted(given - {"name_or_path", "revision", "dtype", "attn_implementation"}):
         raise UserError(f"reference.{wrong[0]}: not of a reference, which is a model that there is; leave it out")
-    return ReferenceModel(**{"dtype": model.dtype, **{key: config.reference[key] for key in given}})
+    reference = ReferenceModel(**{"dtype": model.dtype, **{key: config.reference[key] for key in given}})
+    return without_gguf(reference, Path(config.runs_root))
 
 
 def check_length(trainer: Trainer, data: PreferenceDataModule) -> None:

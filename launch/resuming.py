@@ -226,7 +226,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def _lasting(settings: Any) -> dict[str, Any]:
     flat = _flat(settings)
-    if flat.get("datamodule.text_format") != "chat_template" or flat.get(f"datamodule.{CHAT_DATE}") is None:
+    if flat.get("datamodule.text_format") == "transcript" or flat.get(f"datamodule.{CHAT_DATE}") is None:
         flat.pop(f"datamodule.{CHAT_DATE}", None)  # of no effect
     return _STAYS_INSIDE | {
         key: value

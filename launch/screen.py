@@ -92,13 +92,20 @@ def data_table(data: PreferenceDataModule, labels: str) -> Table:
         )
     if data.repeats:
         table.add_row("all sources together", "", "; ".join(f"{n} {what}, kept" for what, n in data.repeats.items()))
-    if day := data.printed_date:
-        table.add_row("chat template", "", f"prints the date, {day} in all texts and when the run goes on (chat_date)")
+    for name, remark in _how_written(data).items():
+        table.add_row(name, "", remark)
     table.add_section()
     for name, split in data.splits.items():
         remarks = _cut_remarks(split.report, data.max_length) + _split_remarks(name, len(split.pairs), labels)
         table.add_row(name, str(len(split.pairs)), "; ".join(remarks) or "–")
     return table
+
+
+def _how_written(data: PreferenceDataModule) -> dict[str, str]:
+    found = {} if data.written_as is None else {"text format": "{}: {}".format(*data.written_as)}
+    if day := data.printed_date:
+        found["chat template"] = f"prints the date, {day} in all texts and when the run goes on (chat_date)"
+    return found
 
 
 def _split_remarks(name: str, n_pairs: int, labels: str) -> list[str]:

@@ -17,9 +17,11 @@ from datamodules.prompts import PromptFile
 from datamodules.records import LoadReport, PreferencePair, PreferenceSource, load_pairs
 from datamodules.splits import with_clean_label
 from datamodules.synthetic import SyntheticWorld
-from datamodules.tokenization import PairTokenizer, SegmentEncoder, TextFormat, TokenizationReport
+from datamodules.tokenization import PairTokenizer, SegmentEncoder, TokenizationReport
 from tiltmeter.errors import UserError
 from tiltmeter.models.causal_lm import DTYPES
+from tiltmeter.models.generation import end_ids
+from tiltmeter.pairs.chat import TextChoice, settle_text_format
 from tiltmeter.pairs.preference_losses import make_preference_loss
 from tiltmeter.scoring import scorer as scoring
 from tiltmeter.scoring.behaviour import Prompt
@@ -99,8 +101,8 @@ class HeldOutPairs:
 
     Args:
         n_pairs: so many at most; null: every pair of the source in its order, also several of one prompt.
-        max_length, text_format, chat_date: see :class:`~datamodules.tokenization.PairTokenizer`; never longer than the model has
-            positions.
+        max_length, text_format, chat_date: see :class:`~datamodules.preference.PreferenceDataModule`; never longer than the model
+            has positions.
         seed: of the draw.
 
     Raises:
@@ -112,7 +114,7 @@ class HeldOutPairs:
         *,
         n_pairs: int | None = 256,
         max_length: int = 1024,
-        text_format: TextFormat = "transcript",
+        text_format: TextChoice = "auto",
         seed: int = 0,
         chat_date: str | None = None,
     ) -> None:
@@ -155,10 +157,11 @@ class HeldOutPairs:
         drawn, reports = self.draw(source)
         opened = _open(base, aligned, dtype, device, attn_implementation)
         limit = getattr(opened[0].model.config, "max_position_embeddings", None) or self.max_length
+        tokenizer = opened[0].tokenizer
         encode = PairTokenizer(
-            opened[0].tokenizer,
+            tokenizer,
             min(self.max_length, limit),
-            text_format=self.text_format,
+            text_format=settle_text_format(self.text_format, tokenizer, end_ids(opened[0].model, tokenizer))[0],
             chat_date=self.chat_date,
             options="pairs",
         )

@@ -11,7 +11,7 @@ from signal import SIGUSR1
 from omegaconf import DictConfig
 
 from analysis.open.runs import start_of
-from launch.resuming import check_same_run
+from launch.resuming import check_same_run, keep_chat_date
 from launch.run_folder import is_first_process
 from tiltmeter.checkpoint_files import newest_valid
 from tiltmeter.errors import Preempted, UserError
@@ -52,8 +52,10 @@ def checkpoint_of_this_job(config: DictConfig) -> Path | None:
 
 def _is_same(checkpoint: Path, config: DictConfig) -> bool:
     """A job that sweeps has runs of other settings too."""
+    settings = config.copy()
+    keep_chat_date(checkpoint, settings)  # requeued after midnight, it is still the same run
     try:
-        check_same_run(checkpoint, config)
+        check_same_run(checkpoint, settings)
     except UserError:
         return False
     return True

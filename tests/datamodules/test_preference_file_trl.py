@@ -8,26 +8,16 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
 
-from datamodules.tokenization import PairTokenizer, train_bpe_tokenizer
+from datamodules.tokenization import PairTokenizer
+from tests.chat_templates import FAMILIES, tokenizer_of
 from tests.datamodules.preference_examples import EXAMPLES, load
 
-ZEPHYR = (
-    "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}"
-    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% else %}\n{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
-)
-CHATML = (
-    "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}</s>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
-)
 CONVERSATIONAL = ("messages.jsonl", "hh_chat.jsonl")
 """Explicit and implicit prompt, with a system turn and of several turns."""
 
 
-def tokenizer_with(template: str) -> PreTrainedTokenizerFast:
-    tokenizer = train_bpe_tokenizer(["What color is the sky? Blue. <|user|><|assistant|>"], vocab_size=300)
-    tokenizer.chat_template = template
-    return tokenizer
+RENDERS = [name for name in FAMILIES if name not in ("Gemma", "DeepSeek R1")]
+"""Gemma refuses system turns, and TRL warns of R1's prompt, which is no prefix of its dialogues."""
 
 
 def trl_ids(path: Path, tokenizer: PreTrainedTokenizerFast, folder: Path) -> list[dict[str, Any]]:
@@ -40,14 +30,16 @@ def trl_ids(path: Path, tokenizer: PreTrainedTokenizerFast, folder: Path) -> lis
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", CONVERSATIONAL)
-@pytest.mark.parametrize("template", [ZEPHYR, CHATML], ids=["ends with EOS", "writes a line break behind EOS"])
-def test_token_ids_of_messages_are_those_of_trl(tmp_path: Path, name: str, template: str) -> None:
-    path, tokenizer = EXAMPLES[name].write(tmp_path), tokenizer_with(template)
+@pytest.mark.parametrize(
+    ("name", "family"), [(CONVERSATIONAL[0], name) for name in RENDERS] + [(CONVERSATIONAL[1], "ChatML")]
+)
+def test_token_ids_of_messages_are_those_of_trl(tmp_path: Path, name: str, family: str) -> None:
+    """But for what a template writes behind the end of a turn, which a model that stops there never does."""
+    path, tokenizer = EXAMPLES[name].write(tmp_path), tokenizer_of(family)
     _, ours, _ = PairTokenizer(tokenizer, 512, text_format="chat_template")(load(path)[0])
     theirs = trl_ids(path, tokenizer, tmp_path)
     assert len(ours) == len(theirs) > 0
-    behind = [] if template == ZEPHYR else tokenizer.encode("\n", add_special_tokens=False)
+    behind = tokenizer.encode("\n", add_special_tokens=False) if "im_end" in FAMILIES[family].end else []
     for pair, row in zip(ours, theirs, strict=True):
         assert list(pair.prompt_ids) == row["prompt_ids"]
         assert [*pair.chosen_ids, *behind] == row["chosen_ids"]

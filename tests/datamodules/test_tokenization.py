@@ -226,7 +226,7 @@ def test_the_date_of_a_chat_template_is_that_of_the_data_module_and_is_said() ->
     friday, saturday = tokenized("2024-07-05", dated), tokenized("2024-07-06", dated)
     assert friday.digest("train") == tokenized("2024-07-05", dated).digest("train") != saturday.digest("train")
     assert bpe().decode(friday.splits["val"].pairs[0].prompt_ids).startswith("<s>05 Jul 2024\n<|user|>")
-    assert "2024-07-05" in [*data_table(friday, "given").columns[2].cells][1]
+    assert "2024-07-05" in [*data_table(friday, "given").columns[2].cells][2]
     plain = tokenized("2024-07-05", CHATML)
     assert not any("2024" in str(cell) for cell in data_table(plain, "given").columns[2].cells)
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from tiltmeter.errors import UserError
 from tiltmeter.judges.judge import ChatMessage, Question, Reply
 from tiltmeter.models.causal_lm import DTYPES, CausalLM
+from tiltmeter.models.generation import end_ids
 from tiltmeter.models.layers import backbone, unembedding
 from tiltmeter.pairs.chat import render_chat
 from tiltmeter.pairs.log_probs import token_log_probs
@@ -236,7 +237,6 @@ class LocalJudge:
         model, tokenizer = self._ready.model, self._ready.tokenizer
         question = prompts[0].question
         draws = question.temperature > 0
-        own_end = model.generation_config.eos_token_id if model.generation_config else None
         decoding = GenerationConfig(
             max_new_tokens=question.max_tokens,
             use_cache=True,  # whatever training left in the model's configuration
@@ -245,7 +245,7 @@ class LocalJudge:
             temperature=question.temperature if draws else None,
             top_p=question.top_p if draws else None,
             top_k=0 if draws else None,
-            eos_token_id=tokenizer.eos_token_id if own_end is None else own_end,
+            eos_token_id=end_ids(model, tokenizer),
             pad_token_id=tokenizer.pad_token_id,
         )
         ids, mask = self._padded(prompts)

@@ -10,11 +10,19 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from torch.nn import Embedding
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from tiltmeter.errors import UserError
+from tiltmeter.models.generation import named_end_ids
 from tiltmeter.models.model_files import Part, find_fault, reason_of
 from tiltmeter.models.sharded_weights import WEIGHT_FILES, EmptyModel, make_empty
 
@@ -29,8 +37,9 @@ class CausalLM:
     """Choice of a model; building it is a separate step, so that this can be checked and passed around for free.
 
     Args:
-        name_or_path: hub id or folder with safetensors weights; None for ``init=random``.
-        revision: commit or tag on the hub; pin it for runs that are to be remade.
+        name_or_path: hub id or folder with safetensors weights, or a GGUF file that a command converts first
+            (:mod:`tiltmeter.models.gguf_file`); None for ``init=random``.
+        revision: commit or tag on the hub, of a GGUF file its sha256; pin it for runs that are to be remade.
         init: ``pretrained`` loads weights, ``random`` makes a model from ``architecture``.
         architecture: for ``init=random``: ``model_type`` and the fields of that family's configuration.
         adapter_path: folder or hub id of a LoRA adapter that is merged into the weights before anything else is done with them;
@@ -124,6 +133,16 @@ class CausalLM:
             )
         choose_attention(config, self.attn_implementation)  # one that the family lacks is refused before any long work
         return without_dropout(config)
+
+    def load_end_ids(self) -> list[int]:
+        """Ids of the tokens at which the model stops when it generates, as its own files name them; none of a random model."""
+        if self.init == "random":
+            return []
+        where = str(self.name_or_path)
+        try:
+            return named_end_ids(GenerationConfig.from_pretrained(where, revision=self.revision or "main"))
+        except (OSError, ValueError):  # it has none: transformers takes config.json's
+            return named_end_ids(self.load_config())
 
     def build(self, tokenizer: Tokenizer) -> PreTrainedModel:
         """The model itself; a random one draws from torch's global generator.

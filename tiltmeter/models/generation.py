@@ -16,12 +16,14 @@ from torch.distributed.tensor import DTensor
 from transformers import (
     GenerationConfig,
     LogitsProcessorList,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from tiltmeter.errors import UserError
 from tiltmeter.models.sampling import GumbelSampling, NoNaN
+from tiltmeter.pairs.chat import end_of_turn_id
 
 
 @dataclass(frozen=True)
@@ -253,10 +255,18 @@ def ready_to_generate(model: PreTrainedModel) -> Iterator[None]:
 
 
 def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a completion: the tokenizer's, and those that the model's own file names beside it."""
-    named = getattr(model.generation_config, "eos_token_id", None)
-    named = [] if named is None else [named] if isinstance(named, int) else list(named)
-    return list(dict.fromkeys([tokenizer.eos_token_id, *named]))
+    """Ids of the tokens that end a completion: the tokenizer's, those that the model's own file names, and the template's.
+
+    A base model that is trained on dialogues in a chat template learns to end turns with a token that its file doesn't name.
+    """
+    ids = [tokenizer.eos_token_id, *named_end_ids(model.generation_config), end_of_turn_id(tokenizer)]
+    return list(dict.fromkeys(i for i in ids if i is not None))
+
+
+def named_end_ids(config: GenerationConfig | PreTrainedConfig | None) -> list[int]:
+    """Ids of the end tokens that a configuration names; none, one or several."""
+    named = getattr(config, "eos_token_id", None)
+    return [] if named is None else [named] if isinstance(named, int) else list(named)
 
 
 def read_completion(

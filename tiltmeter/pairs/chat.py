@@ -1,13 +1,17 @@
 """Messages as a tokenizer's chat template writes them, on a day that stays the same."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import date as Date
 from datetime import datetime, time
+from typing import Literal
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from tiltmeter.errors import UserError
 
+TextFormat = Literal["transcript", "chat_template"]
+TextChoice = Literal["auto", "transcript", "chat_template"]
+"""How a dialogue is written: as the exact text of the records, or as their messages by the tokenizer's own template."""
 _NOW = "strftime_now"
 """Name under which templates of transformers find the clock."""
 _DIRECTIVES = [f"%{pad}{letter}" for pad in ("-", "") for letter in "aAbBcdDeFGHIjmMpSTuUVwWxXyYZ"]
@@ -60,6 +64,47 @@ def render_chat(
         what = " ".join(str(problem).split()) or type(problem).__name__
         raise UserError(f"the chat template can't render these messages: {what}") from problem
     return str(text)
+
+
+def end_of_turn_id(tokenizer: Tokenizer) -> int | None:
+    """Id of the token that the chat template writes behind an assistant's words, such as ``<|eot_id|>``.
+
+    Returns:
+        None: there is no template, it can't render a short dialogue, or it writes no token of its own there.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    word = "word"
+    try:
+        dialogue = [{"role": "user", "content": word}, {"role": "assistant", "content": word}]
+        behind = render_chat(tokenizer, dialogue, date=None).rpartition(word)[2]
+    except UserError:
+        return None
+    own = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    return next((i for i in tokenizer.encode(behind, add_special_tokens=False) if i in own), None)
+
+
+def settle_text_format(asked: TextChoice, tokenizer: Tokenizer, end_ids: Collection[int]) -> tuple[TextFormat, str]:
+    """Settle ``auto``: the chat template for models that end their turns as it does, transcripts for others; and why.
+
+    A tokenizer's template alone says little: base models often bring the one of their chat model. Those stop at the end of a
+    text only; chat models at the token that ends a turn of the template.
+
+    Args:
+        asked: anything but ``auto`` is taken as it is.
+        end_ids: tokens at which the model stops, beside the tokenizer's EOS.
+    """
+    if asked != "auto":
+        return asked, "as asked"
+    if not getattr(tokenizer, "chat_template", None):
+        return "transcript", "the tokenizer has no chat template"
+    end = end_of_turn_id(tokenizer)
+    if end is None:
+        return "transcript", "its chat template ends turns with no token"
+    name = tokenizer.convert_ids_to_tokens(end)
+    if end in (tokenizer.eos_token_id, *end_ids):
+        return "chat_template", f"the model stops at {name}, which ends its turns"
+    return "transcript", f"there is a chat template, but the model doesn't stop at its {name}, as base models don't"
 
 
 def as_date(text: str | None) -> Date:
