@@ -6,6 +6,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 JOBS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
+unexport PYTHONDONTWRITEBYTECODE # else each of many processes compiles the libraries anew: 20 s of CPU time, each time
+
 .PHONY: demo smollm2 test lint tests fast clean
 .DELETE_ON_ERROR:
 

@@ -72,6 +72,7 @@ class Analysis:
         missing: what is wrong where it was asked for by its name and has no table.
         while_training: quick enough to be drawn after every look at the probe.
         done_in_training: a run has it from its training, so that ``analysis=all`` of a run leaves it out.
+        every_pair: asked alone about two checkpoints it takes every pair of the source, unless a number is set.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Analysis:
     missing: str = "the run logged nothing for it"
     while_training: bool = False
     done_in_training: bool = False
+    every_pair: bool = False
 
     def answer(self, given: Any) -> Section | None:
         """The section, with its table computed first; None where there is nothing to show."""
@@ -123,6 +125,7 @@ def of_models(
     cost: Callable[[Asking], list[Cost]] = lambda given: given.question.costs(given.models),
     reaches: Sequence[str] = (),
     done_in_training: bool = False,
+    every_pair: bool = False,
 ) -> Analysis:
     """Asked of both models, by what its node builds: an object with ``dtype``, ``device``, ``costs(models)`` and ``table(models)``.
 
@@ -139,4 +142,5 @@ def of_models(
         node=node,
         keys=(node, *reaches, *_MODEL_KEYS),
         done_in_training=done_in_training,
+        every_pair=every_pair,
     )

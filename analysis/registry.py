@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from analysis.behaviour.asked import behaviour_section
 from analysis.behaviour.by_step import NOT_SCORED, behaviour_by_step_section, scores_by_step
+from analysis.behaviour.rewards import rewards_section
 from analysis.contract import Analysis, Needs, of_models, of_states
 from analysis.controls.c16_recovery_ladder import recovery_ladder_section
 from analysis.controls.c17_update_models import update_models_section
@@ -57,6 +58,7 @@ ANALYSES: tuple[Analysis, ...] = (
     of_models(
         "behaviour", behaviour_section, node="behaviour", reaches=(*SCORERS, "truthfulqa"), done_in_training=True
     ),
+    of_models("rewards", rewards_section, node="rewards", every_pair=True),
     of_models("steering_sweep", swept_section, node="steering", table=run_sweep, cost=cost_of_sweep, reaches=SCORERS),
     of_models("transfer", lambda found: transfer_section(*found), node="transfer"),
     of_models("recovery_ladder", recovery_ladder_section, node="recovery_ladder"),

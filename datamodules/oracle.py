@@ -8,7 +8,18 @@ from typing import NamedTuple
 from datamodules.synthetic import SyntheticWorld
 from datamodules.synthetic_phrases import SITUATIONS
 from tiltmeter.errors import UserError
-from tiltmeter.scoring.scorer import Sample, Scores, Side, mean_figure
+from tiltmeter.scoring.scorer import (
+    AGREEMENT,
+    AGREEMENT_PAIRS,
+    Agreement,
+    Figure,
+    LabelledPair,
+    Sample,
+    Scores,
+    Side,
+    mean_figure,
+)
+from tiltmeter.scoring.win_rate import win_rate_figures
 
 
 class PlantedOracle:
@@ -19,17 +30,26 @@ class PlantedOracle:
 
     Args:
         world: the run's data; None: given later by :meth:`use_world`.
+        agreement_pairs: held-out pairs that its verdicts are held against the labels of; 0: none.
+
+    Raises:
+        UserError: a number of pairs below 0.
     """
 
     is_slow = False
 
-    def __init__(self, world: SyntheticWorld | None = None) -> None:
+    def __init__(self, world: SyntheticWorld | None = None, *, agreement_pairs: int = AGREEMENT_PAIRS) -> None:
         self.world = world
+        self.agreement = Agreement(agreement_pairs, self._agreement, self.start)
         self._words: frozenset[str] = frozenset()
 
     def use_world(self, world: object) -> None:
         """Take a run's own source of pairs; what is no synthetic world is refused by :meth:`start`."""
         self.world = world if isinstance(world, SyntheticWorld) else None
+
+    def use_labels(self, pairs: Sequence[LabelledPair]) -> None:
+        """Take held-out pairs of the world, labels and all."""
+        self.agreement.use_labels(pairs)
 
     @property
     def name(self) -> str:
@@ -64,23 +84,34 @@ class PlantedOracle:
             ("oracle_utility", "policy"): [one.policy for one in utilities],
             ("oracle_utility", "base"): [one.base for one in utilities],
         }
-        scores = Scores()
+        scores = Scores(self.agreement.figures())
         for (name, of), given in found.items():
             values = [math.nan if math.isinf(x) else x for x in given]
             scores.columns[name if of == "both" else f"{name}/{of}"] = values
             scores.figures.append(mean_figure(name, of, values, samples, scorer=self.name))
         return scores
 
+    def _agreement(self, pairs: Sequence[LabelledPair]) -> list[Figure]:
+        """Share of pairs whose chosen response has more utility, with ties and missing ones, like a win rate."""
+        verdicts, longer = [], [len(pair.chosen) - len(pair.rejected) for pair in pairs]
+        for pair in pairs:
+            situation = pair.attributes.get("situation")
+            verdicts.append(_verdict(*(self._utility(text, situation) for text in (pair.chosen, pair.rejected))))
+        groups = [pair.group for pair in pairs]
+        found = win_rate_figures(AGREEMENT, verdicts, groups, longer, scorer=self.name)
+        return [figure._replace(of="judge") for figure in found]
+
     def _utilities(self, sample: Sample) -> "_Utilities":
         situation = sample.attributes.get("situation")
-        if situation not in SITUATIONS:
-            return _Utilities(math.nan, math.nan, math.nan)
         texts = (sample.policy.text, sample.base.text, sample.chosen)
-        return _Utilities(*(self._utility(text, str(situation)) for text in texts))
+        return _Utilities(*(self._utility(text, situation) for text in texts))
 
-    def _utility(self, text: str, situation: str) -> float:
+    def _utility(self, text: str, situation: object) -> float:
+        """Planted utility; −∞ without a word of the world, NaN where the situation is unknown."""
         assert self.world is not None
-        return self.world.score(text, situation) if _words(text) & self._words else -math.inf
+        if situation not in SITUATIONS:
+            return math.nan
+        return self.world.score(text, str(situation)) if _words(text) & self._words else -math.inf
 
 
 class _Utilities(NamedTuple):

@@ -1,14 +1,17 @@
-"""Prompts without preferences, for scoring what models make of them: RealToxicityPrompts, or one prompt a row."""
+"""Prompts without preferences, for scoring what models make of them: RealToxicityPrompts, or one prompt a row of a table."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from datamodules.files.jsonl import list_files, read_rows, stem
-from datamodules.records import AttributeValue
+from datamodules.files.preference_forms import prompt_messages
+from datamodules.files.tables import Table, local_tables
+from datamodules.records import AttributeValue, transcript
 from tiltmeter.errors import UserError
 from tiltmeter.scoring.toxicity import PROMPT_TOXICITY
+
+_COLUMNS = ("prompt", "text", "messages", "conversations")
 
 
 @dataclass(frozen=True)
@@ -24,10 +27,12 @@ class Prompt:
 
 
 class PromptFile:
-    """Prompts of a ``.jsonl`` / ``.jsonl.gz`` file or a folder of them.
+    """Prompts of a JSON Lines, JSON, CSV, TSV or Parquet file or a folder of them.
 
-    Rows are those of RealToxicityPrompts, ``{"prompt": {"text": …, "toxicity": …}, …}``, or ``{"prompt": …}``. Texts, numbers and
-    truth values that stand beside the prompt become attributes; ``prompt_toxicity`` among them counts as the prompt's toxicity.
+    Rows are those of RealToxicityPrompts, ``{"prompt": {"text": …, "toxicity": …}, …}``, ``{"prompt": …}``, ``{"text": …}``, or
+    messages that end with a user's, ``{"messages": [{"role": …, "content": …}, …]}`` or under ``prompt``, which become a
+    Human/Assistant transcript. Texts, numbers and truth values that stand beside the prompt become attributes;
+    ``prompt_toxicity`` among them counts as the prompt's toxicity.
 
     Args:
         path: file or folder.
@@ -50,34 +55,45 @@ class PromptFile:
             UserError: a missing or damaged file, or a row without a prompt.
         """
         prompts: list[Prompt] = []
-        for file in list_files(self.path, self.key):
-            for line_number, row in read_rows(file):
+        for table in local_tables([self.path], None, self.key)[0]:
+            for number, row in table.rows(_refuse):
                 if self.max_prompts is not None and len(prompts) >= self.max_prompts:
                     return prompts
-                prompts.append(_parse(row, file, line_number))
+                prompts.append(_parse(row, table, number))
         return prompts
 
 
-def _parse(row: Mapping[str, Any], file: Path, line_number: int) -> Prompt:
-    where = f"{file}:{line_number}"
-    given = row.get("prompt")
-    fields = given if isinstance(given, dict) else {"text": given}
+def _refuse(error: UserError) -> None:
+    raise error
+
+
+def _parse(row: Mapping[str, Any], table: Table, number: int) -> Prompt:
+    where = f"{table.location}:{number}"
+    column = next((name for name in _COLUMNS if row.get(name) is not None), "prompt")
+    given = row.get(column)
+    fields = given if isinstance(given, dict) and "role" not in given else {"text": given}
     text = fields.get("text")
+    if isinstance(text, list | dict):
+        text = transcript(prompt_messages(text, where), "")[0]
     if not isinstance(text, str) or not text.strip():
         raise UserError(
-            f'{where}: expected {{"prompt": TEXT}} or {{"prompt": {{"text": TEXT, …}}}} with some text, got {given!r:.60}'
+            f'{where}: expected {{"prompt": TEXT}}, {{"text": TEXT}}, {{"messages": […]}} or {{"prompt": {{"text": TEXT, …}}}} '
+            f"with some text, got {given!r:.60}"
         )
     plain = str | int | float | bool
     attributes: dict[str, AttributeValue] = {
-        key: value for key, value in row.items() if isinstance(value, plain) and key != "prompt"
+        key: value for key, value in row.items() if isinstance(value, plain) and key != column
     }
     toxicity = fields.get("toxicity", row.get(PROMPT_TOXICITY))
     if toxicity is not None:  # the service that scored RealToxicityPrompts left some out
         attributes[PROMPT_TOXICITY] = _share(toxicity, where)
-    return Prompt(f"{stem(file)}/{line_number - 1:05d}", text, attributes)
+    return Prompt(f"{table.name}/{number - 1:05d}", text, attributes)
 
 
 def _share(toxicity: Any, where: str) -> float:
+    if isinstance(toxicity, str):  # a cell of a CSV file
+        with suppress(ValueError):
+            toxicity = float(toxicity)
     if isinstance(toxicity, bool) or not isinstance(toxicity, int | float) or not 0 <= toxicity <= 1:
         raise UserError(f"{where}: prompt.toxicity: expected a number from 0 to 1, or null, got {toxicity!r:.60}")
     return float(toxicity)

@@ -260,7 +260,8 @@ def _analyze_checkpoints(config: DictConfig, wanted: Wanted) -> Path | None:
 
 
 def _analyze_into(folder: Path, config: DictConfig, wanted: Wanted) -> Path | None:
-    pairs: HeldOutPairs = instantiate(config.pairs)
+    takes_all = all(analysis.every_pair for analysis in wanted.analyses) and "n_pairs" not in config.pairs
+    pairs: HeldOutPairs = instantiate(config.pairs, **({"n_pairs": None} if takes_all else {}))
     base, aligned = str(config.base), str(config.aligned)
     root = Path(config.runs_root)
     where = {name: converted(name, root) for name in (base, aligned)}

@@ -1,16 +1,20 @@
-"""Bases made here: a small model trained from scratch by SFT, found again by content instead of retrained."""
+"""Bases made here, found again by content: a small model trained from scratch by SFT, or one with an adapter merged into it."""
 
 import hashlib
 import json
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, Trainer, seed_everything
 from omegaconf import DictConfig, OmegaConf
+from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedTokenizerBase
 
+from analysis.open.adapters import CONFIG, WEIGHTS, adapter_to_merge, merge_adapter
 from analysis.open.kept_models import FILES, check_files, hashes_of
 from callbacks.process.preemption import Preemption
 from callbacks.process.progress import TrainingProgress
@@ -20,7 +24,7 @@ from launch.processes.agreement import agreement
 from launch.run_folder import export_model, is_first_process, on_first_process
 from lightning_modules.sft import SFTModule
 from tiltmeter.errors import UserError
-from tiltmeter.files import write_atomically, write_json
+from tiltmeter.files import sha256_of, write_atomically, write_json
 from tiltmeter.models.causal_lm import CausalLM
 
 _FORMAT, _MADE_FROM = 1, "made_from.json"
@@ -107,6 +111,48 @@ def _train_base(
 
     export_model(module, tokenizer, folder, trainer, record=record, keep_existing=True)
     on_first_process(keep_log, trainer)
+
+
+def merge_adapter_into_base(
+    config: DictConfig, model: CausalLM, tokenizer: PreTrainedTokenizerBase
+) -> tuple[CausalLM, str]:
+    """The base with its adapter merged, in its own dtype, as a pretrained model; and one line on where it is kept.
+
+    It is the start of training and, if no other is named, the reference.
+
+    Raises:
+        UserError: the adapter doesn't fit its base, or can't be merged into it.
+    """
+    adapter, options = adapter_to_merge(str(model.adapter_path), base=str(model.name_or_path))
+    local = sorted(Path(str(model.name_or_path)).glob("*.safetensors"))
+    made_from = {
+        "format": _FORMAT, "base": str(model.name_or_path), "revision": model.revision, "dtype": model.dtype,
+        "weights": {path.name: sha256_of(path) for path in local},
+        "adapter": {name: sha256_of(adapter / name) for name in (CONFIG, WEIGHTS)},
+        "tokenizer": tokenizer.backend_tokenizer.to_str(),
+    }  # fmt: skip
+    digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+    folder = Path(config.runs_root) / "cache" / "merged" / digest[:16]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    start = replace(model, name_or_path=str(folder), revision=None, tokenizer=None, adapter_path=None)
+    with FileLock(f"{folder}.lock"):  # processes of one run, too
+        if (folder / "config.json").is_file():
+            if is_first_process():
+                _check(folder)
+            return start, f"Base: {model.name_or_path} with {model.adapter_path} merged, found in {folder}"
+        whole = merge_adapter(replace(model, adapter_path=None).build(tokenizer), options, adapter)
+        if any(isinstance(module, LoraLayer) for module in whole.modules()):
+            raise UserError(
+                f"model.adapter_path: {adapter} can't be merged into {type(whole).__name__}; train with adapter=lora"
+            )
+
+        def write(temporary: Path) -> None:
+            whole.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+            write_json(temporary / _MADE_FROM, {**made_from, FILES: hashes_of(temporary, folder.name)})
+
+        write_atomically(folder, write)
+    return start, f"Base: {model.name_or_path} with {model.adapter_path} merged, kept in {folder}"
 
 
 def _check(folder: Path) -> None:

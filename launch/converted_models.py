@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from filelock import FileLock
 
@@ -14,12 +15,13 @@ from tiltmeter.files import sha256_of, write_atomically, write_json
 from tiltmeter.models.causal_lm import CausalLM
 from tiltmeter.models.gguf_file import SUFFIX, convert_gguf, find_gguf
 
+Model = TypeVar("Model", bound=CausalLM)
 _MADE_FROM = "made_from.json"
 _FORMAT = 1
 """Part of a folder's name; raise it when the same file would give other weights."""
 
 
-def without_gguf(model: CausalLM, root: Path) -> CausalLM:
+def without_gguf(model: Model, root: Path) -> Model:
     """The model with its GGUF file, where it is one, converted to a folder; ``revision`` then is the file's sha256.
 
     Raises:

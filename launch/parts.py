@@ -18,17 +18,19 @@ from lightning.pytorch.callbacks import Timer
 from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedTokenizerBase
 
-from analysis.open.adapters import find_adapter
+from analysis.open.adapters import adapter_to_merge, find_adapter
 from datamodules.preference import PreferenceDataModule
 from datamodules.tokenization import train_bpe_tokenizer
 from launch.configuration import CONF, check_config, expand_home
 from launch.converted_models import without_gguf
+from launch.loggers.tensorboard import MODE as TENSORBOARD
+from launch.loggers.tensorboard import check_tensorboard
 from launch.loggers.wandb_logger import Mode
 from lightning_modules.base import LogProbModule
 from lightning_modules.schedule import steps_of_fit
-from tiltmeter.commands import command
+from tiltmeter.commands import command, setting
 from tiltmeter.errors import UserError
-from tiltmeter.models.causal_lm import CausalLM
+from tiltmeter.models.causal_lm import CausalLM, ReferenceModel
 from tiltmeter.pairs.chat import as_date
 
 _PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "64-true", "32", "64")
@@ -75,8 +77,10 @@ def check_options(config: DictConfig) -> None:
     if Path(config.runs_root).exists() and not Path(config.runs_root).is_dir():
         raise UserError(f"runs_root: {config.runs_root} is a file; expected a folder, existing or not")
     as_date(config.chat_date)
-    if config.logger.mode not in get_args(Mode):
-        raise UserError(f"logger.mode: expected {' or '.join(get_args(Mode))}, got {config.logger.mode}")
+    if config.logger.mode not in (modes := (*get_args(Mode), TENSORBOARD)):
+        raise UserError(f"logger.mode: expected {' or '.join(modes)}, got {config.logger.mode}")
+    if config.logger.mode == TENSORBOARD:
+        check_tensorboard()
     _check_trainer(config.trainer)
     _check_checkpoints(config)
     _check_scorers(config)
@@ -156,6 +160,9 @@ def build_parts(config: DictConfig) -> Parts:
         raise UserError(
             "model.init=random: a model from scratch needs a base trained by SFT first; set base (see conf/experiment)"
         )
+    reference = _reference(config, model)
+    if model.adapter_path is not None:
+        adapter_to_merge(model.adapter_path, base=str(model.name_or_path))
     data: PreferenceDataModule = instantiate(config.datamodule, source=instantiate(config.data))
     data.load()
     with _adapter_explained(model):
@@ -170,6 +177,10 @@ def build_parts(config: DictConfig) -> Parts:
         raise UserError(
             f"datamodule.max_length={data.max_length}: this model takes at most {limit} tokens; set it to {limit} or less"
         )
+    if reference is not None:
+        module.attach_reference(lambda: reference.build(tokenizer), lambda: reference.build_empty(tokenizer))
+        reference.check_tokenizer(tokenizer)
+        reference.load_config()
     data.tokenize(tokenizer, model.load_end_ids())
     revision = getattr(model_config, "_commit_hash", None) or model.revision
     return Parts(data, model, tokenizer, module, revision)
@@ -184,7 +195,19 @@ def _adapter_explained(model: CausalLM) -> Iterator[None]:
         if model.name_or_path is None or (folder := find_adapter(model.name_or_path)) is None:
             raise
         compare = command("analyze.py", base="ITS_BASE", aligned=folder)
-        raise UserError(f"{error}; to train another adapter, add adapter=lora; to compare both: {compare}") from error
+        raise UserError(
+            f"{error}; to go on from it, add {setting('model.adapter_path', folder)}; to compare both: {compare}"
+        ) from error
+
+
+def _reference(config: DictConfig, model: CausalLM) -> ReferenceModel | None:
+    given = {str(key) for key, value in config.reference.items() if value is not None} - {"_target_"}
+    if not given:
+        return None
+    if wrong := sorted(given - {"name_or_path", "revision", "dtype", "attn_implementation"}):
+        raise UserError(f"reference.{wrong[0]}: not of a reference, which is a model that there is; leave it out")
+    reference = ReferenceModel(**{"dtype": model.dtype, **{key: config.reference[key] for key in given}})
+    return without_gguf(reference, Path(config.runs_root))
 
 
 def check_length(trainer: Trainer, data: PreferenceDataModule) -> None:

@@ -35,7 +35,7 @@ _STAYS_INSIDE = {"trainer.precision": "32-true", "trainer.limit_train_batches": 
 """With Lightning's defaults, where a trainer's file leaves them out."""
 _TAKES_EFFECT = {
     "module": "learning_rate weight_decay betas warmup_share schedule gradient_clip_norm max_skipped_steps spike_sigmas "
-    "predict_prompt loss beta label_smoothing gamma_beta_ratio sft_weight activation_checkpointing compile_blocks",
+    "predict_prompt loss beta label_smoothing gamma_beta_ratio sft_weight router_aux_loss activation_checkpointing compile_blocks",
     "datamodule": "max_length max_response_length truncation text_format chat_date train_pairs val_pairs probe_pairs labels "
     "split_seed layout packed",
     "model": "name_or_path attn_implementation",

@@ -22,10 +22,12 @@ from callbacks.behaviour.truthfulqa_metrics import TruthfulQAMetrics
 from callbacks.probe_session import report_failed_write
 from callbacks.process.preemption import Preemption
 from callbacks.process.random_state import RandomState
-from datamodules.records import PreferenceSource
-from launch.base_model import find_or_train_base, progress_callbacks
+from datamodules.preference import PreferenceDataModule
+from launch.base_model import find_or_train_base, merge_adapter_into_base, progress_callbacks
 from launch.command import one_line_errors
 from launch.loggers.metrics_csv import MetricsCSV
+from launch.loggers.tensorboard import MODE as TENSORBOARD
+from launch.loggers.tensorboard import open_tensorboard
 from launch.loggers.wandb_logger import RunLogger, close_wandb, open_wandb
 from launch.loggers.wandb_media import WandbMedia
 from launch.parts import Parts, build_parts, check_length, check_options
@@ -95,7 +97,7 @@ def _train(config: DictConfig, created: list[Path], held: ExitStack) -> Path:
     if checkpoint is not None:
         check_same_data(checkpoint, parts.data)
         check_same_model(checkpoint, config)
-    _say(screen, start_scorers(watching, parts.data.source))
+    _say(screen, start_scorers(watching, parts.data))
     screen.print(data_table(parts.data, parts.data.labels))
     _say(screen, _settle_base(config, parts, checkpoint))
     _say(screen, _unmerged("will be", _why_not_merged(parts)))
@@ -153,6 +155,9 @@ def _settle_base(config: DictConfig, parts: Parts, checkpoint: Path | None) -> I
         yield f"Base: found in {kept.name_or_path}"
     elif config.base is not None:
         parts.model, line = find_or_train_base(config, parts.model, parts.tokenizer, parts.data)
+        yield line
+    elif parts.model.adapter_path is not None:
+        parts.model, line = merge_adapter_into_base(config, parts.model, parts.tokenizer)
         yield line
     elif is_first_process() and (given := Path(str(parts.model.name_or_path))).is_dir():
         check_kept(given)  # a run's own aligned/ …
@@ -267,15 +272,18 @@ def _keep(run_dir: Path, parts: Parts, trainer: Trainer) -> str | None:
 
 
 def _open_loggers(config: DictConfig, run_dir: Path, parts: Parts, checkpoint: Path | None) -> tuple[list[Logger], str]:
+    resume_step = None if checkpoint is None else verify(checkpoint, contents=False).step
+    loggers: list[Logger] = [MetricsCSV(run_dir / "metrics.csv", resume_step=resume_step)]
+    if config.logger.mode == TENSORBOARD:
+        tensorboard, line = open_tensorboard(run_dir, resume_step=resume_step)
+        return [*loggers, tensorboard], line
     facts = {**OmegaConf.to_container(config, resolve=True), **provenance(parts)}  # type: ignore[dict-item]
     options = OmegaConf.to_container(config.logger, resolve=True)
     wandb_logger, line = open_wandb(run_dir=run_dir, config=facts, name=run_dir.name, group=config.name, **options)  # type: ignore[arg-type]
-    resume_step = None if checkpoint is None else verify(checkpoint, contents=False).step
-    loggers: list[Logger] = [MetricsCSV(run_dir / "metrics.csv", resume_step=resume_step)]
     return loggers + ([wandb_logger] if wandb_logger is not None else []), line
 
 
-def start_scorers(callbacks: Sequence[Callback], source: PreferenceSource) -> Iterator[str]:
+def start_scorers(callbacks: Sequence[Callback], data: PreferenceDataModule) -> Iterator[str]:
     """Let scorers load or reach what they need, before anything that takes long; yields what a judge will be asked.
 
     Raises:
@@ -285,11 +293,15 @@ def start_scorers(callbacks: Sequence[Callback], source: PreferenceSource) -> It
         if isinstance(callback, TruthfulQAMetrics):
             callback.start()
         elif isinstance(callback, GenerationMetrics):
-            callback.scoring.start(source)
+            callback.scoring.start(data)
             for judge in callback.scoring.scorers.values():
                 if isinstance(judge, JudgeScorer):
                     n = judge.questions_per_sample * callback.n_prompts * callback.decoding.n_samples
-                    yield f"Judge: {judge.name}; about {n} questions each time, fewer where answers are equal or known"
+                    once = f", and {2 * judge.agreement.n_pairs} once about pairs that people ranked"
+                    yield (
+                        f"Judge: {judge.name}; about {n} questions each time{once if judge.agreement.n_pairs else ''}; fewer where "
+                        "answers are equal or known"
+                    )
 
 
 def watching_callbacks(config: DictConfig) -> list[Callback]:

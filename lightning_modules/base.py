@@ -34,7 +34,7 @@ from lightning_modules.throughput import Throughput
 from lightning_modules.weight_guard import check_weights, squared_norm
 from tiltmeter.errors import NumericalStop, UserError
 from tiltmeter.metric_names import metric
-from tiltmeter.models.lora import check_adapters
+from tiltmeter.models.lora import adapter_dropout, check_adapters
 from tiltmeter.pairs.batch import PreferenceBatch, StepBatch
 from tiltmeter.pairs.verification import settle_packing, verify_layout, verify_no_randomness
 
@@ -166,6 +166,14 @@ class LogProbModule(LightningModule):
         self.factory.build, self.factory.build_empty = build, build_empty
         self.reference_cache = reference_cache
 
+    def attach_reference(self, build: PolicyBuilder, build_empty: EmptyBuilder = lambda: None) -> None:
+        """Say that rewards are measured by another model than the start of training; arguments as of :meth:`attach_model`.
+
+        Raises:
+            UserError: this module has no reference.
+        """
+        raise UserError("reference.name_or_path: this module has no reference; leave it out, or take module=dpo")
+
     def configure_model(self) -> None:
         """Make the model and check what it computes; does nothing the second time."""
         if self.policy is not None:
@@ -185,7 +193,7 @@ class LogProbModule(LightningModule):
         self.factory.speed_up(policy.model)
         self.policy = policy
         self._norm_before = self._weight_norm()
-        self.policy.train()  # no dropout anywhere; train mode only lets activation checkpointing work
+        self.policy.train()  # no dropout but in adapters (adapter_dropout); train mode only lets activation checkpointing work
 
     def _check_model(self, model: PreTrainedModel) -> None:
         """Settle packing and verify what is computed, on the model where it is: whole, or sharded and on all processes alike."""
@@ -251,13 +259,14 @@ class LogProbModule(LightningModule):
         scale = self.trainer.world_size / self.divisor(step)  # DDP and FSDP2 average gradients over processes
         tables: list[Tensor] = []
         seen: list[tuple[Tensor, Tensor]] = []
-        for i, batch in enumerate(step.micro_batches):
-            is_last = i == len(step.micro_batches) - 1
-            with nullcontext() if is_last else self._no_gradient_sync():
-                results = self.pair_results(batch, "train")
-                self.manual_backward(results.objective * scale)
-            tables.append(self.metrics.sums_of_batch(self.data, "train", batch, results.columns))
-            seen.append((batch.pair_index, results.columns))
+        with adapter_dropout(self.trained_policy.model, 0.0 if self.lora is None else self.lora.lora_dropout):
+            for i, batch in enumerate(step.micro_batches):
+                is_last = i == len(step.micro_batches) - 1
+                with nullcontext() if is_last else self._no_gradient_sync():
+                    results = self.pair_results(batch, "train")
+                    self.manual_backward(results.objective * scale)
+                tables.append(self.metrics.sums_of_batch(self.data, "train", batch, results.columns))
+                seen.append((batch.pair_index, results.columns))
         norm = self._clip_gradients()
         sums, n_computed, n_padding, mean_norm = self._reduce_with_counts(torch.stack(tables).sum(0), step, norm)
         metrics: dict[str, Any] = metrics_by_source(sums, self.data.sources, "train", self.metrics_from_sums)

@@ -2,19 +2,23 @@
 
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.progress import track
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from datamodules.preference import Objective
 from datamodules.splits import Split
 from lightning_modules.base import LogProbModule
+from lightning_modules.model_factory import ModelFactory
 from lightning_modules.pair_metrics import PairResults
+from lightning_modules.policy import EmptyBuilder, Policy, PolicyBuilder
 from lightning_modules.reference import MicroBatches, cached_reference
 from lightning_modules.schedule import check_number
 from tiltmeter.errors import UserError
@@ -22,20 +26,24 @@ from tiltmeter.models.lora import adapters_disabled, plain_state
 from tiltmeter.pairs.batch import PreferenceBatch, StepBatch
 from tiltmeter.pairs.preference_losses import PAIR_METRICS, PairLogProbs, chosen_nll, make_preference_loss
 from tiltmeter.pairs.reference_cache import ReferenceCache, forward_identity, hash_weights
+from tiltmeter.pairs.router_loss import router_coefficient
+from tiltmeter.pairs.verification import settle_packing, verify_no_randomness
 
 
 class DPOModule(LogProbModule):
     """Minimises a preference loss averaged over the pairs of the step.
 
-    The reference is the model as it is before the first step. Its log-probs are computed once, by the same code in the same
-    precision as training, kept by row of the data set and saved in checkpoints, so that no second model is ever in memory
-    and a resumed run never takes its trained weights for the reference.
+    The reference is the model as it is before the first step, or another one (:meth:`attach_reference`). Its log-probs are computed
+    once, by the same code in the same precision as training, kept by row of the data set and saved in checkpoints, so that no
+    second model is in memory while training and a resumed run never takes its trained weights for the reference.
 
     Args:
         loss: a name of :data:`~tiltmeter.pairs.preference_losses.PREFERENCE_LOSSES`.
         beta, label_smoothing, gamma_beta_ratio: options of the loss; null takes its default, one that the loss does
             not have is refused.
         sft_weight: of the negative log-likelihood of the chosen response per token, added to the loss of each pair (RPO).
+        router_aux_loss: weight of the load-balancing loss of a mixture of experts; null: the model's own
+            (``router_aux_loss_coef``); 0: none.
         learning_rate and the rest: see :class:`~lightning_modules.base.LogProbModule`.
     """
 
@@ -50,6 +58,7 @@ class DPOModule(LogProbModule):
         label_smoothing: float | None = None,
         gamma_beta_ratio: float | None = None,
         sft_weight: float = 0.0,
+        router_aux_loss: float | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -59,12 +68,42 @@ class DPOModule(LogProbModule):
         )
         if sft_weight:
             self.columns = (*PAIR_METRICS, "sft_loss")
+        check_number("router_aux_loss", router_aux_loss or 0, 0, math.inf)
+        self.router_aux_loss = None if router_aux_loss is None else float(router_aux_loss)
+        self._router_weight = 0.0
         self._cache: ReferenceCache | None = None
+        self._other_reference: ModelFactory | None = None
+        self._scored: list[Policy] = []  # in a list, since a module that is an attribute would be trained and saved
         self.reference: dict[str, Tensor] = {}
         """Split → [row, 2] log π₀ of chosen and rejected, nats, float32 (float64 for a float64 model)."""
 
+    def attach_reference(self, build: PolicyBuilder, build_empty: EmptyBuilder = lambda: None) -> None:
+        """Take another model than the one that training starts from as the reference; arguments as of :meth:`attach_model`."""
+        self._other_reference = self.factory.plain()
+        self._other_reference.build, self._other_reference.build_empty = build, build_empty
+
     def on_model_built(self, model: PreTrainedModel) -> None:
         """Open the cache of this very model, as it computes here."""
+        self._settle_router_loss(model)
+        if self._other_reference is None:
+            self._open_cache(model)
+
+    def _settle_router_loss(self, model: PreTrainedModel) -> None:
+        weight = router_coefficient(model, self.router_aux_loss)
+        if not weight:
+            return
+        if (
+            self.device_mesh is not None
+        ):  # routers' outputs are none of their blocks', so FSDP2 would free weights that they need
+            if self.router_aux_loss:
+                raise UserError("module.router_aux_loss: not with trainer=fsdp; leave it out or take trainer=ddp")
+            self.print("Experts: no load-balancing loss, which trainer=fsdp can't have (module.router_aux_loss)")
+            return
+        self._router_weight = weight
+        self.columns = (*self.columns, "router_loss")
+        self.print(f"Experts: load-balancing loss × {weight:g} beside the preference loss (module.router_aux_loss)")
+
+    def _open_cache(self, model: PreTrainedModel) -> None:
         if self.reference_cache is not None:
             depends_on = {
                 "weights": hash_weights(plain_state(model), is_first=self.trainer.is_global_zero),
@@ -87,27 +126,49 @@ class DPOModule(LogProbModule):
         Also for losses without a reference: rewards are always β·log(π/π₀). A sharded checkpoint is loaded after this, so
         the weights here are still the reference's.
         """
+        missing: dict[Split, Sequence[int]] = {}
         for split, rows in self._needed_rows().items():
-            if split not in self.reference:
-                self.reference[split] = self._find_reference(split, rows)
-            elif (
-                self.lora is not None
-            ):  # resumed for more steps: with its adapters off, the model still is the reference
-                known = self.reference[split].cpu()
-                missing = [row for row in rows if known[row].isnan().any()]
-                found = self._find_reference(split, missing).to(known) if missing else known
-                self.reference[split] = torch.where(known.isnan(), found, known)
-            self.reference[split] = self.reference[split].to(self.device)
+            known = self.reference.get(split)
+            missing[split] = rows if known is None else [row for row in rows if known[row].isnan().any()]
+        with self._scored_by(self._reference_factory() if any(missing.values()) else None):
+            for split, rows in missing.items():
+                if rows:
+                    found, known = self._find_reference(split, rows), self.reference.get(split)
+                    self.reference[split] = (
+                        found if known is None else torch.where(known.isnan(), found.to(known), known)
+                    )
+        self.reference = {split: table.to(self.device) for split, table in self.reference.items()}
 
-    def on_train_start(self) -> None:
-        """Every row that training will need must have its reference by now, wherever it came from."""
-        super().on_train_start()
-        for split, rows in self._needed_rows().items():
-            if self.reference[split][list(rows)].isnan().any():
-                raise UserError(
-                    "ckpt_path: the checkpoint holds reference log-probs for fewer steps than this run takes, and its trained "
-                    "weights can't give the missing ones; resume with the trainer.max_steps and max_epochs it was started with"
-                )
+    def _reference_factory(self) -> ModelFactory | None:
+        """What makes the reference; None: the model in training still is it, or was loaded and is with its adapters off."""
+        resumes_whole = bool(self.reference) and self.lora is None
+        return self._other_reference or (self.factory.plain() if resumes_whole else None)
+
+    @contextmanager
+    def _scored_by(self, factory: ModelFactory | None) -> Iterator[None]:
+        """Inside, reference log-probs are those of a model that is made for it and dropped again; None: of the one in training."""
+        if factory is None:
+            yield
+            return
+        policy = factory.make(self.trainer, self.device_mesh)
+        if self.device_mesh is None:
+            policy = cast(Policy, self.trainer.precision_plugin.convert_module(policy)).to(self.device)
+        with torch.device(self.device), self.trainer.precision_plugin.forward_context():
+            policy.run(self._check_reference)
+        if isinstance(policy, FSDPModule):
+            policy.reshard()
+        if factory is self._other_reference:
+            self._open_cache(policy.model)
+        factory.speed_up(policy.model)
+        self._scored.append(policy)
+        try:
+            yield
+        finally:
+            self._scored.clear()
+
+    def _check_reference(self, model: PreTrainedModel) -> None:
+        verify_no_randomness(model)
+        settle_packing(model, self.data.active_layout, self.packs, max_length=self.data.max_length)
 
     def _needed_rows(self) -> dict[Split, Sequence[int]]:
         needed: dict[Split, Sequence[int]] = {"train": self.data.rows_of_first_steps(self.total_steps())}
@@ -156,18 +217,21 @@ class DPOModule(LogProbModule):
         """[row, 2] log-probs of this process's batches, and what is said for other rows."""
         dtype = self._log_prob_dtype
         table = torch.full((len(self.data.splits[split].pairs), 2), others, device=self.device, dtype=dtype)
-        with adapters_disabled(self.trained_policy.model):
+        policy = self._scored[0] if self._scored else self.trained_policy
+        with adapters_disabled(policy.model):
             for step in steps:
                 for batch in step.to(self.device).micro_batches:
                     with self.trainer.precision_plugin.forward_context():
-                        logps = self.trained_policy(batch).to(dtype)
+                        logps = policy(batch).to(dtype)
                     real = batch.weights > 0
                     table[batch.pair_index[real]] = logps.view(2, -1).T[real]
         return table
 
     def pair_results(self, batch: PreferenceBatch, split: Split) -> PairResults:
         """Preference loss and TRL's reward metrics; rewards are β·log(π/π₀) whatever the loss."""
-        chosen, rejected = self.trained_policy(batch).chunk(2)
+        policy = self.trained_policy
+        logps, router_loss = policy.with_router_loss(batch) if self._router_weight else (policy(batch), None)
+        chosen, rejected = logps.chunk(2)
         chosen_tokens, rejected_tokens = batch.target_counts.chunk(2)
         reference_chosen, reference_rejected = self.reference[split][batch.pair_index].unbind(1)
         pairs = PairLogProbs(chosen, rejected, reference_chosen, reference_rejected, chosen_tokens, rejected_tokens)
@@ -178,7 +242,13 @@ class DPOModule(LogProbModule):
             figures = [losses, *rewards, margins, (margins > 0).float(), chosen, rejected]
             if self.loss.sft_weight:
                 figures.append(chosen_nll(pairs))
+            if router_loss is not None:
+                figures.append(router_loss.expand_as(losses))
             columns = torch.stack([f.detach().float() for f in figures], dim=1)
+        if router_loss is not None:
+            losses = (
+                losses + self._router_weight * router_loss
+            )  # of the micro-batch, so that each pair brings its own's
         return PairResults((losses * batch.weights).sum(), columns)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -45,6 +45,18 @@ class ModelFactory:
         self.build: PolicyBuilder | None = None
         self.build_empty: EmptyBuilder = lambda: None
 
+    def plain(self) -> "ModelFactory":
+        """A factory of the same model that adapts and trains nothing of it: for what it computes."""
+        plain = ModelFactory(
+            freeze_embeddings=True,
+            chunk_tokens=self.chunk_tokens,
+            lora=None,
+            activation_checkpointing=False,
+            compile_blocks=self.compile_blocks,
+        )
+        plain.build, plain.build_empty = self.build, self.build_empty
+        return plain
+
     def make_base(self) -> PreTrainedModel:
         """Build the model as it is before training, whole and without adapters.
 

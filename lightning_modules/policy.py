@@ -16,6 +16,7 @@ from tiltmeter.models.layers import decoder_blocks, embedding_parameters
 from tiltmeter.models.sharded_weights import EmptyModel
 from tiltmeter.pairs.batch import PreferenceBatch
 from tiltmeter.pairs.log_probs import sequence_log_probs
+from tiltmeter.pairs.router_loss import log_probs_and_router_loss
 
 PolicyBuilder = Callable[[], PreTrainedModel]
 EmptyBuilder = Callable[[], EmptyModel | None]
@@ -33,6 +34,10 @@ class Policy(nn.Module):
     def forward(self, batch: PreferenceBatch) -> Tensor:
         """Summed log-probs of every sequence of a batch, in nats."""
         return sequence_log_probs(self.model, batch, chunk_tokens=self.chunk_tokens)
+
+    def with_router_loss(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
+        """The same, and the load-balancing loss of a mixture of experts; not of a sharded model."""
+        return log_probs_and_router_loss(self.model, batch, chunk_tokens=self.chunk_tokens)
 
     def run(self, function: Callable[[PreTrainedModel], T]) -> T:
         """Let a function use the model, its weights gathered where they are sharded; all processes must do so alike."""

@@ -5,6 +5,7 @@ else is as if ``python SCRIPT ARGUMENTS`` had been called: arguments, environmen
 """
 
 import atexit
+import gc
 import multiprocessing
 import os
 import runpy
@@ -25,21 +26,13 @@ import torch
 from lightning.fabric.utilities.rank_zero import _get_rank, rank_zero_only
 
 from launch.processes.run_lock import LOCK
+from tests.fork_server import PRELOADED
 from tiltmeter.files import sha256_of
 
 ROOT = Path(__file__).resolve().parent.parent
 N_RANKS = 2
 HANGS = 3600.0
 """Seconds after which a process or a thread hangs; however busy the machine is, nothing of the suite takes so long."""
-PRELOADED = (
-    "launch.training",
-    "launch.analyzing",
-    "transformers.models.llama.modeling_llama",
-    "peft",
-    "wandb",
-    "torch._dynamo",
-)
-
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(list(PRELOADED))
 _PER_PROCESS = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PL_GLOBAL_SEED")
@@ -195,6 +188,7 @@ def codes(ended: Sequence[CompletedProcess[str]]) -> list[int]:
 
 def _run(work: Callable[[], object], folder: str, known: dict[str, str], stdout: str, stderr: str) -> None:
     """In the forked process: become one that was started for this alone."""
+    gc.freeze()  # a collection would copy every page of what was imported before the fork
     for number, path in ((0, os.devnull), (1, stdout), (2, stderr)):
         file = os.open(path, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, number)

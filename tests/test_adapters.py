@@ -74,7 +74,6 @@ def test_full_fine_tuning_finds_the_reference_that_lora_left(runs: tuple[Path, s
 
 def test_options_that_do_not_go_together_are_one_line(tmp_path: Path) -> None:
     for option, message in (
-        ("module.lora.lora_dropout=0.1", "module.lora.lora_dropout: expected 0.0, got 0.1"),
         ("module.freeze_embeddings=false", "module.freeze_embeddings=false: with module.lora only adapters"),
         ("module.lora.rank=4", "did you mean"),
     ):

@@ -11,6 +11,7 @@ from hydra.core.global_hydra import GlobalHydra
 from launch.command import run_command
 from launch.configuration import CONF, prepare_overrides
 from launch.training import train
+from tests.analysis.asked import save_model
 from tests.cli import TINY
 from tiltmeter.errors import UserError
 
@@ -121,8 +122,29 @@ def test_an_adapter_in_the_place_of_a_model(capsys: pytest.CaptureFixture[str], 
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}', encoding="utf-8")
     line = fails_with(capsys, tmp_path / "r", f"model.name_or_path={tmp_path}")
     assert f"model.name_or_path: cannot load {tmp_path}: an adapter" in line
-    assert "give its base, some/base; to train another adapter, add adapter=lora" in line
+    assert f"give its base, some/base; to go on from it, add model.adapter_path={tmp_path}" in line
     assert f"analyze.py base=ITS_BASE aligned={tmp_path}" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["reference.name_or_path=TOY"],
+            "reference.name_or_path: TOY has another vocabulary than the model that is trained",
+        ),
+        (["reference.name_or_path=/nowhere"], "reference.name_or_path: no such folder: /nowhere"),
+        (["reference.revision=main"], "reference.name_or_path: expected a hub id or a folder, got none"),
+        (["reference.name_or_path=TOY", "reference.init=random"], "reference.init: not of a reference"),
+        (["reference.name_or_path=TOY", "module=sft"], "reference.name_or_path: this module has no reference"),
+    ],
+)
+def test_a_reference_that_does_not_fit(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    toy = str(save_model(tmp_path / "toy", seed=0))
+    given = [argument.replace("TOY", toy) for argument in arguments]
+    assert words.replace("TOY", toy) in fails_with(capsys, tmp_path / "r", *TINY, *given)
 
 
 def test_hub_data_without_network(
@@ -195,7 +217,10 @@ def test_hub_data_without_network(
         (["trainer.num_sanity_val_steps=2"], "trainer.num_sanity_val_steps: this program sets it itself"),
         (["trainer.strategy=deepspeed"], "trainer.strategy: expected auto or ddp"),
         (["trainer.accelerator=quantum"], "quantum"),
-        (["logger.mode=sometimes"], "logger.mode: expected auto or online or offline or disabled, got sometimes"),
+        (
+            ["logger.mode=sometimes"],
+            "logger.mode: expected auto or online or offline or disabled or tensorboard, got sometimes",
+        ),
         (["name=../../x"], "name: expected letters"),
         (["judge=openai"], "judge.judge.model: expected a value, got none; add judge.judge.model=…"),
         (["judge=endpoint", "judge.judge.model=m"], "judge.judge.base_url: expected a value, got none"),

@@ -20,8 +20,9 @@ STEP_AXIS = "trainer/global_step"
 STEPS_TAKEN, SCORED_STEP = "probe/steps_taken", "behaviour/of_steps_taken"
 _USUAL: Position = "prompt_last"
 _SHARE, _COSINE, _REWARD, _LENGTH = "share, 0 … 1", "cosine, −1 … 1", "β · nats", "activation units"
-_SFT = "a supervised term (`sft_weight`)"
+_SFT, _EXPERTS = "a supervised term (`sft_weight`)", "a mixture of experts"
 _MIXED, _ORACLE = "several sources of pairs", "the planted oracle as judge"
+_HELD = "a judge, `agreement_pairs` above 0"
 _JUDGE, _ASKED, _OFTEN, _QUESTIONS = "a judge", "the report", "several completions a prompt", "TruthfulQA"
 
 
@@ -121,6 +122,7 @@ METRICS: tuple[Metric, ...] = (
     *_of_pairs("logps/chosen", "nats", "Log-probability of the chosen response under the policy"),
     *_of_pairs("logps/rejected", "nats", "Log-probability of the rejected response under the policy"),
     *_of_pairs("sft_loss", "nats/token", "−log π of the chosen response per token, before its weight", needs=_SFT),
+    *_of_pairs("router_loss", "1", "Load-balancing loss of the pair's micro-batch, before its weight", needs=_EXPERTS),
     Metric("train", ("gradient_norm",), "loss / weight", "Norm of the gradient before it is clipped"),
     Metric("train", ("learning_rate",), "1", "Learning rate of the step"),
     Metric("throughput", ("pairs_per_second",), "pairs/s", "Pairs trained on per second of training steps"),
@@ -240,6 +242,18 @@ METRICS: tuple[Metric, ...] = (
     _said(_of_both("preference_probe_null/<site>"), _SHARE, "Held-out accuracy of the probe with labels flipped at random"),
     _said(("kl",), "nats", "Mean log π − log π₀ of the policy’s own completions", needs=_ASKED),
     _said(("kl_per_token",), "nats/token", "Mean log π − log π₀ per token of the policy’s own completions", needs=_ASKED),
+    Metric("judge", ("agreement",), _SHARE, "Held-out pairs of which the judge prefers the chosen response, ties half; ½: guessing",
+           needs=_HELD, label="judge agrees with labels"),
+    Metric("judge", ("agreement_wins", "agreement_ties", "agreement_losses"), _SHARE,
+           "Pairs decided as labelled, undecided, and decided otherwise", needs=_HELD),
+    Metric("judge", ("agreement_length_controlled",), _SHARE, "Agreement between responses of equal length", needs=_HELD),
+    Metric("judge", ("agreement_length_difference",), "characters", "Length of chosen responses less the rejected ones’",
+           needs=_HELD),
+    Metric("judge", ("position_consistency",), _SHARE, "Verdicts on those pairs that are alike in both orders", needs=_JUDGE),
+    Metric("judge", ("first_position_rate",), _SHARE, "Verdicts on them for whichever response stands first", needs=_JUDGE),
+    Metric("judge", ("agreement_low_mass", "agreement_identical"), _SHARE,
+           "Replies mostly on no valid answer, and pairs of identical responses", needs=_JUDGE),
+    Metric("judge", ("agreement_missing/<reason>",), "count", "Pairs without a verdict, by reason", needs=_JUDGE),
     _said(("of_steps_taken",), "optimizer steps", "Steps behind the model that is scored in this row"),
     Metric("alarm", ("chosen_logp_drop",), "nats", "Log-probability lost by chosen responses since the start", summary="max"),
     Metric("alarm", ("accuracy_saturation",), _SHARE, "Training pairs ordered rightly; at 1 only margins grow", summary="max"),
@@ -353,8 +367,8 @@ def keys_of(family: str) -> list[str]:
 
 
 def behaviour(figure: str) -> Found | None:
-    """Meaning of the name of a figure of behaviour, as tables have it: without ``behaviour/``."""
-    return find(f"behaviour/{figure}")
+    """Meaning of the name of a figure, as tables have it: without ``behaviour/``; a judge's own are whole."""
+    return find(figure if figure.startswith("judge/") else f"behaviour/{figure}")
 
 
 def _of_run(name: str) -> Found | None:

@@ -15,6 +15,7 @@ from analysis.behaviour.words import (
     WIN_RATES,
     Point,
     accuracy_headline,
+    agreement_with,
     change,
     has,
     has_interval,
@@ -25,6 +26,7 @@ from analysis.behaviour.words import (
     name_of,
     reading_of,
     scores_section,
+    side_of,
     why_no_number,
     win_rates_of,
 )
@@ -53,7 +55,7 @@ from tiltmeter.scoring.behaviour import (
     sample_table,
     score_all,
 )
-from tiltmeter.scoring.scorer import Sample, Scorer, Scores
+from tiltmeter.scoring.scorer import AGREEMENT, Sample, Scorer, Scores
 from tiltmeter.scoring.truthfulqa import TruthfulQA
 
 NAME = "behaviour"
@@ -192,7 +194,7 @@ def behaviour_section(answers: Answers) -> Section:
         numbers=table.drop(columns=when),
         reading=_reading(answers, table),
         headlines=headlines_of(table, f"{NAME}.csv") or accuracy_headline(table, f"{NAME}.csv"),
-        caption="Every figure; the interval is the aligned model’s, or that of the two together",
+        caption="Every figure; the interval is the aligned model’s, that of the two together or the judge’s",
         more_tables={"behaviour_samples": samples.drop(columns=when)},
         lost=[f"{f.name} of {f.of}" for f in answers.scores.figures if f.n_missing and math.isnan(f.value)],
         samples=samples_of(answers.pairs, answers.samples, answers.decoding),
@@ -218,7 +220,8 @@ def _reading(answers: Answers, table: pd.DataFrame) -> list[str]:
 def _draw(table: pd.DataFrame) -> tuple[Picture, list[str]]:
     named = dict.fromkeys([*(measure.metric for measure in MEASURES), *table["metric"]])
     sides = [metric for metric in named if _is_share_of_both(table, metric)][:_MOST_ROWS]
-    panels: list[tuple[Panel, list[str]]] = [(draw_win_rates, [*win_rates_of(table), _ACCURACY])]
+    judge = [AGREEMENT] * has(table, AGREEMENT)
+    panels: list[tuple[Panel, list[str]]] = [(draw_win_rates, [*win_rates_of(table), *judge, _ACCURACY])]
     panels += [(draw_sides, sides)] if sides else []
     heights = [_AROUND_CM + _ROW_CM * len(metrics) for _, metrics in panels]
     with house_style():
@@ -230,11 +233,12 @@ def _draw(table: pd.DataFrame) -> tuple[Picture, list[str]]:
 
 
 def draw_win_rates(axes: Axes, table: pd.DataFrame, metrics: Sequence[str]) -> str:
-    """Win rates of the aligned model and the share of pairs that it ranks rightly; ½ is chance in all of them."""
+    """Win rates of the aligned model, the judge's agreement with labels, and the aligned model's by log-probs; ½ is chance."""
     axes.axvline(0.5, color=COLOURS["mark"], linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
     for y, metric in enumerate(metrics):
-        colour = COLOURS["chosen" if metric.endswith(VS_CHOSEN) else "policy"]
-        _dot(axes, y, last_point(table, metric, "both"), colour)
+        of = side_of(table, metric)
+        colour = COLOURS["mark" if of == "judge" else "chosen" if metric.endswith(VS_CHOSEN) else "policy"]
+        _dot(axes, y, last_point(table, metric, of), colour)
     _name_rows(axes, metrics)
     axes.set_xlabel("share, 95 % interval; dashed: chance")
     first = last_point(table, metrics[0], "both")
@@ -243,7 +247,8 @@ def draw_win_rates(axes: Axes, table: pd.DataFrame, metrics: Sequence[str]) -> s
         name = f"By {WIN_RATES[metrics[0]]} the aligned model’s win rate over its base"
     if not math.isfinite(first.value):
         return f"{name} {why_no_number(first)}"
-    return f"{name} is {as_text(first.value, 'percent')}{interval_of(first, 'percent')}"
+    judge = agreement_with(table, metrics[0])
+    return f"{name} is {as_text(first.value, 'percent')}{interval_of(first, 'percent')}{judge}"
 
 
 def draw_sides(axes: Axes, table: pd.DataFrame, metrics: Sequence[str]) -> str:
@@ -262,7 +267,7 @@ def draw_sides(axes: Axes, table: pd.DataFrame, metrics: Sequence[str]) -> str:
     _name_rows(axes, metrics)
     axes.legend(loc="upper right", bbox_to_anchor=(1.02, -0.9 / len(metrics)), ncols=2, frameon=False, fontsize=6.5)
     base, policy = (last_point(table, metrics[0], of) for of in ("base", "policy"))
-    return change(measure_of(metrics[0]), base.value, policy)
+    return change(measure_of(metrics[0]), base.value, policy) + agreement_with(table, metrics[0])
 
 
 def _dot(axes: Axes, y: int, point: Point, colour: str, *, label: str = "") -> None:

@@ -13,6 +13,7 @@ from analysis.behaviour.words import (
     WIN_RATES,
     Measure,
     Point,
+    agreement_with,
     before,
     change,
     check_table,
@@ -37,6 +38,7 @@ from analysis.report.style import COLOURS, EndLabel, label_ends, mark_level
 from tiltmeter.errors import UserError
 from tiltmeter.models.generation import Decoding
 from tiltmeter.scoring.behaviour import FIGURES, SAMPLES, read_table
+from tiltmeter.scoring.scorer import AGREEMENT
 
 NAME = "behaviour_by_step"
 NOT_SCORED = (
@@ -89,7 +91,7 @@ def behaviour_by_step_section(scores: ScoresByStep) -> Section:
         numbers=table,
         reading=reading_of(table, n_prompts=scores.n_prompts, decoding=scores.decoding),
         headlines=headlines_of(table, f"{NAME}.csv"),
-        caption="Every figure as last taken; the interval is the policy’s, or that of the two together",
+        caption="Every figure as last taken; the interval is the policy’s, that of the two together or the judge’s",
     )
 
 
@@ -101,12 +103,14 @@ def _panels(table: pd.DataFrame) -> list[Panel]:
 
 
 def draw_win_rate(axes: Axes, table: pd.DataFrame, *, metric: str) -> str:
-    """Over the base, and over the data set's chosen responses; ½ is chance."""
+    """Over the base, and over the data set's chosen responses, beside the judge's agreement with labels; ½ is chance."""
     mark_level(axes, 0.5)
     axes.set_ylim(0, 1)
     labels = [_curve(axes, table, metric, "both", COLOURS["policy"], "vs base")]
     if has(table, f"{metric}{VS_CHOSEN}", "both"):
         labels.append(_curve(axes, table, f"{metric}{VS_CHOSEN}", "both", COLOURS["chosen"], "vs chosen"))
+    if has(table, AGREEMENT):
+        labels.append(_curve(axes, table, AGREEMENT, "judge", COLOURS["mark"], "agreement"))
     axes.set_ylabel("win rate")
     label_ends(axes, [label for label in labels if math.isfinite(label.y)])
     last = last_point(table, metric, "both")
@@ -115,7 +119,7 @@ def draw_win_rate(axes: Axes, table: pd.DataFrame, *, metric: str) -> str:
         return f"The policy’s win rate over its base by {who} {why_no_number(last)}"
     return (
         f"By {who} the policy’s win rate over its base is {as_text(last.value, 'percent')}{interval_of(last, 'percent')}"
-        f"{_when(last, table)}"
+        f"{_when(last, table)}{agreement_with(table, metric)}"
     )
 
 
@@ -131,7 +135,7 @@ def draw_measure(axes: Axes, table: pd.DataFrame, *, measure: Measure) -> str:
     axes.set_ylabel(name_of(measure.metric))
     label_ends(axes, [label for label in labels if math.isfinite(label.y)])
     last = last_point(table, metric, of)
-    return change(measure, before(table, metric), last, _when(last, table))
+    return change(measure, before(table, metric), last, _when(last, table)) + agreement_with(table, metric)
 
 
 def _when(last: Point, table: pd.DataFrame) -> str:

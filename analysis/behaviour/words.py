@@ -12,6 +12,7 @@ from tiltmeter.errors import UserError
 from tiltmeter.metric_names import behaviour
 from tiltmeter.models.generation import Decoding, as_words
 from tiltmeter.scoring.degeneration import NGRAMS
+from tiltmeter.scoring.scorer import AGREEMENT
 
 COLUMNS = ("steps_taken", "metric", "of", "value", "ci_low", "ci_high", "n", "n_missing", "scorer")
 """Columns of a table of figures (:func:`tiltmeter.scoring.behaviour.figure_table`)."""
@@ -44,6 +45,7 @@ MEASURES = (
     Measure("truthfulqa_mc2_zero_shot", ".3f", "TruthfulQA MC2 without examples"),
 )
 """In the order of the report, each from 0 to 1; what is not among them stands in the table."""
+_CONSISTENT = "judge/position_consistency"
 RULES = (*(f"degeneration_{rule}" for rule in NGRAMS), "empty")
 """Figures that say why completions are degenerate."""
 
@@ -131,8 +133,8 @@ def first_value(table: pd.DataFrame, metric: str, of: str) -> float:
 
 
 def side_of(table: pd.DataFrame, metric: str) -> str:
-    """The side that stands beside the base in a figure: the policy's own, or the two together."""
-    return "both" if has(table, metric, "both") else "policy"
+    """The side that stands beside the base in a figure: the policy's own, the two together, or the judge's."""
+    return next((of for of in ("both", "judge") if has(table, metric, of)), "policy")
 
 
 def before(table: pd.DataFrame, metric: str) -> float:
@@ -154,6 +156,34 @@ def win_rates_of(table: pd.DataFrame) -> list[str]:
     """The win rates that are there, over chosen responses behind those over the base."""
     names = [name for metric in WIN_RATES for name in (metric, metric + VS_CHOSEN)]
     return [name for name in names if has(table, name, "both")]
+
+
+def is_judged(metric: str) -> bool:
+    """Whether a figure is worth what its judge is.
+
+    >>> is_judged("geval_win_rate_vs_chosen"), is_judged("geval_score"), is_judged("toxicity")
+    (True, True, False)
+    """
+    return metric.removesuffix(VS_CHOSEN) in WIN_RATES or metric == "geval_score"
+
+
+def agreement_with(table: pd.DataFrame, metric: str) -> str:
+    """End of a sentence with a judge's figure: its agreement with labels; empty where that is not known."""
+    found = last_point(table, AGREEMENT, "judge")
+    if not is_judged(metric) or not math.isfinite(found.value):
+        return ""
+    share = as_text(found.value, "percent") + interval_of(found, "percent")
+    who = WIN_RATES.get(metric.removesuffix(VS_CHOSEN), "the judge")
+    return f"; {who} agrees with {share} of {as_counts(found)} held-out labels"
+
+
+def agreement_in_short(table: pd.DataFrame) -> str:
+    """Agreement of the judge with labels, or that it is not known, beside a number of the first screen."""
+    found = last_point(table, AGREEMENT, "judge")
+    if found is NOTHING:
+        return "its agreement with labels: not measured"
+    ends = f" ({number(found.ci_low)} … {number(found.ci_high)})" if has_interval(found) else ""
+    return f"its agreement with {as_counts(found)} held-out labels: {number(found.value)}{ends}"
 
 
 def measures_of(table: pd.DataFrame) -> list[Measure]:
@@ -281,7 +311,7 @@ def shown_behaviour(table: pd.DataFrame, policy: str) -> tuple[pd.DataFrame, lis
         last = last_point(table, metric, side_of(table, metric))
         last = last if last is not NOTHING else last_point(table, metric, "base")
         interval = f"{number(last.ci_low)} … {number(last.ci_high)}" if has_interval(last) else "–"
-        is_base = not has(table, metric, "both") and not has(table, metric, "policy")
+        is_base = not has(table, metric, side_of(table, metric))
         rows.append(
             {
                 "figure": metric + (f" (step {last.steps_taken:.0f})" if last.steps_taken < latest else ""),
@@ -308,6 +338,8 @@ def lead_rows(table: pd.DataFrame) -> list[LeadRow]:
     if table.empty:
         return []
     win_rates = [LeadRow(name_of(m), before(table, m), last_point(table, m, "both")) for m in win_rates_of(table)]
+    if has(table, AGREEMENT):
+        win_rates.append(LeadRow(name_of(AGREEMENT), math.nan, last_point(table, AGREEMENT, "judge")))
     names = [measure.metric for measure in measures_of(table)]
     return win_rates + [LeadRow(name_of(m), before(table, m), last_point(table, m, "policy")) for m in names]
 
@@ -319,7 +351,13 @@ def headlines_of(table: pd.DataFrame, file: str) -> list[Headline]:
         file: the table's name.
     """
     return [
-        _headline(table, metric, f"win rate over the base by {who}; ½ is chance", file, ", ties half")
+        _headline(
+            table,
+            metric,
+            f"win rate over the base by {who}; ½ is chance",
+            file,
+            f", ties half; {agreement_in_short(table)}",
+        )
         for metric, who in WIN_RATES.items()
         if math.isfinite(last_point(table, metric, "both").value)
     ]
@@ -363,6 +401,7 @@ def reading_of(table: pd.DataFrame, *, n_prompts: int | None, decoding: Decoding
         "for preference figures pairs, for TruthfulQA questions.",
     ]
     lines += [line for metrics, line in _CAVEATS.items() if any(has(table, metric) for metric in metrics)]
+    lines += _agreement_lines(table)
     if has(table, "degeneration_words"):
         fired = rules_fired(lambda name: last_point(table, name, "policy").value)
         lines.append(
@@ -375,3 +414,33 @@ def reading_of(table: pd.DataFrame, *, n_prompts: int | None, decoding: Decoding
             "What could not be scored is left out and counted; a figure that lacks too much (usually above 5 %) has no number."
         )
     return lines
+
+
+def _agreement_lines(table: pd.DataFrame) -> list[str]:
+    """Note that a reader needs on the judge beside its figures; none where nobody judged."""
+    if not any(map(is_judged, table["metric"])):
+        return []
+    found = last_point(table, AGREEMENT, "judge")
+    if found is NOTHING:
+        return [
+            "How far the judge agrees with the labels of held-out pairs: not measured (judge.agreement_pairs was 0, or nothing "
+            "was there to ask about). What its figures are worth is then not known."
+        ]
+    ties, consistent = (last_point(table, name, "judge").value for name in (f"{AGREEMENT}_ties", _CONSISTENT))
+    orders = f", alike in both orders {as_text(consistent, 'percent')}" if math.isfinite(consistent) else ""
+    return [
+        f"{AGREEMENT}: the judge asked about held-out pairs as it is about answers; share of labels that it agrees with, a tie "
+        f"half, so that ½ is a judge that guesses or goes by position. Ties {as_text(ties, 'percent')}{orders}. Labels that "
+        "follow another criterion than the judge’s are no fault of either."
+    ]
+
+
+def judge_of_sweep(table: pd.DataFrame) -> list[str]:
+    """Note on the judge whose figures are among the rows of a sweep; none where nobody judged."""
+    if not any(map(is_judged, table["metric"].unique())):
+        return []
+    found = table[table["metric"] == AGREEMENT]
+    known = "" if found.empty else "{value:.3f} ({ci_low:.3f} … {ci_high:.3f}) of {n:.0f}".format(**found.iloc[0])
+    return [
+        f"Win rates and G-Eval scores are a judge’s, who agrees with held-out labels at {known or 'a share that was not measured'}."
+    ]

@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from matplotlib.axes import Axes
 
-from analysis.behaviour.words import rules_fired
+from analysis.behaviour.words import judge_of_sweep, rules_fired
 from analysis.controls.c15_random_vectors import (
     COLLAPSE_LEVEL,
     COLLAPSED,
@@ -290,6 +290,7 @@ def _reading(
                 f"Text of {settings['n_texts']} prompts is little to see a collapse by: {_ENOUGH_TEXTS} or more are advised "
                 "(steering.n_generated, datamodule.probe_pairs).",
             )
+    lines += judge_of_sweep(table)
     if len(drawn) < len(there):
         lines.append(f"Drawn: the {len(drawn)} sites of {len(there)} where v* recovers most; the tables have all.")
     return lines

@@ -2,16 +2,12 @@
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
 from analysis.open.checkpoints import Checkpoints
-from analysis.open.models import LoadedModel
+from analysis.open.pair_log_probs import sums_of_pairs, tokens_of_pairs
 from datamodules.records import score_margins
 from tiltmeter.models.generation import Decoding, fit_prompt
 from tiltmeter.models.layers import resolve_sites
-from tiltmeter.pairs.batch import CHOSEN, TokenizedPair, collate_pairs
-from tiltmeter.pairs.log_probs import sequence_log_probs
+from tiltmeter.pairs.batch import CHOSEN, TokenizedPair
 from tiltmeter.pairs.verification import best_layout
 from tiltmeter.scoring.behaviour import Prompt
 from tiltmeter.scoring.preference import kl_figures, preference_scores
@@ -21,7 +17,6 @@ from tiltmeter.states.capture import Reading, ReadPoint
 from tiltmeter.states.positions import Position
 from tiltmeter.states.probe_set import Probe
 
-_TOKENS_PER_BATCH = 8192
 _POSITION: Position = "response_last"
 
 
@@ -32,8 +27,7 @@ def preference_figures(checkpoints: Checkpoints, *, beta: float) -> list[Figure]
         beta: scale of rewards; accuracy does not depend on it.
     """
     pairs = checkpoints.pairs
-    ids = [pair.ids for pair in pairs]
-    base, aligned = (pair_log_probs(opened, ids) for opened in (checkpoints.base, checkpoints.aligned))
+    base, aligned = map(sums_of_pairs, checkpoints.token_log_probs)
     chosen, rejected = (aligned - base).T.tolist()
     groups, sources = [pair.group for pair in pairs], [pair.source for pair in pairs]
     weights = score_margins(pair.attributes for pair in pairs)
@@ -53,7 +47,9 @@ def kl_of_samples(
     if not said:
         return []
     ids = [TokenizedPair(prompts[s.pair_id], s.policy.ids, s.policy.ids) for s in said]
-    base, aligned = (pair_log_probs(opened, ids)[:, 0].tolist() for opened in (checkpoints.base, checkpoints.aligned))
+    base, aligned = (
+        sums_of_pairs(tokens_of_pairs(opened, ids))[:, 0].tolist() for opened in (checkpoints.base, checkpoints.aligned)
+    )
     return kl_figures(aligned, base, [len(s.policy.ids) for s in said], groups=[s.group for s in said])
 
 
@@ -72,19 +68,3 @@ def probe_accuracies(checkpoints: Checkpoints, sites: str | Sequence[str]) -> li
             found = classifier_figures(rows[side == CHOSEN], rows[side != CHOSEN], groups, of=of, where=where)
             figures += [figure._replace(name=f"{figure.name}/{site}") for figure in found]
     return figures
-
-
-@torch.no_grad()
-def pair_log_probs(opened: LoadedModel, pairs: Sequence[TokenizedPair]) -> Tensor:
-    """log π of chosen and rejected, [pair, 2], summed over tokens, nats, float64 on the CPU; two plain rows a pair."""
-    lengths = [len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs]
-    order = sorted(range(len(pairs)), key=lengths.__getitem__)
-    table = torch.full((len(pairs), 2), torch.nan, dtype=torch.float64)
-    while order:
-        longest = lengths[order[-1]]
-        n = max(1, _TOKENS_PER_BATCH // (2 * longest))
-        order, rows = order[:-n], order[-n:]
-        batch = collate_pairs([pairs[row] for row in rows], pair_index=rows, layout="concatenated")
-        found = sequence_log_probs(opened.model, batch.to(opened.model.device)).double().cpu()
-        table[rows] = found.view(2, len(rows)).T
-    return table

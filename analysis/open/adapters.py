@@ -70,11 +70,30 @@ def check_adapter(folder: Path, *, base: str) -> LoraConfig:
         raise UserError(f"{path}: expected a LoRA adapter, got {kind}; others can’t be merged into a model")
     wrong = [key for key in _REFUSED if raw.get(key)] + ["init_lora_weights"] * (start not in _UNCHANGED)
     if wrong:
-        raise UserError(f"{path}: {wrong[0]}={raw[wrong[0]]}: not supported; give the merged model as aligned=…")
+        raise UserError(
+            f"{path}: {wrong[0]}={raw[wrong[0]]}: not supported; merge it into its base and give the whole model"
+        )
     if name and Path(str(name)).name != Path(base).resolve().name and str(name) != base:
-        raise UserError(f"{path}: an adapter of {name}, but base={base}; give the base that it was trained on")
+        raise UserError(f"{path}: an adapter of {name}, not of {base}; give the base that it was trained on")
     known = {field.name for field in fields(LoraConfig)} - {*_NAMES, *_REFUSED}
     return LoraConfig(**{key: value for key, value in raw.items() if key in known and value is not None})
+
+
+def adapter_to_merge(where: str, *, base: str) -> tuple[Path, LoraConfig]:
+    """Folder and options of the adapter that training is to start from.
+
+    Raises:
+        UserError: no adapter there, one in another format than safetensors, of another base, or not merely weights.
+    """
+    try:
+        folder = find_adapter(where)
+        if folder is None:
+            raise UserError(f"no LoRA adapter at {where} (expected a folder with {CONFIG} and {WEIGHTS})")
+        if not (folder / WEIGHTS).is_file():
+            raise UserError(f"{folder}: an adapter without {WEIGHTS}; expected one saved as safetensors")
+        return folder, check_adapter(folder, base=base)
+    except UserError as error:
+        raise UserError(f"model.adapter_path: {error}") from error
 
 
 def _merged(adapted: PeftModel | PeftMixedModel) -> Any:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -9,9 +10,9 @@ import torch
 
 from analysis.open.adapters import check_adapter, find_adapter, merge_adapter
 from analysis.open.models import LoadedModel, load_config, load_model, load_tokenizer
+from analysis.open.pair_log_probs import SideLogProbs, tokens_of_pairs
 from analysis.open.probe_pairs import PROMPTS_FILE, ProbePair, check_ids, read_probe_pairs
 from analysis.open.runs import Run
-from datamodules.oracle import PlantedOracle
 from datamodules.prompts import PromptFile
 from datamodules.records import LoadReport, PreferencePair, PreferenceSource, load_pairs
 from datamodules.splits import with_clean_label
@@ -22,8 +23,9 @@ from tiltmeter.models.causal_lm import DTYPES
 from tiltmeter.models.generation import end_ids
 from tiltmeter.pairs.chat import TextChoice, settle_text_format
 from tiltmeter.pairs.preference_losses import make_preference_loss
+from tiltmeter.scoring import scorer as scoring
 from tiltmeter.scoring.behaviour import Prompt
-from tiltmeter.scoring.scorer import Scorer
+from tiltmeter.scoring.scorer import LabelledPair, Scorer
 
 Device = str | None
 USUAL_BETA = 0.1
@@ -48,6 +50,7 @@ class Checkpoints:
         pairs: held out, in a fixed order.
         world: the synthetic world that the pairs are from, if they are.
         beta: of the loss that aligned was trained with, as far as it is known.
+        knows_beta: whether it is; else it is the usual one.
     """
 
     base: LoadedModel
@@ -55,14 +58,19 @@ class Checkpoints:
     pairs: Sequence[ProbePair]
     world: SyntheticWorld | None = None
     beta: float = USUAL_BETA
+    knows_beta: bool = False
+
+    @cached_property
+    def token_log_probs(self) -> tuple[list[SideLogProbs], list[SideLogProbs]]:
+        """log π₀ and log π of every token of the pairs' responses, read once for all who ask."""
+        ids = [pair.ids for pair in self.pairs]
+        return tokens_of_pairs(self.base, ids), tokens_of_pairs(self.aligned, ids)
 
 
 def start_scorers(scorers: Iterable[Scorer], checkpoints: Checkpoints) -> None:
-    """Load or reach what scorers need; the planted oracle judges by the world that the pairs are from. Raises UserError."""
-    for scorer in scorers:
-        if isinstance(scorer, PlantedOracle):
-            scorer.use_world(checkpoints.world)
-        scorer.start()
+    """Load or reach what scorers need; judges are held against the pairs' own labels. Raises UserError."""
+    pairs = [LabelledPair(p.pair_id, p.prompt, p.chosen, p.rejected, p.group, p.attributes) for p in checkpoints.pairs]
+    scoring.start_scorers(scorers, world=checkpoints.world, pairs=pairs)
 
 
 def checkpoints_of_run(
@@ -82,16 +90,17 @@ def checkpoints_of_run(
     kernel = attn_implementation or run.setting("model.attn_implementation")
     opened = _open(base, str(run.aligned), dtype, device, None if kernel is None else str(kernel), revision)
     check_ids(pairs, opened[0].model, run.folder / PROMPTS_FILE)
-    return Checkpoints(*opened, pairs, _world_of(run), _beta_of(run))
+    knows_beta = "train/rewards/margins" in run.metrics  # SFT has none
+    return Checkpoints(*opened, pairs, _world_of(run), _beta_of(run), knows_beta)
 
 
 class HeldOutPairs:
-    """Pairs to ask any two checkpoints about, one a prompt, drawn by a seed from any source.
+    """Pairs to ask any two checkpoints about, one a prompt, drawn by a seed from any source; or every pair of it.
 
     Whether the aligned model was trained on these prompts is not known here.
 
     Args:
-        n_pairs: so many at most.
+        n_pairs: so many at most; null: every pair of the source in its order, also several of one prompt.
         max_length, text_format, chat_date: see :class:`~datamodules.preference.PreferenceDataModule`; never longer than the model
             has positions.
         seed: of the draw.
@@ -103,19 +112,32 @@ class HeldOutPairs:
     def __init__(
         self,
         *,
-        n_pairs: int = 256,
+        n_pairs: int | None = 256,
         max_length: int = 1024,
         text_format: TextChoice = "auto",
         seed: int = 0,
         chat_date: str | None = None,
     ) -> None:
-        if n_pairs < 1 or seed < 0 or max_length < _LEAST_LENGTH:
+        if (n_pairs is not None and n_pairs < 1) or seed < 0 or max_length < _LEAST_LENGTH:
             raise UserError(
-                f"pairs: expected n_pairs of at least 1, a seed from 0 and max_length from {_LEAST_LENGTH}, got {n_pairs}, {seed} "
-                f"and {max_length}"
+                f"pairs: expected n_pairs of at least 1 or null, a seed from 0 and max_length from {_LEAST_LENGTH}, got "
+                f"{n_pairs}, {seed} and {max_length}"
             )
         self.n_pairs, self.max_length, self.text_format, self.seed = n_pairs, max_length, text_format, seed
         self.chat_date = chat_date
+
+    def draw(self, source: PreferenceSource) -> tuple[list[PreferencePair], list[LoadReport]]:
+        """Pairs with their clean labels, held out where the source says which are; with what was read.
+
+        Raises:
+            UserError: no pairs.
+        """
+        records, reports = load_pairs(source)
+        records = [record for record in records if record.held_out] or records
+        if not records:
+            raise UserError("data: no preference pair is left after filtering")
+        taken = records if self.n_pairs is None else _one_a_prompt(records, self.n_pairs, self.seed)
+        return [with_clean_label(record) for record in taken], reports
 
     def ask(
         self,
@@ -132,13 +154,9 @@ class HeldOutPairs:
         Raises:
             UserError: a model that can't be opened, two tokenizers, or no pairs.
         """
-        records, reports = load_pairs(source)
-        records = [record for record in records if record.held_out] or records
-        if not records:
-            raise UserError("data: no preference pair is left after filtering")
+        drawn, reports = self.draw(source)
         opened = _open(base, aligned, dtype, device, attn_implementation)
         limit = getattr(opened[0].model.config, "max_position_embeddings", None) or self.max_length
-        drawn = [with_clean_label(record) for record in _one_a_prompt(records, self.n_pairs, self.seed)]
         tokenizer = opened[0].tokenizer
         encode = PairTokenizer(
             tokenizer,

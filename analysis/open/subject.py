@@ -98,7 +98,7 @@ def subject_of_checkpoints(
         ("Base", base + _commit(checkpoints.base)),
         ("Aligned", aligned + _commit(checkpoints.aligned)),
         ("Data", read),
-        ("Asked about", "; ".join([f"{len(checkpoints.pairs)} pairs, one a prompt", *lost])),
+        ("Asked about", "; ".join([_how_many(checkpoints), *lost])),
         ("Held out?", "not known: the aligned model may have been trained on these prompts"),
     ]
     if differ := settings_that_differ(checkpoints):
@@ -107,6 +107,11 @@ def subject_of_checkpoints(
         facts.append(("Not shown", f"{', '.join(left_out)}: only a run that was trained here has a course over steps"))
     title = f"{Path(aligned).name} against {Path(base).name}"
     return Subject("report of two checkpoints", title, facts, "of these two checkpoints, asked now.", report, command)
+
+
+def _how_many(checkpoints: Checkpoints) -> str:
+    n, n_prompts = len(checkpoints.pairs), len({pair.group for pair in checkpoints.pairs})
+    return f"{n} pairs, {'one a prompt' if n == n_prompts else f'of {n_prompts} prompts'}"
 
 
 def _commit(opened: LoadedModel) -> str:

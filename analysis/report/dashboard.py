@@ -22,6 +22,7 @@ from tiltmeter.files import write_text
 from tiltmeter.metric_names import STEP_AXIS, at, find, keys_of, matrix, metric
 from tiltmeter.models.layers import FINAL_POST_NORM, FINAL_PRE_NORM
 from tiltmeter.plain_text import allow_any_encoding
+from tiltmeter.scoring.scorer import AGREEMENT
 from tiltmeter.scoring.truthfulqa import FIGURES
 from tiltmeter.states.capture import ReadPoint
 from tiltmeter.states.positions import Position
@@ -80,10 +81,16 @@ SECTIONS: dict[str, list[tuple[str, list[str] | str]]] = {
         ("Entropy of ΔH (nats)", _at_every_site(metric("spectral_entropy", "delta", "energy"))),
     ],
     "Behaviour": [
-        ("Answers preferred to the base's, and to the chosen ones", _figures(*_PREFERRED)),
+        (
+            "Answers preferred to the base's, and to the chosen ones; the judge's agreement with labels",
+            [*_figures(*_PREFERRED), AGREEMENT],
+        ),
         ("Preference accuracy, held out", _figures("preference_accuracy")),
         ("Toxicity of policy and base", _figures("toxicity", "toxicity_word_list", "hate_speech", and_base=True)),
-        ("G-Eval score of policy and base", _figures("geval_score", and_base=True)),
+        (
+            "G-Eval score of policy and base; the judge's agreement with labels",
+            [*_figures("geval_score", and_base=True), AGREEMENT],
+        ),
         ("Degenerate, empty, cut: share of completions", _figures("degeneration", "empty", "cut")),
         ("Overlap with chosen: ROUGE-L", _figures("rougeL", and_base=True)),
         ("TruthfulQA", _figures(*_TRUTHFULQA)),

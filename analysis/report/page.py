@@ -14,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from analysis.open.subject import Subject
+from analysis.report.coloured import Coloured
 from analysis.report.samples import Samples
 from analysis.report.style import save_figure
 from tiltmeter.errors import FailedWrite, Unsupported, UserError
@@ -52,6 +53,7 @@ class Section:
         more_tables: name → further tables for report/tables/.
         lost: figures without a number, because too many scores are missing.
         samples: what both models said, where they were made to speak.
+        coloured: texts whose tokens are coloured by a number.
     """
 
     name: str
@@ -70,6 +72,7 @@ class Section:
     more_tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
     lost: Sequence[str] = ()
     samples: Samples | None = None
+    coloured: Coloured | None = None
 
 
 class Attempts:

@@ -72,8 +72,9 @@ class GenerationSweep:
             where = unit.direction, unit.vector, 0, unit.site, strength
             for key, scorer in self.scorers.items():
                 scores = score_all({key: scorer}, pair_up(self.prompts, unsteered, steered))
-                own = [f for f in scores.figures if f.of != "base"]
-                found += [Row(*where, f.name, f.value, f.low, f.high, f.n) for f in own]
+                own = [f for f in scores.figures if f.of in ("policy", "both")]
+                judge = [f for f in scores.figures if f.of == "judge" and not strength]  # the same at every λ
+                found += [Row(*where, f.name, f.value, f.low, f.high, f.n) for f in (*own, *judge)]
                 found += [Row(*where, *one) for one in _worse(scores)]
                 missing += [] if _has_numbers(own) else [key]
         return Rows(found, missing=list(dict.fromkeys(missing)))

@@ -11,6 +11,15 @@ from datamodules.preference import PreferenceDataModule
 from tiltmeter.errors import UserError
 from tiltmeter.models.generation import Completion, Decoding
 from tiltmeter.scoring.behaviour import Completions, Prompt, complete, one_a_group
+from tiltmeter.scoring.scorer import LabelledPair
+
+
+def labelled_pairs_of(data: PreferenceDataModule) -> list[LabelledPair]:
+    """Pairs of the probe, or of validation in a run without one, as a judge is held against them."""
+    records = (data.splits["probe"].records or data.splits["val"].records) if data.splits else []
+    return [
+        LabelledPair(r.pair_id, r.prompt_text, r.chosen_text, r.rejected_text, r.group, r.attributes) for r in records
+    ]
 
 
 def prompts_of(data: PreferenceDataModule, n_prompts: int) -> list[Prompt]:

@@ -46,7 +46,7 @@ class GenerationMetrics(Scheduled):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: D102
         if trainer.is_global_zero:
-            self.scoring.start(data_of(trainer).source)
+            self.scoring.start(data_of(trainer))
 
     def look(self, trainer: Trainer, module: LightningModule) -> None:
         """Complete the prompts and have both models' completions scored."""

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from lightning.pytorch import Trainer
 
+from callbacks.behaviour.completions import labelled_pairs_of
 from callbacks.probe_session import log, report_failed_write
-from datamodules.oracle import PlantedOracle
-from datamodules.records import PreferenceSource
+from datamodules.preference import PreferenceDataModule
 from tiltmeter.errors import UserError
 from tiltmeter.metric_names import SCORED_STEP
 from tiltmeter.scoring.behaviour import BehaviourTables, Scored, ScoringBeside, score_all
-from tiltmeter.scoring.scorer import Figure, Sample, Scorer, Scores, as_metrics
+from tiltmeter.scoring.scorer import Figure, Sample, Scorer, Scores, as_metrics, start_scorers
 
 
 class Scoring:
@@ -28,15 +28,11 @@ class Scoring:
         self._beside = ScoringBeside({name: scorer for name, scorer in scorers.items() if scorer.is_slow})
         self._is_started = False
 
-    def start(self, source: PreferenceSource) -> None:
-        """Let scorers load or reach what they need, once. Raises UserError."""
-        if self._is_started:
-            return
-        for scorer in self.scorers.values():
-            if isinstance(scorer, PlantedOracle):
-                scorer.use_world(source)
-            scorer.start()
-        self._is_started = True
+    def start(self, data: PreferenceDataModule) -> None:
+        """Let scorers load or reach what they need, once; judges are held against held-out pairs. Raises UserError."""
+        if not self._is_started:
+            start_scorers(self.scorers.values(), world=data.source, pairs=labelled_pairs_of(data))
+            self._is_started = True
 
     def score(self, trainer: Trainer, samples: list[Sample]) -> None:
         """Score what can be scored at once; the rest is asked for."""

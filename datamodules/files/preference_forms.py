@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from datamodules.hh import parse_row
 from datamodules.records import Message, Role, transcript
+from tiltmeter.errors import UserError
 
 Kind = Literal["", "text", "messages"]
 Row = Mapping[str, Any]
@@ -104,6 +105,28 @@ def parse(row: Row, form: str) -> Parsed | str:
     if not chosen or not rejected:
         return "empty response"
     return "identical responses" if chosen == rejected else parsed
+
+
+def prompt_messages(value: Any, where: str) -> tuple[Message, ...]:
+    """Turns of a prompt that is given as messages, without an answer.
+
+    Args:
+        value: one message or a list of them.
+        where: file and row, for the error.
+
+    Raises:
+        UserError: they are no messages, or the last isn't a user's.
+    """
+    try:
+        turns = _turns(value, "user")
+    except (_Refusal, AttributeError) as problem:
+        reason = str(problem) if isinstance(problem, _Refusal) else "no role and content"
+        raise UserError(f"{where}: messages can't be read: {reason}; expected [{{role, content}}, …]") from problem
+    if turns[-1].role != "user":
+        raise UserError(
+            f"{where}: expected messages that end with a user's, which is to be answered; got {turns[-1].role}'s last"
+        )
+    return turns
 
 
 def common_beginning(chosen: str, rejected: str) -> str:

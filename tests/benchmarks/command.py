@@ -4,7 +4,8 @@ import importlib
 import multiprocessing
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from subprocess import PIPE, CompletedProcess
 from types import SimpleNamespace
 from typing import IO, Any
@@ -12,9 +13,10 @@ from typing import IO, Any
 from tests.processes import run_script
 
 
-def run_benchmark(name: str, *arguments: str) -> CompletedProcess[str]:
-    """``python benchmarks/NAME …`` with output captured."""
-    return run_script(f"benchmarks/{name}", *arguments, before=fork_workers, environment={"TILTMETER_SHARED": None})
+def run_benchmark(name: str, *arguments: str, before: Callable[[], None] | None = None) -> CompletedProcess[str]:
+    """``python benchmarks/NAME …`` with output captured; ``before`` is called in its process first."""
+    first = partial(_in_turn, fork_workers, before) if before else fork_workers
+    return run_script(f"benchmarks/{name}", *arguments, before=first, environment={"TILTMETER_SHARED": None})
 
 
 def result_of(output: str) -> dict[str, float]:
@@ -22,6 +24,19 @@ def result_of(output: str) -> dict[str, float]:
     word, *parts = output.strip().splitlines()[-1].split()
     assert word == "RESULT"
     return {name: float(value) for name, value in (part.split("=") for part in parts)}
+
+
+def _in_turn(*calls: Callable[[], None]) -> None:
+    for call in calls:
+        call()
+
+
+def few_texts(few: int) -> None:
+    """So many pairs stand in for HH, whatever is asked for: nothing is timed, and a tokenizer is trained on them."""
+    from benchmarks import workload
+
+    made = workload.HHLengths.__init__
+    workload.HHLengths.__init__ = lambda self, n_pairs: made(self, few)  # type: ignore[method-assign]
 
 
 def fork_workers() -> None:

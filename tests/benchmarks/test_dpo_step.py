@@ -1,13 +1,15 @@
 """The speed comparison as a person runs it, on the smallest work that goes through every part of it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from benchmarks import workload
 from benchmarks.common import Spread
 from benchmarks.workload import Settings, random_order, sorted_order
-from tests.benchmarks.command import result_of, run_benchmark
+from tests.benchmarks.command import few_texts, result_of, run_benchmark
 from tests.tiny_models import random_pairs
 
 pytest.importorskip("trl")
@@ -18,11 +20,20 @@ SETTINGS = Settings(
 )  # fmt: skip
 
 
+def in_miniature() -> None:
+    """A smaller model and shorter, fewer texts: nothing here is timed."""
+    tiny = workload.SHAPES["tiny"]
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    workload.SHAPES["tiny"] = replace(tiny, architecture=tiny.architecture | sizes)
+    workload.MAX_LENGTH = 128
+    few_texts(40)
+
+
 @pytest.mark.slow
 def test_quick_comparison_ends_with_its_figures() -> None:
     """With LoRA, which is all that goes without it, and adapters that both sides start from."""
     little = ("--rounds", "1", "--pairs-per-step", "4", "--micro-batch", "2", "--threads", "1", "--lora-rank", "4")
-    done = run_benchmark("dpo_step.py", "--quick", *little)
+    done = run_benchmark("dpo_step.py", "--quick", *little, before=in_miniature)
     assert done.returncode == 0, done.stderr
     result = result_of(done.stdout)
     assert list(result) == [

@@ -22,5 +22,5 @@ def test_a_file_that_is_not_there_is_one_line() -> None:
     assert done.returncode == 2
     assert done.stderr.strip().splitlines() == [
         "benchmark: truthfulqa.path: cannot read no/mc_task.json (No such file or directory; expected .json, .jsonl, "
-        ".parquet or hub:truthfulqa/truthful_qa[@REVISION])"
+        ".parquet, .csv or hub:truthfulqa/truthful_qa[@REVISION])"
     ]

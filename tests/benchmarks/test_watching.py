@@ -1,5 +1,7 @@
 """The cost of watching as a person measures it, on runs of three steps, and the pieces that it is measured with."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -7,13 +9,13 @@ from benchmarks import watched_run
 from benchmarks.observation_cost import N_SPECTRA, Case, decompose, held_mb, stream, synthetic_rows
 from benchmarks.watched_run import RunSettings, Stopwatch, composed, turn_lengths
 from benchmarks.watching import FULL_CASES, LAYERS, cost_row
-from tests.benchmarks.command import result_of, run_benchmark
+from tests.benchmarks.command import few_texts, result_of, run_benchmark
 from tiltmeter.geometry.moments import UpdateMoments
 
 
 @pytest.mark.slow
 def test_quick_comparison_ends_with_its_figures() -> None:
-    done = run_benchmark("watching.py", "--quick", "--threads", "1")
+    done = run_benchmark("watching.py", "--quick", "--threads", "1", before=partial(few_texts, 120))
     assert done.returncode == 0, done.stderr
     result = result_of(done.stdout)
     assert list(result) == ["time_overhead", "memory_overhead"]

@@ -10,7 +10,8 @@ import pytest
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.behaviour.generation_metrics import GenerationMetrics
-from tests.callbacks.watched import Watched, watch
+from datamodules.records import PreferencePair
+from tests.callbacks.watched import N_PROBE, Watched, watch
 from tests.processes import HANGS
 from tests.tiltmeter.scoring.asking import judge
 from tests.tiltmeter.scoring.fake_judge import material
@@ -119,14 +120,24 @@ def test_an_honest_judge_s_scores_arrive_with_the_step_they_are_about(tmp_path: 
             assert row[name] == pytest.approx(texts[f"geval_score/helpfulness/{side}"].mean())
         assert row["behaviour/geval_low_mass/helpfulness"] == 0
         assert 0 <= row["behaviour/geval_win_rate"] <= 1
+        assert row["judge/agreement"] == likes_length(watched.data.splits["probe"].records)
     assert rows[0]["behaviour/geval_score"] == rows[0]["behaviour/geval_score/base"], "the base against itself"
     assert rows[0]["behaviour/geval_win_rate"] == 0.5
     figures = read_table(tmp_path / "report" / "tables" / FIGURES)
+    agreement = figures[figures["metric"] == "judge/agreement"]
+    assert agreement["n"].tolist() == [N_PROBE] * 2
+    assert (agreement["ci_low"] < agreement["value"]).all()
     judged = figures[figures["metric"] == "geval_score"]
     assert judged["n"].tolist() == [N_PROMPTS] * 4
     assert judged["scorer"].str.contains("stub@127.0.0.1").all()
     assert watched.logger.of("train/loss") == losses
     assert not [line for line in said if "judge" in line or "geval" in line], said
+
+
+def likes_length(records: list[PreferencePair]) -> float:
+    """Share of pairs whose chosen response is the longer one, equal ones half."""
+    longer = [len(r.chosen_text.strip()) - len(r.rejected_text.strip()) for r in records]
+    return sum(0.5 if not x else float(x > 0) for x in longer) / len(longer)
 
 
 FAULTS: dict[str, Fault] = {
@@ -177,7 +188,7 @@ def test_a_judge_that_is_down_from_the_start_is_a_warning(tmp_path: Path, losses
 def test_a_judge_over_its_budget_stops_asking(tmp_path: Path, losses: list[float]) -> None:
     with StubEndpoint(says) as stub:
         asked = judge(stub, max_requests=5)
-        watched, said = run(tmp_path, JudgeScorer(asked, against=()))
+        watched, said = run(tmp_path, JudgeScorer(asked, against=(), agreement_pairs=0))
         assert len(stub.requests) == 5
     assert any("geval_score/helpfulness of policy" in line and "budget" in line for line in said), said
     assert watched.logger.of("train/loss") == losses

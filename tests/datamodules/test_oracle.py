@@ -9,7 +9,7 @@ from datamodules.oracle import PlantedOracle
 from datamodules.synthetic import SyntheticWorld
 from tiltmeter.errors import UserError
 from tiltmeter.models.generation import Completion
-from tiltmeter.scoring.scorer import Sample
+from tiltmeter.scoring.scorer import LabelledPair, Sample, as_metrics, start_scorers
 
 
 @pytest.fixture(scope="module")
@@ -87,3 +87,17 @@ def test_oracle_without_a_synthetic_world_is_refused_at_the_start(world: Synthet
     late.use_world(object())
     with pytest.raises(UserError, match="only for data=synthetic"):
         late.start()
+
+
+def test_the_oracle_agrees_with_every_clean_label(world: SyntheticWorld) -> None:
+    pairs = [
+        LabelledPair(p.pair_id, p.prompt_text, p.chosen_text, p.rejected_text, p.group, p.attributes)
+        for p in world.load()[0]
+    ]
+    judge = PlantedOracle(agreement_pairs=50)
+    start_scorers([judge], world=world, pairs=pairs)
+    found = {f.name: f for f in judge.score([]).figures if f.of == "judge"}
+    assert found["judge/agreement"][2:7] == (1.0, pytest.approx(0.025 ** (1 / 50)), 1.0, 50, 0)
+    assert found["judge/agreement_ties"].value == 0
+    judge.use_labels([pair._replace(chosen=pair.rejected, rejected=pair.chosen) for pair in pairs])
+    assert as_metrics(judge.score([]).figures)["judge/agreement"] == 0

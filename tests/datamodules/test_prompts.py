@@ -35,6 +35,20 @@ def test_plain_rows_of_several_files_have_ids_by_file_and_row(tmp_path: Path) ->
     assert PromptFile(str(path)).load()[0].attributes == {"prompt_toxicity": 1.0}
 
 
+def test_tables_texts_and_messages_are_read_too(tmp_path: Path) -> None:
+    csv = tmp_path / "some.csv"
+    csv.write_text('id,prompt,prompt_toxicity\n7,"Hi, you",0.25\n8,"two\nlines",\n', encoding="utf-8")
+    first, second = PromptFile(str(csv)).load()
+    assert first == Prompt("some/00000", "Hi, you", {"id": "7", "prompt_toxicity": 0.25})
+    assert (second.text, "prompt_toxicity" in second.attributes) == ("two\nlines", False)
+    turns = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
+    shared = {"from": "human", "value": "Hi"}
+    rows = ({"text": "Once"}, {"messages": turns}, {"prompt": turns[1:]}, {"conversations": [shared]})
+    texts = [prompt.text for prompt in PromptFile(str(write(tmp_path / "m.jsonl", *rows))).load()]
+    asked = "\n\nHuman: Hi\n\nAssistant:"
+    assert texts == ["Once", f"\n\nSystem: Be kind.{asked}", asked, asked]
+
+
 def test_max_prompts_keeps_the_first_rows(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", *({"prompt": str(i)} for i in range(5)))
     assert [p.text for p in PromptFile(str(path), max_prompts=2).load()] == ["0", "1"]
@@ -44,7 +58,12 @@ def test_max_prompts_keeps_the_first_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({}, r'a\.jsonl:2: expected {"prompt": TEXT} or .*, got None'),
+        ({}, r'a\.jsonl:2: expected {"prompt": TEXT}, .*, got None'),
+        (
+            {"messages": [{"role": "assistant", "content": "x"}]},
+            r"a\.jsonl:2: expected messages that end with a user's",
+        ),
+        ({"messages": ["x"]}, r"a\.jsonl:2: messages can't be read: no role and content"),
         ({"prompt": " "}, r"a\.jsonl:2: expected .*got ' '"),
         ({"prompt": {"toxicity": 0.1}}, r"a\.jsonl:2: expected"),
         ({"prompt": {"text": "x", "toxicity": 1.5}}, r"a\.jsonl:2: prompt\.toxicity: expected a number from 0 to 1"),

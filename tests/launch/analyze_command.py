@@ -6,7 +6,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import open_dict
+from omegaconf import DictConfig, open_dict
 
 from launch.analyzing import analyze
 from launch.command import one_line_errors
@@ -15,15 +15,21 @@ from tests.processes import contents
 from tiltmeter.errors import UserError
 
 
-def ask(tmp_path: Path, *arguments: str) -> Path | None:
-    """As ``analyze.py`` does, in this process."""
-    overrides = prepare_overrides([*arguments, f"runs_root={tmp_path / 'runs'}"], config_name="analyze")
+def composed(*arguments: str) -> DictConfig:
+    """The configuration of a command line, as Hydra would make it."""
+    overrides = prepare_overrides(arguments, config_name="analyze")
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("analyze", overrides=overrides, return_hydra_config=True)
     HydraConfig.instance().set_config(config)
     with open_dict(config):
         del config["hydra"]
+    return config
+
+
+def ask(tmp_path: Path, *arguments: str) -> Path | None:
+    """As ``analyze.py`` does, in this process."""
+    config = composed(*arguments, f"runs_root={tmp_path / 'runs'}")
     config.debug = True  # errors are raised, not printed
     with one_line_errors(config):
         return analyze(config)

@@ -12,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from tests.analysis import asked
 from tests.analysis.asked import save_model
-from tests.analysis.conftest import CONFIG, dpo_rows
+from tests.analysis.conftest import CONFIG, dpo_rows, outlines_for_fonts  # noqa: F401
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,6 @@
 """``python analyze.py`` on tiny models: what it takes, what it refuses, what it leaves behind."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,24 @@ def test_an_oracle_of_a_synthetic_world(tmp_path: Path, two: tuple[str, str]) ->
     assert "toxicity_word_list" not in table.index.get_level_values(0)
 
 
+def test_rewards_of_every_pair_of_a_file(tmp_path: Path, two: tuple[str, str]) -> None:
+    rows = [{"prompt": f"Q {i // 2}?", "chosen": f"Yes {i}.", "rejected": "<b>No</b>"} for i in range(6)]
+    (file := tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    asked = (*two, "data=preferences", f"data.path={file}", "analysis=rewards")
+    page = ask(tmp_path, *asked, "rewards.beta=0.5", "rewards.n_shown=1")
+    found = pd.read_csv(page.parent / "tables" / "rewards.csv")
+    assert found["prompt"].tolist() == [0, 0, 1, 1, 2, 2], "in the file's order"
+    text = page.read_text("utf-8")
+    assert "6 pairs, of 3 prompts" in text
+    assert "β = 0.5, as rewards.beta says" in text
+    assert "rewards.beta=0.5 rewards.n_shown=1 analysis=rewards" in text
+    assert "<b>No" not in text
+    assert '<pre class="coloured">' in text
+    fewer = ask(tmp_path, *asked, "pairs.n_pairs=2", f"out={tmp_path / 'fewer'}")
+    assert len(pd.read_csv(fewer.parent / "tables" / "rewards.csv")) == 2
+    assert "β = 0.1 is assumed" in fewer.read_text("utf-8")
+
+
 def test_a_run_is_asked_again(tmp_path: Path, run: Path) -> None:
     page = ask(tmp_path, "run=last", "analysis=behaviour", *SMALL)
     assert page == run / "report" / "index.html"
@@ -127,6 +146,9 @@ def test_a_local_judge_in_this_process(tmp_path: Path, two: tuple[str, str]) -> 
         assert 0 <= table.loc[figure, "value"] <= 1
         assert table.loc[figure, "n"] == 3
         assert "local:" in table.loc[figure, "scorer"]
+    agreement = table.loc["judge/agreement", "judge"]
+    assert agreement["n"] == 5, "all pairs that there are"
+    assert agreement["ci_low"] <= agreement["value"] <= agreement["ci_high"]
 
 
 @pytest.mark.parametrize(
@@ -162,7 +184,7 @@ def test_all_of_a_run_opens_its_models_once_and_shows_whatever_there_is(
     monkeypatch.setattr(checkpoints, "load_model", lambda where, **how: opened.append(where) or load(where, **how))
     page = ask(tmp_path, f"run={run}", *SWEEP)
     assert opened == [str(run / "base"), str(run / "aligned")]
-    shown = ("training", *READ_NOW, "steering_sweep", "transfer")
+    shown = ("training", *READ_NOW, "rewards", "steering_sweep", "transfer")
     shown += ("recovery_ladder", "update_models", "gradient_field")
     assert {path.stem for path in (page.parent / "figures").glob("*.png")} == set(shown)
     text = page.read_text(encoding="utf-8")

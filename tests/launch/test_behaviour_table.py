@@ -50,6 +50,14 @@ def test_a_win_rate_over_the_base_begins_at_chance_even_if_nobody_looked(tmp_pat
     assert table["win rate vs chosen, oracle"][:2] == ["–", "0.625"]
 
 
+def test_a_judge_s_agreement_stands_below_its_win_rates(tmp_path: Path) -> None:
+    planted.write(tmp_path, {10: [*planted.LOOKS[10], planted.figure("judge/agreement", "judge", 0.875, n=100)]})
+    lines = printed(tmp_path).splitlines()
+    at = next(i for i, line in enumerate(lines) if line.strip().startswith("judge agrees with labels"))
+    assert lines[at].split()[4:] == ["–", "0.875", "0.825", "…", "0.925", "100", "2"]
+    assert lines[at - 1].strip().startswith("win rate vs chosen")
+
+
 def test_a_run_without_scores_has_none(tmp_path: Path) -> None:
     assert behaviour_of(tmp_path) == []
     planted.write(tmp_path, {10: [planted.figure("preference_accuracy", "both", 0.9)]})

@@ -60,7 +60,6 @@ def earlier(run: Path) -> str:
         (("data.seed=5", "allow_config_change=true"), "other data or another tokenisation"),
         (("datamodule.probe_pairs=5", "allow_config_change=true"), "other data or another tokenisation"),
         (("trainer.max_steps=2",), "trainer.max_steps=2: .* has taken 3 steps already"),
-        (("trainer.max_steps=9",), "reference log-probs for fewer steps than this run takes"),
         (("callbacks=geometry",), "this checkpoint holds no hidden states of the base model"),
         (("callbacks=behaviour",), "this checkpoint holds no completions of the base model"),
         (
@@ -79,7 +78,6 @@ def earlier(run: Path) -> str:
         "data",
         "probe",
         "fewer steps",
-        "reference",
         "states",
         "completions",
         "judge",

@@ -233,7 +233,7 @@ def test_a_broken_configuration_is_refused(folder: Path) -> None:
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(saved: Path) -> None:
     tokenizer = make_tokenizer()
     tokenizer.add_tokens([f"<{i}>" for i in range(5)])
-    with pytest.raises(UserError, match="its vocabulary has 280 tokens but its tokenizer 285"):
+    with pytest.raises(UserError, match="has 285 tokens, but the model's vocabulary 280"):
         CausalLM(name_or_path=str(saved)).build(tokenizer)
 
 

@@ -1,18 +1,19 @@
-"""One judge, asked everything: G-Eval scores of both models' replies, and which of two replies is better."""
+"""One judge, asked everything: pairs that people ranked, G-Eval scores of replies, and which of two replies is better."""
 
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from tiltmeter.judges.judge import Judge
 from tiltmeter.scoring.geval import N_SAMPLES, TEMPERATURE, GEvalScorer, ScoreMode
-from tiltmeter.scoring.scorer import Sample, Scores
+from tiltmeter.scoring.scorer import AGREEMENT_PAIRS, Agreement, LabelledPair, Sample, Scorer, Scores
 from tiltmeter.scoring.win_rate import Opponent, WinRateScorer
 
 
 class JudgeScorer:
     """:class:`~tiltmeter.scoring.geval.GEvalScorer` and :class:`~tiltmeter.scoring.win_rate.WinRateScorer` by the same judge.
 
-    They share its budget, cache and limits.
+    They share its budget, cache and limits. Before its first score the judge is asked about held-out pairs that people ranked,
+    as it is about replies: figures ``judge/…`` (:meth:`~tiltmeter.scoring.win_rate.WinRateScorer.agreement`).
 
     Args:
         judge: who rates and compares.
@@ -23,9 +24,10 @@ class JudgeScorer:
         preset: how two replies are compared.
         n_samples, temperature, steps_file, evaluation_steps: of the G-Eval scores.
         seed: of the order of questions and the markers around what is judged.
+        agreement_pairs: held-out pairs that it is held against people's labels on, two questions each; 0: none.
 
     Raises:
-        UserError: what the two scorers refuse.
+        UserError: what the two scorers refuse, or a number of pairs below 0.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class JudgeScorer:
         steps_file: str | None = None,
         evaluation_steps: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
         seed: int = 0,
+        agreement_pairs: int = AGREEMENT_PAIRS,
     ) -> None:
         self._rated = GEvalScorer(
             judge,
@@ -52,18 +55,18 @@ class JudgeScorer:
             evaluation_steps=evaluation_steps,
             seed=seed,
         )
-        self._compared: WinRateScorer | None = None
-        if against:
-            first, meaning = next(iter(self._rated.criteria.items()))
-            in_words = preset == "hh_dpo" or score_mode != "logprob"
-            self._compared = WinRateScorer(
-                judge,
-                against=against,
-                preset=preset,
-                criterion={first: meaning},
-                verdict_mode="text" if in_words else "logprob",
-                seed=seed,
-            )
+        first, meaning = next(iter(self._rated.criteria.items()))
+        in_words = preset == "hh_dpo" or score_mode != "logprob"
+        comparing = WinRateScorer(
+            judge,
+            against=against or "base",
+            preset=preset,
+            criterion={first: meaning},
+            verdict_mode="text" if in_words else "logprob",
+            seed=seed,
+        )
+        self._compared = comparing if against else None
+        self.agreement = Agreement(agreement_pairs, comparing.agreement, comparing.start)
         self.name = self._rated.name
         self.is_slow = self._rated.is_slow
 
@@ -73,15 +76,19 @@ class JudgeScorer:
         opponents = self._compared.against if self._compared is not None else ()
         return 2 * len(self._rated.criteria) + 2 * len(opponents)
 
+    def use_labels(self, pairs: Sequence[LabelledPair]) -> None:
+        """Take held-out pairs that people ranked."""
+        self.agreement.use_labels(pairs)
+
     def start(self) -> None:
         """Check that the judge can do what scores need, which is all that comparisons need. Raises UserError."""
         self._rated.start()
 
     def score(self, samples: Sequence[Sample]) -> Scores:
-        """Rate and compare."""
-        whole = self._rated.score(samples)
-        if self._compared is not None:
-            compared = self._compared.score(samples)
-            whole.figures.extend(compared.figures)
-            whole.columns.update(compared.columns)
+        """Hold the judge against people, then let it rate and compare."""
+        whole = Scores(self.agreement.figures())
+        scorers: list[Scorer] = [self._rated] if self._compared is None else [self._rated, self._compared]
+        for found in [scorer.score(samples) for scorer in scorers]:
+            whole.figures.extend(found.figures)
+            whole.columns.update(found.columns)
         return whole

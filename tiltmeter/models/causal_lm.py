@@ -42,6 +42,8 @@ class CausalLM:
         revision: commit or tag on the hub, of a GGUF file its sha256; pin it for runs that are to be remade.
         init: ``pretrained`` loads weights, ``random`` makes a model from ``architecture``.
         architecture: for ``init=random``: ``model_type`` and the fields of that family's configuration.
+        adapter_path: folder or hub id of a LoRA adapter that is merged into the weights before anything else is done with them;
+            :meth:`build` and its like are of the merged model, whose choice has none any more.
         tokenizer: hub id or folder; None: the model's own. For ``init=random`` None means: train a BPE on the data.
         vocab_size: size of a trained BPE.
         dtype: of the weights. float32 weights with ``trainer.precision=bf16-mixed`` is the usual choice.
@@ -52,6 +54,7 @@ class CausalLM:
     revision: str | None = None
     init: str = "pretrained"
     architecture: Mapping[str, Any] | None = None
+    adapter_path: str | None = None
     tokenizer: str | None = None
     vocab_size: int = 4096
     dtype: str = "float32"
@@ -59,33 +62,43 @@ class CausalLM:
 
     def __post_init__(self) -> None:
         """Check that the options fit together."""
-        if self.init not in ("pretrained", "random"):
-            raise UserError(f"{argument('CausalLM.init')}: expected pretrained or random, got {self.init}")
-        if self.init == "pretrained" and not self.name_or_path:
-            raise UserError(
-                f"{argument('CausalLM.name_or_path')}: expected a hub id or a folder, got none (or set "
-                f"{argument('CausalLM.init')}=random)"
-            )
-        if self.init == "pretrained" and self.architecture:
-            raise UserError(
-                f"{argument('CausalLM.architecture')}: only for {argument('CausalLM.init')}=random; a pretrained model brings "
-                "its own"
-            )
-        if self.init == "random" and self.name_or_path:
-            raise UserError(
-                f"{argument('CausalLM.name_or_path')}: not with {argument('CausalLM.init')}=random; choose one of the two"
-            )
-        if self.init == "random" and "model_type" not in (self.architecture or {}):
-            raise UserError(
-                f"{argument('CausalLM.architecture')}: {argument('CausalLM.init')}=random needs model_type (for example llama) "
-                "and its sizes"
-            )
-        if self.dtype not in DTYPES:
-            raise UserError(f"{argument('CausalLM.dtype')}: expected one of {', '.join(DTYPES)}, got {self.dtype}")
-        if self.attn_implementation not in (None, *KERNELS):
-            raise UserError(
-                f"{argument('CausalLM.attn_implementation')}: expected sdpa or eager, got {self.attn_implementation}"
-            )
+        init, is_random = self._argument("init"), self.init == "random"
+        lacks_family = "model_type" not in (self.architecture or {})
+        for is_wrong, name, said in (
+            (self.init not in ("pretrained", "random"), "init", f"expected pretrained or random, got {self.init}"),
+            (
+                not is_random and not self.name_or_path,
+                "name_or_path",
+                f"expected a hub id or a folder, got none (or set {init}=random)",
+            ),
+            (
+                not is_random and self.architecture,
+                "architecture",
+                f"only for {init}=random; a pretrained model brings its own",
+            ),
+            (is_random and self.name_or_path, "name_or_path", f"not with {init}=random; choose one of the two"),
+            (
+                is_random and self.adapter_path,
+                "adapter_path",
+                f"not with {init}=random; give the base that it was trained on",
+            ),
+            (
+                is_random and lacks_family,
+                "architecture",
+                f"{init}=random needs model_type (for example llama) and its sizes",
+            ),
+            (self.dtype not in DTYPES, "dtype", f"expected one of {', '.join(DTYPES)}, got {self.dtype}"),
+            (
+                self.attn_implementation not in (None, *KERNELS),
+                "attn_implementation",
+                f"expected sdpa or eager, got {self.attn_implementation}",
+            ),
+        ):
+            if is_wrong:
+                raise UserError(f"{self._argument(name)}: {said}")
+
+    def _argument(self, name: str) -> str:
+        return argument(f"CausalLM.{name}")
 
     @property
     def trains_tokenizer(self) -> bool:
@@ -103,7 +116,7 @@ class CausalLM:
         where = self.tokenizer or str(self.name_or_path)
         revision = self.revision if where == self.name_or_path else None
         tokenizer = _load(
-            argument("CausalLM.name_or_path") if self.tokenizer is None else argument("CausalLM.tokenizer"),
+            self._argument("name_or_path" if self.tokenizer is None else "tokenizer"),
             where,
             lambda: AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=False),
             part="tokenizer",
@@ -124,7 +137,7 @@ class CausalLM:
         else:
             where = str(self.name_or_path)
             config = _load(
-                argument("CausalLM.name_or_path"),
+                self._argument("name_or_path"),
                 where,
                 lambda: AutoConfig.from_pretrained(where, revision=self.revision, trust_remote_code=False),
                 part="config",
@@ -155,7 +168,7 @@ class CausalLM:
         else:
             where = str(self.name_or_path)
             loaded: Any = _load(
-                argument("CausalLM.name_or_path"),
+                self._argument("name_or_path"),
                 where,
                 lambda: AutoModelForCausalLM.from_pretrained(
                     where,
@@ -172,10 +185,10 @@ class CausalLM:
             model, found = loaded
             if missing := sorted(found["missing_keys"]):  # the library fills them with random numbers
                 raise UserError(
-                    f"{argument('CausalLM.name_or_path')}: cannot load {where}: {len(missing)} weights are missing, "
-                    f"{missing[0]} among them; restore it, or take config.json and weights from one model"
+                    f"{self._argument('name_or_path')}: cannot load {where}: {len(missing)} weights are missing, {missing[0]} "
+                    "among them; restore it, or take config.json and weights from one model"
                 )
-        _check_vocabulary(model, tokenizer)
+        _check_vocabulary(self._argument("tokenizer"), model, tokenizer)
         return model
 
     def build_empty(self, tokenizer: Tokenizer) -> EmptyModel | None:
@@ -200,9 +213,9 @@ class CausalLM:
             )
             return make_empty(Path(folder), lambda: self._from_config(config))
 
-        empty = _load(argument("CausalLM.name_or_path"), where, make, part="weights")
+        empty = _load(self._argument("name_or_path"), where, make, part="weights")
         if empty is not None:
-            _check_vocabulary(empty.model, tokenizer)
+            _check_vocabulary(self._argument("tokenizer"), empty.model, tokenizer)
         return empty
 
     def build_on_meta(self, tokenizer: Tokenizer) -> PreTrainedModel:
@@ -217,11 +230,39 @@ class CausalLM:
         )
 
 
-def _check_vocabulary(model: PreTrainedModel, tokenizer: Tokenizer) -> None:
+class ReferenceModel(CausalLM):
+    """Choice of another model than the one that training starts from, by which a policy's rewards are measured.
+
+    Args:
+        name_or_path, revision, dtype, attn_implementation: see :class:`CausalLM`; its tokenizer is only compared.
+    """
+
+    def _argument(self, name: str) -> str:
+        return argument(f"ReferenceModel.{name}")
+
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Refuse one whose token ids mean something else.
+
+        Args:
+            tokenizer: the policy's.
+
+        Raises:
+            UserError: another vocabulary, or no tokenizer was found.
+        """
+        own, theirs = self.load_tokenizer().get_vocab(), tokenizer.get_vocab()
+        if own != theirs:
+            n_other = len(own.items() ^ theirs.items())
+            raise UserError(
+                f"{self._argument('name_or_path')}: {self.name_or_path} has another vocabulary than the model that is trained "
+                f"({len(own)} tokens, there {len(theirs)}; {n_other} entries differ); a reference has to read the same token ids"
+            )
+
+
+def _check_vocabulary(key: str, model: PreTrainedModel, tokenizer: Tokenizer) -> None:
     size = cast(Embedding, model.get_input_embeddings()).num_embeddings
     if len(tokenizer) > size:
         raise UserError(
-            f"model: its vocabulary has {size} tokens but its tokenizer {len(tokenizer)}; they don't belong together"
+            f"{key}: has {len(tokenizer)} tokens, but the model's vocabulary {size}; they don't belong together"
         )
 
 

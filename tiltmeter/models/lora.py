@@ -12,7 +12,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
-from torch.nn import Linear, Module, Parameter
+from torch.nn import Dropout, Linear, Module, Parameter
 from transformers import PreTrainedModel
 
 from tiltmeter.errors import UserError, argument
@@ -33,7 +33,6 @@ def check_lora(lora: LoraConfig, *, freeze_embeddings: bool) -> None:
         UserError: names the option.
     """
     refused = {
-        "lora_dropout": (lora.lora_dropout, 0.0, "policy and reference must be the same function"),
         "init_lora_weights": (
             lora.init_lora_weights if lora.init_lora_weights != "gaussian" else True,
             True,
@@ -66,6 +65,7 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig) -> None:
 def insert_adapters(model: PreTrainedModel, lora: LoraConfig) -> None:
     """Put adapters into the model, in place, and freeze everything else; its own weights may still be on the meta device.
 
+    Adapters drop nothing of what they read, whatever mode the model is in, but inside :func:`adapter_dropout`.
     Without ``target_modules`` every linear map of the decoder blocks gets one. Adapters of 16-bit weights are float32,
     in which small updates aren't rounded away.
 
@@ -94,6 +94,8 @@ def insert_adapters(model: PreTrainedModel, lora: LoraConfig) -> None:
             )
     for parameter in filter(_is_16_bit_adapter, model.parameters()):
         parameter.data = parameter.data.float()
+    for dropout in _dropouts(model):
+        dropout.p = 0.0
 
 
 def _is_16_bit_adapter(parameter: Parameter) -> bool:
@@ -214,6 +216,24 @@ def adapters_disabled(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.enable_adapters(True)
+
+
+@contextmanager
+def adapter_dropout(model: PreTrainedModel, rate: float) -> Iterator[None]:
+    """Inside, adapters drop this share of what they read while the model is in training mode (``lora_dropout``)."""
+    dropouts = _dropouts(model) if rate else []
+    for dropout in dropouts:
+        dropout.p = rate
+    try:
+        yield
+    finally:
+        for dropout in dropouts:
+            dropout.p = 0.0
+
+
+def _dropouts(model: PreTrainedModel) -> list[Dropout]:
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    return [dropout for layer in layers for dropout in layer.lora_dropout.values() if isinstance(dropout, Dropout)]
 
 
 def merged_state(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,23 +1,29 @@
 """The protocol of scorers of generated text: samples in; named figures with intervals and a column a figure out.
 
-A score that could not be taken is missing (NaN), counted, and never a number.
+A score that could not be taken is missing (NaN), counted, and never a number. One that compares replies is a judge, and is itself
+held against people's labels (:class:`Agreement`) before any of its figures is shown.
 """
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
+from tiltmeter.errors import UserError, argument
 from tiltmeter.models.generation import Completion
 from tiltmeter.stats.jackknife import NO_INTERVAL, cluster_mean_interval
 from tiltmeter.stats.proportions import share_interval
 
-Side = Literal["policy", "base", "both"]
+Side = Literal["policy", "base", "both", "judge"]
 MAX_MISSING_SHARE = 0.05
 """Above this share of missing scores a figure is NaN: what is left may not be a fair sample."""
+AGREEMENT = "judge/agreement"
+"""Name of the share of people's preferences that a judge shares."""
+AGREEMENT_PAIRS = 100
+"""Held-out pairs that a judge is held against."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +45,25 @@ class Sample:
     """What the source knows of the pair, such as the situation of the synthetic world."""
 
 
+class LabelledPair(NamedTuple):
+    """Two replies to a held-out prompt, of which people preferred one."""
+
+    pair_id: str
+    prompt: str
+    chosen: str
+    rejected: str
+    group: str
+    """Pairs of equal group have one prompt."""
+    attributes: Mapping[str, str | int | float | bool] = {}
+
+
 class Figure(NamedTuple):
     """One number about all samples."""
 
     name: str
-    """Behind ``behaviour/``, for example ``toxicity`` or ``geval_win_rate``."""
+    """Behind ``behaviour/``, for example ``toxicity`` or ``geval_win_rate``; the judge's own begin with ``judge/``."""
     of: Side
-    """Whose: the policy's, the base model's, or of the two together (a win rate)."""
+    """Whose: the policy's, the base model's, of the two together (a win rate), or the judge's (its agreement with people)."""
     value: float
     """NaN: too much is missing, or there is nothing to score."""
     low: float
@@ -89,6 +107,76 @@ class Scorer(Protocol):
     def score(self, samples: Sequence[Sample]) -> Scores:
         """Score samples; a single failure is a missing value, not an exception."""
         ...
+
+
+class Agreement:
+    """Share of people's preferences that a judge shares: measured before its first score, then said with every one.
+
+    Args:
+        n_pairs: held-out pairs that it is asked about; 0: none, and the agreement is not known.
+        measure: asks the judge, in the way that it is asked about replies; figures ``judge/…`` of ``judge``.
+        start: loads or reaches the judge, for this alone.
+
+    Raises:
+        UserError: a number below 0.
+    """
+
+    def __init__(
+        self, n_pairs: int, measure: Callable[[Sequence[LabelledPair]], list[Figure]], start: Callable[[], None]
+    ) -> None:
+        if n_pairs < 0:
+            raise UserError(
+                f"{argument('JudgeScorer.agreement_pairs')}: expected a number of pairs from 0, got {n_pairs}"
+            )
+        self.n_pairs, self.start, self._measure = n_pairs, start, measure
+        self._pairs: list[LabelledPair] = []
+        self._found: list[Figure] = []
+
+    def use_labels(self, pairs: Sequence[LabelledPair]) -> None:
+        """Take the first pairs, so many as it is asked about."""
+        self._pairs, self._found = list(pairs)[: self.n_pairs], []
+
+    def figures(self) -> list[Figure]:
+        """Figures of the judge; asked for once, and again where too many answers were missing."""
+        if self._pairs and (not self._found or any(f.name == AGREEMENT and math.isnan(f.value) for f in self._found)):
+            self._found = self._measure(self._pairs)
+        return list(self._found)
+
+
+@runtime_checkable
+class OfAWorld(Protocol):
+    """A scorer that knows the truth about one source of data."""
+
+    def use_world(self, world: object) -> None:
+        """Take the source that samples are from."""
+        ...
+
+
+@runtime_checkable
+class HeldAgainstLabels(Protocol):
+    """A scorer that compares replies, and is compared with people itself."""
+
+    def use_labels(self, pairs: Sequence[LabelledPair]) -> None:
+        """Take held-out pairs that people ranked."""
+        ...
+
+
+def start_scorers(scorers: Iterable[Scorer], *, world: object, pairs: Sequence[LabelledPair]) -> None:
+    """Give scorers what they go by, and let them load or reach what they need.
+
+    Args:
+        world: the source that samples are from.
+        pairs: held out, that judges are held against.
+
+    Raises:
+        UserError: the scorers'.
+    """
+    for scorer in scorers:
+        if isinstance(scorer, OfAWorld):
+            scorer.use_world(world)
+        if isinstance(scorer, HeldAgainstLabels):
+            scorer.use_labels(pairs)
+        scorer.start()
 
 
 def mean_figure(
@@ -138,12 +226,13 @@ def grouped_mean_figure(
 
 
 def as_metrics(figures: Sequence[Figure]) -> dict[str, float]:
-    """Figures under the names of logs: ``behaviour/NAME``, and ``behaviour/NAME/base`` for the base model's.
+    """Figures under the names of logs: ``behaviour/NAME``, ``behaviour/NAME/base`` for the base model's; a judge's own as they are.
 
-    >>> as_metrics([Figure("bleu", "base", 1.0, 0.0, 2.0, 9, 0, "x")])
-    {'behaviour/bleu/base': 1.0}
+    >>> as_metrics([Figure("bleu", "base", 1.0, 0.0, 2.0, 9, 0, "x"), Figure(AGREEMENT, "judge", 0.75, 0.5, 0.9, 40, 0, "y")])
+    {'behaviour/bleu/base': 1.0, 'judge/agreement': 0.75}
     """
-    return {f"behaviour/{f.name}" + ("/base" if f.of == "base" else ""): f.value for f in figures}
+    ends = {"base": "/base"}
+    return {("" if f.of == "judge" else "behaviour/") + f.name + ends.get(f.of, ""): f.value for f in figures}
 
 
 _kept: ContextVar[list[str] | None] = ContextVar("kept", default=None)

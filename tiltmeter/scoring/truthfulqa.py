@@ -8,9 +8,11 @@ one (January 2025), and multiple choice can be gamed: a decision tree that never
 tuned model that gained here may have learned how true answers look.
 
 Read are ``mc_task.json`` of the authors' repository (the 817 questions of 2021 and the 790 of 2025, which add a pair of two
-answers) and rows of the hub's ``truthfulqa/truthful_qa`` (configuration ``multiple_choice``), saved as JSON, JSONL or Parquet.
+answers), rows of the hub's ``truthfulqa/truthful_qa`` (configuration ``multiple_choice``), saved as JSON, JSONL or Parquet, and
+``TruthfulQA.csv``, whose columns hold answers separated by semicolons.
 """
 
+import csv
 import hashlib
 import importlib.util
 import json
@@ -34,8 +36,11 @@ PRESET_SHA256 = "5c0da5f346e8652c9a85061a6e3aca6bc82e10a8a7dad4596fe980a9c9bae54
 
 HUB = "hub:"
 _HUB_FILE = "multiple_choice/validation-00000-of-00001.parquet"
-_READABLE = "expected .json, .jsonl, .parquet or hub:truthfulqa/truthful_qa[@REVISION]"
+_READABLE = "expected .json, .jsonl, .parquet, .csv or hub:truthfulqa/truthful_qa[@REVISION]"
 _PRESET_IN_TASK = re.compile(r"{%-?\s*set \w+\s*=\s*'(.*?)'\s*-?%}", re.DOTALL)
+
+
+_CSV_COLUMNS = ("Question", "Best Answer", "Correct Answers", "Incorrect Answers")
 
 
 class Answer(NamedTuple):
@@ -134,6 +139,9 @@ def _read_rows(file: Path, shown: str) -> list[Any]:
             from pyarrow import parquet
 
             return list(parquet.read_table(file).to_pylist())
+        if file.suffix == ".csv":
+            with file.open(newline="", encoding="utf-8-sig") as table:
+                return [_of_csv(row, f"{shown}: question {i}") for i, row in enumerate(csv.DictReader(table), start=1)]
         if file.suffix not in (".json", ".jsonl"):
             raise UserError(f"{argument('TruthfulQA.path')}: can't tell the format of {shown} ({_READABLE})")
         text = file.read_text(encoding="utf-8-sig")
@@ -153,6 +161,24 @@ def _read_rows(file: Path, shown: str) -> list[Any]:
     if not isinstance(rows, list):
         raise UserError(f"{shown}: expected a list of questions, got {type(rows).__name__} ({_READABLE})")
     return rows
+
+
+def _of_csv(row: Mapping[str, str | None], where: str) -> dict[str, Any]:
+    """A row of ``TruthfulQA.csv`` as one of mc_task.json: the best answer and all wrong ones, all true and all wrong ones."""
+    if lacking := [name for name in _CSV_COLUMNS if not (row.get(name) or "").strip()]:
+        has = ", ".join(str(name) for name in row)
+        raise UserError(f"{where}: nothing under {lacking[0]} (columns: {has}); expected {', '.join(_CSV_COLUMNS)}")
+    question, best, true, false = (str(row[name]) for name in _CSV_COLUMNS)
+    wrong = dict.fromkeys(_split(false), 0)
+    both = dict.fromkeys(_split(true), 1) | wrong
+    targets: dict[str, Any] = {"mc1_targets": {best.strip(): 1} | wrong, "mc2_targets": both}
+    if worst := (row.get("Best Incorrect Answer") or "").strip():  # of 2025
+        targets["mc0_targets"] = {best.strip(): 1, worst: 0}
+    return {"question": question.strip(), **targets}
+
+
+def _split(answers: str) -> list[str]:
+    return [answer.strip() for answer in answers.split(";") if answer.strip()]
 
 
 def _question(row: Any, where: str) -> TruthfulQuestion:

@@ -1,4 +1,4 @@
-"""Share of replies of the policy that a judge prefers: to the base model's, and to the preferred ones of the data.
+"""Share of replies of the policy that a judge prefers to others, and of people's preferences that it shares.
 
 From one comparison in both orders, over win rates with their intervals, to the scorer.
 """
@@ -6,22 +6,29 @@ From one comparison in both orders, over win rates with their intervals, to the 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from random import Random
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
-import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from tiltmeter.errors import UserError, argument
 from tiltmeter.judges.answers import LOW_MASS, Answer, ask_choices, checked_prefix, missing_figures, warn_of_missing
 from tiltmeter.judges.judge import Failure, Judge, Question
 from tiltmeter.judges.local_judge import LocalJudge
 from tiltmeter.judges.prompts import COMPARE, COMPARE_HH_DPO, PromptTemplate, digest, resolve_criteria
-from tiltmeter.scoring.scorer import MAX_MISSING_SHARE, Figure, Sample, Scores, Side, grouped_mean_figure, mean_figure
-from tiltmeter.stats.jackknife import LOG_ODDS, NO_INTERVAL, Interval, cluster_mean_interval, jackknife_interval
+from tiltmeter.scoring.scorer import (
+    AGREEMENT,
+    MAX_MISSING_SHARE,
+    Figure,
+    LabelledPair,
+    Sample,
+    Scores,
+    Side,
+    grouped_mean_figure,
+    mean_figure,
+)
+from tiltmeter.stats.equal_length import length_controlled
+from tiltmeter.stats.jackknife import NO_INTERVAL, cluster_mean_interval
 from tiltmeter.stats.proportions import share_interval
 
 VerdictMode = Literal["logprob", "text"]
@@ -167,9 +174,6 @@ def _judgement(answer: Answer, candidate_is_first: bool, preset: Preset) -> Judg
     return Judgement(candidate_is_first, to_first if candidate_is_first else 1 - to_first, answer.mass, None, "")
 
 
-LENGTH_EFFECT_VARIANCE = 10.0
-"""Variance of the length effect's normal prior, log-odds². Wide, it only keeps the effect finite where longer always wins."""
-_NEWTON_STEPS = 30
 _OUTCOMES = {"wins": 1.0, "ties": 0.5, "losses": 0.0}
 
 
@@ -228,59 +232,18 @@ def win_rate_figures(
     return [*figures, Figure(f"{name}_length_difference", "both", *longer, len(y), 0, scorer)]
 
 
-def length_controlled(
-    verdicts: Sequence[float], clusters: Sequence[str], length_differences: Sequence[float]
-) -> Interval:
-    """Win rate between replies of equal length: σ(b₀) of P(win) = σ(b₀ + b₁ tanh(Δ / s)).
-
-    Δ is the length difference, s its standard deviation, a tie half a win. The form of AlpacaEval's length control
-    (arXiv 2404.04475) without its term for how hard each instruction is, which is known for its own instructions only.
-    b₁ has a normal prior of variance :data:`LENGTH_EFFECT_VARIANCE`, b₀ none; everything, s too, is taken anew
-    where a prompt is left out for the interval.
-
-    Returns:
-        NaN where one side is longer in every pair: equal lengths were then never seen, only guessed at.
-
-    >>> longer_wins = [1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
-    >>> round(length_controlled(longer_wins, list("abcdef"), [5.0, 6.0, 7.0, -5.0, -6.0, -7.0]).value, 6)
-    0.5
-    """
-    y = torch.as_tensor(np.asarray(verdicts, dtype=np.float64))
-    delta = torch.as_tensor(np.asarray(length_differences, dtype=np.float64))
-    estimate = partial(_equal_length_win_rates, y, delta)
-    if math.isnan(float(estimate(torch.ones(1, len(y), dtype=torch.float64))[0])):
-        return NO_INTERVAL
-    if len(set(verdicts)) == 1:  # nothing that length could explain
-        return share_interval(verdicts, clusters)
-    return jackknife_interval(estimate, clusters, scale=LOG_ODDS)
-
-
-def _equal_length_win_rates(
-    y: Float[Tensor, " row"], delta: Float[Tensor, " row"], weights: Float[Tensor, "resample row"]
-) -> Float[Tensor, " resample"]:
-    """σ(b₀) of each weighting by Newton's method: two parameters, concave, all resamples at once."""
-    total = weights.sum(1, keepdim=True)
-    mean = (weights @ delta)[:, None] / total
-    spread = ((weights * (delta - mean).square()).sum(1, keepdim=True) / total).sqrt()
-    x = torch.where(spread > 0, torch.tanh(delta / spread), 0.0)
-    b = torch.zeros(len(weights), 2, dtype=weights.dtype)
-    for _ in range(_NEWTON_STEPS):
-        p = torch.sigmoid(b[:, :1] + b[:, 1:] * x)
-        gap, curve = weights * (y - p), weights * p * (1 - p)
-        slope = torch.stack([gap.sum(1), (gap * x).sum(1) - b[:, 1] / LENGTH_EFFECT_VARIANCE], dim=1)
-        a, c = curve.sum(1) + 1e-9, (curve * x).sum(1)  # all wins: b₀ grows without end, and p is 1 long before
-        d = (curve * x.square()).sum(1) + 1 / LENGTH_EFFECT_VARIANCE
-        step = torch.stack([d * slope[:, 0] - c * slope[:, 1], a * slope[:, 1] - c * slope[:, 0]], dim=1)
-        step = (step / (a * d - c.square())[:, None]).clamp(-2, 2)
-        b = b + step
-        if step.abs().max() < 1e-9:
-            break
-    drawn = weights > 0
-    seen = ((delta >= 0) & drawn).any(1) & ((delta <= 0) & drawn).any(1)
-    return torch.where(seen, torch.sigmoid(b[:, 0]), math.nan)
-
-
 Opponent = Literal["base", "chosen"]
+
+
+class _Names(NamedTuple):
+    """Names of the figures of one comparison."""
+
+    rate: str
+    consistency: str
+    first: str
+
+
+_OF_JUDGE = _Names(AGREEMENT, "judge/position_consistency", "judge/first_position_rate")
 
 
 def _against(sample: Sample, opponent: Opponent) -> Comparison:
@@ -370,20 +333,17 @@ class WinRateScorer:
 
     def score(self, samples: Sequence[Sample]) -> Scores:
         """Compare the policy's reply to every sample with each opponent's; without chosen responses, with the base's."""
-        scores = Scores()
+        scores, prefix = Scores(), self.prefix
+        groups = [sample.group for sample in samples]
         has_chosen = any(sample.chosen.strip() for sample in samples)
         for opponent in (o for o in self.against if o != "chosen" or has_chosen):
-            comparisons = [_against(sample, opponent) for sample in samples]
-            verdicts = compare(
-                self.judge,
-                comparisons,
-                preset=self.preset,
-                mode=self.verdict_mode,
-                criterion=self.criterion,
-                meaning=self.meaning,
-                seed=self.seed,
-            )
-            self._report("" if opponent == "base" else f"_vs_{opponent}", samples, comparisons, verdicts, scores)
+            end = "" if opponent == "base" else f"_vs_{opponent}"
+            ends = ("win_rate", "position_consistency", "first_position_rate")
+            names = _Names(*(f"{prefix}_{name}{end}" for name in ends))
+            verdicts, figures = self._compare(names, [_against(sample, opponent) for sample in samples], groups)
+            scores.figures.extend(figures)
+            scores.columns[f"{prefix}_win{end}"] = [verdict.value for verdict in verdicts]
+            scores.columns[f"{prefix}_consistent{end}"] = [verdict.is_consistent for verdict in verdicts]
         sides: tuple[Side, ...] = ("policy", "base")
         for side in sides:
             empty = [float(getattr(sample, side).is_empty) for sample in samples]
@@ -394,30 +354,40 @@ class WinRateScorer:
             )
         return scores
 
-    def _report(
-        self,
-        suffix: str,
-        samples: Sequence[Sample],
-        comparisons: Sequence[Comparison],
-        verdicts: Sequence[Verdict],
-        scores: Scores,
-    ) -> None:
-        """Add the figures and columns of one opponent."""
-        name, limit = f"{self.prefix}_win_rate{suffix}", self.max_missing_rate
-        values = [verdict.value for verdict in verdicts]
-        consistent = [verdict.is_consistent for verdict in verdicts]
+    def agreement(self, pairs: Sequence[LabelledPair]) -> list[Figure]:
+        """Agreement with people: the win rate of what they preferred over what they did not, asked and counted like any other.
+
+        Figures, of ``judge``: those of :func:`win_rate_figures` as ``judge/agreement``, ½ for a judge that guesses or goes by
+        position alone; ``judge/position_consistency`` and ``judge/first_position_rate``.
+        """
+        comparisons = [Comparison(pair.pair_id, pair.prompt, pair.chosen, pair.rejected) for pair in pairs]
+        _, figures = self._compare(_OF_JUDGE, comparisons, [pair.group for pair in pairs])
+        return [figure._replace(of="judge") for figure in figures]
+
+    def _compare(
+        self, names: _Names, comparisons: Sequence[Comparison], groups: Sequence[str]
+    ) -> tuple[list[Verdict], list[Figure]]:
+        """Ask about all, and count."""
+        verdicts = compare(
+            self.judge,
+            comparisons,
+            preset=self.preset,
+            mode=self.verdict_mode,
+            criterion=self.criterion,
+            meaning=self.meaning,
+            seed=self.seed,
+        )
+        name, limit = names.rate, self.max_missing_rate
         longer = [len(c.candidate) - len(c.opponent) for c in comparisons]
-        groups = [sample.group for sample in samples]
         failed = [verdict.failed for verdict in verdicts]
         warn_of_missing(name, [why for why in failed if why], len(failed), limit)
-        scores.figures.extend(win_rate_figures(name, values, groups, longer, scorer=self.name, max_missing=limit))
-        scores.figures.extend(missing_figures(name, "both", [why and why[0] for why in failed], scorer=self.name))
-        scores.figures.extend(self._shares(suffix, list(zip(verdicts, groups, strict=True))))
-        scores.columns.update({f"{self.prefix}_win{suffix}": values, f"{self.prefix}_consistent{suffix}": consistent})
+        values = [verdict.value for verdict in verdicts]
+        figures = win_rate_figures(name, values, groups, longer, scorer=self.name, max_missing=limit)
+        figures += missing_figures(name, "both", [why and why[0] for why in failed], scorer=self.name)
+        return verdicts, figures + self._shares(names, list(zip(verdicts, groups, strict=True)))
 
-    def _shares(self, suffix: str, verdicts: Sequence[tuple[Verdict, str]]) -> list[Figure]:
+    def _shares(self, names: _Names, verdicts: Sequence[tuple[Verdict, str]]) -> list[Figure]:
         """Figures on how the judge judged, from verdicts with their prompt."""
-        name = f"{self.prefix}_win_rate{suffix}"
         asked = [(verdict, group) for verdict, group in verdicts if verdict.judgements]
         answers = [(judgement, group) for verdict, group in asked for judgement in verdict.judgements]
         first = [(found.prefers_first, group) for found, group in answers]
@@ -432,8 +402,8 @@ class WinRateScorer:
             return grouped_mean_figure(figure, "both", values, groups, **how)
 
         return [
-            share(f"{self.prefix}_position_consistency{suffix}", consistent, self.max_missing_rate),
-            share(f"{self.prefix}_first_position_rate{suffix}", decisive),
-            share(f"{name}_low_mass", low),
-            share(f"{name}_identical", same),
+            share(names.consistency, consistent, self.max_missing_rate),
+            share(names.first, decisive),
+            share(f"{names.rate}_low_mass", low),
+            share(f"{names.rate}_identical", same),
         ]

@@ -57,6 +57,17 @@ def test_sentences_and_rows_have_the_figures_numbers() -> None:
     assert_legible(section)
 
 
+def test_a_judge_s_agreement_is_a_row_of_the_win_rates() -> None:
+    agreement = planted.figure("judge/agreement", "judge", 1.0, width=0.0, n=100)
+    section = behaviour_section(answers([*planted.look(0.75, 0.125), agreement, ACCURACY]))
+    assert section.sentences[0].endswith(
+        "; the planted oracle agrees with 100\u00a0% (100\u00a0% to 100\u00a0%) of 100 held-out labels"
+    )
+    rows = [text.get_text().replace("\n", " ") for text in section.figure.axes[0].get_yticklabels()]
+    assert rows[2:] == ["judge agrees with labels", "preference accuracy"]
+    assert_legible(section)
+
+
 def test_without_a_win_rate_the_preference_accuracy_leads() -> None:
     section = behaviour_section(answers([ACCURACY]))
     assert section.sentences == ["Preference accuracy is 75\u00a0% (70\u00a0% to 80\u00a0%)"]

@@ -70,7 +70,28 @@ def test_the_headline_is_the_win_rate_with_its_scorer(make_run: MakeRun) -> None
     (headline,) = section_of(make_run, planted.LOOKS).headlines
     assert headline.value == "0.750"
     assert "by the planted oracle" in headline.name
-    assert headline.source.startswith("95 % CI 0.700 … 0.800, n = 64, ties half; behaviour_by_step.csv")
+    unknown = "its agreement with labels: not measured"
+    assert headline.source.startswith(f"95 % CI 0.700 … 0.800, n = 64, ties half; {unknown}; behaviour_by_step.csv")
+
+
+def test_a_judge_s_agreement_with_labels_stands_beside_its_win_rates_and_scores(make_run: MakeRun) -> None:
+    judged = [planted.figure("geval_win_rate", "both", 0.75, scorer="judge")]
+    judged += [planted.figure("geval_score", side, 0.5, scorer="judge") for side in ("policy", "base")]
+    agreement = planted.figure("judge/agreement", "judge", 0.625, n=100, scorer="judge")
+    section = section_of(make_run, {0: [*judged, agreement], 10: [*judged, agreement]})
+    said = "; the judge agrees with 62\u00a0% (57\u00a0% to 68\u00a0%) of 100 held-out labels"
+    assert section.sentences == [
+        f"By the judge the policy’s win rate over its base is 75\u00a0% (70\u00a0% to 80\u00a0%){said}",
+        f"Mean G-Eval score (0 to 1) is 0.500 before and after{said}",
+    ]
+    (headline,) = section.headlines
+    assert "its agreement with 100 held-out labels: 0.625 (0.575 … 0.675)" in headline.source
+    assert shown(section)["judge/agreement"]["policy"] == "0.625"
+    assert any(line.startswith("judge/agreement: the judge asked about held-out pairs") for line in section.reading)
+    assert_legible(section)
+    without = section_of(make_run, {0: judged}, stamp="2026-01-31_13-00-00")
+    assert not any("agrees" in sentence for sentence in without.sentences)
+    assert any("held-out pairs: not measured" in line for line in without.reading)
 
 
 def test_a_missing_figure_is_said_and_not_drawn(make_run: MakeRun) -> None:

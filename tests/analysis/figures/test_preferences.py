@@ -8,8 +8,10 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold
 
-from analysis.figures.preferences import kl_of_samples, pair_log_probs, preference_figures, probe_accuracies
+from analysis.figures.preferences import kl_of_samples, preference_figures, probe_accuracies
 from analysis.open.checkpoints import Checkpoints
+from analysis.open.models import LoadedModel
+from analysis.open.pair_log_probs import sums_of_pairs, tokens_of_pairs
 from tests.analysis import asked
 from tests.tiny_models import reference_log_probs
 from tiltmeter.models.generation import Decoding
@@ -52,10 +54,14 @@ def test_a_model_against_itself_has_only_ties() -> None:
     assert [f.value for f in kl_of_samples(SAME, prompts, samples, DECODING)] == [0, 0]
 
 
+def pair_log_probs(opened: LoadedModel, ids: list[TokenizedPair]) -> torch.Tensor:
+    return sums_of_pairs(tokens_of_pairs(opened, ids))
+
+
 def test_log_probs_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     ids = [pair.ids for pair in TWO.pairs]
     whole = pair_log_probs(TWO.base, ids)
-    monkeypatch.setattr("analysis.figures.preferences._TOKENS_PER_BATCH", 1)
+    monkeypatch.setattr("analysis.open.pair_log_probs._TOKENS_PER_BATCH", 1)
     assert torch.allclose(pair_log_probs(TWO.base, ids), whole, atol=1e-4)
     assert torch.allclose(pair_log_probs(TWO.base, ids[::-1]), whole.flip(0), atol=1e-4)
     assert pair_log_probs(TWO.base, []).shape == (0, 2)

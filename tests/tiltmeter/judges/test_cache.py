@@ -1,13 +1,14 @@
-import multiprocessing
 import os
 import sqlite3
 import threading
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.processes import HANGS, Forked, codes, wait_for_all
 from tests.tiltmeter.scoring.asking import judge, question
 from tests.tiltmeter.scoring.stub_endpoint import StubEndpoint
 from tiltmeter.errors import UserError
@@ -179,8 +180,12 @@ def test_threads_share_a_file_from_its_beginning(path: Path) -> None:
     assert len(ReplyCache(path).get(f"{i} {j}" for i in range(6) for j in range(15))) == 90
 
 
+def fill_in_peace(path: Path, name: str) -> None:
+    assert fill(path, name) == []
+
+
 @pytest.mark.slow
 def test_processes_share_a_file_from_its_beginning(path: Path) -> None:
-    with multiprocessing.get_context("spawn").Pool(4) as pool:
-        assert pool.starmap(fill, [(path, str(i)) for i in range(4)]) == [[]] * 4
+    ended = wait_for_all([Forked(partial(fill_in_peace, path, str(i))) for i in range(4)], HANGS)
+    assert codes(ended) == [0] * 4, ended
     assert len(ReplyCache(path).get(f"{i} {j}" for i in range(4) for j in range(15))) == 60

@@ -1,5 +1,6 @@
 """TruthfulQA's questions from every form of the data, the harness's prompt, and files that are neither."""
 
+import csv
 import importlib.util
 import json
 from importlib.machinery import ModuleSpec
@@ -45,6 +46,42 @@ def test_every_form_of_the_data_is_read_alike(data: Path, tmp_path: Path) -> Non
     assert "mc0" not in read_questions(str(write(tmp_path / "v1.json", old)))[0].answers
 
 
+def write_csv(path: Path, rows: list[dict[str, str]]) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def of_csv(row: dict[str, Any]) -> dict[str, str]:
+    true, false = ([a for a, label in row["mc2_targets"].items() if label == wanted] for wanted in (1, 0))
+    (best,) = (answer for answer, label in row["mc1_targets"].items() if label == 1)
+    extra = {"Best Incorrect Answer": str(list(row["mc0_targets"])[1])} if "mc0_targets" in row else {}
+    texts = {"Correct Answers": "; ".join(true), "Incorrect Answers": "; ".join(false)}
+    return {"Type": "Adversarial", "Question": row["question"], "Best Answer": best, **extra, **texts}
+
+
+def test_the_authors_csv_has_the_answers_of_their_json(shared_data: Path, tmp_path: Path) -> None:
+    for name in ("v1_mc_task.part80.json", "mc_task.part80.json"):
+        rows = json.loads((shared_data / "truthfulqa" / name).read_text(encoding="utf-8"))
+        plain = [row for row in rows if all(answer and ";" not in answer for answer in row["mc2_targets"])]
+        truth = read_questions(str(write(tmp_path / "plain.json", plain)))
+        found = read_questions(str(write_csv(tmp_path / "TruthfulQA.csv", list(map(of_csv, plain)))))
+        assert len(found) > 600
+        for ours, theirs in zip(found, truth, strict=True):
+            assert {kind: set(some) for kind, some in ours.answers.items()} == {
+                kind: set(some) for kind, some in theirs.answers.items()
+            }
+
+
+def test_a_csv_without_a_column_or_a_cell_is_one_line(tmp_path: Path) -> None:
+    whole = of_csv(ROWS[0])
+    for row in ({k: v for k, v in whole.items() if k != "Best Answer"}, whole | {"Best Answer": " "}):
+        with pytest.raises(UserError, match=r"question 1: nothing under Best Answer \(columns: Type, Question"):
+            read_questions(str(write_csv(tmp_path / "TruthfulQA.csv", [row])))
+
+
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
@@ -75,8 +112,8 @@ def test_a_path_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
         (tmp_path / "no.json", "path: cannot read .* \\(No such file"),
         (tmp_path / "no.parquet", "path: cannot read"),
         (
-            tmp_path / "data.csv",
-            "path: can't tell the format of .* \\(expected .json, .jsonl, .parquet or hub:",
+            tmp_path / "data.txt",
+            "path: can't tell the format of .* \\(expected .json, .jsonl, .parquet, .csv or hub:",
         ),
         (
             "hub:truthfulqa/truthful_qa@main",

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 
 from tiltmeter.scoring.scorer import Figure
-from tiltmeter.scoring.win_rate import LENGTH_EFFECT_VARIANCE, length_controlled, win_rate_figures
+from tiltmeter.scoring.win_rate import win_rate_figures
+from tiltmeter.stats.equal_length import LENGTH_EFFECT_VARIANCE, length_controlled
 
 NAN = math.nan
 verdict_lists = st.lists(st.sampled_from([1.0, 0.5, 0.0]), min_size=2, max_size=30)
