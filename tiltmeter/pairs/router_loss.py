@@ -31,7 +31,8 @@ def router_coefficient(model: PreTrainedModel, router_aux_loss: float | None = N
     if own is None or not records or not hasattr(sys.modules[type(model).__module__], _FUNCTION):
         if router_aux_loss:
             raise UserError(
-                f"{argument('router_coefficient.router_aux_loss')}={router_aux_loss:g}: {type(model).__name__} has no load-balancing loss; leave it out"
+                f"{argument('router_coefficient.router_aux_loss')}={router_aux_loss:g}: {type(model).__name__} has no "
+                "load-balancing loss; leave it out"
             )
         return 0.0
     return float(own if router_aux_loss is None else router_aux_loss)
