@@ -144,7 +144,6 @@ def watching(shape: Shape, *, probe_pairs: int, positions: int = 1) -> dict[str,
     return {
         "base and latest rows": 2 * rows,
         "a site at work": 3 * probe_pairs * shape.width * FLOAT32 + min(probe_pairs, shape.width) ** 2 * FLOAT64,
-        "scatter, N above max_rows_kept": 3 * shape.width**2 * FLOAT64,
         "snapshot file an epoch": rows,
     }
 

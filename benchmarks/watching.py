@@ -2,9 +2,9 @@
 
     python benchmarks/watching.py [--quick]
 
-First whole runs of conf/experiment/tiny_hh.yaml with the callbacks that watch hidden states (callbacks=geometry) and with none:
+Whole runs of conf/experiment/tiny_hh.yaml with the callbacks that watch hidden states (callbacks=geometry) and with none:
 every run is a process of its own, and the two of a round take turns of a few optimizer steps, so that a slow minute of
-the machine hits both. Then what one observation costs as it grows: prompts, layers and width, on synthetic rows.
+the machine hits both.
 """
 
 import argparse
@@ -17,7 +17,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the file can be run from anywhere
 from benchmarks import common
 from benchmarks.common import SideResult, Spread, Worker
-from benchmarks.observation_cost import N_SPECTRA, Case
 from benchmarks.watched_run import GRADIENTS, PROBE, RunSettings, prepare, turn_lengths
 from tiltmeter.errors import UserError
 from tiltmeter.threads import usable_cores
@@ -25,14 +24,6 @@ from tiltmeter.threads import usable_cores
 WATCHED, PLAIN = "geometry callbacks", "no callbacks"
 CHOICES = {WATCHED: "geometry", PLAIN: "none"}
 QUICK_SIZES = (48, 16, 16)
-LAYERS = (4, 12, 32)
-FULL_CASES = [
-    *(Case(n, 256, n_sites=33) for n in (256, 1_000, 10_000)),
-    *(Case(n, 1024, n_sites=5) for n in (256, 1_000, 10_000)),
-    *(Case(n, 4096, n_sites=1) for n in (256, 1_000)),
-    *(Case(n, 4096, n_sites=1, n_spectra=1) for n in (5_000, 10_000)),
-]
-QUICK_CASES = [Case(256, 64, n_sites=5), Case(2_000, 64, n_sites=5), Case(2_000, 256, n_sites=1)]
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -41,9 +32,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     number = common.positive
-    parser.add_argument(
-        "--quick", action="store_true", help="under a minute: runs of three steps, small synthetic rows"
-    )
+    parser.add_argument("--quick", action="store_true", help="under a minute: runs of three steps")
     parser.add_argument(
         "--data", help="HH file or folder; default: harmless-base below $TILTMETER_SHARED, else a stand-in"
     )
@@ -109,50 +98,8 @@ def report_parts(rounds: Sequence[Mapping[str, SideResult]]) -> None:
     common.print_table(title, ["part", "seconds a run", "share of a run without callbacks"], rows)
 
 
-def report_costs(cases: Sequence[Case], threads: int, folder: Path) -> None:
-    """Print what an observation costs by prompts, width and layers."""
-    workers = [
-        Worker(
-            f"{case.n_rows:,} × {case.d_model:,}",
-            "benchmarks.observation_cost",
-            case.as_json(),
-            log=folder / f"cost_{i}.log",
-            threads=threads,
-        )
-        for i, case in enumerate(cases)
-    ]
-    common.progress("one observation, by prompts and width")
-    found = common.take_turns(workers, {worker.name: 2 for worker in workers})
-    rows = [cost_row(case, found[worker.name].summary) for case, worker in zip(cases, workers, strict=True)]
-    head = ["width", "prompts", "rows in, s a site", "spectra, s a site", "MB held a site", "peak MB of those measured"]
-    head += [f"{layers} layers, s" for layers in LAYERS] + [f"{LAYERS[-1]} layers, MB held"]
-    title = "One observation, synthetic rows, streamed (= measured; ≈ one or a few sites measured and multiplied)"
-    common.print_table(title, head, rows)
-    print(
-        f"A model of L layers has L + 1 sites. Per site: ΔH, base and policy, and the {N_SPECTRA} spectra of these that are "
-        "logged by default, raw and centred\n(* one of them measured and multiplied). The model's forward pass over the prompts "
-        "is not in here."
-    )
-
-
-def cost_row(case: Case, summary: Mapping[str, float]) -> list[str]:
-    """One case as the table shows it."""
-    stream, spectra = (summary[f"{name}_seconds"] / case.n_sites for name in ("stream", "spectra"))
-    held = summary["held_mb"] / case.n_sites
-
-    def of_model(layers: int, each: float) -> str:
-        exact = layers + 1 == case.n_sites and case.n_spectra == N_SPECTRA
-        return f"{'=' if exact else '≈'} {common.three_digits(each * (layers + 1))}"
-
-    mark = "" if case.n_spectra == N_SPECTRA else "*"
-    row = [f"{case.d_model:,}", f"{case.n_rows:,}", common.three_digits(stream), common.three_digits(spectra) + mark]
-    row += [f"{held:,.1f}", f"{summary['peak_mb']:,.0f}"]
-    row += [of_model(layers, stream + spectra) for layers in LAYERS]
-    return [*row, of_model(LAYERS[-1], held)]
-
-
 def run(options: argparse.Namespace, folder: Path) -> None:
-    """Both comparisons."""
+    """Compare, and print where the time goes."""
     machine = common.machine(options.threads)
     sizes = QUICK_SIZES if options.quick else None
     path, parts = prepare(folder, options.data, sizes)
@@ -173,7 +120,6 @@ def run(options: argparse.Namespace, folder: Path) -> None:
     )
     time, memory = report_runs(rounds)
     report_parts(rounds)
-    report_costs(QUICK_CASES if options.quick else FULL_CASES, options.threads, folder)
     common.print_result(time_overhead=time.median, memory_overhead=memory.median)
 
 

@@ -9,11 +9,10 @@ from peft import LoraConfig
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.scaling import ADAM_STATE, FLOAT32, Plan, Shape, memory, sent, watching
+from benchmarks.scaling import ADAM_STATE, FLOAT32, Plan, Shape, memory, sent
 from lightning_modules.ddp_strategy import InPlaceDDPStrategy
 from lightning_modules.policy import Policy, freeze_embeddings
 from tests.tiny_models import make_model, random_pairs
-from tiltmeter.geometry.moments import UpdateMoments
 from tiltmeter.models.lora import add_lora
 from tiltmeter.pairs.batch import collate_pairs
 
@@ -78,16 +77,3 @@ def test_shards_are_parts_of_the_whole_and_alone_nothing_is_sent() -> None:
     for name in ("weights", "gradients", "AdamW"):
         assert four[name] == one[name] / 4
     assert sent(SMALL, Plan("fsdp", 1), micro_batches=2) == sent(SMALL, Plan("ddp", 1), micro_batches=2) == 0
-
-
-def test_rows_of_a_probe_are_what_accumulators_keep() -> None:
-    n, width = 10, SMALL.width
-    moments = UpdateMoments(width)
-    moments.update(torch.zeros(n, width), torch.ones(n, width))
-    kept = sum(part.rows.nbytes for part in moments.of.values())
-    site = watching(SMALL, probe_pairs=n)
-    assert site["a site at work"] - n * n * 8 == kept
-    folded = UpdateMoments(width, max_rows_kept=0)
-    folded.update(torch.zeros(n, width), torch.ones(n, width))
-    scatters = [part.scatter() for part in folded.of.values()]
-    assert site["scatter, N above max_rows_kept"] == sum(scatter.nbytes for scatter in scatters)

@@ -3,14 +3,10 @@
 from functools import partial
 
 import pytest
-import torch
 
 from benchmarks import watched_run
-from benchmarks.observation_cost import N_SPECTRA, Case, decompose, held_mb, stream, synthetic_rows
 from benchmarks.watched_run import RunSettings, Stopwatch, composed, turn_lengths
-from benchmarks.watching import FULL_CASES, LAYERS, cost_row
 from tests.benchmarks.command import few_texts, result_of, run_benchmark
-from tiltmeter.geometry.moments import UpdateMoments
 
 
 @pytest.mark.slow
@@ -68,37 +64,3 @@ def test_a_stopwatch_leaves_out_what_is_timed_inside(monkeypatch: pytest.MonkeyP
     with clock.running("outer"):
         inner()
     assert clock.seconds == {"outer": 3.0, "inner": 5.0}
-
-
-def test_what_accumulators_hold_does_not_grow_with_prompts() -> None:
-    held = []
-    for n_rows in (512, 4_096, 40_960):
-        moments = [UpdateMoments(16)]
-        stream(Case(n_rows, 16, n_sites=1), moments)
-        held.append(held_mb(moments))
-    rows, statistics = 3 * 512 * 16 * 4 / 1e6, 3 * (16 + 16 + 16 * 16) * 8 / 1e6
-    assert held[0] == pytest.approx(rows)
-    assert held[1] == held[2] == pytest.approx(statistics + rows), "means and scatters, and the rows that wait"
-
-
-def test_streamed_rows_are_those_of_the_case_and_their_spectra_are_all_taken() -> None:
-    case = Case(n_rows=1_500, d_model=12, n_sites=2)
-    moments = [UpdateMoments(12), UpdateMoments(12)]
-    assert stream(case, moments) > 0
-    assert [site.of["delta"].n_rows for site in moments] == [1_500, 1_500]
-    assert not moments[0].of["delta"].keeps_rows
-    assert moments[0].of["delta"].geometry().shift_share > 0.5, "the synthetic update is mostly one shift"
-    assert decompose(case, moments) > 0
-    base, policy = synthetic_rows(3, 5, torch.Generator().manual_seed(0))
-    assert base.shape == policy.shape == (3, 5)
-
-
-def test_the_full_table_reaches_the_largest_model_and_says_what_was_multiplied() -> None:
-    largest = FULL_CASES[-1]
-    assert (largest.n_rows, largest.d_model, max(LAYERS)) == (10_000, 4096, 32)
-    summary = {"stream_seconds": 2.0, "spectra_seconds": 3.0, "held_mb": 4.0, "peak_mb": 5.0}
-    row = cost_row(largest, summary)
-    assert row[:4] == ["4,096", "10,000", "2.00", "3.00*"]
-    assert row[-2:] == ["≈ 165", "≈ 132"]
-    measured = cost_row(Case(256, 256, n_sites=33, n_spectra=N_SPECTRA), {k: 33 * v for k, v in summary.items()})
-    assert measured[-3:] == ["≈ 65.0", "= 165", "= 132"]

@@ -70,7 +70,7 @@ def row_geometry(
         raise ValueError("row_geometry: expected at least one row, got none")
     rows = rows.to(torch.float64)
     if variant == "outlier_dims_removed":
-        rows = rows[:, kept_dims(rows.shape[1], without)]
+        rows = rows[:, _kept_dims(rows.shape[1], without)]
     if variant == "unit_row":
         rows = unit_rows(rows)
     if variant == "centred":
@@ -90,48 +90,6 @@ def row_geometry(
     )
 
 
-def moment_geometry(
-    n_rows: int,
-    *,
-    mean: Float[Tensor, " d_model"],
-    scatter: Float[Tensor, "d_model d_model"],
-    unit_mean: Float[Tensor, " d_model"] | None,
-    centred: bool,
-) -> RowGeometry:
-    """Compute :func:`row_geometry` from a matrix's mean and scatter about the mean; without what only its rows can tell.
-
-    Args:
-        unit_mean: mean of the rows over their norms; None: unknown, and with it the mean cosine.
-        centred: of the rows less their mean.
-    """
-    gram = scatter + n_rows * torch.outer(mean, mean)
-    if centred:
-        gram, mean = scatter * _above_rounding(scatter.trace(), gram.trace()), torch.zeros_like(mean)
-    sigma, top = eigen_of_gram(gram)
-    sigma = sigma[: min(n_rows, len(mean))]
-    return RowGeometry(
-        spectrum(sigma, n_rows=n_rows, d_model=len(mean)),
-        float(n_rows * mean.square().sum() / gram.trace()),
-        float(cosine(top, mean).abs()),
-        math.nan if unit_mean is None else float(unit_mean @ mean / mean.norm()),
-        math.nan,
-        sigma,
-    )
-
-
-def kept_dims(d_model: int, without: Int[Tensor, " outlier"] | None) -> Int[Tensor, " kept"]:
-    """The other dimensions than the outliers, in order.
-
-    Raises:
-        ValueError: no outliers were chosen.
-    """
-    if without is None:
-        raise ValueError("outlier_dims_removed: expected the dimensions to leave out (outlier_dims), got none")
-    keep = torch.ones(d_model, dtype=torch.bool, device=without.device)
-    keep[without] = False
-    return keep.nonzero()[:, 0]
-
-
 def in_own_span(rows: Float[Tensor, "row d_model"]) -> Float[Tensor, "row k"]:
     """The rows in coordinates of the space that they span, float64: k ≤ N numbers each, and every inner product as before.
 
@@ -146,6 +104,19 @@ def unit_rows(rows: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_model"
     """Each row over its norm; a row of zeros stays."""
     norms = rows.norm(dim=1, keepdim=True)
     return rows / norms.where(norms > 0, 1.0)
+
+
+def _kept_dims(d_model: int, without: Int[Tensor, " outlier"] | None) -> Int[Tensor, " kept"]:
+    """The other dimensions than the outliers, in order.
+
+    Raises:
+        ValueError: no outliers were chosen.
+    """
+    if without is None:
+        raise ValueError("outlier_dims_removed: expected the dimensions to leave out (outlier_dims), got none")
+    keep = torch.ones(d_model, dtype=torch.bool, device=without.device)
+    keep[without] = False
+    return keep.nonzero()[:, 0]
 
 
 def _above_rounding(centred_energy: Tensor, energy: Tensor) -> Tensor:

@@ -88,7 +88,7 @@ class UpdateModels:
         if n_folds < 3:
             raise ValueError(f"UpdateModels: expected at least 3 folds, got {n_folds}")
         self.d_model, self.n_folds, self.seed = d_model, n_folds, seed
-        self._folds = [RowMoments(2 * d_model, max_rows_kept=0, device=device) for _ in range(n_folds)]
+        self._folds = [RowMoments(2 * d_model, device=device) for _ in range(n_folds)]
 
     @torch.no_grad()
     def update(
@@ -145,7 +145,7 @@ class UpdateModels:
 
 
 def _joined(folds: Sequence[RowMoments]) -> _Sums:
-    joined = RowMoments(folds[0].d_model, max_rows_kept=0, device=folds[0].device)
+    joined = RowMoments(folds[0].d_model, device=folds[0].device)
     for fold in folds:
         joined.merge(fold)
     return _Sums(joined.n_rows, joined.mean(), joined.scatter())
