@@ -27,14 +27,12 @@ def config_key(argument: str, config: DictConfig) -> str:
         ``decoding.top_p``; several where several nodes take it, and the bare ``top_p`` where none does.
     """
     owner, _, option = argument.partition(".")
-    takers = {owner, *PASSED_ON.get(owner, ())}
-    found: dict[str, list[str]] = {}
-    exact: list[str] = []
-    for path, node in nodes(config):
-        made = class_named(str(node._target_))
-        names = {base.__name__ for base in made.__mro__}
-        for taker in takers & names if option in (constructor_options(node) or ()) else ():
-            found.setdefault(taker, []).append(f"{path}.{option}")
-            exact += [f"{path}.{option}"] * (made.__name__ == owner)
-    keys = exact or found.get(owner) or [key for of_taker in found.values() for key in of_taker]
-    return " or ".join(dict.fromkeys(keys)) or option
+    taking = {
+        f"{path}.{option}": [base.__name__ for base in class_named(str(node._target_)).__mro__]
+        for path, node in nodes(config)
+        if option in (constructor_options(node) or ())
+    }
+    exact = [key for key, names in taking.items() if names[0] == owner]
+    inherited = [key for key, names in taking.items() if owner in names]
+    passing = [key for key, names in taking.items() if not set(names).isdisjoint(PASSED_ON.get(owner, ()))]
+    return " or ".join(exact or inherited or passing) or option

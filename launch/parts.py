@@ -84,11 +84,14 @@ def check_options(config: DictConfig) -> None:
     _check_trainer(config.trainer)
     _check_checkpoints(config)
     _check_scorers(config)
-    is_sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
-    if is_sweep and config.trainer.get("devices", 1) not in (1, "1") and "LOCAL_RANK" not in os.environ:
+    if _is_sweep() and config.trainer.get("devices", 1) not in (1, "1") and "LOCAL_RANK" not in os.environ:
         raise UserError(
             "--multirun with trainer.devices above 1: one process can't start several jobs; sweep with devices=1"
         )
+
+
+def _is_sweep() -> bool:
+    return HydraConfig.initialized() and bool(HydraConfig.get().mode == RunMode.MULTIRUN)
 
 
 def _check_scorers(config: DictConfig) -> None:

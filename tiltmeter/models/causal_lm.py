@@ -306,12 +306,9 @@ def _load(key: str, where: str, load: Callable[[], T], *, part: Part, is_model: 
     try:
         return load()
     except Exception as error:  # whatever a damaged or foreign file makes the loaders raise
-        reason = find_fault(where, part, is_model=is_model, instead=instead)
-        if looks_local or reason:
-            raise UserError(
-                f"{key}: cannot load {where}: {reason or f'{reason_of(error, where)}; restore it'}"
-            ) from error
-        reason = reason_of(error, where)
+        fault, reason = find_fault(where, part, is_model=is_model, instead=instead), reason_of(error, where)
+        if looks_local or fault:
+            raise UserError(f"{key}: cannot load {where}: {fault or f'{reason}; restore it'}") from error
         raise UserError(
             f"{key}: cannot load {where} from the Hugging Face hub ({reason}); check the name, the network and, for a gated "
             "model, your licence and login (`hf auth login`), or give a local folder"

@@ -185,10 +185,10 @@ def _question(row: Any, where: str) -> TruthfulQuestion:
     text = row.get("question") if isinstance(row, Mapping) else None
     if not isinstance(text, str) or not text.strip():
         raise UserError(f"{where}: expected an object with a question, mc1_targets and mc2_targets, got {_brief(row)}")
-    kinds = [kind for kind in ("mc0", "mc1", "mc2") if kind != "mc0" or "mc0_targets" in row]
+    kinds = ["mc0"] * ("mc0_targets" in row) + ["mc1", "mc2"]
     answers = {kind: _answers(row, f"{kind}_targets", where) for kind in kinds}
-    for kind, n_true in ((kind, sum(answer.is_true for answer in some)) for kind, some in answers.items()):
-        if kind != "mc2" and n_true != 1:
+    for kind in kinds[:-1]:
+        if (n_true := sum(answer.is_true for answer in answers[kind])) != 1:
             raise UserError(f"{where}: {kind}_targets: expected exactly one true answer, got {n_true}")
     return TruthfulQuestion(text, answers)
 

@@ -122,11 +122,7 @@ def export(source: Path, out: Path, form: str, wanted: Mapping[str, str], model:
     """
     if form not in get_args(Format):
         raise UserError(f"format: expected {', '.join(get_args(Format))}, got {form}")
-    held = list(load_vectors(source).values())
-    chosen = [v for v in held if all(str(getattr(v.id, name)) == value for name, value in wanted.items())]
-    if not chosen:
-        there = sorted({f"kind={v.id.kind} position={v.id.position}" for v in held})
-        raise UserError(f"{source}: no vector with {dict(wanted)}; it has {'; '.join(there)}")
+    chosen = _chosen(source, wanted)
     at = list(vectors_by_block(chosen))
     left = [v.site for v in chosen if not v.site.startswith("layer_")]
     if form == "steering_vectors":
@@ -139,6 +135,15 @@ def export(source: Path, out: Path, form: str, wanted: Mapping[str, str], model:
             write_lm_eval(out, chosen, lm.build_on_meta(lm.load_tokenizer()))
     lines = [f"Wrote {len(at)} vectors, behind blocks {', '.join(map(str, at))}: {out}"]
     return lines + [f"Left out, as {form} knows no such place: {', '.join(left)}"] * bool(left)
+
+
+def _chosen(source: Path, wanted: Mapping[str, str]) -> list[SteeringVector]:
+    held = list(load_vectors(source).values())
+    chosen = [v for v in held if all(str(getattr(v.id, name)) == value for name, value in wanted.items())]
+    if not chosen:
+        there = sorted({f"kind={v.id.kind} position={v.id.position}" for v in held})
+        raise UserError(f"{source}: no vector with {dict(wanted)}; it has {'; '.join(there)}")
+    return chosen
 
 
 def main(arguments: list[str]) -> int:
