@@ -415,7 +415,10 @@ def _refuse_empty(subject: Subject, attempts: Attempts) -> NoReturn:
 def _missing(sections: Sequence[Section], attempts: Attempts) -> list[str]:
     """Say what failed and which figures have no number."""
     missing = [f"{'; '.join(attempts.lines())} ({_SHOW})"] if attempts.failed else []
-    if lost := [name for section in sections for name in section.lost]:
+    lost = [name for section in sections for name in section.lost]
+    if lost := sorted(
+        lost, key=lambda name: name.startswith("judge/")
+    ):  # what is asked about comes before who is asked
         missing.append(
             f"without a number for {', '.join(lost[:4])}{' …' if len(lost) > 4 else ''}: too many scores are missing (the table "
             "says how many); where a judge or service did not answer, run it again"

@@ -21,6 +21,6 @@ def test_a_file_that_is_not_there_is_one_line() -> None:
     done = run_benchmark("truthfulqa.py", "--data", "no/mc_task.json")
     assert done.returncode == 2
     assert done.stderr.strip().splitlines() == [
-        "benchmark: truthfulqa.path: cannot read no/mc_task.json (No such file or directory; expected .json, .jsonl, "
+        "benchmark: path: cannot read no/mc_task.json (No such file or directory; expected .json, .jsonl, "
         ".parquet, .csv or hub:truthfulqa/truthful_qa[@REVISION])"
     ]

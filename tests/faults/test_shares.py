@@ -76,7 +76,8 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_callback_is_among_them(tmp_path: Path) -> None:
-    modules = [importlib.import_module(f"callbacks.{path.stem}") for path in (ROOT / "callbacks").glob("[!_]*.py")]
+    files = [path.relative_to(ROOT).with_suffix("") for path in (ROOT / "callbacks").rglob("[!_]*.py")]
+    modules = [importlib.import_module(".".join(file.parts)) for file in files]
     classes = {kind for module in modules for _, kind in inspect.getmembers(module, inspect.isclass)}
     ours = {kind for kind in classes if issubclass(kind, Callback) and kind.__module__.startswith("callbacks.")}
     used = {kind for callback in every_callback(tmp_path) for kind in type(callback).__mro__}

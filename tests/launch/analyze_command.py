@@ -9,10 +9,10 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
 from launch.analyzing import analyze
-from launch.command import one_line_errors
+from launch.config_keys import config_key
 from launch.configuration import CONF, prepare_overrides
 from tests.processes import contents
-from tiltmeter.errors import UserError
+from tiltmeter.errors import UserError, arguments_shown
 
 
 def composed(*arguments: str) -> DictConfig:
@@ -30,8 +30,7 @@ def composed(*arguments: str) -> DictConfig:
 def ask(tmp_path: Path, *arguments: str) -> Path | None:
     """As ``analyze.py`` does, in this process."""
     config = composed(*arguments, f"runs_root={tmp_path / 'runs'}")
-    config.debug = True  # errors are raised, not printed
-    with one_line_errors(config):
+    with arguments_shown(lambda name: config_key(name, config)):
         return analyze(config)
 
 

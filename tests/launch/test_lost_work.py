@@ -109,10 +109,10 @@ def test_models_that_barely_differ_have_a_report(tmp_path: Path) -> None:
 def test_a_section_that_fails_is_named_on_the_page_and_costs_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken() -> None:
+    def broken(*_: object, **__: object) -> None:
         raise ValueError("All-NaN slice")
 
-    monkeypatch.setattr(fig1c_clouds, "house_style", broken)
+    monkeypatch.setattr(fig1c_clouds, "draw_panels", broken)
     two = (f"base={save_model(tmp_path / 'old', seed=0)}", f"aligned={save_model(tmp_path / 'new', seed=1)}")
     with pytest.raises(IncompleteEvaluation, match="written, but clouds failed: ValueError: All-NaN slice"):
         ask(tmp_path, *two, *DATA, "analysis=[cosines,clouds,projection]")
