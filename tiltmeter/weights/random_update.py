@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -38,14 +39,30 @@ N_DRAWS = 5
 FILE = "random_update.json"
 """Name of the file of draws, beside the snapshots of a run."""
 _FORMAT = 1
-_ROUNDING = 1e-12
+_ROUNDING = 1e-5
+"""Singular values below this share of the first are the rounding of merged float32 weights: an adapter's update has few."""
 
 
-def random_change(update: Tensor, *, name: str, draw: int, seed: int = 0, form: Form = "gaussian") -> Tensor:
+def singular_values(update: Tensor) -> Float[Tensor, " k"]:
+    """Singular values of a parameter's update above its rounding, float64, largest first; one of a vector is its norm."""
+    sigma = torch.linalg.svdvals(update.detach().to("cpu", torch.float64).reshape(len(update), -1))
+    return sigma[sigma > _ROUNDING * sigma[0]]
+
+
+def random_change(
+    update: Tensor,
+    *,
+    name: str,
+    draw: int,
+    seed: int = 0,
+    form: Form = "gaussian",
+    sigma: Float[Tensor, " k"] | None = None,
+) -> Tensor:
     """A random matrix of the update's shape and Frobenius norm, float64 on the CPU.
 
     Args:
         update: W_policy − W_base of one parameter.
+        sigma: its :func:`singular_values`, where they are known; they take longer than all else.
         name: of the parameter; with seed, draw and form it decides what is drawn, in any process and order.
 
     Raises:
@@ -58,8 +75,8 @@ def random_change(update: Tensor, *, name: str, draw: int, seed: int = 0, form: 
     digest = hashlib.sha256(f"{form} {seed} {draw} {name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     if form == "rotated" and exact.ndim > 1:
-        sigma = torch.linalg.svdvals(exact.flatten(1))
-        sigma = sigma[sigma > _ROUNDING * sigma[0]]  # an adapter's update has few
+        sigma = singular_values(exact) if sigma is None else sigma
+        sigma = sigma * (norm / sigma.norm())
         left, right = (_random_basis(n, len(sigma), generator) for n in exact.flatten(1).shape)
         return (left * sigma @ right.T).reshape(exact.shape)
     noise = torch.randn(exact.shape, generator=generator).to(torch.float64)
@@ -69,7 +86,13 @@ def random_change(update: Tensor, *, name: str, draw: int, seed: int = 0, form: 
 @contextmanager
 @torch.no_grad()
 def random_update(
-    model: PreTrainedModel, policy: Mapping[str, Tensor], *, draw: int, seed: int = 0, form: Form = "gaussian"
+    model: PreTrainedModel,
+    policy: Mapping[str, Tensor],
+    *,
+    draw: int,
+    seed: int = 0,
+    form: Form = "gaussian",
+    spectra: dict[str, Tensor] | None = None,
 ) -> Iterator[None]:
     """Inside, the base model's weights are W_base + ΔW, ΔW random and as large as training's; afterwards, its own again.
 
@@ -80,11 +103,13 @@ def random_update(
         model: the base model, whole and without adapters.
         policy: the trained model's state dict, adapters merged; tensors may be on another device, or read as they are asked for.
         draw: which of the random updates, from 0.
+        spectra: singular values by parameter; what is missing is added, for the next draw of this update.
 
     Raises:
         ValueError: another model's state dict, or weights that are not finite.
     """
     own: list[tuple[Tensor, Tensor]] = []
+    known = {} if spectra is None else spectra
     try:
         for name, parameter in dict[str, Tensor](model.named_parameters()).items():
             if name not in policy or policy[name].shape != parameter.shape:
@@ -92,7 +117,10 @@ def random_update(
             before = parameter.detach().to("cpu").to(torch.float64)
             update = policy[name].detach().to("cpu").to(torch.float64) - before
             if update.any():
-                changed = before + random_change(update, name=name, draw=draw, seed=seed, form=form)
+                if form == "rotated" and update.ndim > 1 and name not in known:
+                    known[name] = singular_values(update)
+                sigma = known.get(name)
+                changed = before + random_change(update, name=name, draw=draw, seed=seed, form=form, sigma=sigma)
                 own.append((parameter, parameter.data))
                 parameter.data = changed.to(parameter)
         yield
@@ -193,10 +221,10 @@ def read_random_updates(
         ValueError: see :func:`random_update`.
     """
     base = probe.read(model)
-    draws = []
+    draws, spectra = [], dict[str, Tensor]()
     for form in forms:
         for draw in range(n_draws):
-            with random_update(model, policy, draw=draw, seed=seed, form=form):
+            with random_update(model, policy, draw=draw, seed=seed, form=form, spectra=spectra):
                 changed = StatePair(base, probe.read(model))
             found = {point: random_update_figures(changed, point) for point in base}
             draws += [Draw(form, draw, p.position, p.site, figures) for p, figures in found.items() if figures]
