@@ -7,11 +7,14 @@ import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from hydra import compose, initialize_config_dir
 from lightning.pytorch import Trainer
+from omegaconf import DictConfig
 from peft import LoraConfig
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,9 +22,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from analysis.open.checkpoints import HeldOutPairs
 from analysis.open.read_states import StateReading
 from datamodules.preference import PreferenceDataModule
+from launch.config_keys import config_key
+from launch.configuration import CONF
 from lightning_modules.dpo import DPOModule
 from tests.tiny_models import MemorySource, make_tokenizer, reference_log_probs
-from tiltmeter.errors import UserError
+from tiltmeter.errors import UserError, arguments_shown
 from tiltmeter.models.causal_lm import CausalLM
 from tiltmeter.models.lora import add_lora, merged_state, why_not_merged
 from tiltmeter.pairs.batch import TokenizedPair, collate_pairs
@@ -145,7 +150,20 @@ class Toy:
         return layout + [f"`{name}`: {value} in its config.json" for name, value in self.settings.items()]
 
 
+@cache
+def shipped() -> DictConfig:
+    """What train.py composes: the page names its keys."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("train", overrides=["adapter=lora"])
+
+
 def try_family(family: str) -> Row:
+    """:func:`_try_family` with messages as the command line has them."""
+    with arguments_shown(lambda name: config_key(name, shipped())):
+        return _try_family(family)
+
+
+def _try_family(family: str) -> Row:
     """Train two steps, compare log-probs with transformers alone, open in analyze.py's code path, merge adapters.
 
     A refusal that names an option is followed; any other is the result.
@@ -233,7 +251,7 @@ def _merge(toy: Toy, pairs: list[TokenizedPair]) -> str:
             add_lora(adapted, config)
             break
         except UserError as error:
-            option = re.search(r"target_modules=\[([\w,]+)\]", str(error))
+            option = re.search(r"module\.lora\.target_modules=\[([\w,]+)\]", str(error))
             if option is None or attempt == 2:
                 return f"refused: {_said(error)}"
             config, by = LoraConfig(r=2, target_modules=option[1].split(",")), f"merged exactly with {option[0]}"

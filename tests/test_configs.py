@@ -136,7 +136,7 @@ def test_every_experiment_takes_two_steps_with_a_stand_in(experiment: str, stand
         config.model.name_or_path = str(stand_in / "model")
     else:
         config.merge_with_dotlist([o for o in TINY if not o.startswith("data.n_prompts")])
-        config.datamodule.train_pairs = 24
+    config.datamodule.train_pairs = 24
     config.datamodule.val_pairs, config.datamodule.probe_pairs = 6, 4
     run = train(config)
     assert (run / "aligned" / "model.safetensors").is_file()
