@@ -63,5 +63,5 @@ def test_an_adapter_that_training_cannot_start_from_is_one_line(base: Path, tmp_
     (adapter / "adapter_model.safetensors").unlink()
     with pytest.raises(UserError, match=r"an adapter without adapter_model\.safetensors"):
         adapter_to_merge(str(adapter), base=str(base))
-    with pytest.raises(UserError, match=r"^model\.adapter_path: not with model\.init=random"):
+    with pytest.raises(UserError, match=r"^adapter_path: not with init=random"):
         CausalLM(init="random", architecture={"model_type": "llama"}, adapter_path=str(adapter))

@@ -124,6 +124,6 @@ def test_an_adapter_is_asked_about_with_its_own_base_alone(tmp_path: Path) -> No
             weight.data.fill_(0.05)
     adapted.save_pretrained(tmp_path / "adapter")
     asked = (f"aligned={tmp_path / 'adapter'}", *DATA, "analysis=geometry")
-    assert f"an adapter of {base}, but base={other}" in refused(tmp_path, f"base={other}", *asked)
+    assert f"an adapter of {base}, not of {other}" in refused(tmp_path, f"base={other}", *asked)
     text = ask(tmp_path, f"base={base}", *asked).read_text("utf-8")
     assert "adapter against base" in text
