@@ -207,7 +207,10 @@ def test_hub_data_without_network(
             ["datamodule.truncation=keep_start"],
             "datamodule.truncation: expected keep_end or drop or error, got keep_start",
         ),
-        (["datamodule.text_format=chatml"], "datamodule.text_format: expected auto or transcript or chat_template, got chatml"),
+        (
+            ["datamodule.text_format=chatml"],
+            "datamodule.text_format: expected auto or transcript or chat_template, got chatml",
+        ),
         (["chat_date=31.1.2026"], "chat_date: expected a day such as 2026-01-31, got 31.1.2026"),
         (["module.learning_rate=fast"], "module.learning_rate: expected a number, got fast"),
         (["module.gradient_clip_norm=-1"], "module.gradient_clip_norm: expected a finite number above 0, got -1"),
