@@ -74,6 +74,8 @@ class TokenizationReport:
     special_words: int = 0
     """Pairs of a chat template whose texts hold words of special tokens, such as ``</s>``; they stay words."""
     dropped: Counter[str] = field(default_factory=Counter)
+    written_as: str = ""
+    """Text format and why, where it was chosen by the model."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedTokenizerBase
 
 from analysis.open.adapters import CONFIG, WEIGHTS, adapter_to_merge, merge_adapter
-from analysis.open.kept_models import FILES, check_files, hashes_of
+from analysis.open.kept_models import check_made, record_made
 from callbacks.process.preemption import Preemption
 from callbacks.process.progress import TrainingProgress
 from datamodules.preference import PreferenceDataModule
@@ -24,10 +24,10 @@ from launch.processes.agreement import agreement
 from launch.run_folder import export_model, is_first_process, on_first_process
 from lightning_modules.sft import SFTModule
 from tiltmeter.errors import UserError
-from tiltmeter.files import sha256_of, write_atomically, write_json
+from tiltmeter.files import sha256_of, write_atomically
 from tiltmeter.models.causal_lm import CausalLM
 
-_FORMAT, _MADE_FROM = 1, "made_from.json"
+_FORMAT = 1
 """Part of the key; raise it when the same settings would give another base."""
 _LIMITS = ("max_epochs", "max_steps")
 _NOT_LEARNED_FROM = (
@@ -64,7 +64,7 @@ def find_or_train_base(
     folder = base_folder(config, model, tokenizer, data)
     found = (folder / "config.json").is_file()
     if found and is_first_process():
-        _check(folder)
+        check_made(folder)
     if not found:
         _train_base(config, model, tokenizer, data, folder)
     data.labels = given_labels
@@ -102,8 +102,7 @@ def _train_base(
     data.seed = run_seed
 
     def record(whole: Path, name: str) -> None:
-        made_from = {"base": OmegaConf.to_container(config.base, resolve=True), FILES: hashes_of(whole, name)}
-        write_json(whole / _MADE_FROM, made_from)
+        record_made(whole, name, base=OmegaConf.to_container(config.base, resolve=True))
 
     def keep_log() -> None:
         if log.exists():
@@ -138,7 +137,7 @@ def merge_adapter_into_base(
     with FileLock(f"{folder}.lock"):  # processes of one run, too
         if (folder / "config.json").is_file():
             if is_first_process():
-                _check(folder)
+                check_made(folder)
             return start, f"Base: {model.name_or_path} with {model.adapter_path} merged, found in {folder}"
         whole = merge_adapter(replace(model, adapter_path=None).build(tokenizer), options, adapter)
         if any(isinstance(module, LoraLayer) for module in whole.modules()):
@@ -149,24 +148,10 @@ def merge_adapter_into_base(
         def write(temporary: Path) -> None:
             whole.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
-            write_json(temporary / _MADE_FROM, {**made_from, FILES: hashes_of(temporary, folder.name)})
+            record_made(temporary, folder.name, **made_from)
 
         write_atomically(folder, write)
     return start, f"Base: {model.name_or_path} with {model.adapter_path} merged, kept in {folder}"
-
-
-def _check(folder: Path) -> None:
-    """Raises UserError: a base that was found is not as it was made."""
-    path = folder / _MADE_FROM
-    try:
-        expected = json.loads(path.read_text(encoding="utf-8")).get(FILES, {})
-    except FileNotFoundError:  # of an earlier version
-        return
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"{path}: damaged ({str(error)[:80]}); remove {folder} to have the base trained again"
-        ) from error
-    check_files(folder.parent, expected, said_by=path, cure=f"remove {folder} to have the base trained again")
 
 
 def _trainer_options(config: DictConfig) -> dict[str, Any]:

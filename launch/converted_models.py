@@ -1,22 +1,20 @@
 """GGUF models, converted once and found again by the sha256 of their file."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 from filelock import FileLock
 
-from analysis.open.kept_models import FILES, check_files, hashes_of
+from analysis.open.kept_models import check_made, record_made
 from launch.run_folder import is_first_process
 from launch.screen import console
 from tiltmeter.errors import UserError, argument
-from tiltmeter.files import sha256_of, write_atomically, write_json
+from tiltmeter.files import sha256_of, write_atomically
 from tiltmeter.models.causal_lm import CausalLM
 from tiltmeter.models.gguf_file import SUFFIX, convert_gguf, find_gguf
 
 Model = TypeVar("Model", bound=CausalLM)
-_MADE_FROM = "made_from.json"
 _FORMAT = 1
 """Part of a folder's name; raise it when the same file would give other weights."""
 
@@ -59,13 +57,11 @@ def converted(name: str, root: Path, *, sha256: str | None = None) -> str:
                 console().print(f"Converting {path.name} once into {folder} …", soft_wrap=True)
             write_atomically(folder, lambda partial: _convert(path, partial, folder.name))
             return str(folder)
-    kept = json.loads((folder / _MADE_FROM).read_text(encoding="utf-8"))
-    check_files(
-        folder.parent, kept[FILES], said_by=folder / _MADE_FROM, cure=f"remove {folder} to have it converted again"
-    )
+    if is_first_process():
+        check_made(folder)
     return str(folder)
 
 
 def _convert(path: Path, partial: Path, name: str) -> None:
     convert_gguf(path, partial)
-    write_json(partial / _MADE_FROM, {"file": path.name, FILES: hashes_of(partial, name)})
+    record_made(partial, name, file=path.name)

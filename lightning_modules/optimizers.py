@@ -23,7 +23,7 @@ _CLASSES = {
     "rmsprop_8bit": ("bitsandbytes.optim", "RMSprop8bit"),
 }
 _OF_WHOLE_WEIGHTS = {"adafactor", *(name for name in _CLASSES if name.endswith("_8bit"))}
-"""Those that look at rows, columns or blocks of a weight, of which a process of FSDP holds a part."""
+"""Optimizers that read whole rows, columns or blocks of a weight; refused under FSDP, where a process holds a part of each."""
 _NEVER = {"self", "params", "args", "maximize", "differentiable"}
 _KEYS = {"lr": "learning_rate", "weight_decay": "weight_decay", "betas": "betas"}
 """Options that have a key of their own in the module."""

@@ -37,7 +37,7 @@ class Metric(NamedTuple):
     position: Position | None = None
     """Where its hidden states are read if the name doesn't say; None: it is no metric of a site."""
     needs: str = ""
-    """What a run needs beside all callbacks; empty: nothing."""
+    """Condition under which a run with all callbacks logs it, in words; empty: every such run does."""
     summary: str = ""
     """What W&B's table of runs shows; empty: the last value."""
     label: str = ""

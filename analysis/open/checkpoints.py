@@ -20,7 +20,7 @@ from datamodules.synthetic import SyntheticWorld
 from datamodules.tokenization import PairTokenizer, SegmentEncoder, TokenizationReport
 from tiltmeter.errors import UserError
 from tiltmeter.models.causal_lm import DTYPES
-from tiltmeter.models.generation import end_ids
+from tiltmeter.models.generation import named_end_ids
 from tiltmeter.pairs.chat import TextChoice, settle_text_format
 from tiltmeter.pairs.preference_losses import make_preference_loss
 from tiltmeter.scoring import scorer as scoring
@@ -157,14 +157,16 @@ class HeldOutPairs:
         drawn, reports = self.draw(source)
         opened = _open(base, aligned, dtype, device, attn_implementation)
         limit = getattr(opened[0].model.config, "max_position_embeddings", None) or self.max_length
-        tokenizer = opened[0].tokenizer
+        model, tokenizer = opened[0].model, opened[0].tokenizer
+        written_as = settle_text_format(self.text_format, tokenizer, named_end_ids(model.generation_config))
         encode = PairTokenizer(
             tokenizer,
             min(self.max_length, limit),
-            text_format=settle_text_format(self.text_format, tokenizer, end_ids(opened[0].model, tokenizer))[0],
+            text_format=written_as[0],
             chat_date=self.chat_date,
         )
         kept, ids, cuts = encode(drawn)
+        cuts.written_as = "{}: {}".format(*written_as)
         _check_same_ids(opened, kept)
         pairs = [ProbePair.of(record, tokens) for record, tokens in zip(kept, ids, strict=True)]
         return Checkpoints(*opened, pairs, source if isinstance(source, SyntheticWorld) else None), reports, cuts

@@ -15,6 +15,8 @@ from tiltmeter.files import sha256_of, write_json
 PROVENANCE = "provenance.json"
 FILES, DATA = "files_sha256", "data_sha256"
 """Its keys: path from the run folder → sha256 of a file; split → sha256 of its token ids."""
+MADE_FROM = "made_from.json"
+"""File of a model that was made once and is found again: what it was made from, and the sha256 of its files."""
 _LARGE = 2**30
 
 
@@ -59,6 +61,27 @@ def record_kept(run_dir: Path, folder: Path, name: str) -> None:
     said = read_provenance(run_dir)
     others = {file: digest for file, digest in said.get(FILES, {}).items() if file.partition("/")[0] != name}
     write_json(run_dir / PROVENANCE, {**said, FILES: others | hashes_of(folder, name)})
+
+
+def record_made(folder: Path, name: str, **facts: Any) -> None:
+    """Write into a model's folder what it was made from, and what it holds, before it gets the name that it is found by."""
+    write_json(folder / MADE_FROM, {**facts, FILES: hashes_of(folder, name)})
+
+
+def check_made(folder: Path) -> None:
+    """Refuse a model that was made once and is not as it was written; nothing is known of one without :data:`MADE_FROM`.
+
+    Raises:
+        UserError: a file is missing or another one, or the record is damaged.
+    """
+    path, cure = folder / MADE_FROM, f"remove {folder} to have it made again"
+    try:
+        expected = json.loads(path.read_text(encoding="utf-8")).get(FILES, {})
+    except FileNotFoundError:  # of an earlier version
+        return
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: damaged ({str(error)[:80]}); {cure}") from error
+    check_files(folder.parent, expected, said_by=path, cure=cure)
 
 
 def check_kept(folder: Path) -> None:

@@ -99,6 +99,7 @@ def subject_of_checkpoints(
         ("Aligned", aligned + _commit(checkpoints.aligned)),
         ("Data", read),
         ("Asked about", "; ".join([_how_many(checkpoints), *lost])),
+        ("Written as", cuts.written_as),
         ("Held out?", "not known: the aligned model may have been trained on these prompts"),
     ]
     if differ := settings_that_differ(checkpoints):

@@ -10,10 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from analysis.open.adapters import WEIGHTS, check_adapter
-from analysis.open.kept_models import PROVENANCE, read_provenance, record_kept
+from analysis.open.kept_models import MADE_FROM, PROVENANCE, check_made, read_provenance, record_kept
 from analysis.open.models import load_model
 from analysis.open.stored_head import unembedding_rows
-from launch.base_model import _MADE_FROM, _check
 from launch.run_folder import keep_base, kept_base
 from tests.analysis.asked import TOKENIZER, save_model
 from tests.analysis.open.test_adapters import write_adapter
@@ -116,14 +115,14 @@ def test_an_unembedding_of_other_weights_is_not_read(run: Path) -> None:
 
 def test_a_cached_base_that_was_changed_is_refused_and_says_how_to_have_it_again(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "bases" / "1234", seed=0)
-    _check(folder)  # an earlier version kept no hashes
+    check_made(folder)  # an earlier version kept no hashes
     write_json(
-        folder / _MADE_FROM, {"files_sha256": {"1234/model.safetensors": sha256_of(folder / "model.safetensors")}}
+        folder / MADE_FROM, {"files_sha256": {"1234/model.safetensors": sha256_of(folder / "model.safetensors")}}
     )
-    _check(folder)
+    check_made(folder)
     damage(folder / "model.safetensors")
-    with pytest.raises(UserError, match=rf"changed since .*remove {folder} to have the base trained again"):
-        _check(folder)
+    with pytest.raises(UserError, match=rf"changed since .*remove {folder} to have it made again"):
+        check_made(folder)
 
 
 def test_a_base_on_the_hub_is_kept_at_its_commit(tmp_path: Path) -> None:

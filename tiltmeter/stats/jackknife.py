@@ -37,7 +37,7 @@ class Interval(NamedTuple):
 
 
 NO_INTERVAL = Interval(math.nan, math.nan, math.nan)
-"""Of a figure that has no value."""
+"""Interval for a figure without a value: NaN at both ends."""
 
 
 class Scale(NamedTuple):

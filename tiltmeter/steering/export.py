@@ -87,14 +87,11 @@ def write_control_vector(path: Path, vectors: Iterable[SteeringVector], *, model
     return list(kept)
 
 
-def write_lm_eval(
-    folder: Path, vectors: Iterable[SteeringVector], model: PreTrainedModel, *, coefficient: float = 1.0
-) -> list[Path]:
+def write_lm_eval(folder: Path, vectors: Iterable[SteeringVector], model: PreTrainedModel) -> list[Path]:
     """Write files for lm-evaluation-harness's ``steered`` model, one a block: of several in a file it adds the last at each.
 
     Args:
         model: names the modules; its weights aren't looked at.
-        coefficient: λ by which it is to multiply the vector.
 
     Raises:
         UserError, FailedWrite: as :func:`vectors_by_block`; the disk is full.
@@ -103,7 +100,7 @@ def write_lm_eval(
     blocks, written = decoder_blocks(model), []
     for block, vector in vectors_by_block(vectors).items():
         vector.check_fits(model)
-        entry = {"action": "add", "steering_coefficient": coefficient, "steering_vector": vector.values, "bias": None}
+        entry = {"action": "add", "steering_coefficient": 1.0, "steering_vector": vector.values, "bias": None}
         written.append(folder / f"layer_{block:02d}.pt")
         write_atomically(written[-1], partial(torch.save, {names[blocks[block]]: entry}))
     return written

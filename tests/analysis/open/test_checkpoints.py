@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from analysis.behaviour.asked import Behaviour
 from analysis.open import checkpoints as module
@@ -19,6 +20,7 @@ from datamodules.tokenization import train_bpe_tokenizer
 from tests.analysis import asked
 from tests.analysis.asked import save_model
 from tests.analysis.conftest import CONFIG
+from tests.chat_templates import tokenizer_of
 from tests.tiny_models import MemorySource
 from tiltmeter.errors import UserError
 
@@ -149,6 +151,22 @@ def test_options_out_of_range(options: dict[str, int]) -> None:
 def test_a_format_that_the_tokenizer_lacks_is_named(folders: tuple[str, str]) -> None:
     with pytest.raises(UserError, match=r"^text_format=chat_template"):
         HeldOutPairs(text_format="chat_template").ask(*folders, MemorySource(4))
+
+
+@pytest.mark.parametrize(("stops_at_turns", "chosen"), [(True, "chat_template"), (False, "transcript")])
+def test_a_base_model_with_its_chat_models_template_is_asked_in_transcripts(
+    tmp_path: Path, stops_at_turns: bool, chosen: str
+) -> None:
+    tokenizer = tokenizer_of("Llama 3")
+    end = tokenizer.convert_tokens_to_ids("<|eot_id|>")
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes))  # type: ignore[arg-type]
+    model.generation_config.eos_token_id = [2, end] if stops_at_turns else 2
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    found, _, cuts = HeldOutPairs(n_pairs=2).ask(str(tmp_path), str(tmp_path), MemorySource(4))
+    assert cuts.written_as.startswith(f"{chosen}: ")
+    assert (end in found.pairs[0].ids.chosen_ids) == stops_at_turns
 
 
 def test_a_source_without_pairs(folders: tuple[str, str]) -> None:
