@@ -10,7 +10,6 @@ from torch import Tensor
 
 from callbacks.probe_session import data_of, log, model_of, report_failed_write
 from tiltmeter.models.cpu_linear import onednn_is_faster, use_fast_linear
-from tiltmeter.models.lora import insert_adapters, merged_state
 from tiltmeter.states.positions import Position, check_position
 from tiltmeter.states.probe_set import Probe
 from tiltmeter.weights.random_update import FORMS, N_DRAWS, Form, check_draws, read_random_updates
@@ -55,10 +54,8 @@ class RandomUpdate(Callback):
             return
         policy: dict[str, Tensor] = dict(model.state_dict())
         if module.lora is not None:
-            merged = module.factory.make_base()
-            insert_adapters(merged, module.lora)
-            policy = merged_state(merged, policy)
-        base = module.factory.make_base().to(model.device, model.dtype)
+            policy = module.factory.make_merged(policy)[1]
+        base = module.factory.make_plain().to(model.device, model.dtype)
         if onednn_is_faster():
             use_fast_linear(base)
         pairs = data.splits["probe"].pairs

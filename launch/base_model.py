@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, Trainer, seed_everything
 from omegaconf import DictConfig, OmegaConf
@@ -20,6 +19,7 @@ from callbacks.process.preemption import Preemption
 from callbacks.process.progress import TrainingProgress
 from datamodules.preference import PreferenceDataModule
 from launch.loggers.metrics_csv import MetricsCSV
+from launch.made_models import folder_of, made_from, made_once
 from launch.processes.agreement import agreement
 from launch.run_folder import export_model, is_first_process, on_first_process
 from lightning_modules.sft import SFTModule
@@ -112,46 +112,37 @@ def _train_base(
     on_first_process(keep_log, trainer)
 
 
-def merge_adapter_into_base(
-    config: DictConfig, model: CausalLM, tokenizer: PreTrainedTokenizerBase
-) -> tuple[CausalLM, str]:
+def merge_adapter_into_base(model: CausalLM, tokenizer: PreTrainedTokenizerBase, root: Path) -> tuple[CausalLM, str]:
     """The base with its adapter merged, in its own dtype, as a pretrained model; and one line on where it is kept.
 
     It is the start of training and, if no other is named, the reference.
+
+    Args:
+        root: folder of all runs, whose cache keeps it.
 
     Raises:
         UserError: the adapter doesn't fit its base, or can't be merged into it.
     """
     adapter, options = adapter_to_merge(str(model.adapter_path), base=str(model.name_or_path))
-    local = sorted(Path(str(model.name_or_path)).glob("*.safetensors"))
-    made_from = {
-        "format": _FORMAT, "base": str(model.name_or_path), "revision": model.revision, "dtype": model.dtype,
-        "weights": {path.name: sha256_of(path) for path in local},
-        "adapter": {name: sha256_of(adapter / name) for name in (CONFIG, WEIGHTS)},
-        "tokenizer": tokenizer.backend_tokenizer.to_str(),
-    }  # fmt: skip
-    digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
-    folder = Path(config.runs_root) / "cache" / "merged" / digest[:16]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    start = replace(model, name_or_path=str(folder), revision=None, tokenizer=None, adapter_path=None)
-    with FileLock(f"{folder}.lock"):  # processes of one run, too
-        if (folder / "config.json").is_file():
-            if is_first_process():
-                check_made(folder)
-            return start, f"Base: {model.name_or_path} with {model.adapter_path} merged, found in {folder}"
-        whole = merge_adapter(replace(model, adapter_path=None).build(tokenizer), options, adapter)
+    facts = made_from(model, tokenizer, adapter={name: sha256_of(adapter / name) for name in (CONFIG, WEIGHTS)})
+    folder = folder_of(root, "merged", facts)
+
+    def make(partial: Path) -> None:
+        unquantized = replace(model, adapter_path=None, quantization=None)
+        whole = merge_adapter(unquantized.build(tokenizer), options, adapter)
         if any(isinstance(module, LoraLayer) for module in whole.modules()):
             raise UserError(
                 f"model.adapter_path: {adapter} can't be merged into {type(whole).__name__}; train with adapter=lora"
             )
+        whole.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
 
-        def write(temporary: Path) -> None:
-            whole.save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
-            record_made(temporary, folder.name, **made_from)
-
-        write_atomically(folder, write)
-    return start, f"Base: {model.name_or_path} with {model.adapter_path} merged, kept in {folder}"
+    found = made_once(folder, make, title="", **facts)
+    start = replace(model, name_or_path=str(folder), revision=None, tokenizer=None, adapter_path=None)
+    return (
+        start,
+        f"Base: {model.name_or_path} with {model.adapter_path} merged, {'found' if found else 'kept'} in {folder}",
+    )
 
 
 def _trainer_options(config: DictConfig) -> dict[str, Any]:

@@ -16,21 +16,22 @@ from hydra.utils import instantiate
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
 from omegaconf import DictConfig, OmegaConf
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from analysis.open.adapters import adapter_to_merge, find_adapter
 from datamodules.preference import PreferenceDataModule
 from datamodules.tokenization import train_bpe_tokenizer
 from launch.configuration import CONF, check_config, expand_home
-from launch.converted_models import without_gguf
 from launch.loggers.tensorboard import MODE as TENSORBOARD
 from launch.loggers.tensorboard import check_tensorboard
 from launch.loggers.wandb_logger import Mode
+from launch.made_models import without_gguf
 from lightning_modules.base import LogProbModule
 from lightning_modules.schedule import steps_of_fit
 from tiltmeter.commands import command, setting
 from tiltmeter.errors import UserError
 from tiltmeter.models.causal_lm import CausalLM, ReferenceModel
+from tiltmeter.models.quantization import check_bitsandbytes, is_quantized
 from tiltmeter.pairs.chat import as_date
 
 _PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "64-true", "32", "64")
@@ -175,6 +176,7 @@ def build_parts(config: DictConfig) -> Parts:
         else:
             tokenizer = model.load_tokenizer()
         model_config = model.load_config(tokenizer)  # a missing or gated model is known here, before any long work
+    _check_quantization(config, model, model_config, module)
     limit = getattr(model_config, "max_position_embeddings", None)
     if limit is not None and data.max_length > limit:
         raise UserError(
@@ -187,6 +189,25 @@ def build_parts(config: DictConfig) -> Parts:
     data.tokenize(tokenizer, model.load_end_ids())
     revision = getattr(model_config, "_commit_hash", None) or model.revision
     return Parts(data, model, tokenizer, module, revision)
+
+
+def _check_quantization(
+    config: DictConfig, model: CausalLM, model_config: PretrainedConfig, module: LogProbModule
+) -> None:
+    """Refuse quantized weights where they would be trained or sharded."""
+    quantized_already = is_quantized(model_config, f"model.name_or_path: {model.name_or_path}")
+    if not quantized_already and model.quantization is None:
+        return
+    key = "model.quantization" if model.quantization is not None else "model.name_or_path"
+    if module.lora is None:
+        raise UserError(
+            f"{key}: quantized weights can't be trained; add adapter=lora, which trains adapters beside them"
+        )
+    if model.quantization is not None and quantized_already:
+        raise UserError(f"{key}: {model.name_or_path} is quantized already; leave it out")
+    if not isinstance(config.trainer.get("strategy", "auto"), str):
+        raise UserError(f"{key}: quantized weights can't be sharded here; use trainer=ddp or trainer=gpu")
+    check_bitsandbytes(key)
 
 
 @contextmanager

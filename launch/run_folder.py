@@ -21,7 +21,7 @@ from lightning_modules.base import LogProbModule
 from tiltmeter.errors import FailedWrite, UserError
 from tiltmeter.files import copy_file, write_atomically, write_json, write_text
 from tiltmeter.models.causal_lm import CausalLM
-from tiltmeter.models.lora import ADAPTER, add_lora, merged_state
+from tiltmeter.models.lora import ADAPTER
 
 BASE = "base"
 T = TypeVar("T")
@@ -81,9 +81,7 @@ def export_model(
         if module.lora is not None:
             _export_adapters(model, state, folder.with_name("adapter"), record)
             try:
-                whole = module.factory.make_base()
-                add_lora(whole, module.lora)
-                tensors = merged_state(whole, state)
+                whole, tensors = module.factory.make_merged(state)
             except UserError as error:
                 shutil.rmtree(folder, ignore_errors=True)  # of an earlier end of this run
                 return str(error)

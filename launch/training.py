@@ -30,6 +30,7 @@ from launch.loggers.tensorboard import MODE as TENSORBOARD
 from launch.loggers.tensorboard import open_tensorboard
 from launch.loggers.wandb_logger import RunLogger, close_wandb, open_wandb
 from launch.loggers.wandb_media import WandbMedia
+from launch.made_models import quantized
 from launch.parts import Parts, build_parts, check_length, check_options
 from launch.processes.agreement import agreement
 from launch.processes.run_lock import check_writable, run_lock
@@ -156,9 +157,14 @@ def _settle_base(config: DictConfig, parts: Parts, checkpoint: Path | None) -> I
     elif config.base is not None:
         parts.model, line = find_or_train_base(config, parts.model, parts.tokenizer, parts.data)
         yield line
-    elif parts.model.adapter_path is not None:
-        parts.model, line = merge_adapter_into_base(config, parts.model, parts.tokenizer)
-        yield line
+    elif parts.model.adapter_path is not None or parts.model.quantization is not None:
+        for is_asked, make in (
+            (parts.model.adapter_path, merge_adapter_into_base),
+            (parts.model.quantization, quantized),
+        ):
+            if is_asked is not None:
+                parts.model, line = make(parts.model, parts.tokenizer, Path(config.runs_root))
+                yield line
     elif is_first_process() and (given := Path(str(parts.model.name_or_path))).is_dir():
         check_kept(given)  # a run's own aligned/ …
 

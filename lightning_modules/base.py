@@ -335,12 +335,12 @@ class LogProbModule(LightningModule):
             )
         self.guard.load_state_dict(checkpoint["step_guard"])
         if self.lora is not None and self.device_mesh is None:
-            frozen = {k: v for k, v in self.state_dict().items() if k not in checkpoint["state_dict"]}
-            if any(name for name, p in self.named_parameters() if p.requires_grad and name in frozen):
+            trained = {name for name, p in self.named_parameters() if p.requires_grad}
+            if trained != set(checkpoint["state_dict"]):
                 raise UserError(
-                    "ckpt_path: the checkpoint holds no weights for some adapters; it belongs to another run"
+                    "ckpt_path: the checkpoint holds the weights of other adapters; it belongs to another run"
                 )
-            checkpoint["state_dict"] |= frozen
+            self.strict_loading = False  # weights that aren't trained stay as they were built
 
     def _data_digests(self) -> dict[str, str]:
         return {split: self.data.digest(split) for split in _DIGESTED}

@@ -3,6 +3,7 @@
 import torch
 from lightning.pytorch import Trainer
 from peft import LoraConfig
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
@@ -17,7 +18,8 @@ from lightning_modules.policy import (
 )
 from lightning_modules.schedule import check_number
 from tiltmeter.models.cpu_linear import onednn_is_faster, use_fast_linear
-from tiltmeter.models.lora import check_lora, insert_adapters, reads_weights
+from tiltmeter.models.lora import check_lora, insert_adapters, merged_state, reads_weights
+from tiltmeter.models.quantization import dequantized
 from tiltmeter.models.sharded_weights import EmptyModel
 
 
@@ -65,6 +67,29 @@ class ModelFactory:
         assert self.build is not None, "attach_model() comes first"
         with torch.device("cpu"):
             return self.build()
+
+    def make_plain(self) -> PreTrainedModel:
+        """:meth:`make_base` without quantization: its weights are the very numbers that the quantized ones stand for."""
+        with torch.device("cpu"):
+            return dequantized(self.make_base())
+
+    def make_merged(self, state: dict[str, Tensor]) -> tuple[PreTrainedModel, dict[str, Tensor]]:
+        """A plain model, and weights for it with which it computes what the trained one does.
+
+        Args:
+            state: the trained model's state dict, whole.
+
+        Raises:
+            UserError: its adapters can't be merged.
+        """
+        whole = self.make_plain()
+        if self.lora is None:
+            return whole, state
+        insert_adapters(whole, self.lora)
+        own = (
+            whole.state_dict()
+        )  # quantized weights have other names and shapes; those that were not trained are the same
+        return whole, merged_state(whole, {name: state[name] if "lora_" in name else own[name] for name in own})
 
     def make(self, trainer: Trainer, mesh: DeviceMesh | None) -> Policy:
         """Build, adapt, freeze and shard; with a mesh each process reads its share of the weights where it can."""

@@ -56,8 +56,9 @@ class OptimizerChoice:
         package = _CLASSES[self.name][0].partition(".")[0]
         if find_spec(package) is None:
             raise UserError(f"module.optimizer={self.name}: needs {package}, which isn't here; pip install {package}")
-        if package != "torch" and not torch.cuda.is_available():
-            raise UserError(f"module.optimizer={self.name}: needs a GPU, and none was found here; take adamw")
+        if self.name.startswith("paged_") and not torch.cuda.is_available():
+            without = self.name.removeprefix("paged_")
+            raise UserError(f"module.optimizer={self.name}: needs a GPU, and none was found here; take {without}")
         known = set(inspect.signature(self._class).parameters) - _NEVER
         for key in self.options:
             if key in _KEYS:

@@ -19,6 +19,7 @@ from analysis.open.kept_models import check_kept
 from tiltmeter.errors import UserError
 from tiltmeter.models.causal_lm import choose_attention
 from tiltmeter.models.model_files import Part, find_fault, reason_of
+from tiltmeter.models.quantization import check_blocks, dequantized, is_quantized
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ def load_model(
     Args:
         attn_implementation: ``sdpa`` or ``eager``; None: :func:`tiltmeter.models.causal_lm.choose_attention`.
 
+    Quantized weights become plain ones, the numbers that they stand for.
+
     Raises:
         UserError: missing, damaged, changed since a run wrote it, weights that are not safetensors or not all there, or a
             tokenizer larger than the vocabulary.
@@ -66,7 +69,9 @@ def load_model(
         check_kept(Path(where))
     safe = _safe(where, revision)
     tokenizer = load_tokenizer(where, revision=revision)
-    kernel = choose_attention(load_config(where, revision=revision), attn_implementation)
+    config = load_config(where, revision=revision)
+    is_quantized(config, str(where))
+    kernel = choose_attention(config, attn_implementation)
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "attn_implementation": kernel}
     options["output_loading_info"] = True
     model, found = _or_user_error(
@@ -76,6 +81,8 @@ def load_model(
         raise UserError(f"{where}: damaged: {len(missing)} weights are missing, {missing[0]} among them; restore it")
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         raise UserError(f"{where}: its tokenizer has more tokens than its model; restore the run's own files")
+    check_blocks(model, str(where))
+    model = dequantized(model, dtype)
     try:
         return LoadedModel(model.eval().to(device), tokenizer)
     except (RuntimeError, AssertionError, ImportError) as error:  # as PyTorch refuses devices that it wasn't built for

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import pytest
 import torch
 from torch.testing import assert_close
@@ -19,7 +20,8 @@ def train(max_epochs: int, path: Path | None = None, **options: Any) -> DPOModul
     module = DPOModule(learning_rate=1e-3, schedule="constant", warmup_share=0.0, **options)
     where = None if path is None else str(path)
     data = make_data(8, pairs_per_step=4)
-    fit(module, data, family="llama", dtype="float64", max_epochs=max_epochs, ckpt_path=where)
+    dtype = "float32" if module.optimizer.name.endswith("_8bit") else "float64"  # bitsandbytes takes no others
+    fit(module, data, family="llama", dtype=dtype, max_epochs=max_epochs, ckpt_path=where)
     return module
 
 
@@ -29,6 +31,8 @@ def train(max_epochs: int, path: Path | None = None, **options: Any) -> DPOModul
         ("rmsprop", {"momentum": 0.9, "eps": 1e-6}, torch.optim.RMSprop),
         ("adafactor", {"eps": [None, 1e-2]}, torch.optim.Adafactor),
         ("sgd", {"momentum": 0.5, "nesterov": True}, torch.optim.SGD),
+        ("adamw_8bit", {"eps": 1e-6, "min_8bit_size": 256}, bitsandbytes.optim.AdamW8bit),
+        ("lion_8bit", {"min_8bit_size": 256}, bitsandbytes.optim.Lion8bit),
     ],
 )
 def test_a_run_takes_the_optimizer_with_its_options_and_goes_on_bit_for_bit(
@@ -41,7 +45,12 @@ def test_a_run_takes_the_optimizer_with_its_options_and_goes_on_bit_for_bit(
     assert type(optimizer) is kind
     (group,) = optimizer.param_groups
     for key, value in options.items():
-        assert group[key] == (tuple(value) if isinstance(value, list) else value)
+        found = group[key] if key in group else getattr(optimizer.args, key)
+        assert found == (tuple(value) if isinstance(value, list) else value)
+    has_bytes = any(
+        torch.is_tensor(x) and x.dtype == torch.uint8 for state in optimizer.state.values() for x in state.values()
+    )
+    assert has_bytes == name.endswith("_8bit")
     assert_close(resumed.state_dict(), whole.state_dict(), rtol=0, atol=0)
 
 

@@ -24,6 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from tiltmeter.errors import UserError, argument
 from tiltmeter.models.generation import named_end_ids
 from tiltmeter.models.model_files import Part, find_fault, reason_of
+from tiltmeter.models.quantization import QUANTIZATIONS, check_blocks, is_quantized, nf4
 from tiltmeter.models.sharded_weights import WEIGHT_FILES, EmptyModel, make_empty
 
 T = TypeVar("T")
@@ -44,6 +45,8 @@ class CausalLM:
         architecture: for ``init=random``: ``model_type`` and the fields of that family's configuration.
         adapter_path: folder or hub id of a LoRA adapter that is merged into the weights before anything else is done with them;
             :meth:`build` and its like are of the merged model, whose choice has none any more.
+        quantization: ``nf4``: the linear maps' weights in 4 bits (:mod:`tiltmeter.models.quantization`), for LoRA on few
+            gigabytes; None: as the files hold them.
         tokenizer: hub id or folder; None: the model's own. For ``init=random`` None means: train a BPE on the data.
         vocab_size: size of a trained BPE.
         dtype: of the weights. float32 weights with ``trainer.precision=bf16-mixed`` is the usual choice.
@@ -55,6 +58,7 @@ class CausalLM:
     init: str = "pretrained"
     architecture: Mapping[str, Any] | None = None
     adapter_path: str | None = None
+    quantization: str | None = None
     tokenizer: str | None = None
     vocab_size: int = 4096
     dtype: str = "float32"
@@ -87,6 +91,12 @@ class CausalLM:
                 "architecture",
                 f"{init}=random needs model_type (for example llama) and its sizes",
             ),
+            (
+                self.quantization not in (None, *QUANTIZATIONS),
+                "quantization",
+                f"expected {' or '.join(QUANTIZATIONS)}, or null for none, got {self.quantization}",
+            ),
+            (is_random and self.quantization, "quantization", f"not with {init}=random; only of a model that there is"),
             (self.dtype not in DTYPES, "dtype", f"expected one of {', '.join(DTYPES)}, got {self.dtype}"),
             (
                 self.attn_implementation not in (None, *KERNELS),
@@ -167,6 +177,9 @@ class CausalLM:
             model = _from_architecture(lambda: self._from_config(config))
         else:
             where = str(self.name_or_path)
+            quantized = (
+                {} if self.quantization is None else {"quantization_config": nf4(dtype), "device_map": _fastest()}
+            )
             loaded: Any = _load(
                 self._argument("name_or_path"),
                 where,
@@ -179,6 +192,7 @@ class CausalLM:
                     use_safetensors=True,
                     trust_remote_code=False,
                     output_loading_info=True,
+                    **quantized,
                 ),
                 part="weights",
             )
@@ -188,6 +202,7 @@ class CausalLM:
                     f"{self._argument('name_or_path')}: cannot load {where}: {len(missing)} weights are missing, {missing[0]} "
                     "among them; restore it, or take config.json and weights from one model"
                 )
+            check_blocks(model, f"{self._argument('name_or_path')}: {where}")
         _check_vocabulary(self._argument("tokenizer"), model, tokenizer)
         return model
 
@@ -203,7 +218,7 @@ class CausalLM:
         if self.init == "random":
             return None
         config, where = self.load_config(), str(self.name_or_path)
-        if getattr(config, "quantization_config", None) is not None:
+        if self.quantization is not None or is_quantized(config, where):
             return None
 
         def make() -> EmptyModel | None:
@@ -264,6 +279,11 @@ def _check_vocabulary(key: str, model: PreTrainedModel, tokenizer: Tokenizer) ->
         raise UserError(
             f"{key}: has {len(tokenizer)} tokens, but the model's vocabulary {size}; they don't belong together"
         )
+
+
+def _fastest() -> str:
+    """The device on which weights are quantized."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def choose_attention(config: PretrainedConfig, asked: str | None = None) -> str:
