@@ -1,6 +1,6 @@
 """TrainingAlarms: what usually goes wrong in preference optimisation, said while it happens."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -12,14 +12,15 @@ from tiltmeter.metric_names import metric
 from tiltmeter.pairs.batch import StepBatch
 
 _ALARMS = ("chosen_logp_drop", "accuracy_saturation", "length_ratio")
-_MEANS = {metric("train", "logps/chosen"): _ALARMS[0], metric("train", "rewards/accuracies"): _ALARMS[1]}
+_MEANS = {metric("train", "rewards/chosen"): _ALARMS[0], metric("train", "rewards/accuracies"): _ALARMS[1]}
 
 
 class TrainingAlarms(Callback):
     """Logs ``alarm/…`` after every window of optimizer steps, and says once in words when one goes off.
 
-    Chosen responses that lose log-probability (likelihood displacement); pairs all ordered rightly, so that only margins are left
-    to grow; lengths far apart, which can pass for preference; numbers that aren't finite: docs/metrics.md has each.
+    Chosen responses that lose log-probability against the reference (likelihood displacement); pairs all ordered rightly, so
+    that only margins are left to grow; lengths far apart, which can pass for preference; numbers that aren't finite:
+    docs/metrics.md has each.
 
     Args:
         window: optimizer steps.
@@ -36,7 +37,6 @@ class TrainingAlarms(Callback):
     ) -> None:
         self.window = window
         self.limits = dict(zip(_ALARMS, (chosen_logp_drop, accuracy_saturation, length_ratio), strict=True))
-        self._first_logp: float | None = None
         self._sums, self._said = dict[str, Tensor](), set[str]()
 
     def on_train_batch_end(
@@ -56,21 +56,14 @@ class TrainingAlarms(Callback):
         if isinstance(exception, NumericalStop):
             log(trainer, {metric("alarm", "nan"): 1.0})
 
-    def state_dict(self) -> dict[str, Any]:  # noqa: D102
-        return {"first_logp": self._first_logp}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: D102
-        self._first_logp = state_dict["first_logp"]
-
     def _add(self, name: str, fraction: Tensor) -> None:
         self._sums[name] = fraction + self._sums.get(name, 0)
 
     def _report(self, trainer: Trainer, module: LightningModule) -> None:
         sums = {name: trainer.strategy.reduce(fraction, reduce_op="sum") for name, fraction in self._sums.items()}
         values, self._sums = {_MEANS.get(k, k): float(above / below) for k, (above, below) in sums.items()}, {}
-        if (logp := values.get(_ALARMS[0])) is not None:
-            self._first_logp = logp if self._first_logp is None else self._first_logp
-            values[_ALARMS[0]] = self._first_logp - logp
+        if _ALARMS[0] in values:  # a reward is β·log(π/π₀)
+            values[_ALARMS[0]] /= -cast(Any, module).loss.beta
         log(trainer, {metric("alarm", name): value for name, value in (values | {"nan": 0.0}).items()})
         for name, value in values.items():
             far = 1 / value if name == "length_ratio" and value else value

@@ -255,7 +255,7 @@ METRICS: tuple[Metric, ...] = (
            "Replies mostly on no valid answer, and pairs of identical responses", needs=_JUDGE),
     Metric("judge", ("agreement_missing/<reason>",), "count", "Pairs without a verdict, by reason", needs=_JUDGE),
     _said(("of_steps_taken",), "optimizer steps", "Steps behind the model that is scored in this row"),
-    Metric("alarm", ("chosen_logp_drop",), "nats", "Log-probability lost by chosen responses since the start", summary="max"),
+    Metric("alarm", ("chosen_logp_drop",), "nats", "Log-probability lost by chosen responses, from the reference", summary="max"),
     Metric("alarm", ("accuracy_saturation",), _SHARE, "Training pairs ordered rightly; at 1 only margins grow", summary="max"),
     Metric("alarm", ("length_ratio",), "1", "Tokens of chosen over those of rejected responses", summary="max"),
     Metric("alarm", ("nan",), "0 or 1", "Training stopped for numbers that are not finite", summary="max"),

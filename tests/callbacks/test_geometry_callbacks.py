@@ -130,7 +130,9 @@ def test_gradients_and_alarms_are_logged_every_few_steps(watched: Any) -> None:
     assert all(0 <= value <= 1 for value in logger.of("gradient/mean_resultant"))
     assert all(0 < value <= 1 for value in logger.of("gradient/energy_along_sequence"))
     assert len(logger.of("gradient/energy_along_steering")) == 2, "from the first observation after a step on"
-    assert logger.of("alarm/chosen_logp_drop")[0] == 0
+    rewards, beta = logger.of("train/rewards/chosen"), 0.1
+    lost = [-sum(rewards[i : i + 2]) / 2 / beta for i in range(0, 6, 2)]
+    assert logger.of("alarm/chosen_logp_drop") == pytest.approx(lost, abs=1e-5)
     assert {"alarm/accuracy_saturation", "alarm/length_ratio", "alarm/nan"} <= logger.names
 
 
