@@ -60,8 +60,9 @@ class PreferenceDataModule(LightningDataModule):
             inside the step; null: packed where the model's attention allows it. Same numbers.
         bucket_steps: sort the pairs of so many optimizer steps by length together, which makes steps of similar length
             and is another trajectory; 1: pairs of a step are drawn at random.
-        labels: ``given``, or a control: ``swapped`` (all training labels reversed), ``shuffled`` (reversed with
-            probability ½). Held-out pairs always keep their clean labels.
+        labels: ``given``, or a control (:func:`~datamodules.splits.control_labels`): ``swapped`` (all training labels reversed),
+            ``shuffled`` (reversed with probability ½), ``random_pairs`` (responses of other prompts), ``prompts`` (the prompts
+            themselves, to be continued). Held-out pairs always keep their clean labels.
         split_seed: which prompts are held out; apart from the run's seed, so that seeds are comparable.
         seed: order of the training pairs.
         num_workers: DataLoader workers.

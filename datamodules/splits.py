@@ -12,7 +12,7 @@ from tiltmeter.errors import UserError
 from tiltmeter.pairs.batch import TokenizedPair
 
 Split = Literal["train", "val", "probe"]
-LabelControl = Literal["given", "swapped", "shuffled"]
+LabelControl = Literal["given", "swapped", "shuffled", "random_pairs", "prompts"]
 
 
 def split_by_group(
@@ -119,12 +119,37 @@ def _other_side(key: str) -> str:
 
 
 def control_labels(pairs: Sequence[TokenizedPair], control: LabelControl, *, seed: int) -> list[TokenizedPair]:
-    """Training pairs with all labels reversed (``swapped``) or reversed with probability ½ (``shuffled``)."""
+    """Training pairs under a control.
+
+    Args:
+        control: ``swapped``: all labels reversed; ``shuffled``: reversed with probability ½; ``random_pairs``: both responses from
+            other prompts, each from another one, cut to the longer of its own; ``prompts``: the
+            prompt behind its first token in the place of the chosen response, in which there is no preference.
+        seed: of what is drawn.
+    """
     if control == "given":
         return list(pairs)
+    if control == "random_pairs":
+        return _random_pairs(pairs, seed)
+    if control == "prompts":
+        return [
+            TokenizedPair(p.prompt_ids[:1], p.prompt_ids[1:], p.rejected_ids) if len(p.prompt_ids) > 1 else p
+            for p in pairs
+        ]
     flip = (
         np.ones(len(pairs), bool) if control == "swapped" else np.random.default_rng((seed, 1)).random(len(pairs)) < 0.5
     )
     return [
         TokenizedPair(p.prompt_ids, p.rejected_ids, p.chosen_ids) if f else p for p, f in zip(pairs, flip, strict=True)
     ]
+
+
+def _random_pairs(pairs: Sequence[TokenizedPair], seed: int) -> list[TokenizedPair]:
+    """Each prompt with the chosen response of one other prompt and the rejected one of a third: shifts of one random order."""
+    order, n = np.random.default_rng((seed, 2)).permutation(len(pairs)), len(pairs)
+    found = list(pairs)
+    for place, row in enumerate(order.tolist()):
+        own, chosen, rejected = pairs[row], pairs[order[(place + 1) % n]], pairs[order[(place + 2) % n]]
+        room = max(1, *map(len, own[1:]))
+        found[row] = TokenizedPair(own.prompt_ids, chosen.chosen_ids[:room], rejected.rejected_ids[:room])
+    return found

@@ -11,6 +11,8 @@ from tiltmeter.errors import UserError
 ALL = "all"
 _OF_CHECKPOINTS = ("data", "pairs", "out")
 """Keys that only two checkpoints need."""
+_OF_STUDY = ("claims", "claims_file", "ask_models")
+"""Keys that only a study needs."""
 _HOW = ("run", "base", "aligned", "analysis", "dry_run", "upload", "debug", "runs_root", "steering.restart")
 """Keys that say what is asked about, or how to go about it, rather than what to compute."""
 
@@ -48,7 +50,8 @@ def _check_names(names: Collection[str], possible: Iterable[str]) -> None:
 def refuse_unused(names: Iterable[str], *, of_run: bool) -> None:
     """Refuse what was set on the command line and would have no effect on any of these analyses. Raises UserError."""
     needs_two = dict.fromkeys(_OF_CHECKPOINTS, "two checkpoints, base=… aligned=…")
-    unused = needs_two if of_run else {"upload": "a run, which W&B knows"}
+    of_study = dict.fromkeys(_OF_STUDY, "a study, runs=…")
+    unused = of_study | (needs_two if of_run else {"upload": "a run, which W&B knows"})
     for text in _overrides():
         root = _key(text).split(".")[0]
         concerned = _concerned_by(root)

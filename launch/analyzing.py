@@ -20,6 +20,7 @@ from analysis.registry import ANALYSES, BY_NAME
 from analysis.report.page import Attempts, Section, write_report
 from analysis.report.samples import Samples, compare_samples, samples_of_models
 from launch.analyses import chosen_analyses, is_set, options_of, refuse_unused
+from launch.analyzing_study import analyze_study
 from launch.configuration import check_config, expand_home
 from launch.loggers.wandb_report import check_upload, upload_report
 from launch.made_models import converted
@@ -83,6 +84,8 @@ def analyze(config: DictConfig) -> Path | None:
     """
     expand_home(config)
     check_config(config, config_name="analyze")
+    if config.runs is not None:
+        return analyze_study(config)
     of_run = _asks_of_run(config)
     names = chosen_analyses(config.analysis, of_run=of_run)
     refuse_unused(names, of_run=of_run)
@@ -109,7 +112,7 @@ def _asks_of_run(config: DictConfig) -> bool:
     if given not in ({"run"}, {"base", "aligned"}):
         raise UserError(
             "run: expected a run folder, for example run=runs/tiny_synthetic/2026-01-31_12-00-00, or run=last; or two checkpoints, "
-            f"base=… aligned=… data=…; got {' and '.join(sorted(given)) or 'neither'}"
+            f"base=… aligned=… data=…; or a study, runs=FOLDER; got {' and '.join(sorted(given)) or 'neither'}"
         )
     if "run" not in given and config.get("data") is None:
         raise UserError("data: expected where prompts come from, got none; add data=hh, data=oasst1 or data=synthetic")

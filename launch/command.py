@@ -19,6 +19,7 @@ from launch.configuration import prepare_overrides
 from launch.processes.interrupts import INTERRUPTED, interrupts_end_commands
 from launch.run_folder import is_first_process
 from launch.screen import quiet_libraries
+from launch.study import run_study, study_of
 from tiltmeter.errors import FailedWrite, IncompleteEvaluation, NumericalStop, Preempted, UserError, arguments_shown
 from tiltmeter.plain_text import allow_any_encoding
 
@@ -43,6 +44,9 @@ def run_command(main: Callable[[], Any], *, config_name: str) -> None:
         os.environ.setdefault(TODAY, datetime.now().astimezone().date().isoformat())
         try:
             sys.argv[1:] = prepare_overrides(sys.argv[1:], config_name=config_name)
+            if config_name == "train" and study_of(sys.argv[1:]) is not None:
+                run_study(sys.argv[1:])
+                return
         except UserError as error:
             exit_with(error)
         main()

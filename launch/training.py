@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, Trainer, seed_everything
@@ -284,8 +285,9 @@ def _open_loggers(config: DictConfig, run_dir: Path, parts: Parts, checkpoint: P
         tensorboard, line = open_tensorboard(run_dir, resume_step=resume_step)
         return [*loggers, tensorboard], line
     facts = {**OmegaConf.to_container(config, resolve=True), **provenance(parts)}  # type: ignore[dict-item]
-    options = OmegaConf.to_container(config.logger, resolve=True)
-    wandb_logger, line = open_wandb(run_dir=run_dir, config=facts, name=run_dir.name, group=config.name, **options)  # type: ignore[arg-type]
+    options: Any = OmegaConf.to_container(config.logger, resolve=True)
+    group = config.study_folder or config.name
+    wandb_logger, line = open_wandb(run_dir=run_dir, config=facts, name=run_dir.name, group=group, **options)
     return loggers + ([wandb_logger] if wandb_logger is not None else []), line
 
 

@@ -17,7 +17,7 @@ from analysis.report.site_axes import as_text, draw_panels
 from analysis.report.style import COLOURS
 from tiltmeter.geometry.consistency import shift_shares_of_gram
 from tiltmeter.geometry.directions import principal_directions
-from tiltmeter.geometry.energy_distance import energy_kernel, random_halves
+from tiltmeter.geometry.energy_distance import energy_kernel, kernels_after_shift
 from tiltmeter.geometry.rows import in_own_span
 from tiltmeter.states.capture import ReadPoint
 from tiltmeter.states.state_pair import StatePair
@@ -87,14 +87,7 @@ def cloud_distances(rows: StatePair, point: ReadPoint, *, n_random: int) -> dict
     """
     clusters, wide_base, wide_update = rows.clusters_of(point), rows.base[point].rows.double(), rows.update(point)
     base, update = in_own_span(torch.cat([wide_base, wide_update])).chunk(2)
-    policy = base + update
-    same = [half[:, None] == half for half in random_halves(clusters, n_splits=N_SPLITS)]
-    n_compared = torch.stack(same).sum(0).double().fill_diagonal_(0.0)
-    apart = energy_kernel(base, policy) * n_compared
-    moved = torch.zeros_like(apart)
-    for mates in same:
-        others = (~mates).double()
-        moved += energy_kernel(base + others @ update / others.sum(1, keepdim=True), policy) * mates
+    apart, moved, n_compared = kernels_after_shift(base, update, clusters, n_splits=N_SPLITS)
     left = jackknife_interval(lambda w: _quadratic(w, moved) / _quadratic(w, apart), clusters)
     generator = torch.Generator().manual_seed(0)
     length, random = update.mean(0).norm(), []

@@ -121,7 +121,7 @@ def start_of(folder: Path) -> tuple[datetime, int]:
 def finished_runs(runs_root: Path) -> Iterator[Path]:
     """Run folders below a root that have their trained model; bases kept in cache/ are no runs."""
     for folder in runs_root.glob("*/*"):
-        if folder.parent.name != "cache" and _read_stamp(folder.name) and _is_finished(folder):
+        if folder.parent.name != "cache" and _read_stamp(folder.name) and is_finished(folder):
             yield folder
 
 
@@ -137,7 +137,7 @@ def open_run(folder: Path) -> Run:
         )
     if not (folder / "config.yaml").is_file():
         raise UserError(f"run: {folder} has no config.yaml, so it is no run folder{_newest_inside(folder)}")
-    if not _is_finished(folder):
+    if not is_finished(folder):
         raise UserError(
             f"run: {folder} has no aligned/ model, so its training did not finish; resume it with "
             f"{setting('ckpt_path', folder / 'checkpoints' / 'last.ckpt')} and its experiment"
@@ -145,7 +145,7 @@ def open_run(folder: Path) -> Run:
     held_out = folder / "held_out.csv"
     return Run(
         folder,
-        _read_config(folder / "config.yaml"),
+        read_config(folder / "config.yaml"),
         _read_metrics(folder / "metrics.csv"),
         _read_held_out(held_out) if held_out.exists() else None,
     )
@@ -163,7 +163,7 @@ def _read_held_out(path: Path) -> pd.DataFrame:
     return table
 
 
-def _is_finished(folder: Path) -> bool:
+def is_finished(folder: Path) -> bool:
     """aligned/, or adapter/ alone where it can't be merged, is renamed into place as the last thing that training writes."""
     return _is_merged(folder) or (folder / "adapter" / "adapter_config.json").is_file()
 
@@ -187,7 +187,8 @@ def _newest_inside(folder: Path) -> str:
     return f"; the newest run in it is {runs[-1]}" if runs else " (expected a folder such as runs/NAME/DATE_TIME)"
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """A run's config.yaml as plain data. Raises UserError."""
     size = path.stat().st_size
     if size > CONFIG_BYTES:
         raise UserError(

@@ -13,6 +13,8 @@ from tiltmeter.commands import command as command_line
 
 _CONTROLS = {
     "shuffled": "a control: training labels reversed with probability ½, so held-out accuracy should stay near ½",
+    "random_pairs": "a control: responses of other prompts, so that no preference fits its prompt",
+    "prompts": "a control: training goes on with the text of the prompts, in which there is no preference",
     "swapped": "a control: all training labels reversed, so held-out accuracy should fall below ½",
 }
 

@@ -182,6 +182,7 @@ def render_page(
         headlines=[headline for section in sections for headline in section.headlines],
         sections=list(shown),
         missing=[*failed, *_missing(sections)],
+        is_judged=any(section.name == "claims" for section in sections),
         samples=samples,
         command_of=subject.command,
     )
@@ -194,6 +195,8 @@ def _missing(sections: Sequence[Section]) -> list[str]:
         "steering_sweep": "analysis=steering_sweep: steering sweeps;",
     }
     shown = {section.name for section in sections}
+    if "claims" in shown:  # a study's page, which has the verdicts
+        return []
     return [
         *(line for name, line in by_section.items() if name not in shown),
         "verdicts against controls (shuffled and swapped labels, SFT), over several seeds.",

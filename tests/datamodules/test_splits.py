@@ -128,6 +128,26 @@ def test_label_controls_swap_all_none_or_about_half() -> None:
     assert 150 < sum(a == b for a, b in zip(shuffled, swapped, strict=True)) < 250
 
 
+def test_random_pairs_have_responses_of_two_other_prompts_and_prompts_alone_hold_no_preference() -> None:
+    pairs = random_pairs(50)
+    mixed = control_labels(pairs, "random_pairs", seed=0)
+    assert mixed == control_labels(pairs, "random_pairs", seed=0) != control_labels(pairs, "random_pairs", seed=1)
+    for own, pair in zip(pairs, mixed, strict=True):
+        assert pair.prompt_ids == own.prompt_ids
+        room = max(map(len, own[1:]))
+        assert 0 < len(pair.chosen_ids) <= room
+        assert 0 < len(pair.rejected_ids) <= room
+        sources = [
+            {i for i, p in enumerate(pairs) if p[side][: len(pair[side])] == pair[side] and p is not own}
+            for side in (1, 2)
+        ]
+        assert all(sources)
+    alone = control_labels(pairs, "prompts", seed=0)
+    long = [(p, own) for p, own in zip(alone, pairs, strict=True) if len(own.prompt_ids) > 1]
+    assert long
+    assert all([*p.prompt_ids, *p.chosen_ids] == list(own.prompt_ids) for p, own in long)
+
+
 def test_repeated_and_contradictory_pairs_are_counted() -> None:
     pair = POOL[0]
     turned = replace(pair, chosen_text=pair.rejected_text, rejected_text=pair.chosen_text)

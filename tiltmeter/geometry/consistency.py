@@ -139,6 +139,24 @@ def shift_shares_of_gram(
     return lambda w: (w @ gram * w).sum(1) / (w.sum(1) * (w @ gram.diagonal()))
 
 
+def leave_one_out_means(
+    gram: Float[Tensor, "row row"], weights: Float[Tensor, "resample row"]
+) -> Float[Tensor, " resample"]:
+    """Mean of :func:`leave_one_out_cosines` over rows that count as much as given weights; a row of zeros counts as 0.
+
+    Args:
+        gram: X Xᵀ of the rows, float64.
+
+    >>> leave_one_out_means(torch.tensor([[1.0, 0.6], [0.6, 1.0]]), torch.ones(1, 2)).round(decimals=4).tolist()
+    [0.6]
+    """
+    squares = gram.diagonal()
+    sums = weights @ gram
+    others = (sums * weights).sum(1, keepdim=True) - weights * (2 * sums - squares)
+    cosines = (sums - weights * squares) / (others.clamp(min=0) * squares).sqrt()
+    return (weights * cosines.nan_to_num(0.0, 0.0, 0.0)).sum(1) / weights.sum(1)
+
+
 def mean_cosine_intervals(
     updates: Float[Tensor, "row d_model"],
     clusters: Sequence[str],
@@ -168,11 +186,8 @@ def mean_cosine_intervals(
     def of_all(weights: Tensor) -> Tensor:
         sums = weights @ gram
         length = (sums * weights).sum(1, keepdim=True)
-        with_row = sums / length.clamp(min=0).sqrt()
-        others = length - weights * (2 * sums - squares)
-        without_row = (sums - weights * squares) / others.clamp(min=0).sqrt()
-        means = [(weights * x / squares.sqrt()).sum(1) / weights.sum(1) for x in (with_row, without_row)]
-        return torch.stack(means, dim=1)
+        in_sample = (weights * sums / length.clamp(min=0).sqrt() / squares.sqrt()).sum(1) / weights.sum(1)
+        return torch.stack([in_sample, leave_one_out_means(gram, weights)], dim=1)
 
     def of_halves(weights: Tensor) -> Tensor:
         total = torch.zeros_like(weights)

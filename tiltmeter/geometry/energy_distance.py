@@ -22,6 +22,40 @@ def energy_kernel(x: Float[Tensor, "pair d_model"], y: Float[Tensor, "pair d_mod
     return kernel.fill_diagonal_(0.0)
 
 
+def kernels_after_shift(
+    base: Float[Tensor, "pair d_model"],
+    update: Float[Tensor, "pair d_model"],
+    clusters: Sequence[str],
+    *,
+    n_splits: int,
+    seed: int = 0,
+) -> tuple[Float[Tensor, "pair pair"], Float[Tensor, "pair pair"], Float[Tensor, "pair pair"]]:
+    """Kernels of base and policy, before and after the base is moved by the mean update of other prompts.
+
+    The mean update is always of prompts that are not in the clouds compared: each of the random halves of the prompts gives one
+    for the other half; points are compared inside a half only. Sums over the first two are proportional to energy distances.
+
+    Args:
+        update: policy less base.
+        clusters: prompt of each pair.
+
+    Returns:
+        apart, moved, and the number of splits in which two pairs are in one half.
+
+    Raises:
+        ValueError: see :func:`random_halves`.
+    """
+    policy = base + update
+    same = [half[:, None] == half for half in random_halves(clusters, n_splits=n_splits, seed=seed)]
+    n_compared = torch.stack(same).sum(0).double().fill_diagonal_(0.0)
+    apart = energy_kernel(base, policy) * n_compared
+    moved = torch.zeros_like(apart)
+    for mates in same:
+        others = (~mates).double()
+        moved += energy_kernel(base + others @ update / others.sum(1, keepdim=True), policy) * mates
+    return apart, moved, n_compared
+
+
 def random_halves(clusters: Sequence[str], *, n_splits: int, seed: int = 0) -> Bool[Tensor, "split row"]:
     """Marks the rows of the first half for several random splits; rows of one cluster (prompt) stay together.
 

@@ -175,6 +175,32 @@ def leading_energies_of_gram(
     return energies
 
 
+def entropies_of_gram(
+    gram: Float[Tensor, "row row"],
+) -> Callable[[Float[Tensor, "resample row"]], Float[Tensor, "resample 2"]]:
+    """Entropies by energy and by singular value, nats, of rows that count as much as given weights, to first order.
+
+    λ_k ≈ λ_k Σ_i w_i u_ik², u_k the eigenvectors of the Gram matrix: what leaving a row out takes from each of its directions, but
+    for their turning; the sum over k is exact. One product of matrices serves all weightings, where an eigenvalue problem each
+    would take minutes.
+
+    Args:
+        gram: X Xᵀ of the rows, float64.
+
+    >>> entropies_of_gram(torch.diag(torch.tensor([4.0, 1.0]).double()))(torch.ones(1, 2).double()).round(decimals=6).tolist()
+    [[0.500402, 0.636514]]
+    """
+    eigenvalues, vectors = torch.linalg.eigh(gram)
+    eigenvalues, squares = _without_rounding(eigenvalues.flip(0)).flip(0), vectors.square()
+
+    def entropies(weights: Tensor) -> Tensor:
+        energies = (weights @ squares).clamp(min=0) * eigenvalues
+        kinds = [x / x.sum(1, keepdim=True) for x in (energies, energies.sqrt())]
+        return torch.stack([torch.special.entr(shares).sum(1) for shares in kinds], dim=1)
+
+    return entropies
+
+
 def spectrum(sigma: Float[Tensor, " k"], *, n_rows: int, d_model: int) -> Spectrum:
     """Every figure of this file for the k = min(N, d) singular values of one matrix.
 

@@ -1,0 +1,69 @@
+"""Evidence for claims: T of every arm, control and condition, of the hidden states and tables of a study's runs."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from analysis.claims.claim import OWN, Claim, OfTable
+from analysis.claims.statistics import Missing, Read, Statistic
+from analysis.claims.verdict import Evidence, Verdict, judge
+from tiltmeter.stats.arms import Arm
+
+DPO = "dpo"
+POPULATIONS = ("random_update", "random_update_rotated")
+"""Arms of draws, of which a further one has to be passed and not their mean."""
+
+
+@dataclass(frozen=True)
+class Arms:
+    """A study as claims see it.
+
+    Args:
+        reads: arm → hidden states of each of its runs or draws, all of the same prompts.
+        tables: arm and table → value in each run's report; text: why there is none.
+        missing: arm → what would make it, for those that are not there.
+        noise_ratio: mean ‖δ‖ of the dpo runs over the noise floor; NaN: not measured.
+        noise_missing: why it was not.
+    """
+
+    reads: Mapping[str, Sequence[Read]]
+    tables: Callable[[str, OfTable], Sequence[float] | str] = lambda arm, asked: "no report has it"
+    missing: Mapping[str, str] = field(default_factory=dict)
+    noise_ratio: float = float("inf")
+    noise_missing: str = ""
+    _kept: dict[tuple[str, Statistic], Arm | str] = field(default_factory=dict, repr=False)
+
+    def arm(self, name: str, statistic: Statistic | OfTable | None) -> Arm | str:
+        """T in the runs of an arm; text: why it is not known."""
+        if statistic is None:
+            return "nothing computes it yet"
+        if isinstance(statistic, OfTable):
+            found = self.tables(name, statistic)
+            return found if isinstance(found, str) else Arm(torch.tensor([list(found)], dtype=torch.float64))
+        key = name, statistic
+        if key not in self._kept:
+            self._kept[key] = self._of_states(name, statistic)
+        return self._kept[key]
+
+    def _of_states(self, name: str, statistic: Statistic) -> Arm | str:
+        reads = self.reads.get(name, ())
+        if not reads:
+            return self.missing.get(name, "no run of it")
+        try:
+            values = torch.stack([statistic.of(read) for read in reads], dim=1)
+        except Missing as error:
+            return str(error)
+        return Arm(values, is_population=name in POPULATIONS)
+
+
+def evidence_of(claim: Claim, arms: Arms) -> Evidence:
+    """Everything that the verdict on one claim is told of."""
+    beats = {name: arms.arm(DPO if name in OWN else name, statistic) for name, statistic in claim.beats.items()}
+    survives = {asked.name: arms.arm(DPO, asked.statistic) for asked in claim.survives}
+    return Evidence(arms.arm(DPO, claim.statistic), beats, survives, arms.noise_ratio, arms.noise_missing)
+
+
+def judge_all(claims: Sequence[Claim], arms: Arms) -> list[Verdict]:
+    """Verdicts on all claims, in their order."""
+    return [judge(claim, evidence_of(claim, arms)) for claim in claims]

@@ -1,0 +1,136 @@
+"""Open a study as data: its runs by arm, those that can't be judged with the others named, and what is missing."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from analysis.open.kept_models import DATA, FILES, read_provenance
+from analysis.open.probe_pairs import PROMPTS_FILE
+from analysis.open.runs import Run, is_finished, open_run, read_config
+from tiltmeter.errors import UserError
+from tiltmeter.files import sha256_of
+
+FILE = "study.yaml"
+DPO = "dpo"
+
+
+@dataclass(frozen=True)
+class Study:
+    """Runs of several arms and seeds from one base.
+
+    Args:
+        folder: of the study; its runs lie beside it.
+        name: of the experiment.
+        runs: arm → its finished runs, by seed.
+        left_out: a line on each run that is damaged, failed, not finished, or of another base, data or length than the others.
+        n_draws: random weight changes to be drawn.
+        planned: arm → number of seeds that were asked for.
+    """
+
+    folder: Path
+    name: str
+    runs: Mapping[str, Sequence[Run]]
+    left_out: Sequence[str]
+    n_draws: int
+    planned: Mapping[str, int]
+
+    @property
+    def report(self) -> Path:
+        """Folder of the report."""
+        return self.folder / "report"
+
+
+def open_study(folder: Path) -> Study:
+    """Read a study and its finished runs; one that is damaged costs that run alone.
+
+    Raises:
+        UserError: no study there, its file is damaged, or no dpo run can be read.
+    """
+    said = _read(folder)
+    left_out = [
+        f"{entry.get('arm')}, seed {entry.get('seed')}: failed: {str(entry.get('error'))[:200]}"
+        for entry in said["runs"]
+        if entry.get("state") == "failed"
+    ]
+    found: dict[str, list[Run]] = {}
+    for path in _run_folders(folder):
+        try:
+            run = open_run(path)
+        except UserError as error:
+            left_out.append(f"{path.name}: {error}")
+        else:
+            found.setdefault(str(run.setting("arm")), []).append(run)
+    if not found.get(DPO):
+        lost = f" ({'; '.join(left_out)})" if left_out else ""
+        raise UserError(f"{folder}: no finished run of arm {DPO}{lost}; train the study first")
+    first = min(found[DPO], key=_seed)
+    runs: dict[str, list[Run]] = {}
+    for arm, ones in found.items():
+        for run in sorted(ones, key=_seed):
+            if differs := _difference(first, run):
+                left_out.append(f"{arm}, seed {_seed(run)} ({run.folder.name}): {differs}")
+            else:
+                runs.setdefault(arm, []).append(run)
+    planned: dict[str, int] = {}
+    for arm, _ in said["plan"]:
+        planned[str(arm)] = planned.get(str(arm), 0) + 1
+    return Study(folder, str(first.setting("name")), runs, left_out, int(said["draws"]), planned)
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    path = folder / FILE
+    if not path.is_file():
+        inside = sorted(folder.glob(f"study_*/{FILE}")) if folder.is_dir() else []
+        newest = f"; the newest one in it is {inside[-1].parent}" if inside else ""
+        raise UserError(f"runs: {folder} has no {FILE}, so it is no study{newest}")
+    try:
+        said = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return {"runs": list(said["runs"]), "plan": [(arm, seed) for arm, seed in said["plan"]], "draws": said["draws"]}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: damaged ({' '.join(str(error).split())[:120]}); train the study again") from error
+
+
+def _run_folders(folder: Path) -> Iterator[Path]:
+    """Finished runs that say that they belong to the study."""
+    for path in sorted(folder.resolve().parent.glob("*/config.yaml")):
+        with suppress(UserError):
+            if read_config(path).get("study_folder") == folder.resolve().name and is_finished(path.parent):
+                yield path.parent
+
+
+def _seed(run: Run) -> int:
+    seed = run.setting("seed")
+    return seed if isinstance(seed, int) else 0
+
+
+def _difference(first: Run, run: Run) -> str:
+    """What sets a run apart from the first so that they can't be compared; empty: nothing."""
+    try:
+        one, other = _identity(first), _identity(run)
+    except UserError as error:
+        return str(error)
+    names = [name for name in one if one[name] != other[name]]
+    steps = f" ({run.n_steps} and {first.n_steps})" if names == ["number of optimizer steps"] else ""
+    return (
+        f"another {' and another '.join(names)} than the first dpo run{steps}, so it isn't judged with it"
+        if names
+        else ""
+    )
+
+
+def _identity(run: Run) -> dict[str, str]:
+    provenance = read_provenance(run.folder)
+    base = {k: v for k, v in provenance.get(FILES, {}).items() if k.startswith("base/")}
+    held_out = {split: digest for split, digest in provenance.get(DATA, {}).items() if split != "train"}
+    prompts = run.folder / PROMPTS_FILE
+    return {
+        "base": json.dumps(base, sort_keys=True),
+        "held-out data or tokenisation": json.dumps(held_out, sort_keys=True),
+        "probe": sha256_of(prompts) if prompts.is_file() else "",
+        "number of optimizer steps": str(run.n_steps),
+    }

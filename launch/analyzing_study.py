@@ -1,0 +1,125 @@
+"""From ``runs=FOLDER`` to a study's report: every claim with its controls and a verdict."""
+
+from functools import partial
+from pathlib import Path
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from analysis.claims.claim import make_claims, read_claims
+from analysis.claims.evidence import judge_all
+from analysis.claims.readings import arms_of
+from analysis.claims.section import claims_section, write_claims
+from analysis.contract import Asking
+from analysis.open.checkpoints import Checkpoints, HeldOutPairs, checkpoints_of_run
+from analysis.open.runs import Run
+from analysis.open.studies import Study, open_study
+from analysis.open.subject import Subject
+from analysis.registry import ANALYSES
+from analysis.report.page import write_report
+from analysis.report.samples import Samples
+from launch.processes.run_lock import check_writable
+from launch.screen import FittingTable, console
+from tiltmeter.commands import command
+from tiltmeter.errors import UserError
+from tiltmeter.files import write_text
+
+_OF_RUNS = ("analysis", "dry_run", "upload")
+"""Keys that a study has no use for."""
+
+
+def analyze_study(config: DictConfig) -> Path:
+    """Judge every claim of a study and write its report; returns the page.
+
+    Raises:
+        UserError: no study, no dpo run in it, or wrong claims.
+        FailedWrite: a full disk ….
+    """
+    for key, default in zip(_OF_RUNS, ("all", False, False), strict=True):
+        if config.get(key, default) != default:
+            raise UserError(f"{key}: has no effect on a study, runs=…; leave it out")
+    named = config.claims_file is None
+    claims = (
+        make_claims(OmegaConf.to_container(config.claims), where="claims")
+        if named
+        else read_claims(Path(config.claims_file))
+    )
+    study = open_study(Path(config.runs))
+    check_writable(study.report, key="runs")
+    screen = console()
+    for line in study.left_out:
+        screen.print(f"Left out: {line}", soft_wrap=True, markup=False)
+    with screen.status("Reading hidden states …") as status:
+
+        def say(what: str) -> None:
+            status.update(f"Asking: {what} …")
+
+        arms = arms_of(
+            study,
+            say=say,
+            models=config.ask_models,
+            other=None if config.data is None else partial(_on_other_corpus, config),
+            make_table=partial(_make_table, config) if config.ask_models else None,
+        )
+        status.update("Judging …")
+        verdicts = judge_all(claims, arms)
+    section = claims_section(verdicts, left_out=study.left_out)
+    page = write_report(
+        _subject(study, arms.noise_ratio, str(config.claims)), [section], Samples([], "A study has none of its own.")
+    )
+    write_claims(study.report, verdicts)
+    table = FittingTable("claim", "T (95 %)", "threshold", "verdict", title=f"Claims, {study.folder.name}")
+    for _, row in section.shown.iterrows() if section.shown is not None else ():
+        table.add_row(row["claim"], row["T (95 %)"], row["threshold"], row["verdict"])
+    screen.print(table)
+    return page
+
+
+def _on_other_corpus(config: DictConfig, run: Run) -> Checkpoints:
+    """Both models of a run, with pairs of another corpus."""
+    pairs: HeldOutPairs = instantiate(config.pairs)
+    base, _ = run.base_source
+    return pairs.ask(base, str(run.aligned), instantiate(config.data))[0]
+
+
+def _make_table(config: DictConfig, run: Run, name: str) -> None:
+    """Ask a run's models what a claim's table says, and write it into the run's report; one that can't be made is missing."""
+    analysis = next((a for a in ANALYSES if a.name == name and a.needs.what == "models"), None)
+    if analysis is None:
+        return
+    tables = run.report / "tables"
+    try:
+        question = instantiate(config[analysis.node])
+        asking = Asking(
+            question, checkpoints_of_run(run, dtype=question.dtype, device=question.device), tables, takes_old=True
+        )
+        analysis.start(asking)
+        section = analysis.answer(asking)
+    except UserError as error:
+        console().print(f"{run.folder.name}: no {name}: {error}", soft_wrap=True, markup=False)
+        return
+    if section is not None:
+        write_text(tables / f"{name}.csv", section.table.to_csv(index=False, lineterminator="\n"))
+
+
+def _subject(study: Study, noise_ratio: float, claims: str) -> Subject:
+    first = study.runs["dpo"][0]
+    arms = [f"{arm} × {len(runs)}" for arm, runs in study.runs.items()]
+    missing = [arm for arm, n in study.planned.items() if len(study.runs.get(arm, ())) < n]
+    facts = [
+        ("Experiment", study.name),
+        ("Arms", ", ".join([*arms, f"random weights × {study.n_draws} of each form"])),
+        ("Not complete", ", ".join(missing) or "nothing is missing of what was planned"),
+        ("Training", f"{first.n_steps} optimizer steps each"),
+        ("Update over noise floor", f"{noise_ratio:.3g}" if noise_ratio == noise_ratio else "not measured"),
+        ("Claims", claims),
+        ("Study folder", str(study.folder)),
+    ]
+    return Subject(
+        "report of a study",
+        f"{study.name}: {sum(len(runs) for runs in study.runs.values())} runs of {len(study.runs)} arms",
+        facts,
+        "of the runs beside the study’s folder: states that they stored, and of their models read now.",
+        study.report,
+        lambda name: command("analyze.py", runs=study.folder),
+    )
