@@ -11,6 +11,7 @@ from analysis.claims.evidence import judge_all
 from analysis.claims.readings import arms_of
 from analysis.claims.section import claims_section, write_claims
 from analysis.contract import Asking
+from analysis.controls.c02_vectors_of_arms import vector_table, vectors_section
 from analysis.open.checkpoints import Checkpoints, HeldOutPairs, checkpoints_of_run
 from analysis.open.runs import Run
 from analysis.open.studies import Study, open_study
@@ -58,15 +59,19 @@ def analyze_study(config: DictConfig) -> Path:
             study,
             say=say,
             models=config.ask_models,
-            other=None if config.data is None else partial(_on_other_corpus, config),
+            other=None if config.get("data") is None else partial(_on_other_corpus, config),
             make_table=partial(_make_table, config) if config.ask_models else None,
         )
         status.update("Judging …")
         verdicts = judge_all(claims, arms)
     section = claims_section(verdicts, left_out=study.left_out)
-    page = write_report(
-        _subject(study, arms.noise_ratio, str(config.claims)), [section], Samples([], "A study has none of its own.")
-    )
+    sections = [section]
+    trained = {arm: ones for arm, ones in arms.reads.items() if arm in study.runs}
+    if sum(map(len, trained.values())) > 1:
+        seeds = {arm: [int(run.setting("seed") or 0) for run in study.runs[arm]] for arm in trained}
+        sections.append(vectors_section(vector_table(trained, seeds)))
+    subject = _subject(study, arms.noise_ratio, str(config.claims_file or "as shipped, in conf/claims"))
+    page = write_report(subject, sections, Samples([], "A study has none of its own."))
     write_claims(study.report, verdicts)
     table = FittingTable("claim", "T (95 %)", "threshold", "verdict", title=f"Claims, {study.folder.name}")
     for _, row in section.shown.iterrows() if section.shown is not None else ():

@@ -89,7 +89,6 @@ class Claim:
         bound: threshold.
         beats: arms and controls whose T must be smaller (of an upper bound: larger), each with its statistic.
         survives: conditions under which the bound still has to hold.
-        asks: what makes the numbers, where T comes from a table or from nowhere yet.
     """
 
     key: str
@@ -98,7 +97,6 @@ class Claim:
     bound: Bound
     beats: Mapping[str, Statistic | OfTable | None]
     survives: tuple[Survival, ...]
-    asks: str = ""
 
 
 def read_claims(path: Path) -> list[Claim]:
@@ -141,7 +139,7 @@ def _claim(where: str, key: str, entry: Mapping[str, Any]) -> Claim:
         _survival(f"{where}: survives", str(name), option, statistic, bound)
         for name, option in _named(entry.get("survives", ()))
     )
-    return Claim(key, str(entry["says"]), statistic, bound, beats, survives, str(entry.get("")))
+    return Claim(key, str(entry["says"]), statistic, bound, beats, survives)
 
 
 def _survival(
