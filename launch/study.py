@@ -4,12 +4,11 @@
 folders like any other, which say in their config.yaml to which study they belong.
 """
 
-import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
@@ -42,6 +41,9 @@ _SET_BY_STUDY = {
 _STOPPED = (143, 130)
 """Exit codes of a run that was told to stop, and so was its study."""
 _FORMAT = 1
+_PREFIX = "tiltmeter: "
+Start = Callable[[Sequence[str]], tuple[int, str]]
+"""Trains one run by the words of its command line; gives the exit code and the end of what it said."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +71,12 @@ def study_of(overrides: Sequence[str]) -> str | None:
     return asked[-1] if asked and asked[-1] not in ("", "null") else None
 
 
-def run_study(overrides: Sequence[str]) -> Path:
+def run_study(overrides: Sequence[str], *, start: Start | None = None) -> Path:
     """Train every run of a study that isn't finished yet; returns the study's folder.
 
     Args:
         overrides: the command line, checked (:func:`launch.configuration.prepare_overrides`), flags among them.
+        start: trains one run; None: :func:`start_process`.
 
     Raises:
         UserError: wrong options, a study without dpo, or another process is at it.
@@ -96,7 +99,7 @@ def run_study(overrides: Sequence[str]) -> Path:
     folder = _folder(Path(config.runs_root) / config.name, planned, kept, int(config.study.draws))
     try:
         with FileLock(folder / ".study.lock", timeout=0):
-            return _train_all(folder, planned, kept, int(config.study.draws))
+            return _train_all(folder, planned, kept, int(config.study.draws), start or start_process)
     except Timeout:
         raise UserError(f"{folder}: another process is training this study; wait for it or stop it") from None
 
@@ -130,7 +133,7 @@ def _folder(root: Path, planned: Sequence[Arm], overrides: Sequence[str], draws:
     return folder
 
 
-def _train_all(folder: Path, planned: Sequence[Arm], overrides: Sequence[str], draws: int) -> Path:
+def _train_all(folder: Path, planned: Sequence[Arm], overrides: Sequence[str], draws: int, start: Start) -> Path:
     screen, found = console(), {(run.arm, run.seed): run for run in runs_of(folder)}
     runs = [found.get((run.arm, run.seed), run) for run in planned]
     _write(folder, runs, overrides, draws)
@@ -140,7 +143,7 @@ def _train_all(folder: Path, planned: Sequence[Arm], overrides: Sequence[str], d
             screen.print(f"Run {i + 1} of {len(runs)}: {run.arm}, seed {run.seed}, found in {run.run}", soft_wrap=True)
             continue
         screen.rule(f"run {i + 1} of {len(runs)}: {run.arm}, seed {run.seed}{_time_left(runs, i)}")
-        runs[i] = _train(folder, run, overrides)
+        runs[i] = _train(folder, run, overrides, start)
         _write(folder, runs, overrides, draws)
     failed = [f"{run.arm}, seed {run.seed}: {run.error}" for run in runs if run.state == "failed"]
     for line in failed:
@@ -162,14 +165,27 @@ def runs_of(folder: Path) -> Iterator[Arm]:
             yield Arm(str(config["arm"]), int(config["seed"]), state, run.name, round(max(minutes, 0.0) / 60, 2))
 
 
-def _train(folder: Path, run: Arm, overrides: Sequence[str]) -> Arm:
-    """Train one run in a process of its own, or go on with it where it was stopped."""
+def _train(folder: Path, run: Arm, overrides: Sequence[str], start: Start) -> Arm:
+    """Train one run, or go on with it where it was stopped."""
     words = [*overrides, f"arm={run.arm}", f"seed={run.seed}", f"study_folder={folder.name}"]
     if run.run and newest_valid(folder.parent / run.run / "checkpoints", contents=False)[0] is not None:
         words.append(f"ckpt_path={folder.parent / run.run / 'checkpoints' / 'last.ckpt'}")
     started = time.perf_counter()
+    code, said = start(words)
+    if code in _STOPPED or code < 0:
+        sys.exit(code if code > 0 else 128 - code)
+    done = next((r for r in runs_of(folder) if (r.arm, r.seed) == (run.arm, run.seed)), run)
+    minutes = round((time.perf_counter() - started) / 60, 2)
+    if code == 0 and done.state == "finished":
+        return replace(done, minutes=minutes)
+    error = next((line for line in reversed(said.splitlines()) if line.startswith(_PREFIX)), f"exit code {code}")
+    return replace(done, state="failed", minutes=minutes, error=error.removeprefix(_PREFIX).strip())
+
+
+def start_process(words: Sequence[str]) -> tuple[int, str]:
+    """Train one run in a process of its own; its exit code, and the last lines of its standard error, which are shown as well."""
     with subprocess.Popen(
-        [sys.executable, sys.argv[0], *words], stderr=subprocess.PIPE, text=True, errors="replace", env=dict(os.environ)
+        [sys.executable, sys.argv[0], *words], stderr=subprocess.PIPE, text=True, errors="replace"
     ) as process:
         lines: list[str] = []
         assert process.stderr is not None
@@ -177,19 +193,12 @@ def _train(folder: Path, run: Arm, overrides: Sequence[str]) -> Arm:
         reader.start()
         try:
             code = process.wait()
-        except BaseException:
+        except BaseException:  # an interrupt: the run ends behind its step, and so does the study
             process.send_signal(SIGINT)
             process.wait()
             raise
         reader.join()
-    if code in _STOPPED or code < 0:
-        sys.exit(code if code > 0 else 128 - code)
-    done = next((r for r in runs_of(folder) if (r.arm, r.seed) == (run.arm, run.seed)), run)
-    minutes = round((time.perf_counter() - started) / 60, 2)
-    if code == 0 and done.state == "finished":
-        return replace(done, minutes=minutes)
-    said = next((line for line in reversed(lines) if line.startswith("tiltmeter: ")), f"exit code {code}")
-    return replace(done, state="failed", minutes=minutes, error=said.removeprefix("tiltmeter: ").strip())
+    return code, "".join(lines)
 
 
 def _pass_on(source: IO[str], lines: list[str]) -> None:

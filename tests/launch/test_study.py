@@ -1,0 +1,191 @@
+"""Studies: planned, trained, found again and judged; runs that fail, differ or are damaged cost themselves alone."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import yaml
+
+from analysis.open.studies import open_study
+from launch.command import run_command
+from launch.configuration import prepare_overrides
+from launch.study import Start, run_study, runs_of, start_process, study_of
+from tests.cli import TINY
+from tests.processes import run_script
+from tiltmeter.errors import UserError
+
+STUDY = (
+    *(
+        "--multirun",
+        "study=quick",
+        "study.arms={dpo:2,dpo_shuffled:1}",
+        *TINY,
+        "callbacks=geometry",
+        "trainer.max_epochs=1",
+    ),
+    *("logger=csv", "datamodule.probe_pairs=16"),
+)
+
+
+def start(words: Sequence[str]) -> tuple[int, str]:
+    """A run in a process that has the libraries already."""
+    done = run_script("train.py", *words)
+    return done.returncode, done.stderr
+
+
+def train_study(root: Path, *options: str, start: Start = start) -> Path:
+    overrides = prepare_overrides([*STUDY, *options, f"runs_root={root}"], config_name="train")
+    return run_study(overrides, start=start)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study of three runs."""
+    return train_study(tmp_path_factory.mktemp("study"))
+
+
+def copy_of(study: Path, tmp_path: Path) -> Path:
+    """The study and its runs elsewhere, as if they had been trained there."""
+    shutil.copytree(study.parent.parent, tmp_path / "runs", symlinks=True)
+    copied = tmp_path / "runs" / study.parent.name / study.name
+    said = (copied / "study.yaml").read_text(encoding="utf-8").replace(str(study.parent.parent), str(tmp_path / "runs"))
+    (copied / "study.yaml").write_text(said, encoding="utf-8")
+    return copied
+
+
+def states_of(study: Path) -> dict[tuple[str, int], str]:
+    said = yaml.safe_load((study / "study.yaml").read_text(encoding="utf-8"))
+    return {(run["arm"], run["seed"]): run["state"] for run in said["runs"]}
+
+
+@pytest.mark.slow
+def test_study_has_its_runs_of_one_base_and_is_found_again_whole(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert states_of(trained) == dict.fromkeys([("dpo", 0), ("dpo_shuffled", 0), ("dpo", 1)], "finished")
+    bases = {(trained.parent / run.run / "base" / "model.safetensors").read_bytes() for run in runs_of(trained)}
+    assert len(bases) == 1
+    again = train_study(trained.parent.parent, start=lambda words: pytest.fail(f"started {words}"))
+    assert again == trained
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("found in") == 3
+    assert "Next: python analyze.py runs=" in said
+
+
+@pytest.mark.slow
+def test_run_that_was_lost_is_trained_again_and_one_that_fails_costs_itself_alone(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = copy_of(trained, tmp_path)
+    shutil.rmtree(study.parent / next(run.run for run in runs_of(study) if run.arm == "dpo_shuffled"))
+    asked: list[Sequence[str]] = []
+
+    def fails(words: Sequence[str]) -> tuple[int, str]:
+        asked.append(words)
+        return 2, "a warning\ntiltmeter: module.loss: no such option\n"
+
+    assert train_study(tmp_path / "runs", start=fails) == study
+    assert [[word for word in words if word.startswith(("arm=", "seed="))] for words in asked] == [
+        ["arm=dpo_shuffled", "seed=0"]
+    ]
+    assert states_of(study)["dpo_shuffled", 0] == "failed"
+    assert "Failed: dpo_shuffled, seed 0: module.loss: no such option" in " ".join(capsys.readouterr().out.split())
+    assert any("failed: module.loss" in line for line in open_study(study).left_out)
+    train_study(tmp_path / "runs")
+    assert set(states_of(study).values()) == {"finished"}
+
+
+def test_stopped_run_stops_its_study_with_its_exit_code(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as left:
+        train_study(tmp_path, start=lambda words: (143, ""))
+    assert left.value.code == 143
+    (study,) = tmp_path.glob("*/study_*")
+    assert set(states_of(study).values()) == {"waiting"}
+
+
+def test_process_of_a_run_gives_its_code_and_its_last_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = tmp_path / "train.py"
+    script.write_text("import sys\nprint('tiltmeter:', *sys.argv[1:], file=sys.stderr)\nsys.exit(2)", encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", [str(script)])
+    assert start_process(["arm=dpo", "seed=0"]) == (2, "tiltmeter: arm=dpo seed=0\n")
+    assert capsys.readouterr().err == "tiltmeter: arm=dpo seed=0\n"
+
+
+@pytest.mark.slow
+def test_report_says_what_is_missing_and_holds_claims_as_data(trained: Path) -> None:
+    done = run_script("analyze.py", f"runs={trained}")
+    assert done.returncode == 0, done.stderr
+    claims = {entry["claim"]: entry for entry in json.loads((trained / "report" / "claims.json").read_text())["claims"]}
+    assert {entry["verdict"] for entry in claims.values()} == {"inconclusive"}
+    assert "2 of 3 seeds of dpo" in claims["K4"]["sentence"]
+    checks = {check["name"]: check["passed"] for check in claims["K4"]["checks"]}
+    assert checks["sft_chosen"] == "missing"
+    assert set(checks.values()) == {"missing", "yes", "no"}
+    assert 0.9 < claims["K4"]["t"] <= 1
+    assert claims["K7"]["t"] is not None, "the ladder was asked for"
+    page = (trained / "report" / "index.html").read_text(encoding="utf-8")
+    for words in (
+        "report of a study",
+        "Which claims hold against their controls?",
+        "dpo × 2, dpo_shuffled × 1",
+        "seed",
+    ):
+        assert words in page
+    assert (trained / "report" / "tables" / "vectors_of_arms.csv").is_file()
+
+
+@pytest.mark.slow
+def test_damaged_and_different_runs_are_named_and_the_rest_is_judged(trained: Path, tmp_path: Path) -> None:
+    study = copy_of(trained, tmp_path)
+    runs = {(run.arm, run.seed): study.parent / run.run for run in runs_of(study)}
+    (runs["dpo_shuffled", 0] / "metrics.csv").write_text("not, a table\n1\n", encoding="utf-8")
+    provenance = runs["dpo", 1] / "provenance.json"
+    said = json.loads(provenance.read_text(encoding="utf-8"))
+    said["files_sha256"] = dict.fromkeys(said["files_sha256"], "0" * 64)
+    provenance.write_text(json.dumps(said), encoding="utf-8")
+    found = open_study(study)
+    assert {arm: len(ones) for arm, ones in found.runs.items()} == {"dpo": 1}
+    assert any("metrics.csv" in line for line in found.left_out)
+    assert any("another base than the first dpo run" in line for line in found.left_out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("seed=3",), "seed: a study sets it itself"),
+        (("arm=dpo",), "arm: a study sets it itself"),
+        (("study.arms={dpo:1,dpoo:3}",), "study.arms: there is no arm dpoo"),
+        (("study.arms.dpo=0",), "study.arms.dpo: expected at least one seed"),
+        (("study=quik",), "study=quik: there is none of that name; did you mean quick?"),
+    ],
+)
+def test_wrong_study_is_one_line_and_starts_nothing(
+    arguments: tuple[str, ...],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    study = () if any(text.startswith("study=") for text in arguments) else ("study=quick",)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--multirun", *study, *arguments, f"runs_root={tmp_path / 'runs'}"])
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: pytest.fail("a run was started"))
+    with pytest.raises(SystemExit) as left:
+        run_command(lambda: None, config_name="train")
+    assert left.value.code == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_is_no_study_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has no study.yaml, so it is no study"):
+        open_study(tmp_path)
+    (tmp_path / "study.yaml").write_text("runs: 3", encoding="utf-8")
+    with pytest.raises(UserError, match=r"study.yaml: damaged"):
+        open_study(tmp_path)
+    assert study_of(["--multirun", "arm=dpo,sft_chosen"]) is None
