@@ -1,13 +1,16 @@
 """From ``runs=FOLDER`` to a study's report: every claim with its controls and a verdict."""
 
+import math
 from functools import partial
 from pathlib import Path
 
+import pandas as pd
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from analysis.claims.claim import make_claims, read_claims
 from analysis.claims.evidence import judge_all
+from analysis.claims.plan import POWER, plan_table
 from analysis.claims.readings import arms_of
 from analysis.claims.section import claims_section, write_claims
 from analysis.contract import Asking
@@ -39,6 +42,8 @@ def analyze_study(config: DictConfig) -> Path:
     for key, default in zip(_OF_RUNS, ("all", False, False), strict=True):
         if config.get(key, default) != default:
             raise UserError(f"{key}: has no effect on a study, runs=…; leave it out")
+    if config.study not in (None, "plan"):
+        raise UserError(f"study: expected plan, or nothing, got {config.study}; a study to judge is named by runs=…")
     named = config.claims_file is None
     claims = (
         make_claims(OmegaConf.to_container(config.claims), where="claims")
@@ -64,7 +69,8 @@ def analyze_study(config: DictConfig) -> Path:
         )
         status.update("Judging …")
         verdicts = judge_all(claims, arms)
-    section = claims_section(verdicts, left_out=study.left_out)
+    plan = plan_table(verdicts, arms)
+    section = claims_section(verdicts, plan, left_out=study.left_out)
     sections = [section]
     trained = {arm: ones for arm, ones in arms.reads.items() if arm in study.runs}
     if sum(map(len, trained.values())) > 1:
@@ -77,7 +83,21 @@ def analyze_study(config: DictConfig) -> Path:
     for _, row in section.shown.iterrows() if section.shown is not None else ():
         table.add_row(row["claim"], row["T (95 %)"], row["threshold"], row["verdict"])
     screen.print(table)
+    if config.study == "plan":
+        screen.print(_plan_on_screen(plan))
     return page
+
+
+def _plan_on_screen(plan: pd.DataFrame) -> FittingTable:
+    """Seeds and prompts that each comparison needs."""
+    table = FittingTable("claim", "against", "effect", "seeds", "prompts", title=f"For a power of {POWER:.0%}")
+    for _, row in plan.iterrows():
+        counts = [
+            "not known" if x != x else "no number" if x == math.inf else f"{x:.0f}"
+            for x in (row["seeds"], row["prompts"])
+        ]
+        table.add_row(row["claim"], row["against"], f"{row['effect']:.3g}", *counts)
+    return table
 
 
 def _on_other_corpus(config: DictConfig, run: Run) -> Checkpoints:

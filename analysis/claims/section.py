@@ -41,11 +41,14 @@ _NAMES = {
 _WIDTH = 24
 
 
-def claims_section(verdicts: Sequence[Verdict], *, left_out: Sequence[str] = ()) -> Section:
+def claims_section(
+    verdicts: Sequence[Verdict], plan: pd.DataFrame | None = None, *, left_out: Sequence[str] = ()
+) -> Section:
     """The section ``claims``.
 
     Args:
         verdicts: one a claim, in the order of the claims; T is known of one at least.
+        plan: seeds and prompts that each comparison needs (:func:`analysis.claims.plan.plan_table`).
         left_out: a line on each run that was not judged with the others.
     """
     drawn = [verdict for verdict in verdicts if _is_known(verdict)]
@@ -81,12 +84,13 @@ def claims_section(verdicts: Sequence[Verdict], *, left_out: Sequence[str] = ())
             "Filled dots: T less that of a control it must beat; it does where the interval, adjusted, is to the right of 0.",
             "Open dots: T under a condition that the claim must survive, less its threshold; to the right of 0 where it does.",
             "Names in grey have no number yet.",
+            "How many seeds and prompts each comparison would need to be decided: claims_plan.csv.",
             *left_out,
         ],
         headlines=[Headline(str(counts[SUPPORTED]), f"of {len(verdicts)} claims supported", "claims")],
         shown=shown,
         caption="The claims, T over seeds and prompts, and the verdicts",
-        more_tables={"claims_checks": checks},
+        more_tables={"claims_checks": checks} | ({} if plan is None else {"claims_plan": plan}),
     )
 
 
