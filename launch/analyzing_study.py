@@ -22,13 +22,14 @@ from analysis.open.subject import Subject
 from analysis.registry import ANALYSES
 from analysis.report.page import write_report
 from analysis.report.samples import Samples
+from launch.loggers.wandb_report import upload_study
 from launch.processes.run_lock import check_writable
 from launch.screen import FittingTable, console
 from tiltmeter.commands import command
 from tiltmeter.errors import UserError
 from tiltmeter.files import write_text
 
-_OF_RUNS = ("analysis", "dry_run", "upload")
+_OF_RUNS = ("analysis", "dry_run")
 """Keys that a study has no use for."""
 
 
@@ -39,7 +40,7 @@ def analyze_study(config: DictConfig) -> Path:
         UserError: no study, no dpo run in it, or wrong claims.
         FailedWrite: a full disk ….
     """
-    for key, default in zip(_OF_RUNS, ("all", False, False), strict=True):
+    for key, default in zip(_OF_RUNS, ("all", False), strict=True):
         if config.get(key, default) != default:
             raise UserError(f"{key}: has no effect on a study, runs=…; leave it out")
     if config.study not in (None, "plan"):
@@ -83,6 +84,8 @@ def analyze_study(config: DictConfig) -> Path:
     for _, row in section.shown.iterrows() if section.shown is not None else ():
         table.add_row(row["claim"], row["T (95 %)"], row["threshold"], row["verdict"])
     screen.print(table)
+    if config.upload:
+        screen.print(upload_study(study, page, sections), soft_wrap=True)
     if config.study == "plan":
         screen.print(_plan_on_screen(plan))
     return page

@@ -1,15 +1,17 @@
-"""The report of a run on Weights & Biases: its folder as an artifact, its figures as media, in the run that training logged to."""
+"""Reports on Weights & Biases: the folder as an artifact, figures as media, in the run of the training or a study's own."""
 
+import hashlib
 import io
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 
 from analysis.open.runs import Run
+from analysis.open.studies import DPO, Study
 from analysis.report.page import Section
 from analysis.report.style import png_bytes
 from launch.loggers.wandb_logger import choose_mode, id_of
@@ -55,41 +57,73 @@ def upload_report(run: Run, page: Path, sections: Sequence[Section]) -> str:
 
     Files are sent without the folders of absolute paths in them. A failure of W&B is that line, and no failure of the report.
     """
+    last = max(run.n_steps - 1, 0)
+    where = Place(run.folder, str(id_of(run.folder)), "train", {STEP_AXIS: last}, _ROWS_A_STEP * len(run.metrics))
+    return _sent(where, run, page, sections)
+
+
+def upload_study(study: Study, page: Path, sections: Sequence[Section]) -> str:
+    """Send a study's report as a run of its own in the group of its arms, claims as a table; see :func:`upload_report`."""
+    name = f"study-{hashlib.sha256(study.folder.name.encode()).hexdigest()[:12]}"
+    where = Place(study.folder, name, "study", {}, None, group=study.folder.name)
+    return _sent(where, study.runs[DPO][0], page, sections, tables=("claims", "claims_checks"))
+
+
+class Place(NamedTuple):
+    """A run on W&B that a report goes to."""
+
+    folder: Path
+    name: str
+    """Its id."""
+    job_type: str
+    at: Mapping[str, float]
+    """What is logged beside the figures, so that they stand at their step."""
+    step: int | None
+    """W&B's own count, behind all that was logged before; None: a run of its own."""
+    group: str | None = None
+
+
+def _sent(where: Place, run: Run, page: Path, sections: Sequence[Section], *, tables: Sequence[str] = ()) -> str:
     try:
-        return _upload(run, page, sections)
+        return _upload(where, run, page, sections, tables)
     except Exception as error:  # the network, the service, a full disk
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         return f"W&B: the report could not be sent ({reason}); it is in {page.parent}"
 
 
-def _upload(run: Run, page: Path, sections: Sequence[Section]) -> str:
+def _upload(where: Place, run: Run, page: Path, sections: Sequence[Section], tables: Sequence[str]) -> str:
     import wandb  # slow to import, and absent is no failure
 
-    mode, name = choose_mode("auto"), id_of(run.folder)
+    mode = choose_mode("auto")
     project, entity = (_plain(run, f"logger.{what}") for what in ("project", "entity"))
     opened = wandb.init(
-        dir=str(run.folder),
-        id=name,
+        dir=str(where.folder),
+        id=where.name,
         resume="allow" if mode == "online" else None,  # offline, W&B has nothing to look it up in
         project=project,
         entity=entity,
-        job_type="train",
+        group=where.group,
+        job_type=where.job_type,
         mode=mode,  # type: ignore[arg-type]
         settings=_SETTINGS,
         reinit="finish_previous",
     )
-    media = {
+    media: dict[str, Any] = {
         metric("report", section.name): wandb.Image(
             Image.open(io.BytesIO(png_bytes(section.figure))), caption=". ".join(section.sentences)
         )
         for section in sections
     }
-    last = max(run.n_steps - 1, 0)
-    opened.log(media | {STEP_AXIS: last}, step=_ROWS_A_STEP * len(run.metrics))
+    for section in sections:
+        for name, table in ({section.name: section.table} | dict(section.more_tables)).items():
+            if name in tables:
+                plain = table.map(lambda cell: without_paths(cell) if isinstance(cell, str) else cell)
+                media[metric("report", f"{name}_table")] = wandb.Table(dataframe=plain)
+    opened.log(media | dict(where.at), step=where.step)
     kept = Path(opened.dir).parent / "report"
     copy_without_paths(page.parent, kept)
     artifact = wandb.Artifact(
-        f"report-{name}", type="report", description="report/ of the run folder: open index.html."
+        f"report-{where.name}", type="report", description="report/ of the run folder: open index.html."
     )
     artifact.add_dir(str(kept), policy="immutable", skip_cache=True)  # read where it is, not copied to a cache
     opened.log_artifact(artifact)
@@ -97,7 +131,8 @@ def _upload(run: Run, page: Path, sections: Sequence[Section]) -> str:
     opened.finish()
     if mode == "offline":
         folder = shlex.quote(str(kept.parents[1]))
-        return f"W&B: the report is kept offline; upload it behind training’s with: wandb sync {folder}/*run-*-{name}"
+        behind = " behind training’s" if where.job_type == "train" else ""
+        return f"W&B: the report is kept offline; upload it{behind} with: wandb sync {folder}/*run-*-{where.name}"
     return f"W&B: the report is at {url}"
 
 

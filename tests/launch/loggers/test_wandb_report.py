@@ -1,19 +1,31 @@
 """The report of a run on W&B, read back from the offline file and the files that would be uploaded."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import yaml
 
+from analysis.claims.claim import read_claims
+from analysis.claims.evidence import judge_all
+from analysis.claims.section import claims_section
 from analysis.figures.training import training_section, training_table
 from analysis.open.runs import Run, open_run
+from analysis.open.studies import Study
 from analysis.open.subject import subject_of_run
 from analysis.report.page import Section, write_report
 from analysis.report.samples import Samples
+from benchmarks.verdicts import CLAIMS, study_of
 from launch.loggers import wandb_report as module
-from launch.loggers.wandb_report import check_upload, copy_without_paths, upload_report, without_paths
+from launch.loggers.wandb_report import (
+    check_upload,
+    copy_without_paths,
+    upload_report,
+    upload_study,
+    without_paths,
+)
 from tests.analysis.conftest import CONFIG, dpo_rows
 from tests.wandb_file import history_rows, read_records, wait_until_written
 from tiltmeter.errors import UserError
@@ -107,3 +119,22 @@ def test_what_goes_wrong_there_is_a_line(run: Run, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(module, "_upload", broken)
     page = run.report / "index.html"
     assert upload_report(run, page, []) == f"W&B: the report could not be sent (quota exceeded); it is in {run.report}"
+
+
+def test_a_studys_report_is_a_run_of_its_own_in_the_group_of_its_arms(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    folder = run.folder.parent / "study_2026-01-31_12-00-00"
+    study = Study(folder, "fake", {"dpo": [run]}, [], 5, {"dpo": 3})
+    section = claims_section(judge_all(read_claims(CLAIMS), study_of("pure shift", 0)))
+    subject = replace(subject_of_run(run), report=study.report)
+    page = write_report(subject, [section], Samples([], "none"))
+    said = upload_study(study, page, [section])
+    (file,) = folder.glob("wandb/offline-run-*/run-study-*.wandb")
+    wait_until_written(file)
+    assert said.startswith("W&B: the report is kept offline; upload it with: wandb sync ")
+    (opened,) = [record.run for record in read_records(file) if record.WhichOneof("record_type") == "run"]
+    assert (opened.run_group, opened.job_type, opened.project) == (folder.name, "study", "mine")
+    (row,) = [row for row in history_rows(file) if "report/claims/path" in row]
+    assert row["report/claims_table/nrows"] == len(section.table)
