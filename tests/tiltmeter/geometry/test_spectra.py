@@ -11,6 +11,7 @@ from tiltmeter.geometry.spectra import (
     Spectrum,
     effective_rank,
     eigen_of_gram,
+    entropies_of_gram,
     normalized_entropy,
     participation_ratio,
     sigma_ratio,
@@ -22,6 +23,7 @@ from tiltmeter.geometry.spectra import (
     stable_rank,
     top1_energy,
 )
+from tiltmeter.stats.jackknife import jackknife_variance, without_each
 
 NAN = math.nan
 sizes = st.integers(1, 12)
@@ -177,3 +179,15 @@ def test_a_large_gram_matrix_without_directions_has_none() -> None:
     sigma, _ = eigen_of_gram(torch.zeros(520, 520, dtype=torch.float64))
     assert not sigma.any()
     assert eigen_of_gram(torch.full((520, 520), NAN, dtype=torch.float64))[0].isnan().all()
+
+
+def test_entropies_without_a_row_are_to_first_order_those_of_the_other_rows() -> None:
+    rows = torch.randn(60, 24, generator=torch.Generator().manual_seed(0)).double() * torch.logspace(0, -1, 24).double()
+    weights = without_each([str(i) for i in range(60)])
+    found = entropies_of_gram(rows @ rows.T)(weights)
+    exact = [singular_values(rows[row > 0]) for row in weights]
+    for column, kind in enumerate(("energy", "singular")):
+        expected = torch.tensor([spectral_entropy(sigma, kind) for sigma in exact], dtype=torch.float64)
+        torch.testing.assert_close(found[0, column], expected[0], rtol=1e-12, atol=1e-12)
+        ratio = jackknife_variance(found[1:, column]) / jackknife_variance(expected[1:])
+        assert 0.8 < float(ratio) < 1.25
