@@ -182,7 +182,7 @@ def entropies_of_gram(
 
     λ_k ≈ λ_k Σ_i w_i u_ik², u_k the eigenvectors of the Gram matrix: what leaving a row out takes from each of its directions, but
     for their turning; the sum over k is exact. One product of matrices serves all weightings, where an eigenvalue problem each
-    would take minutes.
+    would take minutes. The jackknife's variance of it is up to 1.4 times the exact one where eigenvalues lie close, as in noise.
 
     Args:
         gram: X Xᵀ of the rows, float64.

@@ -190,4 +190,4 @@ def test_entropies_without_a_row_are_to_first_order_those_of_the_other_rows() ->
         expected = torch.tensor([spectral_entropy(sigma, kind) for sigma in exact], dtype=torch.float64)
         torch.testing.assert_close(found[0, column], expected[0], rtol=1e-12, atol=1e-12)
         ratio = jackknife_variance(found[1:, column]) / jackknife_variance(expected[1:])
-        assert 0.8 < float(ratio) < 1.25
+        assert 0.9 < float(ratio) < 1.6, "on the safe side where directions lie close"
