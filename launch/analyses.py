@@ -11,7 +11,7 @@ from tiltmeter.errors import UserError
 ALL = "all"
 _OF_CHECKPOINTS = ("data", "pairs", "out")
 """Keys that only two checkpoints need."""
-_OF_STUDY = ("claims", "claims_file", "ask_models", "study")
+_OF_STUDY = ("claims", "claims_file", "ask_models", "plan")
 """Keys that only a study needs."""
 _HOW = ("run", "base", "aligned", "analysis", "dry_run", "upload", "debug", "runs_root", "steering.restart")
 """Keys that say what is asked about, or how to go about it, rather than what to compute."""

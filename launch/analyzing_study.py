@@ -8,8 +8,8 @@ import pandas as pd
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from analysis.claims.claim import make_claims, read_claims
-from analysis.claims.evidence import judge_all
+from analysis.claims.claim import Claim, make_claims, read_claims
+from analysis.claims.evidence import Arms, judge_all
 from analysis.claims.plan import POWER, plan_table
 from analysis.claims.readings import arms_of
 from analysis.claims.section import claims_section, write_claims
@@ -20,8 +20,9 @@ from analysis.open.runs import Run
 from analysis.open.studies import Study, open_study
 from analysis.open.subject import Subject
 from analysis.registry import ANALYSES
-from analysis.report.page import write_report
+from analysis.report.page import Section, write_report
 from analysis.report.samples import Samples
+from launch.configuration import CONF
 from launch.loggers.wandb_report import upload_study
 from launch.processes.run_lock import check_writable
 from launch.screen import FittingTable, console
@@ -40,55 +41,65 @@ def analyze_study(config: DictConfig) -> Path:
         UserError: no study, no dpo run in it, or wrong claims.
         FailedWrite: a full disk ….
     """
+    _check_options(config)
+    claims, study, screen = _claims(config), open_study(Path(config.runs)), console()
+    check_writable(study.report, key="runs")
+    for line in study.left_out:
+        screen.print(f"Left out: {line}", soft_wrap=True, markup=False)
+    arms = _arms(config, study)
+    verdicts = judge_all(claims, arms)
+    plan = plan_table(verdicts, arms)
+    sections = [claims_section(verdicts, plan, left_out=study.left_out), *_vectors(study, arms)]
+    subject = _subject(study, arms.noise_ratio, str(config.claims_file or "as shipped, in conf/claims"))
+    page = write_report(subject, sections, Samples([], "A study has none of its own."))
+    write_claims(study.report, verdicts)
+    screen.print(_verdicts_on_screen(sections[0], study))
+    if config.upload:
+        screen.print(upload_study(study, page, sections), soft_wrap=True)
+    if config.plan:
+        screen.print(_plan_on_screen(plan))
+    return page
+
+
+def _check_options(config: DictConfig) -> None:
     for key, default in zip(_OF_RUNS, ("all", False), strict=True):
         if config.get(key, default) != default:
             raise UserError(f"{key}: has no effect on a study, runs=…; leave it out")
-    if config.study not in (None, "plan"):
-        raise UserError(f"study: expected plan, or nothing, got {config.study}; a study to judge is named by runs=…")
-    named = config.claims_file is None
-    claims = (
-        make_claims(OmegaConf.to_container(config.claims), where="claims")
-        if named
-        else read_claims(Path(config.claims_file))
-    )
-    study = open_study(Path(config.runs))
-    check_writable(study.report, key="runs")
-    screen = console()
-    for line in study.left_out:
-        screen.print(f"Left out: {line}", soft_wrap=True, markup=False)
-    with screen.status("Reading hidden states …") as status:
 
-        def say(what: str) -> None:
-            status.update(f"Asking: {what} …")
 
-        arms = arms_of(
+def _claims(config: DictConfig) -> list[Claim]:
+    known = sorted(path.stem for path in (CONF / "arm").glob("*.yaml"))
+    if config.claims_file is not None:
+        return read_claims(Path(config.claims_file), arms=known)
+    return make_claims(OmegaConf.to_container(config.claims), where="claims", arms=known)
+
+
+def _arms(config: DictConfig, study: Study) -> Arms:
+    """Everything that claims are judged by, read with a line on what is read now."""
+    with console().status("Reading hidden states …") as status:
+        return arms_of(
             study,
-            say=say,
+            say=lambda what: status.update(f"Asking: {what} …"),
             models=config.ask_models,
             other=None if config.get("data") is None else partial(_on_other_corpus, config),
             make_table=partial(_make_table, config) if config.ask_models else None,
         )
-        status.update("Judging …")
-        verdicts = judge_all(claims, arms)
-    plan = plan_table(verdicts, arms)
-    section = claims_section(verdicts, plan, left_out=study.left_out)
-    sections = [section]
+
+
+def _vectors(study: Study, arms: Arms) -> list[Section]:
+    """The section on v* of all runs, where there are two."""
     trained = {arm: ones for arm, ones in arms.reads.items() if arm in study.runs}
-    if sum(map(len, trained.values())) > 1:
-        seeds = {arm: [int(run.setting("seed") or 0) for run in study.runs[arm]] for arm in trained}
-        sections.append(vectors_section(vector_table(trained, seeds)))
-    subject = _subject(study, arms.noise_ratio, str(config.claims_file or "as shipped, in conf/claims"))
-    page = write_report(subject, sections, Samples([], "A study has none of its own."))
-    write_claims(study.report, verdicts)
+    if sum(map(len, trained.values())) < 2:
+        return []
+    seeds = {arm: [int(run.setting("seed") or 0) for run in study.runs[arm]] for arm in trained}
+    return [vectors_section(vector_table(trained, seeds))]
+
+
+def _verdicts_on_screen(section: Section, study: Study) -> FittingTable:
     table = FittingTable("claim", "T (95 %)", "threshold", "verdict", title=f"Claims, {study.folder.name}")
     for _, row in section.shown.iterrows() if section.shown is not None else ():
         table.add_row(row["claim"], row["T (95 %)"], row["threshold"], row["verdict"])
-    screen.print(table)
-    if config.upload:
-        screen.print(upload_study(study, page, sections), soft_wrap=True)
-    if config.study == "plan":
-        screen.print(_plan_on_screen(plan))
-    return page
+    return table
 
 
 def _plan_on_screen(plan: pd.DataFrame) -> FittingTable:

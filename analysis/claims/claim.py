@@ -3,7 +3,7 @@
 A claim of one's own is one more entry, over statistics of hidden states or over any table of a report (docs/claims.md).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -23,11 +23,10 @@ from tiltmeter.plain_text import did_you_mean
 from tiltmeter.states.positions import POSITIONS
 
 Side = Literal["at_least", "above", "at_most", "below"]
-ARMS = (
-    "dpo", "sft_chosen", "dpo_shuffled", "dpo_swapped", "dpo_random_pairs", "lm_continued", "random_update",
-    "random_update_rotated",
-)  # fmt: skip
-"""Arms of a study (CLAIMS.md §2); the last two are drawn, not trained."""
+ARMS = ("dpo", "sft_chosen", "dpo_shuffled", "dpo_swapped", "dpo_random_pairs", "lm_continued")
+"""Arms of a study that are shipped (conf/arm, docs/claims.md)."""
+DRAWN = ("random_update", "random_update_rotated")
+"""Arms that are drawn, not trained; a further draw has to be passed, and not their mean."""
 OWN = ("base_states", "permuted")
 """Controls that are computed of the same runs."""
 
@@ -99,8 +98,11 @@ class Claim:
     survives: tuple[Survival, ...]
 
 
-def read_claims(path: Path) -> list[Claim]:
+def read_claims(path: Path, *, arms: Sequence[str] = ARMS) -> list[Claim]:
     """Claims of a YAML file, in its order.
+
+    Args:
+        arms: that there are, beside those that are drawn.
 
     Raises:
         UserError: no such file, or an unknown statistic, control, condition, side or key; says the nearest match.
@@ -111,21 +113,22 @@ def read_claims(path: Path) -> list[Claim]:
         raise UserError(f"claims: no such file: {path}") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path}: not a plain YAML file ({' '.join(str(error).split())[:120]})") from error
-    return make_claims(content, where=path.name)
+    return make_claims(content, where=path.name, arms=arms)
 
 
-def make_claims(content: Any, *, where: str) -> list[Claim]:
+def make_claims(content: Any, *, where: str, arms: Sequence[str] = ARMS) -> list[Claim]:
     """Claims of plain values, by their keys. Raises UserError as :func:`read_claims`.
 
     Args:
         where: they come from, for messages.
+        arms: that there are, beside those that are drawn.
     """
     if not isinstance(content, dict) or not all(isinstance(entry, dict) for entry in content.values()):
         raise UserError(f"{where}: expected claims by their keys, each with says, statistic and a threshold")
-    return [_claim(f"{where}: {key}", str(key), entry) for key, entry in content.items()]
+    return [_claim(f"{where}: {key}", str(key), entry, arms) for key, entry in content.items()]
 
 
-def _claim(where: str, key: str, entry: Mapping[str, Any]) -> Claim:
+def _claim(where: str, key: str, entry: Mapping[str, Any], arms: Sequence[str]) -> Claim:
     _known(where, entry, ("says", "statistic", *get_args(Side), "sites", "minus", "position", "beats", "survives"))
     if "says" not in entry:
         raise UserError(f"{where}: says is missing: the claim in words")
@@ -133,7 +136,7 @@ def _claim(where: str, key: str, entry: Mapping[str, Any]) -> Claim:
     statistic = _statistic(where, entry)
     beats: dict[str, Statistic | OfTable | None] = {}
     for name in entry.get("beats", ()):
-        _one_of(f"{where}: beats", str(name), (*ARMS, *OWN))
+        _one_of(f"{where}: beats", str(name), (*arms, *DRAWN, *OWN))
         beats[str(name)] = _of_condition(statistic, str(name)) if name in OWN else statistic
     survives = tuple(
         _survival(f"{where}: survives", str(name), option, statistic, bound)

@@ -5,14 +5,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from analysis.claims.claim import OWN, Claim, OfTable
+from analysis.claims.claim import DRAWN, OWN, Claim, OfTable
 from analysis.claims.statistics import Missing, Read, Statistic
 from analysis.claims.verdict import Evidence, Verdict, judge
 from tiltmeter.stats.arms import Arm
 
 DPO = "dpo"
-POPULATIONS = ("random_update", "random_update_rotated")
-"""Arms of draws, of which a further one has to be passed and not their mean."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ class Arms:
             values = torch.stack([statistic.of(read) for read in reads], dim=1)
         except Missing as error:
             return str(error)
-        return Arm(values, is_population=name in POPULATIONS)
+        return Arm(values, is_population=name in DRAWN)
 
 
 def evidence_of(claim: Claim, arms: Arms) -> Evidence:

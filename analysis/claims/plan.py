@@ -7,6 +7,7 @@ import pandas as pd
 from scipy.special import ndtri, stdtrit
 from scipy.stats import nct
 
+from analysis.claims.claim import OWN
 from analysis.claims.evidence import Arms, evidence_of
 from analysis.claims.verdict import LEAST_SEEDS, LEVEL, Check, Verdict
 from tiltmeter.stats.arms import Arm
@@ -49,7 +50,10 @@ def plan_table(verdicts: Sequence[Verdict], arms: Arms) -> pd.DataFrame:
         for check in controls:
             control = evidence.beats[check.name]
             assert isinstance(control, Arm)
-            rows.append(_row(verdict, check.name, _effect(check), [evidence.own, control], tail=LEVEL / len(controls)))
+            pair = [evidence.own, control]
+            if check.name in OWN:  # of the same runs: one sample of differences
+                pair = [Arm(evidence.own.values - control.values)]
+            rows.append(_row(verdict, check.name, _effect(check), pair, tail=LEVEL / len(controls)))
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
