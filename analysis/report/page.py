@@ -199,7 +199,8 @@ def _missing(sections: Sequence[Section]) -> list[str]:
         return []
     return [
         *(line for name, line in by_section.items() if name not in shown),
-        "verdicts against controls (shuffled and swapped labels, SFT), over several seeds.",
+        "verdicts: inconclusive, since one run has no arms and no other seeds; train.py --multirun study=dsteer trains them, "
+        "analyze.py runs=FOLDER judges.",
     ]
 
 
