@@ -32,7 +32,7 @@ COLUMNS = (
 def plan_table(verdicts: Sequence[Verdict], arms: Arms) -> pd.DataFrame:
     """Seeds and prompts at which a comparison as large as the pilot's is decided in nine of ten studies, a row each.
 
-    ``against``: the threshold (two-sided, 95 %), or a control (one-sided, 5 % over the number of controls, as Holm's first step).
+    ``against``: the threshold (two-sided, 95 %), or a control (two-sided, 5 % over the number of controls, as Holm's first step).
     NaN in ``seeds`` or ``prompts``: not known from the pilot; infinity: no number of them would do.
 
     Args:
@@ -53,7 +53,7 @@ def plan_table(verdicts: Sequence[Verdict], arms: Arms) -> pd.DataFrame:
             pair = [evidence.own, control]
             if check.name in OWN:  # of the same runs: one sample of differences
                 pair = [Arm(evidence.own.values - control.values)]
-            rows.append(_row(verdict, check.name, _effect(check), pair, tail=LEVEL / len(controls)))
+            rows.append(_row(verdict, check.name, _effect(check), pair, tail=LEVEL / 2 / len(controls)))
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 

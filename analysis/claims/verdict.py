@@ -36,7 +36,7 @@ class Check:
         kind: ``beats`` or ``survives``.
         value: T there.
         interval: of T less that of the control, in the claim's direction; of what must be survived, of T itself.
-        p: adjusted p-value; NaN for what must be survived.
+        p: adjusted two-sided p-value; NaN for what must be survived.
         n_runs: runs or draws behind it.
         passed: None where it is missing.
         missing: what is not there, and how to get it.
@@ -132,7 +132,10 @@ def _beaten(claim: Claim, own: Arm, evidence: Evidence) -> list[Check]:
         else:
             there[name] = arm_difference(*_directed(claim, own, control), paired=name in OWN)
             found[name] = Check(name, "beats", control.mean, there[name].interval, n_runs=control.n_runs)
-    for name, p in zip(there, holm([difference.p_greater for difference in there.values()]), strict=True):
+    two_sided = [
+        min(1.0, 2 * difference.p_greater) for difference in there.values()
+    ]  # as the intervals beside them are
+    for name, p in zip(there, holm(two_sided), strict=True):
         check = found[name]
         found[name] = Check(name, "beats", check.value, check.interval, p, check.n_runs, passed=p <= LEVEL)
     return list(found.values())
