@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -209,13 +210,24 @@ def _compose_choices(overrides: Sequence[Override], config_name: str) -> DictCon
 def _rewrite(override: Override, tree: DictConfig) -> str:
     text = str(override.input_line)
     key = override.key_or_group
-    if _is_group(override) or key.startswith("hydra.") or not text[0].isalnum():
+    if key == "hydra/launcher":
+        _check_launcher(text.partition("=")[2])
+    if _is_group(override) or key.startswith(("hydra.", "hydra/")) or not text[0].isalnum():
         return text
     if _has_key(tree, key) or OmegaConf.select(tree, key, throw_on_missing=False) is not None:
         return text
     if _may_add(tree, key):
         return f"++{text}"
     raise UserError(f"{key}: unknown configuration key{did_you_mean(key, set(_known_keys(tree)))}")
+
+
+def _check_launcher(name: str) -> None:
+    """Refuse a launcher that isn't installed; Hydra's own is always there."""
+    package = f"hydra_{name.partition('_')[0]}_launcher"
+    if name != "basic" and (find_spec("hydra_plugins") is None or find_spec(f"hydra_plugins.{package}") is None):
+        raise UserError(
+            f"hydra/launcher={name}: not installed; joblib and submitit_slurm come with pip install 'tiltmeter[spread]'"
+        )
 
 
 def _may_add(tree: DictConfig, key: str) -> bool:

@@ -42,6 +42,8 @@ _STOPPED = (143, 130)
 """Exit codes of a run that was told to stop, and so was its study."""
 _FORMAT = 1
 _PREFIX = "tiltmeter: "
+_LAUNCHER = "hydra/launcher="
+"""Start of the override by which Hydra starts the jobs of a sweep at once, or on a cluster."""
 Start = Callable[[Sequence[str]], tuple[int, str]]
 """Trains one run by the words of its command line; gives the exit code and the end of what it said."""
 
@@ -138,12 +140,14 @@ def _train_all(folder: Path, planned: Sequence[Arm], overrides: Sequence[str], d
     runs = [found.get((run.arm, run.seed), run) for run in planned]
     _write(folder, runs, overrides, draws)
     screen.print(f"Study: {folder}", soft_wrap=True)
-    for i, run in enumerate(runs):
-        if run.state == "finished":
-            screen.print(f"Run {i + 1} of {len(runs)}: {run.arm}, seed {run.seed}, found in {run.run}", soft_wrap=True)
-            continue
-        screen.rule(f"run {i + 1} of {len(runs)}: {run.arm}, seed {run.seed}{_time_left(runs, i)}")
-        runs[i] = _train(folder, run, overrides, start)
+    for run in (run for run in runs if run.state == "finished"):
+        screen.print(f"{run.arm}, seed {run.seed}: found in {run.run}", soft_wrap=True)
+    for rows in _together(runs, overrides):
+        numbers = f"run {rows[0] + 1}" if len(rows) == 1 else f"runs {', '.join(str(row + 1) for row in rows)}"
+        seeds = ", ".join(str(runs[row].seed) for row in rows)
+        screen.rule(f"{numbers} of {len(runs)}: {runs[rows[0]].arm}, seed {seeds}{_time_left(runs)}")
+        for row, run in zip(rows, _train(folder, [runs[row] for row in rows], overrides, start), strict=True):
+            runs[row] = run
         _write(folder, runs, overrides, draws)
     failed = [f"{run.arm}, seed {run.seed}: {run.error}" for run in runs if run.state == "failed"]
     for line in failed:
@@ -165,21 +169,45 @@ def runs_of(folder: Path) -> Iterator[Arm]:
             yield Arm(str(config["arm"]), int(config["seed"]), state, run.name, round(max(minutes, 0.0) / 60, 2))
 
 
-def _train(folder: Path, run: Arm, overrides: Sequence[str], start: Start) -> Arm:
-    """Train one run, or go on with it where it was stopped."""
-    words = [*overrides, f"arm={run.arm}", f"seed={run.seed}", f"study_folder={folder.name}"]
-    if run.run and newest_valid(folder.parent / run.run / "checkpoints", contents=False)[0] is not None:
-        words.append(f"ckpt_path={folder.parent / run.run / 'checkpoints' / 'last.ckpt'}")
+def _together(runs: Sequence[Arm], overrides: Sequence[str]) -> Iterator[list[int]]:
+    """Rows of the runs that are left, one after the other; all seeds of an arm at once where a launcher spreads them."""
+    left = [row for row, run in enumerate(runs) if run.state != "finished"]
+    if not any(text.startswith(_LAUNCHER) for text in overrides):
+        yield from ([row] for row in left)
+        return
+    for arm in dict.fromkeys(runs[row].arm for row in left):
+        yield [row for row in left if runs[row].arm == arm]
+
+
+def _train(folder: Path, runs: Sequence[Arm], overrides: Sequence[str], start: Start) -> list[Arm]:
+    """Train runs of one arm in one process, or several of its launcher's; a single one goes on where it was stopped."""
+    words = [
+        *overrides,
+        f"arm={runs[0].arm}",
+        f"seed={','.join(str(run.seed) for run in runs)}",
+        f"study_folder={folder.name}",
+    ]
+    is_spread = any(text.startswith(_LAUNCHER) for text in overrides)
+    before = folder.parent / runs[0].run / "checkpoints"
+    if is_spread:
+        words.insert(0, "--multirun")
+    elif runs[0].run and newest_valid(before, contents=False)[0] is not None:
+        words.append(f"ckpt_path={before / 'last.ckpt'}")
     started = time.perf_counter()
     code, said = start(words)
     if code in _STOPPED or code < 0:
         sys.exit(code if code > 0 else 128 - code)
-    done = next((r for r in runs_of(folder) if (r.arm, r.seed) == (run.arm, run.seed)), run)
     minutes = round((time.perf_counter() - started) / 60, 2)
-    if code == 0 and done.state == "finished":
-        return replace(done, minutes=minutes)
-    error = next((line for line in reversed(said.splitlines()) if line.startswith(_PREFIX)), f"exit code {code}")
-    return replace(done, state="failed", minutes=minutes, error=error.removeprefix(_PREFIX).strip())
+    known = {(run.arm, run.seed): run for run in runs_of(folder)}
+    lines = [line.removeprefix(_PREFIX).strip() for line in said.splitlines() if line.startswith(_PREFIX)]
+    ended = []
+    for run in runs:
+        done = replace(known.get((run.arm, run.seed), run), minutes=minutes)
+        is_done = done.state == "finished" and (code == 0 or is_spread)
+        ended.append(
+            done if is_done else replace(done, state="failed", error=lines[-1] if lines else f"exit code {code}")
+        )
+    return ended
 
 
 def start_process(words: Sequence[str]) -> tuple[int, str]:
@@ -215,7 +243,7 @@ def _write(folder: Path, runs: Sequence[Arm], overrides: Sequence[str], draws: i
     write_text(folder / FILE, yaml.safe_dump(said | {"runs": [asdict(run) for run in runs]}, sort_keys=False))
 
 
-def _time_left(runs: Sequence[Arm], i: int) -> str:
+def _time_left(runs: Sequence[Arm]) -> str:
     known = [run.minutes for run in runs if run.state == "finished" and run.minutes]
-    left = sum(1 for run in runs[i:] if run.state != "finished")
+    left = sum(run.state == "waiting" for run in runs)
     return f", about {sum(known) / len(known) * left:.0f} min left" if known else ""

@@ -99,6 +99,23 @@ def test_run_that_was_lost_is_trained_again_and_one_that_fails_costs_itself_alon
     assert set(states_of(study).values()) == {"finished"}
 
 
+def test_launcher_gets_all_seeds_of_an_arm_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def takes(words: Sequence[str]) -> tuple[int, str]:
+        asked.append([word for word in words if word.startswith(("--", "hydra", "arm", "seed"))])
+        return 1, ""
+
+    monkeypatch.setattr("launch.configuration.find_spec", lambda name: object())
+    train_study(tmp_path, "hydra/launcher=joblib", start=takes)
+    assert asked == [
+        ["--multirun", "hydra/launcher=joblib", "arm=dpo", "seed=0,1"],
+        ["--multirun", "hydra/launcher=joblib", "arm=dpo_shuffled", "seed=0"],
+    ]
+    (study,) = tmp_path.glob("*/study_*")
+    assert set(states_of(study).values()) == {"failed"}
+
+
 def test_stopped_run_stops_its_study_with_its_exit_code(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as left:
         train_study(tmp_path, start=lambda words: (143, ""))
@@ -160,7 +177,8 @@ def test_damaged_and_different_runs_are_named_and_the_rest_is_judged(trained: Pa
     [
         (("seed=3",), "seed: a study sets it itself"),
         (("arm=dpo",), "arm: a study sets it itself"),
-        (("study.arms={dpo:1,dpoo:3}",), "study.arms: there is no arm dpoo"),
+        (("++study.arms.dpoo=3",), "study.arms: there is no arm dpoo"),
+        (("hydra/launcher=jobli",), "hydra/launcher=jobli: not installed; joblib and submitit_slurm come with"),
         (("study.arms.dpo=0",), "study.arms.dpo: expected at least one seed"),
         (("study=quik",), "study=quik: there is none of that name; did you mean quick?"),
     ],
