@@ -50,7 +50,7 @@ def analyze_study(config: DictConfig) -> Path:
     verdicts = judge_all(claims, arms)
     plan = plan_table(verdicts, arms)
     sections = [claims_section(verdicts, plan, left_out=study.left_out), *_vectors(study, arms)]
-    subject = _subject(study, arms.noise_ratio, str(config.claims_file or "as shipped, in conf/claims"))
+    subject = _subject(study, arms, str(config.claims_file or "as shipped, in conf/claims"))
     page = write_report(subject, sections, Samples([], "A study has none of its own."))
     write_claims(study.report, verdicts)
     screen.print(_verdicts_on_screen(sections[0], study))
@@ -141,16 +141,19 @@ def _make_table(config: DictConfig, run: Run, name: str) -> None:
         write_text(tables / f"{name}.csv", section.table.to_csv(index=False, lineterminator="\n"))
 
 
-def _subject(study: Study, noise_ratio: float, claims: str) -> Subject:
+def _subject(study: Study, arms: Arms, claims: str) -> Subject:
     first = study.runs["dpo"][0]
-    arms = [f"{arm} × {len(runs)}" for arm, runs in study.runs.items()]
+    trained = [f"{arm} × {len(runs)}" for arm, runs in study.runs.items()]
+    how_far = [f"{arm} {sum(kl) / len(kl):.3g}" for arm, kl in arms.kl.items()]
+    ratio = arms.noise_ratio
     missing = [arm for arm, n in study.planned.items() if len(study.runs.get(arm, ())) < n]
     facts = [
         ("Experiment", study.name),
-        ("Arms", ", ".join([*arms, f"random weights × {study.n_draws} of each form"])),
+        ("Arms", ", ".join([*trained, f"random weights × {study.n_draws} of each form"])),
         ("Not complete", ", ".join(missing) or "nothing is missing of what was planned"),
         ("Training", f"{first.n_steps} optimizer steps each"),
-        ("Update over noise floor", f"{noise_ratio:.3g}" if noise_ratio == noise_ratio else "not measured"),
+        ("Update over noise floor", f"{ratio:.3g}" if ratio == ratio else "not measured"),
+        ("KL from the base, nats a token", ", ".join(how_far) or "not measured"),
         ("Claims", claims),
         ("Study folder", str(study.folder)),
     ]

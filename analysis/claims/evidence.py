@@ -23,6 +23,7 @@ class Arms:
         missing: arm → what would make it, for those that are not there.
         noise_ratio: mean ‖δ‖ of the dpo runs over the noise floor; NaN: not measured.
         noise_missing: why it was not.
+        kl: arm → KL(π ‖ π₀) of each of its runs, nats a token of the chosen responses of the probe.
     """
 
     reads: Mapping[str, Sequence[Read]]
@@ -30,6 +31,7 @@ class Arms:
     missing: Mapping[str, str] = field(default_factory=dict)
     noise_ratio: float = float("inf")
     noise_missing: str = ""
+    kl: Mapping[str, Sequence[float]] = field(default_factory=dict)
     _kept: dict[tuple[str, Statistic], Arm | str] = field(default_factory=dict, repr=False)
 
     def arm(self, name: str, statistic: Statistic | OfTable | None) -> Arm | str:

@@ -57,7 +57,7 @@ def arms_of(
     """
     reads: dict[str, list[Read]] = {}
     missing = {arm: _train(study, arm) for arm in (*study.planned, "sft_chosen", "lm_continued", "dpo_shuffled")}
-    noise, why = math.nan, "ask_models=false"
+    noise, why, kl = math.nan, "ask_models=false", dict[str, list[float]]()
     for arm, runs in study.runs.items():
         for run in runs:
             say(f"{arm}, seed {run.setting('seed')}")
@@ -69,7 +69,9 @@ def arms_of(
                 continue
             read = Read(found)
             if models:
-                read = _with_models(read, checkpoints_of_run(run), other(run) if other and arm == DPO else None)
+                opened = checkpoints_of_run(run)
+                read = _with_models(read, opened, other(run) if other and arm == DPO else None)
+                kl.setdefault(arm, []).append(kl_from_base(opened))
             reads.setdefault(arm, []).append(read)
     if not reads.get(DPO):
         raise UserError(
@@ -81,12 +83,28 @@ def arms_of(
         noise, why = _noise_ratio(opened), ""
     else:
         missing |= dict.fromkeys(FORMS, why)
-    return Arms(_of_common_pairs(reads), partial(_of_tables, study, make_table, say), missing, noise, why)
+    return Arms(_of_common_pairs(reads), partial(_of_tables, study, make_table, say), missing, noise, why, kl)
 
 
 def _with_models(read: Read, opened: Checkpoints, other: Checkpoints | None) -> Read:
     """Add what a run did not store."""
     return Read(read.states, _unrelated(opened), _parting(opened), None if other is None else _parting(other))
+
+
+@torch.no_grad()
+def kl_from_base(opened: Checkpoints, *, n_pairs: int = 64) -> float:
+    """KL(π ‖ π₀) in nats, the mean over all tokens of the chosen responses of the first pairs: how far training has gone."""
+    total, n_tokens = 0.0, 0
+    for pair in opened.pairs[:n_pairs]:
+        prompt, chosen, _ = pair.ids
+        ids = torch.tensor([[*prompt, *chosen]], device=opened.base.model.device)
+        q, p = (
+            one.model(ids).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1)
+            for one in (opened.base, opened.aligned)
+        )
+        total += float((p.exp() * (p - q)).sum())
+        n_tokens += len(chosen)
+    return total / n_tokens
 
 
 def _parting(opened: Checkpoints) -> Parting | None:

@@ -1,0 +1,50 @@
+"""What a study reads of its models: KL from the base, by hand, the noise floor, and a number of a report's table."""
+
+import math
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from analysis.claims.claim import OfTable
+from analysis.claims.readings import _noise_ratio, _number, _parting, _unrelated, kl_from_base
+from tests.analysis.asked import checkpoints
+
+
+def test_kl_from_the_base_is_that_of_the_distributions_token_by_token() -> None:
+    models, by_hand = checkpoints(3), []
+    for pair in models.pairs:
+        prompt, chosen, _ = pair.ids
+        ids = torch.tensor([[*prompt, *chosen]])
+        with torch.no_grad():
+            q, p = (one.model(ids).logits[0].double().softmax(-1) for one in (models.base, models.aligned))
+        for at in range(len(prompt) - 1, len(prompt) + len(chosen) - 1):
+            by_hand.append(sum(float(a) * math.log(float(a) / float(b)) for a, b in zip(p[at], q[at], strict=True)))
+    assert kl_from_base(models) == pytest.approx(sum(by_hand) / len(by_hand), rel=1e-9)
+    assert kl_from_base(checkpoints(3, base=0, aligned=0)) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_another_model_is_far_above_the_noise_floor_and_the_kernel_is_put_back() -> None:
+    models = checkpoints(8)
+    before = models.base.model.config._attn_implementation
+    assert _noise_ratio(models) > 1000
+    assert models.base.model.config._attn_implementation == before
+
+
+def test_states_of_unrelated_text_and_where_responses_part_are_read_of_both_models() -> None:
+    models = checkpoints(8)
+    assert _unrelated(models).has_changed()
+    found = _parting(models)
+    assert found is not None
+    assert len(found.v) == found.states.n_rows
+
+
+def test_number_of_a_table_is_the_mean_of_the_rows_that_are_meant(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    rows = {"site": ["a", "a", "b"], "lambda": [1.0, 2.0, 1.0], "r": [0.5, 0.7, 9.0]}
+    pd.DataFrame(rows).to_csv(path, index=False)
+    assert _number(path, OfTable("t", "r", {"site": "a"})) == pytest.approx(0.6)
+    assert _number(path, OfTable("t", "r", {"site": "a", "lambda": 2}, {"lambda": 1})) == pytest.approx(0.2)
+    assert _number(path, OfTable("t", "r", {"site": "c"})) is None
+    assert _number(path, OfTable("t", "x", {})) is None
