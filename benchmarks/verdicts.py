@@ -32,6 +32,7 @@ from tiltmeter.states.capture import HiddenStates, ReadPoint
 from tiltmeter.states.state_pair import StatePair
 from tiltmeter.stats.among_random import ABOVE, among_random
 from tiltmeter.stats.arms import Arm, arm_difference, arm_interval
+from tiltmeter.stats.nulls import signal_rank_correlated
 from tiltmeter.stats.proportions import share_interval
 
 CLAIMS = Path(__file__).resolve().parent.parent / "conf" / "claims" / "dsteer.yaml"
@@ -286,6 +287,35 @@ def interval_coverage(n_draws: int) -> dict[str, float]:
     return {name: count / n_draws for name, count in held.items()}
 
 
+def rank_rate(asked: tuple[int, float, int]) -> float:
+    """Share of draws in which a planted rank is found exactly, N = 512, d = 256.
+
+    Args:
+        asked: rank, standard deviation along each planted direction over that of the noise in every dimension, draws.
+    """
+    torch.set_num_threads(1)
+    rank, ratio, n_draws = asked
+    generator, found = torch.Generator().manual_seed(rank), 0
+    for _ in range(n_draws):
+        directions = torch.linalg.qr(torch.randn(256, rank, generator=generator, dtype=torch.float64)).Q
+        scores = ratio * torch.randn(512, rank, generator=generator, dtype=torch.float64)
+        noise = torch.randn(512, 256, generator=generator, dtype=torch.float64)
+        found += signal_rank_correlated(noise + scores @ directions.T) == rank
+    return found / n_draws
+
+
+def print_ranks(n_draws: int, processes: ProcessPoolExecutor) -> None:
+    """Table of :func:`rank_rate`."""
+    ranks, ratios = (1, 2, 4, 8), (1.5, 2.0, 3.0, 5.0)
+    print(
+        f"\nplanted rank found exactly, {n_draws} draws each, by standard deviation of the signal over that of the noise"
+    )
+    print(f"{'rank':>6}" + "".join(f"{ratio:>8g}" for ratio in ratios))
+    for rank in ranks:
+        rates = processes.map(rank_rate, [(rank, ratio, n_draws) for ratio in ratios])
+        print(f"{rank:>6}" + "".join(f"{rate:>8.3f}" for rate in rates), flush=True)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the table of rates, and the figures that RESULTS.md keeps."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -318,7 +348,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 )
                 cells.append(f"{mark} {supported:.2f} ({low:.2f}–{high:.2f}) {short}")
             print(f"{name:28}" + "".join(f"{cell:>28}" for cell in cells), flush=True)
-    print("\n✓ true there, ✗ false there, ? the world doesn't say\n")
+        print("\n✓ true there, ✗ false there, ? the world doesn't say")
+        print_ranks(n, processes)
+    print()
     steering = steering_rates(10 * n)
     rates = list(steering.items())
     false_positives.append(rates[0][1])
