@@ -11,9 +11,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the file can be run from anywhere
+import tiltmeter.threads  # noqa: F401  before torch, which reads its threads' settings as it is imported
+
+# isort: split
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the file can be run from anywhere
 from benchmarks.common import Spread
 from tiltmeter.geometry.consistency import shift_shares_of_gram
 from tiltmeter.geometry.spectra import entropies_of_gram, leading_energies_of_gram, smaller_gram

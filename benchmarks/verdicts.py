@@ -17,11 +17,14 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the file can be run from anywhere
+import tiltmeter.threads  # noqa: F401  before torch, which reads its threads' settings as it is imported
+
+# isort: split
 import numpy as np
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the file can be run from anywhere
 from analysis.claims.claim import OfTable, read_claims
 from analysis.claims.evidence import DPO, Arms, judge_all
 from analysis.claims.statistics import Read

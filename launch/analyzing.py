@@ -20,13 +20,13 @@ from analysis.registry import ANALYSES, BY_NAME
 from analysis.report.page import Attempts, Section, write_report
 from analysis.report.samples import Samples, compare_samples, samples_of_models
 from launch.analyses import chosen_analyses, is_set, options_of, refuse_unused
-from launch.analyzing_study import analyze_study
 from launch.configuration import check_config, expand_home
 from launch.loggers.wandb_report import check_upload, upload_report
 from launch.made_models import converted
 from launch.processes.run_lock import check_writable
 from launch.run_folder import claim_folder
 from launch.screen import FittingTable, console
+from launch.studies.judging import analyze_study
 from tiltmeter.commands import command, setting
 from tiltmeter.errors import FailedWrite, IncompleteEvaluation, Unsupported, UserError
 from tiltmeter.models.causal_lm import KERNELS

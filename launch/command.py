@@ -19,7 +19,7 @@ from launch.configuration import prepare_overrides
 from launch.processes.interrupts import INTERRUPTED, interrupts_end_commands
 from launch.run_folder import is_first_process
 from launch.screen import quiet_libraries
-from launch.study import run_study, study_of
+from launch.studies.running import run_study, study_of
 from tiltmeter.errors import FailedWrite, IncompleteEvaluation, NumericalStop, Preempted, UserError, arguments_shown
 from tiltmeter.plain_text import allow_any_encoding
 

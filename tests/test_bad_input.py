@@ -170,7 +170,10 @@ def test_hub_data_without_network(
         ),
         (["data.label_noise=0.7"], "data.label_noise"),
         (["datamodule.layout=packed"], "datamodule.layout: expected shared_prefix or concatenated, got packed"),
-        (["datamodule.labels=random"], "datamodule.labels: expected given or swapped or shuffled, got random"),
+        (
+            ["datamodule.labels=random"],
+            "datamodule.labels: expected given or swapped or shuffled or random_pairs or prompts, got",
+        ),
         (["trainer.gradient_clip_val=1"], "module.gradient_clip_norm"),
         (["trainer.accumulate_grad_batches=4"], "datamodule.pairs_per_step"),
         (["trainer.gradient_clip_algorithm=value"], "trainer.gradient_clip_algorithm: not used here"),

@@ -118,13 +118,8 @@ def test_experiments_are_short_and_start_with_their_command() -> None:
 
 
 def test_no_configuration_file_lies_outside_the_groups() -> None:
-    groups = {"model", "data", "module", "adapter", "arm", "callbacks", "trainer", "logger", "experiment"} | {
-        "judge",
-        "toxicity",
-        "truthfulqa",
-    }
     groups = {"model", "data", "module", "adapter", "arm", "callbacks", "trainer", "logger", "experiment"}
-    groups |= {"judge", "toxicity", "truthfulqa"}
+    groups |= {"judge", "toxicity", "truthfulqa", "study", "claims"}
     assert {path.parent.name for path in CONF.rglob("*.yaml") if path.parent != Path(CONF)} == groups
 
 

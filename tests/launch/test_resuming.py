@@ -33,7 +33,7 @@ IN_WEIGHTS_OR_ORDER = {
     "module.freeze_embeddings", "module.lora", "module.optimizer", "module.optimizer_options",
     "datamodule.pairs_per_step", "datamodule.bucket_steps", "datamodule.seed",
     "model.revision", "model.adapter_path", "model.init", "model.architecture", "model.tokenizer", "model.vocab_size",
-    "model.dtype",
+    "model.dtype", "model.quantization",
 }  # fmt: skip
 """A run that goes on can't change them: what it did under them is in its weights, its reference or the order of its steps."""
 

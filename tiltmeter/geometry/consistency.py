@@ -147,7 +147,7 @@ def leave_one_out_means(
     Args:
         gram: X Xᵀ of the rows, float64.
 
-    >>> leave_one_out_means(torch.tensor([[1.0, 0.6], [0.6, 1.0]]), torch.ones(1, 2)).round(decimals=4).tolist()
+    >>> leave_one_out_means(torch.tensor([[1.0, 0.6], [0.6, 1.0]]).double(), torch.ones(1, 2).double()).round(decimals=4).tolist()
     [0.6]
     """
     squares = gram.diagonal()

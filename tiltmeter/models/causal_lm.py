@@ -24,7 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from tiltmeter.errors import UserError, argument
 from tiltmeter.models.generation import named_end_ids
 from tiltmeter.models.model_files import Part, find_fault, reason_of
-from tiltmeter.models.quantization import QUANTIZATIONS, check_blocks, is_quantized, nf4
+from tiltmeter.models.quantization import QUANTIZATIONS, check_blocks, nf4
 from tiltmeter.models.sharded_weights import WEIGHT_FILES, EmptyModel, make_empty
 
 T = TypeVar("T")
@@ -218,7 +218,7 @@ class CausalLM:
         if self.init == "random":
             return None
         config, where = self.load_config(), str(self.name_or_path)
-        if self.quantization is not None or is_quantized(config, where):
+        if self.quantization is not None or getattr(config, "quantization_config", None) is not None:
             return None
 
         def make() -> EmptyModel | None:

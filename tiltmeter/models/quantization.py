@@ -39,22 +39,18 @@ def check_bitsandbytes(what: str) -> None:
 
 
 def is_quantized(config: PretrainedConfig, where: str) -> bool:
-    """True where a model's files say that its weights are quantized.
+    """True where a model's files say that bitsandbytes has quantized its weights; other ways are left to transformers.
 
     Args:
         where: the model, as it is said in the error.
 
     Raises:
-        UserError: by another library than bitsandbytes, or by it where it isn't installed.
+        UserError: bitsandbytes is missing.
     """
     said = getattr(config, "quantization_config", None)
-    if said is None:
-        return False
-    method = said.get("quant_method") if isinstance(said, dict) else said.quant_method
+    method = None if said is None else said.get("quant_method") if isinstance(said, dict) else said.quant_method
     if str(getattr(method, "value", method)) != "bitsandbytes":
-        raise UserError(
-            f"{where}: its weights are quantized by {method}; expected bitsandbytes, or a model that isn't quantized"
-        )
+        return False
     check_bitsandbytes(f"{where}, whose weights are quantized")
     return True
 
@@ -83,7 +79,7 @@ def dequantized(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Pre
         model: is changed in place.
         dtype: of the weights; None: the model's.
     """
-    if not getattr(model, "is_quantized", False):
+    if not getattr(model, "is_quantized", False) or not is_quantized(model.config, type(model).__name__):
         return model
     plain: PreTrainedModel = model.dequantize(dtype=dtype or model.dtype)
     del plain._weight_conversions  # of the files that it was read from; with them transformers refuses to save it

@@ -48,6 +48,7 @@ class Difference(NamedTuple):
 def arm_interval(arm: Arm, *, level: float = 0.95) -> Interval:
     """Mean of T over an arm's runs: the wider of Student's interval over runs and the jackknife's over prompts.
 
+    >>> import torch
     >>> arm_interval(Arm(torch.tensor([[1.0, 2.0, 3.0]], dtype=torch.float64))).low < -0.4
     True
     """

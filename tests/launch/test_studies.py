@@ -13,7 +13,7 @@ import yaml
 from analysis.open.studies import open_study
 from launch.command import run_command
 from launch.configuration import prepare_overrides
-from launch.study import Start, run_study, runs_of, start_process, study_of
+from launch.studies.running import Start, run_study, runs_of, start_process, study_of
 from tests.cli import TINY
 from tests.processes import run_script
 from tiltmeter.errors import UserError

@@ -1,0 +1,1 @@
+"""Studies of several arms and seeds: their runs trained, their claims judged."""
