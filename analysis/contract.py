@@ -48,9 +48,9 @@ class Asking(NamedTuple):
     """The options that it is asked with, as its node of conf/analyze.yaml builds them."""
     models: Checkpoints
     tables: Path
-    """Where a table grows while it is made."""
+    """Folder in which a table grows while it is made."""
     goes_on_with: str | None = None
-    """What to add to the command so that it goes on with these tables after a stop; None: nothing."""
+    """Words to add to the command so that it goes on with these tables after a stop; None: nothing."""
     takes_old: bool = False
     """A table that is there with other settings is shown instead of refused."""
 

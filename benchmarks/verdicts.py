@@ -26,11 +26,10 @@ import torch
 from torch import Tensor
 
 from analysis.claims.claim import OfTable, read_claims
-from analysis.claims.evidence import DPO, Arms, judge_all
+from analysis.claims.evidence import DPO, Arms, Figure, judge_all
 from analysis.claims.statistics import Read
 from analysis.claims.verdict import REFUTED, SAME, SUPPORTED
 from tiltmeter.geometry.update_models import UpdateModels
-from tiltmeter.pairs.batch import TokenizedPair
 from tiltmeter.states.capture import HiddenStates, ReadPoint
 from tiltmeter.states.state_pair import StatePair
 from tiltmeter.stats.among_random import ABOVE, among_random
@@ -208,7 +207,7 @@ def read_of(drawer: Drawer, updates: Updates) -> Read:
     """The states of one run, at the upper sites; the lower one does not move."""
     clusters = [f"prompt {i}" for i in range(N_PROMPTS)]
     index, sides = torch.arange(N_PROMPTS), torch.zeros(N_PROMPTS, dtype=torch.int64)
-    tokens = [TokenizedPair([0, 1000 + i, 100 + int(t), 1], [2], [3]) for i, t in enumerate(drawer.types)]
+    content_ids = dict(zip(clusters, drawer.types.tolist(), strict=True))
 
     def states(where: Sequence[str], named: Sequence[str]) -> StatePair:
         readings: list[dict[ReadPoint, HiddenStates]] = [{}, {}]
@@ -217,9 +216,10 @@ def read_of(drawer: Drawer, updates: Updates) -> Read:
                 moved = drawer.base[place] + (updates[place] if site == SITES[-1] else 0.0)
                 for reading, rows in zip(readings, (drawer.base[place], moved), strict=True):
                     reading[ReadPoint(site, position)] = HiddenStates(rows.float(), index, sides)  # type: ignore[arg-type]
-        return StatePair(*readings, pair_ids=clusters, clusters=clusters, tokens=tokens)
+        return StatePair(*readings, pair_ids=clusters, clusters=clusters)
 
-    return Read(states(["prompt_last", "content"], ["prompt_last", "content"]), states(["unrelated"], ["prompt_last"]))
+    own = states(["prompt_last", "content"], ["prompt_last", "content"])
+    return Read(own, content_ids=content_ids, unrelated=states(["unrelated"], ["prompt_last"]))
 
 
 def study_of(name: str, seed: int) -> Arms:
@@ -228,9 +228,9 @@ def study_of(name: str, seed: int) -> Arms:
     run = WORLDS[name].plan(drawer)
     updates = {DPO: [run(DPO) for _ in range(3)]}
     updates |= {arm: [run(arm)] for arm in TRAINED} | {arm: [run(arm) for _ in range(5)] for arm in DRAWN}
-    gains = [affine_gain(drawer, found["prompt_last"]) for found in updates[DPO]]
+    gains = [Figure(affine_gain(drawer, found["prompt_last"])) for found in updates[DPO]]
 
-    def tables(arm: str, asked: OfTable) -> Sequence[float] | str:
+    def tables(arm: str, asked: OfTable) -> Sequence[Figure] | str:
         return gains if asked.table == "update_models" else "not planted"
 
     return Arms({arm: [read_of(drawer, found) for found in runs] for arm, runs in updates.items()}, tables)

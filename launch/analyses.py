@@ -13,6 +13,12 @@ _OF_CHECKPOINTS = ("data", "pairs", "out")
 """Keys that only two checkpoints need."""
 _OF_STUDY = ("claims", "claims_file", "ask_models", "plan")
 """Keys that only a study needs."""
+_ALWAYS = ("runs", "debug")
+_ALSO_OF_STUDY = (
+    *("data", "pairs", "upload", "dtype", "device", "attn_implementation", "gradient_field", "recovery_ladder"),
+    *("update_models", *_ALWAYS),
+)
+"""Keys that a study takes as well as others."""
 _HOW = ("run", "base", "aligned", "analysis", "dry_run", "upload", "debug", "runs_root", "steering.restart")
 """Keys that say what is asked about, or how to go about it, rather than what to compute."""
 
@@ -59,6 +65,19 @@ def refuse_unused(names: Iterable[str], *, of_run: bool) -> None:
             unused[root] = _needs(concerned)
         if root in unused:
             raise UserError(f"{_key(text)}: has no effect here; it is for {unused[root]}")
+
+
+def refuse_unused_of_study() -> None:
+    """Refuse what was set on the command line and would have no effect on a study. Raises UserError."""
+    for text in _overrides():
+        if _key(text).split(".")[0] not in (*_OF_STUDY, *_ALSO_OF_STUDY):
+            takes = ", ".join(key for key in (*_OF_STUDY, *_ALSO_OF_STUDY) if key not in _ALWAYS)
+            raise UserError(f"{_key(text)}: has no effect on a study, runs=…, which takes {takes}; leave it out")
+
+
+def was_set(key: str) -> bool:
+    """Whether the command line sets a key or something below it."""
+    return any(f"{_key(text)}.".startswith(f"{key}.") for text in _overrides())
 
 
 def options_of(name: str) -> list[str]:

@@ -53,7 +53,7 @@ def made_once(folder: Path, make: Callable[[Path], object], *, title: str, **fac
 
 
 def made_from(model: CausalLM, tokenizer: PreTrainedTokenizerBase, **facts: object) -> dict[str, object]:
-    """What a model that is made from another one depends on: the other one's weights and tokenizer, and ``facts``."""
+    """Everything that a model made from another one depends on: the other one's weights and tokenizer, and ``facts``."""
     local = sorted(Path(str(model.name_or_path)).glob("*.safetensors"))
     return {
         "format": FORMAT, "base": str(model.name_or_path), "revision": model.revision, "dtype": model.dtype,

@@ -40,7 +40,9 @@ _TAKES_EFFECT = {
     "split_seed layout packed",
     "model": "name_or_path attn_implementation",
 }
-"""What ``allow_config_change`` lets a run that goes on take over, from its next step on; those of the data and the model's place
+"""Settings that ``allow_config_change`` lets a run that goes on take over, from its next step on.
+
+Those of the data and the model's place
 as long as token ids and weights are the same. Nothing else could be in force: it is in the weights, the reference or the order
 of the steps that were taken."""
 _N_SHOWN = 8

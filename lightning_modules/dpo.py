@@ -140,7 +140,7 @@ class DPOModule(LogProbModule):
         self.reference = {split: table.to(self.device) for split, table in self.reference.items()}
 
     def _reference_factory(self) -> ModelFactory | None:
-        """What makes the reference; None: the model in training still is it, or was loaded and is with its adapters off."""
+        """Factory of the reference; None: the model in training still is it, or was loaded and is with its adapters off."""
         resumes_whole = bool(self.reference) and self.lora is None
         return self._other_reference or (self.factory.plain() if resumes_whole else None)
 

@@ -1,5 +1,6 @@
 """README.md and docs/: short enough, every link leads somewhere, and what they say of the code is so."""
 
+import ast
 import pkgutil
 import re
 from pathlib import Path
@@ -72,3 +73,17 @@ def test_flows_name_files_that_exist_and_what_they_hand_on() -> None:
         for step in steps:
             text = (ROOT / step.file).read_text(encoding="utf-8")
             assert step.hands_on in text or step.hands_on.islower(), step
+
+
+def test_first_sentences_begin_with_a_verb_or_a_quantity() -> None:
+    """Docstrings of modules, classes, functions and of names alike: none leans on the line above it."""
+    leaning = {"What", "Which", "Of", "How", "Where", "Who", "That", "Those", "Whose"}
+    found = []
+    for file in (file for package in PACKAGES for file in (ROOT / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            body = getattr(node, "body", None)
+            for line in body if isinstance(body, list) else ():
+                text = line.value.value if isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant) else ""
+                if isinstance(text, str) and text.split()[:1] and text.split()[0] in leaning:
+                    found.append(f"{file.relative_to(ROOT)}:{line.lineno}: {text.split('.')[0]}")
+    assert not found

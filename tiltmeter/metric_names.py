@@ -31,15 +31,15 @@ class Metric(NamedTuple):
 
     family: str
     variants: tuple[str, ...]
-    """What follows the family; an empty one: nothing does."""
+    """Names behind the family; an empty one: there is none."""
     unit: str
     meaning: str
     position: Position | None = None
-    """Where its hidden states are read if the name doesn't say; None: it is no metric of a site."""
+    """Position at which its hidden states are read if the name doesn't say; None: it is no metric of a site."""
     needs: str = ""
     """Condition under which a run with all callbacks logs it, in words; empty: every such run does."""
     summary: str = ""
-    """What W&B's table of runs shows; empty: the last value."""
+    """Value that W&B's table of runs shows; empty: the last value."""
     label: str = ""
     """Name on axes and in rows of the report, ``<…>`` to be filled in; empty: it stands in tables alone."""
     is_hidden: bool = False
@@ -60,7 +60,7 @@ class Found(NamedTuple):
     site: str | None
     position: Position | None
     fields: Mapping[str, str]
-    """What stands in the place of each ``<…>``."""
+    """Field → text in the place of its ``<…>``."""
 
     @property
     def label(self) -> str:
@@ -101,7 +101,7 @@ MATRICES = (
     *(matrix(of, variant) for of in _RAW[:3] for variant in ("unit_row", "outlier_dims_removed")),
 )
 WEIGHTS = ("energy", "singular")
-"""What an entropy weighs directions by: σ² or σ."""
+"""Weights of directions in an entropy: σ² or σ."""
 
 
 def _spectral(family: str, unit: str, meaning: str, *weights: str, is_hidden: bool = True) -> Metric:
@@ -271,7 +271,7 @@ MEDIA: tuple[Metric, ...] = (
     Metric("samples", ("",), "table", "Prompts with both models’ completions and every score"),
     Metric("report", ("<section>",), "picture", "Section of the finished report, where it is uploaded"),
 )  # fmt: skip
-"""What W&B gets beside them."""
+"""Media that W&B gets beside the scalars."""
 _PAGE = """# Metrics
 
 Written by `python -m tiltmeter.metric_names > docs/metrics.md`. The same names stand in `metrics.csv` and on W&B, there over

@@ -78,7 +78,7 @@ class Answers(NamedTuple):
     silent: Sequence[str] = ()
     """Scorers that gave no figure: nothing to score, or a failure that was warned of."""
     pairs: Sequence[ProbePair] = ()
-    """That the models were asked about."""
+    """Pairs that the models were asked about."""
 
 
 class Behaviour:

@@ -102,7 +102,7 @@ class RewardTables(NamedTuple):
     coloured: list[ColouredPair]
     beta: float
     whose: str
-    """Where β is from; empty: it is assumed."""
+    """Origin of β; empty: it is assumed."""
 
 
 def pair_table(checkpoints: Checkpoints, beta: float) -> pd.DataFrame:

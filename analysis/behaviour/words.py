@@ -29,7 +29,7 @@ class Measure(NamedTuple):
 
     metric: str
     form: str
-    """How its value is written in sentences (:func:`analysis.report.site_axes.as_text`)."""
+    """Format of its value in sentences (:func:`analysis.report.site_axes.as_text`)."""
     words: str
     """In sentences."""
 
@@ -50,7 +50,7 @@ RULES = (*(f"degeneration_{rule}" for rule in NGRAMS), "empty")
 """Figures that say why completions are degenerate."""
 
 _CLAIM = "D-STEER: alignment raises judged quality (G-Eval) and lowers toxicity; its Fig. 2 wants the same by steering alone."
-"""What figures of behaviour put to the test."""
+"""Claim that figures of behaviour put to the test."""
 _INTERVAL = (
     "95 %, over prompts, of each number alone; both models answer the same prompts, so a difference can be surer than "
     "two overlapping intervals suggest."

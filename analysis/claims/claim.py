@@ -3,30 +3,38 @@
 A claim of one's own is one more entry, over statistics of hidden states or over any table of a report (docs/claims.md).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import yaml
 
 from analysis.claims.statistics import (
-    CONDITIONS,
-    PREFERENCE_CONDITIONS,
     PREFERENCE_STATISTICS,
     SITES,
     STATISTICS,
+    Source,
     Statistic,
 )
 from tiltmeter.errors import UserError
 from tiltmeter.plain_text import did_you_mean
-from tiltmeter.states.positions import POSITIONS
+from tiltmeter.stats.arms import Arm
 
 Side = Literal["at_least", "above", "at_most", "below"]
+_SIDES: Mapping[str, tuple[Callable[[float, float], bool], str]] = {
+    "at_least": (operator.ge, "≥"),
+    "above": (operator.gt, ">"),
+    "at_most": (operator.le, "≤"),
+    "below": (operator.lt, "<"),
+}
 ARMS = ("dpo", "sft_chosen", "dpo_shuffled", "dpo_swapped", "dpo_random_pairs", "lm_continued")
 """Arms of a study that are shipped (conf/arm, docs/claims.md)."""
 DRAWN = ("random_update", "random_update_rotated")
 """Arms that are drawn, not trained; a further draw has to be passed, and not their mean."""
+_POSITIONS = ("prompt_last", "content")
+"""Positions that runs store for it."""
 OWN = ("base_states", "permuted")
 """Controls that are computed of the same runs."""
 
@@ -46,6 +54,16 @@ class OfTable:
     column: str
     where: Mapping[str, str | float | bool]
     less: Mapping[str, str | float | bool] = field(default_factory=dict)
+    conditions: ClassVar[tuple[str, ...]] = ()
+    """Conditions that it can be told of: none."""
+
+    def under(self, condition: str) -> Statistic:
+        """Raises ValueError: a table can't be told of a condition."""
+        raise ValueError(f"a table can't be told of {condition}")
+
+    def of_arm(self, name: str, arms: Source) -> Arm | str:
+        """T in the runs of an arm; text: why it is not known."""
+        return arms.of_table(name, self)
 
 
 @dataclass(frozen=True)
@@ -57,23 +75,25 @@ class Bound:
 
     def holds(self, value: float) -> bool:
         """Whether a number is on the right side; NaN isn't."""
-        at_or_above, sign = value >= self.value, self.side in ("at_least", "above")
-        if value == self.value:
-            return self.side in ("at_least", "at_most")
-        return value == value and at_or_above == sign
+        return bool(_SIDES[self.side][0](value, self.value))
+
+    @property
+    def is_lower(self) -> bool:
+        """True where T has to be large."""
+        return self.side in ("at_least", "above")
 
     def __str__(self) -> str:
         """As it is printed: ``≥ 0.9``."""
-        return f"{dict(zip(get_args(Side), '≥>≤<', strict=True))[self.side]} {self.value:g}"
+        return f"{_SIDES[self.side][1]} {self.value:g}"
 
 
 @dataclass(frozen=True)
 class Survival:
-    """Something under which a claim has to hold still."""
+    """Condition under which a claim still has to hold."""
 
     name: str
     statistic: Statistic | OfTable | None
-    """None: nothing here computes it yet."""
+    """T there; None: nothing here computes it yet."""
     bound: Bound
 
 
@@ -135,9 +155,9 @@ def _claim(where: str, key: str, entry: Mapping[str, Any], arms: Sequence[str]) 
     bound = _bound(where, entry)
     statistic = _statistic(where, entry)
     beats: dict[str, Statistic | OfTable | None] = {}
-    for name in entry.get("beats", ()):
-        _one_of(f"{where}: beats", str(name), (*arms, *DRAWN, *OWN))
-        beats[str(name)] = _of_condition(statistic, str(name)) if name in OWN else statistic
+    for name in map(str, entry.get("beats", ())):
+        _one_of(f"{where}: beats", name, (*arms, *DRAWN, *OWN))
+        beats[name] = _under(f"{where}: beats", statistic, name) if name in OWN else statistic
     survives = tuple(
         _survival(f"{where}: survives", str(name), option, statistic, bound)
         for name, option in _named(entry.get("survives", ()))
@@ -149,13 +169,11 @@ def _survival(
     where: str, name: str, option: Mapping[str, Any] | None, statistic: Statistic | OfTable | None, bound: Bound
 ) -> Survival:
     if option is None:
-        _one_of(where, name, (*CONDITIONS, *PREFERENCE_CONDITIONS))
-        return Survival(name, _of_condition(statistic, name), bound)
-    _known(f"{where}: {name}", option, ("statistic", "sites", "minus", "position", *get_args(Side)))
-    own = _statistic(f"{where}: {name}", option) if "statistic" in option else statistic
-    return Survival(
-        name, own, _bound(f"{where}: {name}", option) if any(s in option for s in get_args(Side)) else bound
-    )
+        return Survival(name, _under(where, statistic, name), bound)
+    here = f"{where}: {name}"
+    _known(here, option, ("statistic", "sites", "minus", "position", *get_args(Side)))
+    own = _statistic(here, option) if "statistic" in option else statistic
+    return Survival(name, own, _bound(here, option) if any(side in option for side in get_args(Side)) else bound)
 
 
 def _named(entries: Any) -> list[tuple[str, Mapping[str, Any] | None]]:
@@ -166,30 +184,44 @@ def _named(entries: Any) -> list[tuple[str, Mapping[str, Any] | None]]:
     return found
 
 
-def _of_condition(statistic: Statistic | OfTable | None, condition: str) -> Statistic | None:
-    if not isinstance(statistic, Statistic):
+def _under(where: str, statistic: Statistic | OfTable | None, condition: str) -> Statistic | None:
+    """The statistic under a condition. Raises UserError: it can't be told of it."""
+    if statistic is None:
         return None
-    return Statistic(statistic.name, statistic.sites, statistic.minus, statistic.position, condition)
+    if not statistic.conditions:
+        _has_no(where, {condition: ""}, "a table")
+    _one_of(where, condition, statistic.conditions)
+    return statistic.under(condition)
 
 
 def _statistic(where: str, entry: Mapping[str, Any]) -> Statistic | OfTable | None:
     asked = entry.get("statistic")
-    if asked is None:
-        return None
+    places = {key: str(entry[key]) for key in ("sites", "minus", "position") if entry.get(key) is not None}
     if isinstance(asked, dict):
         _known(f"{where}: statistic", asked, ("table", "column", "where", "less"))
         if not {"table", "column"} <= asked.keys():
             raise UserError(f"{where}: statistic: expected table and column")
-        return OfTable(
-            str(asked["table"]), str(asked["column"]), dict(asked.get("where", {})), dict(asked.get("less", {}))
-        )
+        _has_no(where, places, "a table, whose rows are named under where")
+        parts = (dict(asked.get(key, {})) for key in ("where", "less"))
+        return OfTable(str(asked["table"]), str(asked["column"]), *parts)
+    if asked is None:
+        _has_no(where, places, "no statistic")
+        return None
     _one_of(f"{where}: statistic", str(asked), (*STATISTICS, *PREFERENCE_STATISTICS))
-    sites, minus, position = entry.get("sites", "upper"), entry.get("minus"), entry.get("position", "prompt_last")
-    _one_of(f"{where}: sites", str(sites), SITES)
-    if minus is not None:
-        _one_of(f"{where}: minus", str(minus), SITES)
-    _one_of(f"{where}: position", str(position), POSITIONS)
-    return Statistic(str(asked), str(sites), minus, position)
+    for key, known in (("sites", SITES), ("minus", SITES), ("position", _POSITIONS)):
+        if key in places:
+            _one_of(f"{where}: {key}", places[key], known)
+    if str(asked) in PREFERENCE_STATISTICS:
+        _has_no(
+            where, {key: value for key, value in places.items() if key == "position"}, f"{asked}, which has its own"
+        )
+    return Statistic(str(asked), **places)  # type: ignore[arg-type]
+
+
+def _has_no(where: str, given: Mapping[str, str], what: str) -> None:
+    """Refuse an option that would have no effect."""
+    for key in given:
+        raise UserError(f"{where}: {key}: has no effect on {what}; leave it out")
 
 
 def _bound(where: str, entry: Mapping[str, Any]) -> Bound:

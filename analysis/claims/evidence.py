@@ -1,7 +1,9 @@
 """Evidence for claims: T of every arm, control and condition, of the hidden states and tables of a study's runs."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -11,6 +13,14 @@ from analysis.claims.verdict import Evidence, Verdict, judge
 from tiltmeter.stats.arms import Arm
 
 DPO = "dpo"
+
+
+class Figure(NamedTuple):
+    """A number of one run's table."""
+
+    value: float
+    error: float = math.nan
+    """Standard error over prompts, from the table's own interval; NaN: the table has none."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +37,7 @@ class Arms:
     """
 
     reads: Mapping[str, Sequence[Read]]
-    tables: Callable[[str, OfTable], Sequence[float] | str] = lambda arm, asked: "no report has it"
+    tables: Callable[[str, OfTable], Sequence[Figure] | str] = lambda arm, asked: "no report has it"
     missing: Mapping[str, str] = field(default_factory=dict)
     noise_ratio: float = float("inf")
     noise_missing: str = ""
@@ -36,17 +46,25 @@ class Arms:
 
     def arm(self, name: str, statistic: Statistic | OfTable | None) -> Arm | str:
         """T in the runs of an arm; text: why it is not known."""
-        if statistic is None:
-            return "nothing computes it yet"
-        if isinstance(statistic, OfTable):
-            found = self.tables(name, statistic)
-            return found if isinstance(found, str) else Arm(torch.tensor([list(found)], dtype=torch.float64))
+        return "nothing computes it yet" if statistic is None else statistic.of_arm(name, self)
+
+    def of_table(self, name: str, asked: OfTable) -> Arm | str:
+        """T of a table in each run's report; text: why it is not known."""
+        found = self.tables(name, asked)
+        if isinstance(found, str):
+            return found
+        values = torch.tensor([[figure.value for figure in found]], dtype=torch.float64)
+        errors = [figure.error for figure in found if figure.error == figure.error]
+        return Arm(values, error_of_prompts=sum(errors) / len(errors) if errors else 0.0)
+
+    def of_states(self, name: str, statistic: Statistic) -> Arm | str:
+        """T of the hidden states of each run, computed once; text: why it is not known."""
         key = name, statistic
         if key not in self._kept:
-            self._kept[key] = self._of_states(name, statistic)
+            self._kept[key] = self._values(name, statistic)
         return self._kept[key]
 
-    def _of_states(self, name: str, statistic: Statistic) -> Arm | str:
+    def _values(self, name: str, statistic: Statistic) -> Arm | str:
         reads = self.reads.get(name, ())
         if not reads:
             return self.missing.get(name, "no run of it")

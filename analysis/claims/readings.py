@@ -8,14 +8,16 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from scipy.special import ndtri
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from analysis.claims.claim import OfTable
-from analysis.claims.evidence import DPO, Arms
+from analysis.claims.claim import ARMS, OfTable
+from analysis.claims.evidence import DPO, Arms, Figure
 from analysis.claims.statistics import Parting, Read
-from analysis.open.checkpoints import Checkpoints, checkpoints_of_run
+from analysis.open.checkpoints import Checkpoints
 from analysis.open.observed import Observed
+from analysis.open.probe_pairs import PROMPTS_FILE, read_probe_pairs
 from analysis.open.runs import Run
 from analysis.open.studies import Study
 from analysis.steering.unrelated_prompts import UNRELATED_PROMPTS
@@ -25,13 +27,17 @@ from tiltmeter.models.causal_lm import KERNELS
 from tiltmeter.models.layers import unembedding
 from tiltmeter.pairs.batch import TokenizedPair
 from tiltmeter.pairs.verification import best_layout
-from tiltmeter.states.positions import Position
+from tiltmeter.states.capture import Reading
+from tiltmeter.states.positions import Position, content_tokens
 from tiltmeter.states.probe_set import PreferenceDirections, Probe
 from tiltmeter.states.state_pair import StatePair
 from tiltmeter.weights.random_update import Form, random_update
 
 _STORED: tuple[Position, ...] = ("prompt_last", "content")
 _LEAST_PAIRS = 4
+_MADE_BY = {"sweep": "steering_sweep", "steering_effects": "steering_sweep"}
+"""Table → the analysis that makes it, where it has another name."""
+_NO_MODELS = "ask_models=false"
 FORMS: Mapping[str, Form] = {"random_update": "gaussian", "random_update_rotated": "rotated"}
 """Arms that are drawn → form of the random weight changes."""
 
@@ -40,55 +46,66 @@ def arms_of(
     study: Study,
     *,
     say: Callable[[str], object],
-    models: bool = True,
-    other: Callable[[Run], Checkpoints] | None = None,
+    open_run: Callable[[Run], Checkpoints] | None,
+    of_other: Callable[[Run, Checkpoints], Checkpoints] | None = None,
     make_table: Callable[[Run, str], object] | None = None,
 ) -> Arms:
     """Everything that claims are judged by.
 
     Args:
         say: told what is read, since it may take minutes.
-        models: also open the models of all runs: where responses part, unrelated text, random weight changes, the noise floor.
-        other: opens a run's models with pairs of another corpus (C13); None: there is none.
+        open_run: opens a run's models, for where responses part, unrelated text, random weight changes and the noise floor; None:
+            what runs stored has to do.
+        of_other: the open models of a dpo run with pairs of another corpus (C13); None: there is none.
         make_table: writes a table that a claim needs into a run's report, where it isn't there yet; None: nothing does.
 
     Raises:
         UserError: no dpo run stored hidden states.
     """
     reads: dict[str, list[Read]] = {}
-    missing = {arm: _train(study, arm) for arm in (*study.planned, "sft_chosen", "lm_continued", "dpo_shuffled")}
-    noise, why, kl = math.nan, "ask_models=false", dict[str, list[float]]()
-    for arm, runs in study.runs.items():
-        for run in runs:
+    missing = {arm: _train(study, arm) for arm in (*study.planned, *ARMS)}
+    noise, kl = math.nan, dict[str, list[float]]()
+    if open_run is None:
+        missing |= dict.fromkeys(FORMS, _NO_MODELS)
+    for arm in sorted(study.runs, key=lambda arm: arm != DPO):
+        for run in study.runs[arm]:
             say(f"{arm}, seed {run.setting('seed')}")
-            found = Observed.stored(run.folder, run.metrics).states
-            if found is None:
+            read = _stored(run)
+            if read is None:
                 missing[arm] = (
                     f"{run.folder.name} stored no hidden states; train it with callbacks=standard or geometry"
                 )
                 continue
-            read = Read(found)
-            if models:
-                opened = checkpoints_of_run(run)
-                read = _with_models(read, opened, other(run) if other and arm == DPO else None)
+            if open_run is not None:
+                opened, is_first = open_run(run), not reads
+                other = _parting(of_other(run, opened)) if of_other is not None and arm == DPO else None
+                read = replace(read, unrelated=_unrelated(opened), preference=_parting(opened), other_corpus=other)
                 kl.setdefault(arm, []).append(kl_from_base(opened))
+                if is_first:
+                    drawn, noise = _of_first(study, opened, read, say)
             reads.setdefault(arm, []).append(read)
-    if not reads.get(DPO):
-        raise UserError(
-            f"{study.folder}: no dpo run stored hidden states; train with callbacks=standard, geometry or full"
-        )
-    if models:
-        reads |= _random_weights(study, opened := checkpoints_of_run(study.runs[DPO][0]), say)
-        say("noise floor")
-        noise, why = _noise_ratio(opened), ""
-    else:
-        missing |= dict.fromkeys(FORMS, why)
-    return Arms(_of_common_pairs(reads), partial(_of_tables, study, make_table, say), missing, noise, why, kl)
+        if not reads:
+            raise UserError(
+                f"{study.folder}: no dpo run stored hidden states; train with callbacks=standard, geometry or full"
+            )
+    if open_run is not None:
+        reads |= drawn
+    tables = partial(_of_tables, study, make_table, say)
+    return Arms(_of_common_pairs(reads), tables, missing, noise, _NO_MODELS, kl)
 
 
-def _with_models(read: Read, opened: Checkpoints, other: Checkpoints | None) -> Read:
-    """Add what a run did not store."""
-    return Read(read.states, _unrelated(opened), _parting(opened), None if other is None else _parting(other))
+def _stored(run: Run) -> Read | None:
+    """Hidden states that a run kept; None where it kept none. Raises UserError: they are damaged."""
+    states = Observed.stored(run.folder, run.metrics).states
+    if states is None:
+        return None
+    pairs = read_probe_pairs(run.folder / PROMPTS_FILE)
+    places = content_tokens(
+        [pair.ids.prompt_ids for pair in pairs]
+    )  # of all that were read: which are shared depends on them
+    ids = {p.pair_id: p.ids.prompt_ids[at] for p, at in zip(pairs, places, strict=True) if at is not None}
+    seed = run.setting("seed")
+    return Read(states, seed if isinstance(seed, int) else 0, ids)
 
 
 @torch.no_grad()
@@ -119,8 +136,10 @@ def _parting(opened: Checkpoints) -> Parting | None:
     return Parting(states, directions.token)
 
 
-def _random_weights(study: Study, opened: Checkpoints, say: Callable[[str], object]) -> dict[str, list[Read]]:
-    """States of the base under random weight changes as large as the first dpo run's (C8)."""
+def _of_first(
+    study: Study, opened: Checkpoints, read: Read, say: Callable[[str], object]
+) -> tuple[dict[str, list[Read]], float]:
+    """States of the base under random weight changes as large as the first dpo run's (C8), and ‖δ‖ over the noise floor (C1)."""
     probe, pairs = _probe(opened), [pair.ids for pair in opened.pairs]
     base, policy = probe.read(opened.base.model), opened.aligned.model.state_dict()
     ids, groups = [p.pair_id for p in opened.pairs], [p.group for p in opened.pairs]
@@ -131,17 +150,39 @@ def _random_weights(study: Study, opened: Checkpoints, say: Callable[[str], obje
             say(f"{arm}, draw {draw + 1} of {study.n_draws}")
             with random_update(opened.base.model, policy, draw=draw, form=form, spectra=spectra):
                 changed = StatePair(base, probe.read(opened.base.model), ids, groups, pairs)
-            reads[arm].append(Read(changed.finite()))
-    return reads
+            reads[arm].append(Read(changed.finite(), draw, read.content_ids))
+    say("noise floor")
+    moved = StatePair(base, probe.read(opened.aligned.model))
+    return reads, noise_ratio(moved, _noise_readings(opened, probe))
 
 
-def _noise_ratio(opened: Checkpoints) -> float:
-    """Mean length of the first dpo run's updates over the noise floor, over all sites (C1)."""
-    probe = _probe(opened)
-    floor = _noise_floor(opened, [pair.ids for pair in opened.pairs], probe)
-    moved = probe.read_pair(opened.base.model, opened.aligned.model)
-    sizes = [float(moved.update(point).norm(dim=1).mean()) for point in moved.points]
-    return sum(sizes) / len(sizes) / floor if floor else math.inf
+def noise_ratio(moved: StatePair, again: Sequence[Reading]) -> float:
+    """Mean length of the updates over all sites, over that of what differs between two readings of the base (C1).
+
+    Args:
+        moved: base and policy.
+        again: the base read otherwise; the noisiest reading counts.
+    """
+    floor = max(_mean_length(StatePair(moved.base, reading)) for reading in again)
+    return _mean_length(moved) / floor if floor else math.inf
+
+
+def _mean_length(states: StatePair) -> float:
+    lengths = [float(states.update(point).norm(dim=1).mean()) for point in states.points]
+    return sum(lengths) / len(lengths)
+
+
+def _noise_readings(opened: Checkpoints, probe: Probe) -> list[Reading]:
+    """The base read in other batches, and by other attention kernels."""
+    model, before = opened.base.model, opened.base.model.config._attn_implementation
+    pairs = [pair.ids for pair in opened.pairs]
+    otherwise = Probe.of_pairs(pairs, pairs_per_batch=3, layout="concatenated", positions=probe.positions)
+    readings: list[Reading] = [otherwise.read(model)]
+    try:
+        readings += [probe.read(model) for kernel in KERNELS if kernel != before and _takes(model, kernel)]
+    finally:
+        model.set_attn_implementation(before)
+    return readings
 
 
 def _probe(opened: Checkpoints) -> Probe:
@@ -159,24 +200,6 @@ def _unrelated(opened: Checkpoints) -> StatePair:
         pairs.append(TokenizedPair(ids, ids[-1:], ids[-1:]))
     probe = Probe.of_pairs(pairs, layout="concatenated", positions=("prompt_last",))
     return probe.read_pair(opened.base.model, opened.aligned.model).finite()
-
-
-def _noise_floor(opened: Checkpoints, pairs: Sequence[TokenizedPair], probe: Probe) -> float:
-    """Mean length of what differs when the base is read twice, in other batches and by other attention kernels (C1)."""
-    model, before = opened.base.model, opened.base.model.config._attn_implementation
-    one_by_one = Probe.of_pairs(pairs, pairs_per_batch=3, layout="concatenated", positions=probe.positions)
-    readings = [one_by_one.read(model)]
-    for kernel in KERNELS:
-        if kernel != before and _takes(model, kernel):
-            readings.append(probe.read(model))
-    model.set_attn_implementation(before)
-    own = probe.read(model)
-    norms = [
-        float((reading[point].rows.double() - own[point].rows.double()).norm(dim=1).mean())
-        for reading in readings
-        for point in own
-    ]
-    return max(sum(norms[i : i + len(own)]) / len(own) for i in range(0, len(norms), len(own)))
 
 
 def _takes(model: PreTrainedModel, kernel: str) -> bool:
@@ -206,9 +229,9 @@ def _of_tables(
     say: Callable[[str], object],
     arm: str,
     asked: OfTable,
-) -> Sequence[float] | str:
+) -> Sequence[Figure] | str:
     """A number of each run's report; text: why there is none."""
-    runs, values = study.runs.get(arm, ()), []
+    runs, figures = study.runs.get(arm, ()), []
     if not runs:
         return _train(study, arm)
     for run in runs:
@@ -217,37 +240,45 @@ def _of_tables(
             say(f"{asked.table} of {arm}, seed {run.setting('seed')}")
             make_table(run, asked.table)
         if not path.is_file():
-            made_by = {"sweep": "steering_sweep"}.get(asked.table, asked.table)
-            again = command("analyze.py", run=run.folder, analysis=made_by)
+            again = command("analyze.py", run=run.folder, analysis=_MADE_BY.get(asked.table, asked.table))
             return f"not in the report of {arm}, seed {run.setting('seed')}: {again}"
-        value = _number(path, asked)
-        if value is None:
+        figure = figure_of(path, asked)
+        if figure is None:
             return f"{path} has no such number"
-        values.append(value)
-    return values
+        figures.append(figure)
+    return figures
 
 
-def _number(path: Path, asked: OfTable) -> float | None:
-    """What is asked of a table; None where it has no such number."""
+def figure_of(path: Path, asked: OfTable) -> Figure | None:
+    """Number of a table, with its standard error where the table has an interval; None where it has no such number."""
     try:
         table = pd.read_csv(path)
     except (OSError, ValueError):
         return None
     if not {asked.column, *asked.where, *asked.less} <= set(table.columns):
         return None
-    meant = _mean(table, asked.column, asked.where)
-    found = meant - _mean(table, asked.column, {**asked.where, **asked.less}) if asked.less else meant
-    return found if math.isfinite(found) else None
+    found = [_mean(table, asked.column, asked.where)]
+    found += [_mean(table, asked.column, {**asked.where, **asked.less})] if asked.less else []
+    value = found[0].value - (found[1].value if asked.less else 0.0)
+    return Figure(value, math.hypot(*(figure.error for figure in found))) if math.isfinite(value) else None
 
 
-def _mean(table: pd.DataFrame, column: str, where: Mapping[str, str | float | bool]) -> float:
-    """Mean of a column over the rows where others have given values; NaN without any."""
+def _mean(table: pd.DataFrame, column: str, where: Mapping[str, str | float | bool]) -> Figure:
+    """Mean of a column over the rows where others have given values, and of its standard error; NaN without any."""
     for name, value in where.items():
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         own = pd.to_numeric(table[name], errors="coerce") if is_number else table[name].astype(str)
         table = table[own == (float(value) if is_number else str(value))]
-    return float(table[column].mean())
+    ends = next((names for names in _ends_of(column) if {*names} <= set(table.columns)), None)
+    width = math.nan if ends is None else float((table[ends[1]] - table[ends[0]]).mean())
+    return Figure(float(table[column].mean()), width / (2 * float(ndtri(0.975))))
+
+
+def _ends_of(column: str) -> list[tuple[str, str]]:
+    """Names that the ends of a column's interval may have in a table."""
+    return [(f"{column}_low", f"{column}_high"), *([("ci_low", "ci_high")] if column == "value" else [])]
 
 
 def _train(study: Study, arm: str) -> str:
-    return f"no run of arm {arm}; python train.py experiment={study.name} arm={arm} study_folder={study.folder.name} …"
+    asked = command("train.py", *study.overrides, arm=arm, seed="0", study_folder=study.folder.name)
+    return f"no run of arm {arm}: {asked}"

@@ -47,11 +47,11 @@ def claims_section(
     """The section ``claims``.
 
     Args:
-        verdicts: one a claim, in the order of the claims; T is known of one at least.
+        verdicts: one a claim, in the order of the claims; those whose T is known are drawn.
         plan: seeds and prompts that each comparison needs (:func:`analysis.claims.plan.plan_table`).
         left_out: a line on each run that was not judged with the others.
     """
-    drawn = [verdict for verdict in verdicts if _is_known(verdict)]
+    drawn = [verdict for verdict in verdicts if _is_known(verdict)] or list(verdicts[:1])
     table, checks = verdict_table(verdicts), check_table(verdicts)
     panels = [partial(_draw, verdict=verdict) for verdict in drawn]
     height = max(3.2, 1.4 + 0.42 * max(len(verdict.checks) for verdict in drawn))
@@ -165,7 +165,7 @@ def _headline(counts: Counter[str]) -> str:
 
 def _draw(axes: Axes, table: pd.DataFrame, verdict: Verdict) -> str:
     """Forest plot of one claim: differences from controls, and from the threshold under conditions."""
-    sign = 1.0 if verdict.claim.bound.side in ("at_least", "above") else -1.0
+    sign = 1.0 if verdict.claim.bound.is_lower else -1.0
     own = Check("T", "survives", verdict.value.value, verdict.value, n_runs=verdict.n_runs, passed=True)
     checks = [own, *verdict.checks]
     axes.axvline(0.0, color=COLOURS["mark"], linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
@@ -174,7 +174,7 @@ def _draw(axes: Axes, table: pd.DataFrame, verdict: Verdict) -> str:
         if check.passed is None:
             continue
         bound = bounds.get(check.name, verdict.claim.bound)
-        towards = 1.0 if bound.side in ("at_least", "above") else -1.0
+        towards = 1.0 if bound.is_lower else -1.0
         shift = bound.value if check.kind == "survives" else 0.0
         ends = [towards * (end - shift) for end in check.interval] if check.kind == "survives" else list(check.interval)
         colour = COLOURS["policy_dark"] if check is own else COLOURS["policy"] if check.passed else COLOURS["rejected"]

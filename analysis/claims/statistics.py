@@ -5,8 +5,8 @@ A statistic is told of states under a condition, such as another position or wit
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float
@@ -18,8 +18,9 @@ from tiltmeter.geometry.rows import in_own_span, outlier_dims, unit_rows
 from tiltmeter.geometry.spectra import entropies_of_gram, leading_energies_of_gram
 from tiltmeter.models.layers import FINAL_POST_NORM, FINAL_PRE_NORM
 from tiltmeter.states.capture import ReadPoint
-from tiltmeter.states.positions import Position, content_tokens
+from tiltmeter.states.positions import Position
 from tiltmeter.states.state_pair import StatePair
+from tiltmeter.stats.arms import Arm
 from tiltmeter.stats.jackknife import jackknife_variance, without_each
 
 N_SPLITS = 4
@@ -36,12 +37,16 @@ class Read:
 
     Args:
         states: of the held-out prompts.
+        seed: of the run, or number of the draw.
+        content_ids: id of each pair's content token by pair id; empty: not known.
         unrelated: of unrelated text; None where it was not read.
         preference: at the tokens where responses part; None where they were not read.
         other_corpus: the same of another corpus' pairs (C13).
     """
 
     states: StatePair
+    seed: int = 0
+    content_ids: Mapping[str, int] = field(default_factory=dict)
     unrelated: StatePair | None = None
     preference: "Parting | None" = None
     other_corpus: "Parting | None" = None
@@ -51,7 +56,7 @@ class Parting(NamedTuple):
     """States that predict the first tokens in which a pair's responses differ."""
 
     states: StatePair
-    """Of the position ``diverge``."""
+    """Base and policy at ``diverge``."""
     v: Float[Tensor, "row d_model"]
     """v = e_w − e_l of each row."""
 
@@ -72,6 +77,9 @@ class Missing(Exception):
 def upper_sites(sites: Sequence[str]) -> list[str]:
     """The last third of the blocks, and before the final norm: the sites of the paper's claims (CLAIMS.md §3).
 
+    Args:
+        sites: in the order of the forward pass.
+
     >>> upper_sites(["layer_00", "layer_01", "layer_02", "final_pre_norm", "final_post_norm"])
     ['layer_02', 'final_pre_norm']
     """
@@ -80,7 +88,7 @@ def upper_sites(sites: Sequence[str]) -> list[str]:
 
 
 def lower_sites(sites: Sequence[str]) -> list[str]:
-    """The first third of the blocks.
+    """The first third of the blocks; arguments as of :func:`upper_sites`.
 
     >>> lower_sites(["layer_00", "layer_01", "layer_02", "final_pre_norm"])
     ['layer_00']
@@ -90,7 +98,7 @@ def lower_sites(sites: Sequence[str]) -> list[str]:
 
 
 def _blocks(sites: Sequence[str]) -> list[str]:
-    return sorted(site for site in sites if site not in (FINAL_PRE_NORM, FINAL_POST_NORM))
+    return [site for site in sites if site not in (FINAL_PRE_NORM, FINAL_POST_NORM)]
 
 
 SITES: Mapping[str, Callable[[Sequence[str]], list[str]]] = {
@@ -108,12 +116,12 @@ def raw(read: Read, point: ReadPoint) -> Rows:
 
 
 def content(read: Read, point: ReadPoint) -> Rows:
-    """At a content token of each prompt, which templates don't share."""
+    """Rows at a content token of each prompt, which templates don't share."""
     return _rows(read.states, ReadPoint(point.site, "content"))
 
 
 def unrelated(read: Read, point: ReadPoint) -> Rows:
-    """At the last tokens of unrelated text."""
+    """Rows at the last tokens of unrelated text."""
     if read.unrelated is None:
         raise Missing("states of unrelated text were not read")
     return _rows(read.unrelated, ReadPoint(point.site, "prompt_last"))
@@ -126,7 +134,7 @@ def base_states(read: Read, point: ReadPoint) -> Rows:
 
 
 def outliers_removed(read: Read, point: ReadPoint) -> Rows:
-    """Without the base's outlier dimensions, chosen on a third of the rows and judged on the others (C10)."""
+    """Rows without the base's outlier dimensions, chosen on a third of the rows and judged on the others (C10)."""
     rows = raw(read, point)
     without, told = outlier_dims(rows.base)
     kept = torch.ones(rows.base.shape[1], dtype=torch.bool)
@@ -135,13 +143,13 @@ def outliers_removed(read: Read, point: ReadPoint) -> Rows:
 
 
 def centred(read: Read, point: ReadPoint) -> Rows:
-    """Less the mean update, so that a constant shift is taken out."""
+    """Rows less the mean update, so that a constant shift is taken out."""
     rows = raw(read, point)
     return Rows(rows.base, rows.update - rows.update.mean(0), rows.clusters)
 
 
 def unit(read: Read, point: ReadPoint) -> Rows:
-    """Each row at length one, so that few long ones don't decide."""
+    """Rows at length one, so that few long ones don't decide."""
     rows = raw(read, point)
     return Rows(unit_rows(rows.base), unit_rows(rows.update), rows.clusters)
 
@@ -151,12 +159,10 @@ def token_types(read: Read, point: ReadPoint) -> Rows:
 
     A shift that each type has of its own does not make rows of different types alike; one that all have does.
     """
-    rows, states = content(read, point), read.states
-    places = content_tokens([pair.prompt_ids for pair in states.tokens])
-    index = states.policy[ReadPoint(point.site, "content")].pair_index.tolist()
-    if not states.tokens:
-        raise Missing("token ids of the prompts are not known")
-    ids = [states.tokens[i].prompt_ids[place] if (place := places[i]) is not None else -1 for i in index]
+    rows, pairs = content(read, point), read.states.ids_of(ReadPoint(point.site, "content"))
+    if not read.content_ids:
+        raise Missing("ids of the content tokens are not known")
+    ids = [read.content_ids[pair] for pair in pairs]
     names = sorted(set(ids))
     if len(names) < LEAST_TYPES:
         raise Missing(f"content tokens are of {len(names)} types, expected at least {LEAST_TYPES}")
@@ -175,39 +181,38 @@ CONDITIONS: Mapping[str, Callable[[Read, ReadPoint], Rows]] = {
     "unit_rows": unit,
     "token_types": token_types,
 }
-"""What a statistic is told of, by name."""
+"""Condition → the rows that a statistic is told of under it."""
 
 Values = Float[Tensor, " resample"]
 
 
 def mean_cosine(rows: Rows) -> Values:
     """Mean leave-one-out cosine of an update with the mean update of the other prompts (Fig. 3)."""
-    gram = _gram(rows)
+    gram = _gram(rows.update)
     return leave_one_out_means(gram, without_each(rows.clusters))
 
 
 def top1_energy(rows: Rows) -> Values:
     """ρ₁, share of the updates' energy along their first direction (Fig. 4b)."""
-    return leading_energies_of_gram(_gram(rows))(without_each(rows.clusters))[:, 0]
+    return leading_energies_of_gram(_gram(rows.update))(without_each(rows.clusters))[:, 0]
 
 
 def sigma_ratio(rows: Rows) -> Values:
     """σ₂/σ₁ of the updates (Fig. 4b)."""
-    return leading_energies_of_gram(_gram(rows))(without_each(rows.clusters))[:, 1].sqrt()
+    return leading_energies_of_gram(_gram(rows.update))(without_each(rows.clusters))[:, 1].sqrt()
 
 
 def shift_share(rows: Rows) -> Values:
     """f, share of the updates' energy that is one constant row."""
-    return shift_shares_of_gram(_gram(rows))(without_each(rows.clusters))
+    return shift_shares_of_gram(_gram(rows.update))(without_each(rows.clusters))
 
 
 def entropy_change(rows: Rows) -> Values:
     """Spectral entropy of the policy's states less that of the base's, centred, by energy, nats (Fig. 4a)."""
     found = []
     for states in (rows.base + rows.update, rows.base):
-        states = states - states.mean(0)
-        gram = in_own_span(states)
-        found.append(entropies_of_gram(gram @ gram.T)(without_each(rows.clusters))[:, 0])
+        gram = _gram(states - states.mean(0))
+        found.append(entropies_of_gram(gram)(without_each(rows.clusters))[:, 0])
     return found[0] - found[1]
 
 
@@ -234,7 +239,7 @@ STATISTICS: Mapping[str, Callable[[Rows], Values]] = {
     "entropy_change": entropy_change,
     "explained_by_shift": explained_by_shift,
 }
-"""Of the rows of one site, by name; T is the mean over the sites of a claim."""
+"""Name → figure of the rows of one site; T is its mean over the sites of a claim."""
 
 
 def preference_cosine(read: Read, site: str, condition: str = "raw") -> Values:
@@ -265,7 +270,17 @@ _NO_PARTING = (
 PREFERENCE_STATISTICS = ("preference_cosine",)
 """Statistics of the tokens where responses part."""
 PREFERENCE_CONDITIONS = ("permuted", "other_corpus")
-"""Conditions that they take."""
+"""Conditions of those statistics."""
+
+
+class Source(Protocol):
+    """Arms whose figures can be asked for."""
+
+    def of_states(self, name: str, statistic: "Statistic") -> Arm | str:
+        """T of hidden states."""
+
+    def of_table(self, name: str, asked: Any) -> Arm | str:
+        """T of a report's table."""
 
 
 @dataclass(frozen=True)
@@ -285,6 +300,19 @@ class Statistic:
     minus: str | None = None
     position: Position = "prompt_last"
     condition: str = "raw"
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """Conditions that it can be told of."""
+        return PREFERENCE_CONDITIONS if self.name in PREFERENCE_STATISTICS else tuple(CONDITIONS)
+
+    def under(self, condition: str) -> "Statistic":
+        """The same statistic under another condition."""
+        return replace(self, condition=condition)
+
+    def of_arm(self, name: str, arms: "Source") -> Arm | str:
+        """T in the runs of an arm; text: why it is not known."""
+        return arms.of_states(name, self)
 
     def of(self, read: Read) -> Values:
         """T on all prompts, then without each of them.
@@ -317,6 +345,6 @@ def _rows(states: StatePair, point: ReadPoint) -> Rows:
     return Rows(states.base[point].rows.double(), states.update(point), states.clusters_of(point))
 
 
-def _gram(rows: Rows) -> Float[Tensor, "row row"]:
-    own = in_own_span(rows.update)
+def _gram(rows: Float[Tensor, "row d_model"]) -> Float[Tensor, "row row"]:
+    own = in_own_span(rows)
     return own @ own.T

@@ -9,7 +9,7 @@ benchmarks/verdicts.py measures how often each is wrong, in worlds where the tru
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -29,7 +29,7 @@ NOISE_MULTIPLE = 3.0
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that a claim must beat or survive.
+    """Outcome of one control that must be beaten, or of one condition that must be survived.
 
     Args:
         name: arm, control or condition.
@@ -54,7 +54,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is said of one claim, and the one sentence that decides."""
+    """Verdict on one claim, and the one sentence that decides."""
 
     claim: Claim
     kind: Kind
@@ -126,22 +126,21 @@ def _beaten(claim: Claim, own: Arm, evidence: Evidence) -> list[Check]:
     found: dict[str, Check] = {}
     for name in claim.beats:
         control = evidence.beats.get(name, "not read")
-        why = control if isinstance(control, str) else _too_few(name, control, own)
+        why = control if isinstance(control, str) else _too_few(control, own)
         if why or isinstance(control, str):
             found[name] = Check(name, "beats", missing=why)
         else:
             there[name] = arm_difference(*_directed(claim, own, control), paired=name in OWN)
             found[name] = Check(name, "beats", control.mean, there[name].interval, n_runs=control.n_runs)
-    two_sided = [
-        min(1.0, 2 * difference.p_greater) for difference in there.values()
-    ]  # as the intervals beside them are
+    # two-sided, as the intervals beside them are
+    two_sided = [min(1.0, 2 * difference.p_greater) for difference in there.values()]
     for name, p in zip(there, holm(two_sided), strict=True):
         check = found[name]
         found[name] = Check(name, "beats", check.value, check.interval, p, check.n_runs, passed=p <= LEVEL)
     return list(found.values())
 
 
-def _too_few(name: str, control: Arm, own: Arm) -> str:
+def _too_few(control: Arm, own: Arm) -> str:
     if control.is_population and control.n_runs < LEAST_DRAWS:
         return f"{control.n_runs} draws, expected {LEAST_DRAWS}"
     return "" if own.n_runs > 1 or control.n_runs > 1 else "one run each, of which no spread can be told"
@@ -149,7 +148,7 @@ def _too_few(name: str, control: Arm, own: Arm) -> str:
 
 def _directed(claim: Claim, own: Arm, control: Arm) -> tuple[Arm, Arm]:
     """Both arms with a sign under which more is more of the claim."""
-    if claim.bound.side in ("at_least", "above"):
+    if claim.bound.is_lower:
         return own, control
     return own._replace(values=-own.values), control._replace(values=-control.values)
 
@@ -174,6 +173,3 @@ def _why(check: Check) -> str:
         f"{check.name} has {check.value:.3g}, a difference of {check.interval.value:.2g} ({low:.2g} … {high:.2g}; adjusted "
         f"p = {check.p:.2g})"
     )
-
-
-Judge = Callable[[Claim, Evidence], Verdict]

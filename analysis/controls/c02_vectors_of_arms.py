@@ -28,12 +28,11 @@ SAME_SEED = 0.5
 """Cosine of two seeds' v* below which there is no "the" steering vector."""
 
 
-def vector_table(reads: Mapping[str, Sequence[Read]], seeds: Mapping[str, Sequence[int]]) -> pd.DataFrame:
+def vector_table(reads: Mapping[str, Sequence[Read]]) -> pd.DataFrame:
     """cos(v*_a, v*_b) between each dpo run and every other run, a row for each site.
 
     Args:
         reads: arm → hidden states of its runs.
-        seeds: of these runs.
     """
     rows = []
     for site in _sites(reads):
@@ -43,7 +42,7 @@ def vector_table(reads: Mapping[str, Sequence[Read]], seeds: Mapping[str, Sequen
         for (arm_a, a), (arm_b, b) in (*twins, *others):
             one, other = vectors[arm_a, a], vectors[arm_b, b]
             rows.append(
-                {"site": site, "arm": arm_b, "seed": seeds[arm_b][b], "dpo_seed": seeds[DPO][a]}
+                {"site": site, "arm": arm_b, "seed": reads[arm_b][b].seed, "dpo_seed": reads[DPO][a].seed}
                 | {"cosine": float(cosine(one, other)), "norm_ratio": float(other.norm() / one.norm())}
             )
     return pd.DataFrame(rows, columns=["site", "arm", "seed", "dpo_seed", "cosine", "norm_ratio"])

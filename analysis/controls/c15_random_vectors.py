@@ -91,7 +91,7 @@ class Cell(NamedTuple):
 
     n_tokens: float
     weights: Float[Tensor, "kept pair"]
-    """How much each pair counts: first all alike, then without each prompt in turn."""
+    """Weight of each pair: first all alike, then without each prompt in turn."""
     n_pairs: int
     by_vector: dict[str, Sums]
 

@@ -16,7 +16,7 @@ class Comparison(NamedTuple):
     """Effect less null, 95 %; NaN where they aren't compared."""
     verdict: str
     draws: AmongRandom
-    """How the control's draws lie, for tables and figures."""
+    """Place of the value among the control's draws, for tables and figures."""
 
 
 def beside_draws(found: AmongRandom, *, screened: str | None = None) -> Comparison:

@@ -42,7 +42,7 @@ NULLS = {
 """Upper ends of null bands: column of the table → name in metrics.csv, without the site."""
 _F, _RHO, _COS = "shift_share", "top1_energy", "mean_cosine_leave_one_out"
 BESIDE = (_F, _RHO, f"{_RHO}_centred", "sigma_ratio", "mean_cosine_in_sample", _COS)
-"""What stands beside the same under random weights, of the base's own states and at a content token."""
+"""Columns beside the same under random weights, of the base's own states and at a content token."""
 SHOWN = {
     _F: ("f", "{:.3f}"),
     f"{_F}_random": ("f random", "{:.3f}"),

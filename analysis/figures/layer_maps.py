@@ -36,7 +36,7 @@ class Map:
     low: float
     high: float | None
     tells: str = "largest"
-    """Whose course the title tells: that of the site where the last value is ``largest`` or ``smallest``."""
+    """Site whose course the title tells: the one where the last value is ``largest`` or ``smallest``."""
 
 
 def _column(*parts: str) -> str:

@@ -27,7 +27,7 @@ _HOW = {
     "rotate": ("rotated to", "rotated away from"),
     "add_keeping_norm": ("added, norms kept", "subtracted, norms kept"),
 }
-"""What an operator does to the base, and to the aligned model."""
+"""Operator → words for what it does to the base, and to the aligned model."""
 _DOING = {"interpolation": "Adding", "inversion": "Subtracting"}
 _WORDS = {"interpolation": "added to the base", "inversion": "subtracted from the aligned model"}
 LAMBDA = {

@@ -18,7 +18,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _REFUSED = ("megatron_config", "layer_replication")
 """Options under which modules named in the file are imported, or the base gets other layers."""
 _NAMES = ("peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "peft_version")
-"""What says where an adapter comes from and not what it does."""
+"""Keys that say where an adapter comes from and not what it does."""
 _UNCHANGED = (None, True, False, "gaussian")
 """Ways to begin under which the base itself stays as it is; PiSSA and the like change its weights."""
 _QUIET: dict[str, bool] = dict.fromkeys(

@@ -1,7 +1,7 @@
 """Two checkpoints to be asked the same: those of a run, or any pair; and the held-out pairs to ask them about."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -29,12 +29,12 @@ from tiltmeter.scoring.scorer import LabelledPair, Scorer
 
 Device = str | None
 USUAL_BETA = 0.1
-"""Where it is not known with which β a model was trained; it only scales margins."""
+"""β where it is not known with which one a model was trained; it only scales margins."""
 _SHAPE = (
     "model_type", "hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads", "num_key_value_heads",
     "intermediate_size",
 )  # fmt: skip
-"""What two checkpoints of one model have in common, as transformers names it, whatever names a family uses."""
+"""Settings that two checkpoints of one model have in common, as transformers names it, whatever names a family uses."""
 _NOT_COMPUTED = ("architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
 """Settings that say nothing about what a model computes; nor do names and special tokens."""
 _LEAST_LENGTH = 8
@@ -156,6 +156,22 @@ class HeldOutPairs:
         """
         drawn, reports = self.draw(source)
         opened = _open(base, aligned, dtype, device, attn_implementation)
+        pairs, cuts = self._encoded(opened, drawn)
+        return Checkpoints(*opened, pairs, source if isinstance(source, SyntheticWorld) else None), reports, cuts
+
+    def of_models(self, models: Checkpoints, source: PreferenceSource) -> Checkpoints:
+        """The same two models with pairs of another source.
+
+        Raises:
+            UserError: no pairs.
+        """
+        pairs, _ = self._encoded((models.base, models.aligned), self.draw(source)[0])
+        return replace(models, pairs=pairs, world=source if isinstance(source, SyntheticWorld) else None)
+
+    def _encoded(
+        self, opened: tuple[LoadedModel, LoadedModel], drawn: Sequence[PreferencePair]
+    ) -> tuple[list[ProbePair], TokenizationReport]:
+        """Pairs with their token ids, and what encoding cut or dropped."""
         limit = getattr(opened[0].model.config, "max_position_embeddings", None) or self.max_length
         model, tokenizer = opened[0].model, opened[0].tokenizer
         written_as = settle_text_format(self.text_format, tokenizer, named_end_ids(model.generation_config))
@@ -168,8 +184,7 @@ class HeldOutPairs:
         kept, ids, cuts = encode(drawn)
         cuts.written_as = "{}: {}".format(*written_as)
         _check_same_ids(opened, kept)
-        pairs = [ProbePair.of(record, tokens) for record, tokens in zip(kept, ids, strict=True)]
-        return Checkpoints(*opened, pairs, source if isinstance(source, SyntheticWorld) else None), reports, cuts
+        return [ProbePair.of(record, tokens) for record, tokens in zip(kept, ids, strict=True)], cuts
 
 
 def prompts_of_file(path: str, n_prompts: int | None, opened: LoadedModel) -> list[Prompt]:

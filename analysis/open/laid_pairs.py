@@ -24,7 +24,7 @@ class LaidPairs(NamedTuple):
     batch: PreferenceBatch
     goal: Float[Tensor, "target d_model"]
     pairs: Int[Tensor, " target"]
-    """Which pair each target is of, counted in all that were laid out."""
+    """Pair that each target is of, counted in all that were laid out."""
     is_chosen: Bool[Tensor, " target"]
     predicting: Bool[Tensor, "row token"]
     """The tokens that a token of a response is predicted from."""

@@ -22,7 +22,7 @@ from tiltmeter.weights.random_update import RandomUpdates
 
 _STEP_NAME = re.compile(r"(epoch|step)=(\d+)")
 Tables = Mapping[str, pd.DataFrame]
-"""What a section is drawn from, by the names of the report's files; its own table bears its name."""
+"""Tables that a section is drawn from, by the names of the report's files; its own table bears its name."""
 
 
 @dataclass(frozen=True, eq=False)

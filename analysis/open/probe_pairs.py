@@ -32,7 +32,7 @@ class ProbePair:
     rejected: str
     ids: TokenizedPair
     attributes: Mapping[str, str | int | float | bool]
-    """What the source knows beyond the text."""
+    """Attributes that the source knows beyond the text."""
 
     @property
     def n_row_tokens(self) -> int:

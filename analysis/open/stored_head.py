@@ -13,7 +13,7 @@ from analysis.open.kept_models import check_kept
 from tiltmeter.errors import UserError
 
 _NAMES = ("lm_head.weight", "embed_out.weight", "model.embed_tokens.weight", "transformer.wte.weight")
-"""What families call it; the latter two are input embeddings, which tied models use for both and store once."""
+"""Names that families have for it; the latter two are input embeddings, which tied models use for both and store once."""
 _ONE_FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 

@@ -30,6 +30,7 @@ class Study:
         left_out: a line on each run that is damaged, failed, not finished, or of another base, data or length than the others.
         n_draws: random weight changes to be drawn.
         planned: arm → number of seeds that were asked for.
+        overrides: the command line that its runs share.
     """
 
     folder: Path
@@ -38,6 +39,7 @@ class Study:
     left_out: Sequence[str]
     n_draws: int
     planned: Mapping[str, int]
+    overrides: Sequence[str] = ()
 
     @property
     def report(self) -> Path:
@@ -79,7 +81,7 @@ def open_study(folder: Path) -> Study:
     planned: dict[str, int] = {}
     for arm, _ in said["plan"]:
         planned[str(arm)] = planned.get(str(arm), 0) + 1
-    return Study(folder, str(first.setting("name")), runs, left_out, int(said["draws"]), planned)
+    return Study(folder, str(first.setting("name")), runs, left_out, int(said["draws"]), planned, said["overrides"])
 
 
 def _read(folder: Path) -> dict[str, Any]:
@@ -90,7 +92,9 @@ def _read(folder: Path) -> dict[str, Any]:
         raise UserError(f"runs: {folder} has no {FILE}, so it is no study{newest}")
     try:
         said = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return {"runs": list(said["runs"]), "plan": [(arm, seed) for arm, seed in said["plan"]], "draws": said["draws"]}
+        plan = [(arm, seed) for arm, seed in said["plan"]]
+        overrides = [str(text) for text in said["overrides"]]
+        return {"runs": list(said["runs"]), "plan": plan, "draws": said["draws"], "overrides": overrides}
     except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: damaged ({' '.join(str(error).split())[:120]}); train the study again") from error
 
@@ -109,7 +113,7 @@ def _seed(run: Run) -> int:
 
 
 def _difference(first: Run, run: Run) -> str:
-    """What sets a run apart from the first so that they can't be compared; empty: nothing."""
+    """Reason for which a run can't be compared with the first; empty: none."""
     try:
         one, other = _identity(first), _identity(run)
     except UserError as error:

@@ -29,7 +29,7 @@ COLOURS: Mapping[str, str] = {
     "null": "#b3b3b3",
     "mark": "#767676",
 }
-"""Who is drawn → colour, the same in every figure (Okabe and Ito; grey for what carries no claim)."""
+"""Model or control → its colour, the same in every figure (Okabe and Ito; grey for what carries no claim)."""
 
 STYLE: Mapping[str, Any] = {
     "font.family": "DejaVu Sans",

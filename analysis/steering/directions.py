@@ -38,9 +38,9 @@ from tiltmeter.steering.vector import (
 )
 
 READ_POSITIONS: tuple[Position, ...] = tuple(p for p in POSITIONS if p != "response_all")
-"""Where states can be read: one row a pair or a response."""
+"""Positions at which states can be read: one row a pair or a response."""
 _OF_RESPONSES: tuple[Position, ...] = ("response_mean", "response_last")
-"""Where chosen and rejected have a state each; the first is the usual one."""
+"""Positions at which chosen and rejected have a state each; the first is the usual one."""
 
 
 class Halves(NamedTuple):
@@ -59,7 +59,7 @@ class Kind(NamedTuple):
 
     kind: str
     position: Position | None
-    """Where its states are read; None: at ``steering.position``, or it isn't made of states."""
+    """Position of its states; None: at ``steering.position``, or it isn't made of states."""
 
     @classmethod
     def of(cls, text: str) -> "Kind":
@@ -253,7 +253,7 @@ _MAKERS: dict[str, Callable[[Kind, States, str, int], Made]] = {
 }
 CONTROLS = (*RANDOM_KINDS, SHUFFLED)
 KINDS = (*_MAKERS, *CONTROLS)
-"""What ``steering.vectors`` may name, beside files."""
+"""Names that ``steering.vectors`` takes, beside files."""
 COUNTED = (SINGULAR_RAW, SINGULAR_CENTRED, PCA_RAW, PCA_CENTRED)
 """Kinds of which there are several."""
 WITHOUT_POSITION = (V_BAR, *CONTROLS)

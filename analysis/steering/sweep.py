@@ -119,7 +119,7 @@ class SteeringSweep:
         self.scorers = {name: scorer for name, scorer in scorers.items() if scorer is not None}
         self.decoding, self.sites, self.tokens, self.operator = decoding or Decoding(), sites, tokens, operator
         self.notes: list[str] = []
-        """What was added to what was asked for."""
+        """Lines on what was added to what was asked for."""
         if 0.0 not in lambdas:
             self.notes.append(
                 "steering.lambdas: 0 was missing and is added: the model as it is, which all else is compared with."

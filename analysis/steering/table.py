@@ -47,7 +47,7 @@ class Row(NamedTuple):
     vector: str
     """Name of a vector, or a random kind."""
     draw: int
-    """Which vector of a random kind, from 1; 0: not random, or all draws of the kind together."""
+    """Number of the vector of a random kind, from 1; 0: not random, or all draws of the kind together."""
     site: str
     strength: float
     """λ; of random vectors in lengths of the v* of the site."""
@@ -57,7 +57,7 @@ class Row(NamedTuple):
     ci_high: float
     n: int
     operator: str = "add"
-    """What was done along the vector (:mod:`tiltmeter.steering.operators`)."""
+    """Operation along the vector (:mod:`tiltmeter.steering.operators`)."""
 
 
 class PairRow(NamedTuple):

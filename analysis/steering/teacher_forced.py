@@ -32,7 +32,7 @@ from tiltmeter.steering.sweep_logits import (
 from tiltmeter.steering.vector import RANDOM_KINDS, SteeringVector
 
 Tokens = Literal["predicting", "all", "new", "prompt"]
-"""Which tokens' hidden states are moved. ``predicting``: those that a token of the response is predicted from, which are the
+"""Tokens whose hidden states are moved. ``predicting``: those that a token of the response is predicted from, which are the
 prompt's last and those after it; ``new``: those after the prompt."""
 
 

@@ -46,7 +46,7 @@ from tiltmeter.steering.vector import (
 Key = tuple[str, str]
 """A vector's name, or a random kind, and its site."""
 Norm = Literal["own", "relative", "matched"]
-"""How long a vector is at λ = 1: as it was estimated; as the base's states are on average; as the v* of its site."""
+"""Length of a vector at λ = 1: as it was estimated; as the base's states are on average; as the v* of its site."""
 N_RANDOM_FINAL, N_RANDOM = 99, 20
 """Draws of each random kind at both final sites, where one pass through the blocks serves all, and at any other site."""
 _SPAN = 10

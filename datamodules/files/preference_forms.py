@@ -17,7 +17,7 @@ Kind = Literal["", "text", "messages"]
 Row = Mapping[str, Any]
 """A row under the names of :data:`COLUMNS`."""
 COLUMNS = ("prompt", "chosen", "rejected", "messages", "system", "score_chosen", "score_rejected")
-"""What columns may be called, by default or by ``data.columns``; ``messages`` also ``conversations``."""
+"""Names that columns may have, by default or by ``data.columns``; ``messages`` also ``conversations``."""
 UNPAIRED = ("completion", "label")
 
 TRANSCRIPTS = "whole Human/Assistant transcripts"

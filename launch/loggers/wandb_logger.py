@@ -24,7 +24,7 @@ _UPDATE_READ = {
 }
 """One of these is logged whenever hidden states are compared with the base's."""
 _REACH_SECONDS = 10.0
-"""How long a server may take to answer before the run is kept offline."""
+"""Seconds that a server may take to answer before the run is kept offline."""
 Mode = Literal["auto", "online", "offline", "disabled"]
 
 
@@ -34,7 +34,7 @@ class RunLogger(WandbLogger):
     observed_at: int | None = None
     """Optimizer steps that had been taken when hidden states were last compared with the base's."""
     n_scored = 0
-    """How often scores of generated text were logged."""
+    """Number of times that scores of generated text were logged."""
     _failed = False
 
     @rank_zero_only

@@ -77,7 +77,7 @@ class Place(NamedTuple):
     """Its id."""
     job_type: str
     at: Mapping[str, float]
-    """What is logged beside the figures, so that they stand at their step."""
+    """Numbers logged beside the figures, so that they stand at their step."""
     step: int | None
     """W&B's own count, behind all that was logged before; None: a run of its own."""
     group: str | None = None

@@ -22,6 +22,7 @@ from analysis.open.subject import Subject
 from analysis.registry import ANALYSES
 from analysis.report.page import Section, write_report
 from analysis.report.samples import Samples
+from launch.analyses import refuse_unused_of_study, was_set
 from launch.configuration import CONF
 from launch.loggers.wandb_report import upload_study
 from launch.processes.run_lock import check_writable
@@ -29,9 +30,6 @@ from launch.screen import FittingTable, console
 from tiltmeter.commands import command
 from tiltmeter.errors import UserError
 from tiltmeter.files import write_text
-
-_OF_RUNS = ("analysis", "dry_run")
-"""Keys that a study has no use for."""
 
 
 def analyze_study(config: DictConfig) -> Path:
@@ -62,9 +60,16 @@ def analyze_study(config: DictConfig) -> Path:
 
 
 def _check_options(config: DictConfig) -> None:
-    for key, default in zip(_OF_RUNS, ("all", False), strict=True):
-        if config.get(key, default) != default:
-            raise UserError(f"{key}: has no effect on a study, runs=…; leave it out")
+    """Refuse what would have no effect on a study, or only with something else. Raises UserError."""
+    refuse_unused_of_study()
+    if config.claims_file is not None and was_set("claims"):
+        raise UserError("claims: has no effect beside claims_file, which brings its own; leave one of the two out")
+    if config.get("data") is None and was_set("pairs"):
+        raise UserError("pairs: has no effect without another corpus to draw them from; add data=…")
+    if not config.ask_models and config.get("data") is not None:
+        raise UserError(
+            "data: another corpus is read by the models, which ask_models=false leaves closed; leave one out"
+        )
 
 
 def _claims(config: DictConfig) -> list[Claim]:
@@ -80,8 +85,8 @@ def _arms(config: DictConfig, study: Study) -> Arms:
         return arms_of(
             study,
             say=lambda what: status.update(f"Asking: {what} …"),
-            models=config.ask_models,
-            other=None if config.get("data") is None else partial(_on_other_corpus, config),
+            open_run=partial(_open, config) if config.ask_models else None,
+            of_other=None if config.get("data") is None else partial(_on_other_corpus, config),
             make_table=partial(_make_table, config) if config.ask_models else None,
         )
 
@@ -91,8 +96,7 @@ def _vectors(study: Study, arms: Arms) -> list[Section]:
     trained = {arm: ones for arm, ones in arms.reads.items() if arm in study.runs}
     if sum(map(len, trained.values())) < 2:
         return []
-    seeds = {arm: [int(run.setting("seed") or 0) for run in study.runs[arm]] for arm in trained}
-    return [vectors_section(vector_table(trained, seeds))]
+    return [vectors_section(vector_table(trained))]
 
 
 def _verdicts_on_screen(section: Section, study: Study) -> FittingTable:
@@ -114,11 +118,19 @@ def _plan_on_screen(plan: pd.DataFrame) -> FittingTable:
     return table
 
 
-def _on_other_corpus(config: DictConfig, run: Run) -> Checkpoints:
-    """Both models of a run, with pairs of another corpus."""
-    pairs: HeldOutPairs = instantiate(config.pairs)
-    base, _ = run.base_source
-    return pairs.ask(base, str(run.aligned), instantiate(config.data))[0]
+def _open(config: DictConfig, run: Run) -> Checkpoints:
+    """Both models of a run, with its probe's pairs."""
+    return checkpoints_of_run(
+        run, dtype=config.dtype, device=config.device, attn_implementation=config.attn_implementation
+    )
+
+
+def _on_other_corpus(config: DictConfig, run: Run, opened: Checkpoints) -> Checkpoints:
+    """A run's models with pairs of another corpus, written as its own unless ``pairs`` says otherwise."""
+    own = {"text_format": run.setting("datamodule.text_format"), "chat_date": run.setting("chat_date")}
+    given = {key: value for key, value in own.items() if value is not None and not was_set(f"pairs.{key}")}
+    pairs: HeldOutPairs = instantiate(config.pairs, **given)
+    return pairs.of_models(opened, instantiate(config.data))
 
 
 def _make_table(config: DictConfig, run: Run, name: str) -> None:
@@ -129,9 +141,7 @@ def _make_table(config: DictConfig, run: Run, name: str) -> None:
     tables = run.report / "tables"
     try:
         question = instantiate(config[analysis.node])
-        asking = Asking(
-            question, checkpoints_of_run(run, dtype=question.dtype, device=question.device), tables, takes_old=True
-        )
+        asking = Asking(question, _open(config, run), tables, takes_old=True)
         analysis.start(asking)
         section = analysis.answer(asking)
     except UserError as error:

@@ -1,9 +1,13 @@
 """Studies: planned, trained, found again and judged; runs that fail, differ or are damaged cost themselves alone."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -134,6 +138,52 @@ def test_process_of_a_run_gives_its_code_and_its_last_words(
     assert capsys.readouterr().err == "tiltmeter: arm=dpo seed=0\n"
 
 
+def test_signal_reaches_a_run_once_and_the_study_waits_for_its_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script, ready = tmp_path / "train.py", tmp_path / "ready"
+    lines = [
+        "import pathlib, signal, sys, time",
+        "got = []",
+        "signal.signal(signal.SIGINT, lambda number, frame: got.append(number))",
+        f"pathlib.Path({str(ready)!r}).touch()",
+        "while not got: time.sleep(0.01)",
+        "time.sleep(0.5)  # the step that it is in",
+        "print('tiltmeter: signals', len(got), file=sys.stderr)",
+        "sys.exit(143)",
+    ]
+    script.write_text("\n".join(lines), encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", [str(script)])
+    before = signal.getsignal(signal.SIGINT)
+
+    def interrupt() -> None:
+        while not ready.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    assert start_process([]) == (143, "tiltmeter: signals 1\n")
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.slow
+def test_more_seeds_are_added_to_a_study_and_fewer_take_none_away(trained: Path, tmp_path: Path) -> None:
+    study, asked = copy_of(trained, tmp_path), list[Sequence[str]]()
+
+    def fails(words: Sequence[str]) -> tuple[int, str]:
+        asked.append(words)
+        return 1, ""
+
+    more = train_study(tmp_path / "runs", "study.arms={dpo:3,dpo_shuffled:1}", start=fails)
+    assert more == study
+    assert [[word for word in words if word.startswith(("arm=", "seed="))] for words in asked] == [
+        ["arm=dpo", "seed=2"]
+    ]
+    train_study(tmp_path / "runs", "study.arms={dpo:1}", start=lambda words: pytest.fail(f"started {words}"))
+    assert set(states_of(study)) == {("dpo", 0), ("dpo_shuffled", 0), ("dpo", 1)}
+    assert {arm: len(runs) for arm, runs in open_study(study).runs.items()} == {"dpo": 2, "dpo_shuffled": 1}
+
+
 @pytest.mark.slow
 def test_report_says_what_is_missing_and_holds_claims_as_data(trained: Path) -> None:
     done = run_script("analyze.py", f"runs={trained}")
@@ -179,6 +229,9 @@ def test_damaged_and_different_runs_are_named_and_the_rest_is_judged(trained: Pa
         (("arm=dpo",), "arm: a study sets it itself"),
         (("++study.arms.dpoo=3",), "study.arms: there is no arm dpoo"),
         (("hydra/launcher=jobli",), "hydra/launcher=jobli: not installed; joblib and submitit_slurm come with"),
+        (("study.draws=-1",), "study.draws: expected a whole number from 0, got -1"),
+        (("study.arms.dpo=x",), "study.arms.dpo: expected a whole number from 0, got x"),
+        (("module.beta=0.1,0.2",), "a study takes one value of each option"),
         (("study.arms.dpo=0",), "study.arms.dpo: expected at least one seed"),
         (("study=quik",), "study=quik: there is none of that name; did you mean quick?"),
     ],
@@ -207,3 +260,28 @@ def test_what_is_no_study_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"study.yaml: damaged"):
         open_study(tmp_path)
     assert study_of(["--multirun", "arm=dpo,sft_chosen"]) is None
+
+
+def test_configuration_of_a_study_can_be_looked_at() -> None:
+    assert study_of(["study=quick"]) == "quick"
+    assert study_of(["study=quick", "--cfg", "job"]) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("steering.n_prompts=3",), "steering.n_prompts: has no effect on a study"),
+        (("analysis=geometry",), "analysis: has no effect on a study"),
+        (("run=last",), "run: has no effect on a study"),
+        (("judge=oracle",), "judge: has no effect on a study"),
+        (("pairs.n_pairs=3",), "pairs: has no effect without another corpus"),
+        (("data=synthetic", "ask_models=false"), "data: another corpus is read by the models"),
+        (("claims_file=own.yaml", "claims.K4.at_least=0.5"), "claims: has no effect beside claims_file"),
+        (("claims.K4.at_lest=0.5",), "claims.K4.at_lest"),
+        ((), "has no study.yaml, so it is no study"),
+    ],
+)
+def test_option_without_an_effect_on_a_study_is_refused(arguments: tuple[str, ...], words: str, tmp_path: Path) -> None:
+    done = run_script("analyze.py", f"runs={tmp_path}", *arguments)
+    assert done.returncode == 2
+    assert words in done.stderr

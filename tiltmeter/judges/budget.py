@@ -10,7 +10,7 @@ from tiltmeter.errors import UserError, argument
 PRICE_NAMES = ("input", "output")
 _TOKENS_A_MESSAGE = 16
 _TOKENS_A_REQUEST = 64
-"""What chat templates put around messages, amply."""
+"""Tokens that chat templates put around messages, amply."""
 
 
 class Tokens(NamedTuple):

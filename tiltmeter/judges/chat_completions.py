@@ -15,13 +15,13 @@ from tiltmeter.judges.redaction import shown, without
 Response = dict[str, Any]
 TOP_LOG_PROBS = 20  # the most that OpenAI and vLLM give
 LIMIT_NAMES = ("max_tokens", "max_completion_tokens")
-"""What servers call the most tokens of an answer: the first nearly everywhere, the second at OpenAI's thinking models."""
+"""Names that servers have for the most tokens of an answer: the first nearly everywhere, the second at OpenAI's thinking models."""
 SET_HERE = frozenset(
     ["model", "messages", "temperature", "top_p", *LIMIT_NAMES, "n", "logprobs", "top_logprobs", "stream"]
 )
 """Parameters that a question decides, so nobody else may."""
 _SPACES = (" ", "Ġ", "▁")
-"""How tokenizers write a space before a word."""
+"""Ways in which tokenizers write a space before a word."""
 _PASSING = (408, 409, 429)
 _HOPELESS = ("insufficient_quota", "billing_hard_limit_reached")
 """Codes of a 429 that no waiting mends."""

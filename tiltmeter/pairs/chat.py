@@ -11,7 +11,7 @@ from tiltmeter.errors import UserError
 
 TextFormat = Literal["transcript", "chat_template"]
 TextChoice = Literal["auto", "transcript", "chat_template"]
-"""How a dialogue is written: as the exact text of the records, or as their messages by the tokenizer's own template."""
+"""Form in which a dialogue is written: as the exact text of the records, or as their messages by the tokenizer's own template."""
 _NOW = "strftime_now"
 """Name under which templates of transformers find the clock."""
 _DIRECTIVES = [f"%{pad}{letter}" for pad in ("-", "") for letter in "aAbBcdDeFGHIjmMpSTuUVwWxXyYZ"]

@@ -110,7 +110,7 @@ class Scored:
     samples: list[Sample]
     scores: Scores
     notices: Sequence[str] = ()
-    """What they had to say on the way."""
+    """Notices that scorers gave on the way."""
 
 
 class ScoringBeside:

@@ -54,7 +54,7 @@ class Document(NamedTuple):
     context_ids: tuple[int, ...]
     ids: list[tuple[int, ...]]
     places: list[int]
-    """Where each answer's log-likelihood belongs."""
+    """Place that each answer's log-likelihood belongs to."""
 
     @property
     def length(self) -> int:

@@ -147,7 +147,7 @@ class Branch(NamedTuple):
     """Decay on one side of 0; NaN throughout where the sweep has no strengths."""
 
     m: float
-    """Where decay begins; ≤ 0 on the negative side."""
+    """Strength at which decay begins; ≤ 0 on the negative side."""
     length: float
     """L, in squared strengths."""
     power: float

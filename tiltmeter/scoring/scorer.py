@@ -40,9 +40,9 @@ class Sample:
     group: str
     """Samples of equal group (prompt) are not independent: intervals are over groups."""
     index: int = 0
-    """Which of several completions of the prompt, from 0."""
+    """Number of the completion of the prompt, from 0."""
     attributes: Mapping[str, str | int | float | bool] = field(default_factory=dict)
-    """What the source knows of the pair, such as the situation of the synthetic world."""
+    """Attributes that the source knows of the pair, such as the situation of the synthetic world."""
 
 
 class LabelledPair(NamedTuple):
@@ -74,7 +74,7 @@ class Figure(NamedTuple):
     n_missing: int
     """Samples that could not be scored."""
     scorer: str
-    """What produced it, with everything that changes its numbers: model, revision, mode, signature."""
+    """Scorer that produced it, with everything that changes its numbers: model, revision, mode, signature."""
 
 
 @dataclass(frozen=True)

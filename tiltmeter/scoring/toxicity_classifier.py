@@ -25,7 +25,7 @@ ALIASES = {
     "identity_attack": ("identity_attack", "identity_hate"),
     "hate_speech": ("hate_speech", "hate", "hateful"),
 }
-"""What a label is called here → what models call it; any other label goes by its own name."""
+"""Name of a label here → its names in models; any other label goes by its own name."""
 _ACTIVATION_OF_PROBLEM: dict[str, Activation] = {
     "multi_label_classification": "sigmoid",
     "single_label_classification": "softmax",

@@ -432,7 +432,7 @@ class _Asked(NamedTuple):
 
     choices: list[Choice]
     places: list[dict[str, int]]
-    """Of each question: an answer's place in ``choices``; one that can't be scored has none."""
+    """Place of each question's answers in ``choices``; one that can't be scored has none."""
     n_cut: list[int]
 
     def log_probs_of(self, i: int, answers: Sequence[Answer], log_probs: Sequence[float]) -> list[float]:

@@ -36,7 +36,7 @@ class HiddenStates(NamedTuple):
 
 
 Reading = Mapping[ReadPoint, HiddenStates]
-"""What one model's forward passes gave at every site and position."""
+"""Hidden states of one model's forward passes at every site and position."""
 
 
 @contextmanager

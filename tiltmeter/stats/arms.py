@@ -9,7 +9,7 @@ import math
 from typing import NamedTuple
 
 from jaxtyping import Float
-from scipy.special import stdtr, stdtrit
+from scipy.special import ndtr, ndtri, stdtr, stdtrit
 from torch import Tensor
 
 from tiltmeter.stats.jackknife import Interval, jackknife_variance
@@ -23,6 +23,8 @@ class Arm(NamedTuple):
     left out of account."""
     is_population: bool = False
     """True for draws of which a further one could be the truth (random weights, random vectors); runs of an arm estimate a mean."""
+    error_of_prompts: float = 0.0
+    """Standard error of the mean over prompts, where T without each of them is not known but this is."""
 
     @property
     def n_runs(self) -> int:
@@ -53,7 +55,7 @@ def arm_interval(arm: Arm, *, level: float = 0.95) -> Interval:
     True
     """
     tail, n = (1 - level) / 2, arm.n_runs
-    reaches = [_reach_of_prompts(arm.values.mean(1), tail)]
+    reaches = [_reach_of_prompts(arm.values.mean(1), tail), float(ndtri(1 - tail)) * arm.error_of_prompts]
     if n > 1:
         reaches.append(_quantile(n - 1.0, tail) * float(arm.values[0].std()) / math.sqrt(n))
     reach = max(reaches)
@@ -65,7 +67,8 @@ def arm_difference(own: Arm, other: Arm, *, paired: bool = False, level: float =
 
     Over runs: paired, one sample of differences; else Welch's t test, where an arm with a single run is taken to vary as the other
     one does, and a further draw of a population (:attr:`Arm.is_population`) has to be passed, not its mean.
-    Over prompts: the jackknife of the difference of means.
+    Over prompts: the jackknife of the difference of means; where only standard errors are known, both arms' as if of other
+    prompts, which is on the safe side.
 
     Args:
         paired: the two arms' figures are of the same runs, in one order.
@@ -78,8 +81,16 @@ def arm_difference(own: Arm, other: Arm, *, paired: bool = False, level: float =
     error, freedom = _paired_error(own, other) if paired else _welch_error(own, other)
     difference, tail = own.values.mean(1) - other.values.mean(1), (1 - level) / 2
     value = float(difference[0])
-    reach = max(_quantile(freedom, tail) * error, _reach_of_prompts(difference, tail))
+    of_prompts = 0.0 if paired else math.hypot(own.error_of_prompts, other.error_of_prompts)
+    reaches = [
+        _quantile(freedom, tail) * error,
+        _reach_of_prompts(difference, tail),
+        float(ndtri(1 - tail)) * of_prompts,
+    ]
+    reach = max(reaches)
     p_values = [_p_greater(value, error, freedom)]
+    if of_prompts > 0:
+        p_values.append(float(ndtr(-value / of_prompts)))
     if len(difference) > 2:
         p_values.append(_p_greater(value, math.sqrt(float(jackknife_variance(difference[1:]))), len(difference) - 2.0))
     return Difference(Interval(value, value - reach, value + reach), max(p_values), other.n_runs)

@@ -42,7 +42,7 @@ class SteeredLogits(NamedTuple):
     logits: Float[Tensor, "shift target vocab"]
     """In float32 or better."""
     targets: Int[Tensor, " target"]
-    """Which of the batch's targets these are."""
+    """Indices of these targets among the batch's."""
 
     def log_probs(self, batch: PreferenceBatch) -> Float[Tensor, "shift target"]:
         """log π(token | what is before it) of these targets, in nats."""
@@ -60,7 +60,7 @@ class SteeredSums(NamedTuple):
     kl_from_start: Float[Tensor, "shift target"]
     """KL(unsteered ‖ steered), nats."""
     targets: Int[Tensor, " target"]
-    """Which of the batch's targets these are."""
+    """Indices of these targets among the batch's."""
 
 
 class _Call(NamedTuple):

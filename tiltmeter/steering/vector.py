@@ -43,9 +43,9 @@ class VectorId(NamedTuple):
 
     kind: str
     site: str
-    """Where it lives, as :mod:`tiltmeter.models.layers` names it."""
+    """Site that it lives at, as :mod:`tiltmeter.models.layers` names it."""
     position: Position | None = None
-    """Where the states that it was made of were read; None: at several, or at none (rows of the unembedding)."""
+    """Position of the states that it was made of; None: at several, or at none (rows of the unembedding)."""
     draw: int = 0
     """Number among several of its kind, from 1; 0: there is one."""
     source: str = ""

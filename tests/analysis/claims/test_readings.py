@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from analysis.claims.claim import OfTable
-from analysis.claims.readings import _noise_ratio, _number, _parting, _unrelated, kl_from_base
+from analysis.claims.readings import (
+    _noise_readings,
+    _parting,
+    _probe,
+    _unrelated,
+    figure_of,
+    kl_from_base,
+    noise_ratio,
+)
 from tests.analysis.asked import checkpoints
 
 
@@ -28,7 +36,10 @@ def test_kl_from_the_base_is_that_of_the_distributions_token_by_token() -> None:
 def test_another_model_is_far_above_the_noise_floor_and_the_kernel_is_put_back() -> None:
     models = checkpoints(8)
     before = models.base.model.config._attn_implementation
-    assert _noise_ratio(models) > 1000
+    probe = _probe(models)
+    moved = probe.read_pair(models.base.model, models.aligned.model)
+    assert noise_ratio(moved, _noise_readings(models, probe)) > 1000
+    assert noise_ratio(moved, [moved.policy]) == pytest.approx(1.0)
     assert models.base.model.config._attn_implementation == before
 
 
@@ -43,8 +54,15 @@ def test_states_of_unrelated_text_and_where_responses_part_are_read_of_both_mode
 def test_number_of_a_table_is_the_mean_of_the_rows_that_are_meant(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     rows = {"site": ["a", "a", "b"], "lambda": [1.0, 2.0, 1.0], "r": [0.5, 0.7, 9.0]}
+    ends = {"r_low": [0.5 - 1.96, 0.7 - 1.96, 9.0], "r_high": [0.5 + 1.96, 0.7 + 1.96, 9.0]}
+    pd.DataFrame(rows | ends).to_csv(path, index=False)
+    mean = figure_of(path, OfTable("t", "r", {"site": "a"}))
+    assert mean == pytest.approx((0.6, 1.0), abs=1e-4), "the standard error behind the interval of the table"
+    difference = figure_of(path, OfTable("t", "r", {"site": "a", "lambda": 2}, {"lambda": 1}))
+    assert difference == pytest.approx((0.2, math.sqrt(2)), abs=1e-4)
     pd.DataFrame(rows).to_csv(path, index=False)
-    assert _number(path, OfTable("t", "r", {"site": "a"})) == pytest.approx(0.6)
-    assert _number(path, OfTable("t", "r", {"site": "a", "lambda": 2}, {"lambda": 1})) == pytest.approx(0.2)
-    assert _number(path, OfTable("t", "r", {"site": "c"})) is None
-    assert _number(path, OfTable("t", "x", {})) is None
+    plain = figure_of(path, OfTable("t", "r", {"site": "a"}))
+    assert plain is not None
+    assert math.isnan(plain.error)
+    assert figure_of(path, OfTable("t", "r", {"site": "c"})) is None
+    assert figure_of(path, OfTable("t", "x", {})) is None

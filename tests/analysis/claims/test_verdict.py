@@ -1,5 +1,6 @@
 """Verdicts: each kind for its reason, in worlds whose truth is planted, and claims files that are wrong."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from analysis.claims.claim import Bound, Claim, OfTable, read_claims
-from analysis.claims.evidence import Arms, judge_all
+from analysis.claims.evidence import Arms, Figure, judge_all
 from analysis.claims.section import check_table, claims_section, write_claims
 from analysis.claims.statistics import Statistic, lower_sites, upper_sites
 from analysis.claims.verdict import INCONCLUSIVE, REFUTED, SAME, SUPPORTED, Evidence, judge
@@ -140,6 +141,18 @@ def test_shipped_claims_are_those_of_the_reference() -> None:
         ("K: {says: x, at_lest: 1}", "there is no at_lest; did you mean at_least?"),
         ("K: {statistic: mean_cosine, at_least: 1}", "says is missing"),
         ("- a list", "expected claims by their keys"),
+        (
+            "K: {says: x, statistic: {table: t, column: c}, sites: upper, at_least: 1}",
+            "sites: has no effect on a table",
+        ),
+        (
+            "K: {says: x, statistic: {table: t, column: c}, at_least: 1, beats: [base_states]}",
+            "base_states: has no effect on a table",
+        ),
+        ("K: {says: x, statistic: preference_cosine, above: 0, survives: [content]}", "there is no content"),
+        ("K: {says: x, statistic: preference_cosine, position: content, above: 0}", "position: has no effect on"),
+        ("K: {says: x, statistic: mean_cosine, at_least: 1, beats: [permuted]}", "there is no permuted"),
+        ("K: {says: x, statistic: mean_cosine, position: response_last, at_least: 1}", "there is no response_last"),
         ("K: [", "not a plain YAML file"),
     ],
 )
@@ -156,5 +169,7 @@ def test_a_claim_of_ones_own_over_a_table_needs_no_code(tmp_path: Path) -> None:
     own = "mine: {says: R is high, statistic: {table: t, column: r, where: {site: a}}, at_least: 0.5, beats: [dpo_shuffled]}"
     path.write_text(own, encoding="utf-8")
     values = {"dpo": [0.9, 0.91, 0.89], "dpo_shuffled": [0.1]}
-    (found,) = judge_all(read_claims(path), Arms({}, lambda name, asked: values[name]))
-    assert found.kind == SUPPORTED
+    for error, kind in ((math.nan, SUPPORTED), (0.1, SUPPORTED), (0.5, INCONCLUSIVE)):
+        arms = Arms({}, lambda name, asked, error=error: [Figure(value, error) for value in values[name]])
+        (found,) = judge_all(read_claims(path), arms)
+        assert found.kind == kind, "prompts count where a table says how much they vary"
