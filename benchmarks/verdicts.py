@@ -25,10 +25,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from analysis.claims.claim import OfTable, read_claims
-from analysis.claims.evidence import DPO, Arms, Figure, judge_all
+from analysis.claims.claim import DRAWN, OfTable, read_claims
+from analysis.claims.evidence import Arms, Figure, judge_all
 from analysis.claims.statistics import Read
 from analysis.claims.verdict import REFUTED, SAME, SUPPORTED
+from analysis.open.studies import DPO
 from tiltmeter.geometry.update_models import UpdateModels
 from tiltmeter.states.capture import HiddenStates, ReadPoint
 from tiltmeter.states.state_pair import StatePair
@@ -42,7 +43,6 @@ JUDGED = ("K3", "K4", "K5", "K6")
 SITES = ("layer_00", "layer_01", "layer_02")
 N_PROMPTS, D_MODEL, N_TYPES, NOISE = 64, 64, 12, 0.25
 TRAINED = ("sft_chosen", "dpo_shuffled", "lm_continued")
-DRAWN = ("random_update", "random_update_rotated")
 
 
 class Drawer:

@@ -42,9 +42,8 @@ _TAKES_EFFECT = {
 }
 """Settings that ``allow_config_change`` lets a run that goes on take over, from its next step on.
 
-Those of the data and the model's place
-as long as token ids and weights are the same. Nothing else could be in force: it is in the weights, the reference or the order
-of the steps that were taken."""
+Those of the data and the model's place as long as token ids and weights are the same. Nothing else could be in force: it is in
+the weights, the reference or the order of the steps that were taken."""
 _N_SHOWN = 8
 
 

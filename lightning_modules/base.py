@@ -52,7 +52,7 @@ class LogProbModule(LightningModule):
         weight_decay: of the optimizer.
         betas: of the optimizer; null: its own, (0.9, 0.999) of Adam's family.
         optimizer: ``adamw`` or another of torch.optim (``rmsprop``, ``adafactor``, ``sgd`` …), or ``adamw_8bit`` and others of
-            bitsandbytes on a GPU.
+            bitsandbytes (paged ones on a GPU alone).
         optimizer_options: other options of its constructor, such as ``momentum`` or ``eps``.
         warmup_share: share of all steps with a rising learning rate.
         schedule: after warm-up: ``constant``, ``linear`` or ``cosine`` down to 0.

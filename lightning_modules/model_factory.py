@@ -86,9 +86,8 @@ class ModelFactory:
         if self.lora is None:
             return whole, state
         insert_adapters(whole, self.lora)
-        own = (
-            whole.state_dict()
-        )  # quantized weights have other names and shapes; those that were not trained are the same
+        # quantized weights have other names and shapes; those that were not trained are the same
+        own = whole.state_dict()
         return whole, merged_state(whole, {name: state[name] if "lora_" in name else own[name] for name in own})
 
     def make(self, trainer: Trainer, mesh: DeviceMesh | None) -> Policy:

@@ -10,9 +10,8 @@ import torch
 from analysis.claims.claim import DRAWN, OWN, Claim, OfTable
 from analysis.claims.statistics import Missing, Read, Statistic
 from analysis.claims.verdict import Evidence, Verdict, judge
+from analysis.open.studies import DPO
 from tiltmeter.stats.arms import Arm
-
-DPO = "dpo"
 
 
 class Figure(NamedTuple):

@@ -12,14 +12,14 @@ from scipy.special import ndtri
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from analysis.claims.claim import ARMS, OfTable
-from analysis.claims.evidence import DPO, Arms, Figure
+from analysis.claims.claim import ARMS, DRAWN, OfTable
+from analysis.claims.evidence import Arms, Figure
 from analysis.claims.statistics import Parting, Read
 from analysis.open.checkpoints import Checkpoints
 from analysis.open.observed import Observed
 from analysis.open.probe_pairs import PROMPTS_FILE, read_probe_pairs
 from analysis.open.runs import Run
-from analysis.open.studies import Study
+from analysis.open.studies import DPO, Study
 from analysis.steering.unrelated_prompts import UNRELATED_PROMPTS
 from tiltmeter.commands import command
 from tiltmeter.errors import UserError
@@ -38,7 +38,7 @@ _LEAST_PAIRS = 4
 _MADE_BY = {"sweep": "steering_sweep", "steering_effects": "steering_sweep"}
 """Table → the analysis that makes it, where it has another name."""
 _NO_MODELS = "ask_models=false"
-FORMS: Mapping[str, Form] = {"random_update": "gaussian", "random_update_rotated": "rotated"}
+FORMS: Mapping[str, Form] = dict(zip(DRAWN, ("gaussian", "rotated"), strict=True))
 """Arms that are drawn → form of the random weight changes."""
 
 

@@ -36,6 +36,10 @@ _NAMES = {
     "sigma_ratio": "σ₂/σ₁",
     "affine_gain": "affine gain in R²",
     "other_corpus": "other corpus",
+    "random": "random vectors",
+    "random_covariance": "random, base’s spread",
+    "unrelated_contrast": "unrelated contrast",
+    "random_at_equal_kl": "random at equal KL",
 }
 """Controls and conditions → what figures call them."""
 _WIDTH = 24

@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 
 from analysis.claims.statistics import Read, upper_sites
 from analysis.open.observations import USUAL_POSITION, site_name
+from analysis.open.studies import DPO
 from analysis.report.page import Headline, Section
 from analysis.report.site_axes import draw_panels
 from analysis.report.style import COLOURS
@@ -23,7 +24,6 @@ from tiltmeter.geometry.consistency import cosine
 from tiltmeter.states.capture import ReadPoint
 
 NAME = "vectors_of_arms"
-DPO = "dpo"
 SAME_SEED = 0.5
 """Cosine of two seeds' v* below which there is no "the" steering vector."""
 

@@ -60,7 +60,7 @@ def open_study(folder: Path) -> Study:
         if entry.get("state") == "failed"
     ]
     found: dict[str, list[Run]] = {}
-    for path in _run_folders(folder):
+    for path in (path for path, _ in runs_in(folder) if is_finished(path)):
         try:
             run = open_run(path)
         except UserError as error:
@@ -99,12 +99,13 @@ def _read(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: damaged ({' '.join(str(error).split())[:120]}); train the study again") from error
 
 
-def _run_folders(folder: Path) -> Iterator[Path]:
-    """Finished runs that say that they belong to the study."""
+def runs_in(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Folder and configuration of each run, finished or not, that says that it belongs to a study."""
     for path in sorted(folder.resolve().parent.glob("*/config.yaml")):
         with suppress(UserError):
-            if read_config(path).get("study_folder") == folder.resolve().name and is_finished(path.parent):
-                yield path.parent
+            config = read_config(path)
+            if config.get("study_folder") == folder.resolve().name:
+                yield path.parent, config
 
 
 def _seed(run: Run) -> int:

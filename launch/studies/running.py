@@ -22,8 +22,8 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from analysis.open.runs import is_finished, read_config
-from analysis.open.studies import FILE
+from analysis.open.runs import is_finished
+from analysis.open.studies import DPO, FILE, runs_in
 from launch.configuration import CONF
 from launch.parts import check_options
 from launch.screen import console
@@ -147,7 +147,7 @@ def _planned(config: DictConfig) -> list[Arm]:
             f"study.arms: there is no arm {unknown[0]}{did_you_mean(unknown[0], known)} (there are: {', '.join(known)})"
         )
     by_seed = sorted((i, place, arm) for place, (arm, n) in enumerate(arms.items()) for i in range(n))
-    if not any(arm == "dpo" for _, _, arm in by_seed):
+    if not any(arm == DPO for _, _, arm in by_seed):
         raise UserError("study.arms.dpo: expected at least one seed of what the claims are about, got none")
     # one of each arm first: a study that is stopped has them all
     return [Arm(arm, int(config.study.first_seed) + i) for i, _, arm in by_seed]
@@ -192,11 +192,8 @@ def _train_all(plan: Plan, start: Start) -> Path:
 
 def runs_of(folder: Path) -> Iterator[Arm]:
     """Runs that say that they belong to a study, the finished ones and those that can be gone on with."""
-    for path in sorted(folder.parent.glob("*/config.yaml")):
-        with suppress(UserError):
-            config = read_config(path)
-            if config.get("study_folder") == folder.name:
-                yield Arm(str(config["arm"]), int(config["seed"]), *_state_of(path.parent))
+    for run, config in runs_in(folder):
+        yield Arm(str(config["arm"]), int(config["seed"]), *_state_of(run))
 
 
 def _state_of(run: Path) -> tuple[str, str, float]:
