@@ -330,7 +330,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(
         f"{n} draws a world; share of them called “supported” (95 % interval), and the most frequent verdict otherwise\n"
     )
-    print(f"{'world':28}" + "".join(f"{key:>28}" for key in JUDGED))
+    print(f"{'world':28}" + "".join(f"{key:>34}" for key in JUDGED))
     false_positives, detections = [0.0], [1.0]
     with ProcessPoolExecutor(options.jobs) as processes:
         for name, world in WORLDS.items():
@@ -350,7 +350,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     str(names[counts.argmax()]), str(names[counts.argmax()])
                 )
                 cells.append(f"{mark} {supported:.2f} ({low:.2f}–{high:.2f}) {short}")
-            print(f"{name:28}" + "".join(f"{cell:>28}" for cell in cells), flush=True)
+            print(f"{name:28}" + "".join(f"{cell:>34}" for cell in cells), flush=True)
         print("\n✓ true there, ✗ false there, ? the world doesn't say")
         print_ranks(n, processes)
     print()
