@@ -23,8 +23,6 @@ from tiltmeter.states.state_pair import StatePair
 from tiltmeter.stats.arms import Arm
 from tiltmeter.stats.jackknife import jackknife_variance, without_each
 
-N_SPLITS = 4
-"""Random halves of the prompts in the distance of clouds."""
 LEAST_APART = 4.0
 """Standard errors that two clouds must be apart before a share of their distance means anything."""
 LEAST_TYPES = 4
@@ -222,7 +220,7 @@ def explained_by_shift(rows: Rows) -> Values:
     0 where the clouds are no further apart than chance: less than :data:`LEAST_APART` standard errors.
     """
     base, update = in_own_span(torch.cat([rows.base, rows.update])).chunk(2)
-    apart, moved, _ = kernels_after_shift(base, update, rows.clusters, n_splits=N_SPLITS)
+    apart, moved, _ = kernels_after_shift(base, update, rows.clusters)
     weights = without_each(rows.clusters)
     left, whole = ((weights @ kernel * weights).sum(1) for kernel in (moved, apart))
     size = whole / weights.sum(1).square()

@@ -24,7 +24,6 @@ from tiltmeter.states.state_pair import StatePair
 from tiltmeter.stats.among_random import among_random
 from tiltmeter.stats.jackknife import SHARE, jackknife_interval
 
-N_SPLITS = 4
 """Random halves of the prompts: v* from one, the clouds of the other."""
 N_RANDOM = 20
 """Random vectors as long as v*, for comparison."""
@@ -81,24 +80,23 @@ def cloud_distances(rows: StatePair, point: ReadPoint, *, n_random: int) -> dict
     0 when v* explains all, 1 when nothing; ``…_random``: for random vectors as long as v*, mean and where one more would lie.
     ``shift_share``: f, 1/N added by chance. ``left_per_pair_…``: ‖δ_i − v*‖/‖δ_i‖ over pairs, with v* of the other pairs.
 
-    v* is always from prompts that are not in the clouds compared: each of :data:`N_SPLITS` random halves of the prompts gives a
-    v* for the other half; points are compared inside a half only, and the distance is the mean over halves and splits. Intervals
-    are over prompts, with v* held fixed.
+    v* is always of other prompts than the two that are compared (:func:`tiltmeter.geometry.energy_distance.kernels_after_shift`).
+    Intervals are over prompts, with v* held fixed.
     """
     clusters, wide_base, wide_update = rows.clusters_of(point), rows.base[point].rows.double(), rows.update(point)
     base, update = in_own_span(torch.cat([wide_base, wide_update])).chunk(2)
-    apart, moved, n_compared = kernels_after_shift(base, update, clusters, n_splits=N_SPLITS)
+    apart, moved, compared = kernels_after_shift(base, update, clusters)
     left = jackknife_interval(lambda w: _quadratic(w, moved) / _quadratic(w, apart), clusters)
     generator = torch.Generator().manual_seed(0)
     length, random = update.mean(0).norm(), []
     for _ in range(n_random):  # in all dimensions: a random vector leaves the rows' span
         vector = torch.randn(wide_base.shape[1], generator=generator, dtype=torch.float64)
-        kernel = energy_kernel(wide_base + length * vector / vector.norm(), wide_base + wide_update) * n_compared
+        kernel = energy_kernel(wide_base + length * vector / vector.norm(), wide_base + wide_update) * compared
         random.append(float(kernel.sum() / apart.sum()))
     among = among_random(torch.tensor([left.value]), torch.tensor([random], dtype=torch.float64))
     share = jackknife_interval(shift_shares_of_gram(update @ update.T), clusters, second_order=True, scale=SHARE)
     figures: dict[str, str | float] = {"snapshot": rows.name, "position": point.position, "site": point.site}
-    figures |= {"n_rows": rows.n_rows, "energy_distance_base": float(apart.sum() / n_compared.sum())}
+    figures |= {"n_rows": rows.n_rows, "energy_distance_base": float(apart.sum() / compared.sum())}
     for name, interval in (("distance_left", left), ("shift_share", share), ("distance_left_random", among.prediction)):
         figures |= interval.named(name)
     return figures | dict(zip(("left_per_pair_median", "left_per_pair_q90"), _left_per_pair(update), strict=True))
@@ -188,8 +186,8 @@ def _reading(said: pd.DataFrame, fit: pd.Series) -> list[str]:
         f"h₀, hπ: hidden states of base and policy ({here['snapshot']}) at {here['position']}, {here['n_rows']} of each; v*: mean "
         "of hπ − h₀. Plane: first two principal components of h₀ and hπ together, less their common mean.",
         "Closeness is the energy distance (Székely and Rizzo 2013) in all dimensions, over that of h₀ and hπ; it "
-        "grows with the square of a small shift. v* comes from one half of the prompts, the clouds from the other, "
-        f"{N_SPLITS} splits; about 0, also below: no difference left. Random vectors: "
+        "grows with the square of a small shift. v* is of other prompts than the two compared; "
+        f"about 0, also below: no difference left. Random vectors: "
         f"where one more of them would lie, by {N_RANDOM} as long as v*.",
         f"Pair by pair more is left: at the last site the shift is {as_text(fit['shift_share'], 'percent')} of ΔH (f), and a "
         f"pair’s own change still differs from v* of the others by {as_text(fit['left_per_pair_median'], 'percent')} of its length "

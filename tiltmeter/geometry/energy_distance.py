@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 
@@ -23,49 +23,35 @@ def energy_kernel(x: Float[Tensor, "pair d_model"], y: Float[Tensor, "pair d_mod
 
 
 def kernels_after_shift(
-    base: Float[Tensor, "pair d_model"],
-    update: Float[Tensor, "pair d_model"],
-    clusters: Sequence[str],
-    *,
-    n_splits: int,
-    seed: int = 0,
+    base: Float[Tensor, "pair d_model"], update: Float[Tensor, "pair d_model"], clusters: Sequence[str]
 ) -> tuple[Float[Tensor, "pair pair"], Float[Tensor, "pair pair"], Float[Tensor, "pair pair"]]:
     """Kernels of base and policy, before and after the base is moved by the mean update of other prompts.
 
-    The mean update is always of prompts that are not in the clouds compared: each of the random halves of the prompts gives one
-    for the other half; points are compared inside a half only. Sums over the first two are proportional to energy distances.
+    Where points i and j are compared, the base is moved by the mean of the updates of all prompts but theirs, so no prompt is
+    explained by itself. Prompts are never compared with themselves. Sums over a kernel are proportional to energy distances.
 
     Args:
         update: policy less base.
         clusters: prompt of each pair.
 
     Returns:
-        apart, moved, and the number of splits in which two pairs are in one half.
+        apart and moved, both 0 where two pairs are of one prompt; and 1 where they are of different ones.
 
     Raises:
-        ValueError: see :func:`random_halves`.
+        ValueError: fewer than three prompts.
     """
-    policy = base + update
-    same = [half[:, None] == half for half in random_halves(clusters, n_splits=n_splits, seed=seed)]
-    n_compared = torch.stack(same).sum(0).double().fill_diagonal_(0.0)
-    apart = energy_kernel(base, policy) * n_compared
-    moved = torch.zeros_like(apart)
-    for mates in same:
-        others = (~mates).double()
-        moved += energy_kernel(base + others @ update / others.sum(1, keepdim=True), policy) * mates
-    return apart, moved, n_compared
-
-
-def random_halves(clusters: Sequence[str], *, n_splits: int, seed: int = 0) -> Bool[Tensor, "split row"]:
-    """Marks the rows of the first half for several random splits; rows of one cluster (prompt) stay together.
-
-    Raises:
-        ValueError: fewer than two clusters.
-    """
-    names = {name: i for i, name in enumerate(dict.fromkeys(clusters))}
-    if len(names) < 2:
-        raise ValueError(f"random_halves: expected rows of at least two clusters, got {len(names)}")
-    index = torch.tensor([names[name] for name in clusters])
-    generator = torch.Generator().manual_seed(seed)
-    ranks = torch.stack([torch.randperm(len(names), generator=generator) for _ in range(n_splits)])
-    return (ranks < len(names) // 2)[:, index]
+    names = list(dict.fromkeys(clusters))
+    if len(names) < 3:
+        raise ValueError(f"kernels_after_shift: expected rows of at least three clusters, got {len(names)}")
+    member = torch.tensor([[float(name == own) for name in names] for own in clusters], dtype=torch.float64)
+    same, base = member @ member.T, (base - base.mean(0)).double()
+    update = update.double()
+    policy, compared = base + update, 1 - same
+    of_prompt, total, counts = same @ update, update.sum(0), same.sum(1)
+    n_others = len(clusters) - counts[:, None] - counts
+    across = torch.zeros_like(same)
+    for n in n_others[same == 0].unique():  # x_i + s − y_j with s = (total − of_prompt_i − of_prompt_j) / n
+        found = torch.cdist(base + (total - of_prompt) / n, policy + of_prompt / n)
+        across = torch.where(n_others == n, found, across)
+    moved = across + across.T - torch.cdist(base, base) - torch.cdist(policy, policy)
+    return energy_kernel(base, policy) * compared, moved * compared, compared

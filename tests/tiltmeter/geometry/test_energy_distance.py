@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy.stats import energy_distance as energy_of_scipy
 from torch import Tensor
 
-from tiltmeter.geometry.energy_distance import energy_kernel, random_halves
+from tiltmeter.geometry.energy_distance import energy_kernel, kernels_after_shift
 
 
 def noise(n: int, d: int, seed: int = 0) -> Tensor:
@@ -51,16 +51,24 @@ def test_a_common_offset_costs_no_digits() -> None:
     assert energy_distance(x + 1e5, y + 1e5) == pytest.approx(energy_distance(x, y), rel=1e-6)
 
 
-def test_halves_keep_prompts_together_and_are_of_equal_size() -> None:
-    clusters = [f"prompt {i // 2}" for i in range(20)]
-    halves = random_halves(clusters, n_splits=8)
-    assert halves.shape == (8, 20)
-    assert torch.equal(halves[:, ::2], halves[:, 1::2])
-    assert (halves.sum(1) == 10).all()
-    assert len({tuple(half.tolist()) for half in halves}) > 1
-    assert torch.equal(halves, random_halves(clusters, n_splits=8))
+@pytest.mark.parametrize("clusters", [list("abcdef"), list("aabccd")], ids=["one a prompt", "several a prompt"])
+def test_clouds_are_compared_after_a_shift_of_other_prompts(clusters: list[str]) -> None:
+    base, update = noise(6, 3) + 7, noise(6, 3, 1) + 0.5
+    apart, moved, compared = kernels_after_shift(base, update, clusters)
+    policy = base + update
+    for i, own in enumerate(clusters):
+        for j, other in enumerate(clusters):
+            if own == other:
+                assert apart[i, j] == moved[i, j] == compared[i, j] == 0
+                continue
+            others = [k for k, name in enumerate(clusters) if name not in (own, other)]
+            shift = update[others].mean(0)
+            for kernel, start in ((apart, base), (moved, base + shift)):
+                across = (start[i] - policy[j]).norm() + (start[j] - policy[i]).norm()
+                within = (base[i] - base[j]).norm() + (policy[i] - policy[j]).norm()
+                assert kernel[i, j] == pytest.approx(float(across - within), abs=1e-9)
 
 
-def test_halves_of_one_prompt_are_refused() -> None:
-    with pytest.raises(ValueError, match="at least two clusters, got 1"):
-        random_halves(["a", "a"], n_splits=1)
+def test_a_shift_needs_a_third_prompt() -> None:
+    with pytest.raises(ValueError, match="at least three clusters, got 2"):
+        kernels_after_shift(noise(3, 2), noise(3, 2), ["a", "a", "b"])
