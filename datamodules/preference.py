@@ -62,7 +62,8 @@ class PreferenceDataModule(LightningDataModule):
             and is another trajectory; 1: pairs of a step are drawn at random.
         labels: ``given``, or a control (:func:`~datamodules.splits.control_labels`): ``swapped`` (all training labels reversed),
             ``shuffled`` (reversed with probability ½), ``random_pairs`` (responses of other prompts), ``prompts`` (the prompts
-            themselves, to be continued). Held-out pairs always keep their clean labels.
+            themselves, to be continued), ``unseen`` (pairs of the validation split, which no base made here has learned from).
+            Held-out pairs always keep their clean labels.
         split_seed: which prompts are held out; apart from the run's seed, so that seeds are comparable.
         seed: order of the training pairs.
         num_workers: DataLoader workers.
@@ -221,7 +222,9 @@ class PreferenceDataModule(LightningDataModule):
     def pairs_of(self, split: Split) -> Sequence[TokenizedPair]:
         """Token ids of a split as they are trained or scored: training labels follow ``labels``."""
         pairs = self.splits[split].pairs
-        return control_labels(pairs, self.labels, seed=self.seed) if split == "train" else pairs
+        if split != "train":
+            return pairs
+        return control_labels(pairs, self.labels, seed=self.seed, validation=self.splits["val"].pairs)
 
     def digest(self, split: Split) -> str:
         """sha256 over the token ids of a split, in order, as they are trained."""

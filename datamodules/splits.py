@@ -12,7 +12,7 @@ from tiltmeter.errors import UserError
 from tiltmeter.pairs.batch import TokenizedPair
 
 Split = Literal["train", "val", "probe"]
-LabelControl = Literal["given", "swapped", "shuffled", "random_pairs", "prompts"]
+LabelControl = Literal["given", "swapped", "shuffled", "random_pairs", "prompts", "unseen"]
 
 
 def split_by_group(
@@ -118,17 +118,27 @@ def _other_side(key: str) -> str:
     return key
 
 
-def control_labels(pairs: Sequence[TokenizedPair], control: LabelControl, *, seed: int) -> list[TokenizedPair]:
+def control_labels(
+    pairs: Sequence[TokenizedPair], control: LabelControl, *, seed: int, validation: Sequence[TokenizedPair] = ()
+) -> list[TokenizedPair]:
     """Training pairs under a control.
 
     Args:
         control: ``swapped``: all labels reversed; ``shuffled``: reversed with probability ½; ``random_pairs``: both responses from
             other prompts, each from another one, cut to the longer of its own; ``prompts``: the
-            prompt behind its first token in the place of the chosen response, in which there is no preference.
+            prompt behind its first token in the place of the chosen response, in which there is no preference; ``unseen``: as
+            many pairs, but validation's (:func:`unseen_pairs`) over and over, which no base that was made here has learned from.
         seed: of what is drawn.
+        validation: pairs of the validation split, for ``unseen``.
+
+    Raises:
+        UserError: no validation pairs for ``unseen``.
     """
     if control == "given":
         return list(pairs)
+    if control == "unseen":
+        others = unseen_pairs(validation)
+        return [others[row % len(others)] for row in range(len(pairs))]
     if control == "random_pairs":
         return _random_pairs(pairs, seed)
     if control == "prompts":
@@ -142,6 +152,25 @@ def control_labels(pairs: Sequence[TokenizedPair], control: LabelControl, *, see
     return [
         TokenizedPair(p.prompt_ids, p.rejected_ids, p.chosen_ids) if f else p for p, f in zip(pairs, flip, strict=True)
     ]
+
+
+def unseen_pairs(validation: Sequence[TokenizedPair]) -> Sequence[TokenizedPair]:
+    """The first three quarters of the validation split, to fine-tune a control on; :func:`matching_pairs` are the others.
+
+    Raises:
+        UserError: fewer than four pairs.
+    """
+    if len(validation) < 4:
+        raise UserError(
+            "datamodule.labels=unseen: trains on validation's pairs, expected at least 4 in datamodule.val_pairs, got "
+            f"{len(validation)}"
+        )
+    return validation[: -(len(validation) // 4)]
+
+
+def matching_pairs(validation: Sequence[TokenizedPair]) -> Sequence[TokenizedPair]:
+    """The last quarter of the validation split, on which the distance of a control from the base is measured."""
+    return validation[-max(1, len(validation) // 4) :]
 
 
 def _random_pairs(pairs: Sequence[TokenizedPair], seed: int) -> list[TokenizedPair]:

@@ -80,7 +80,8 @@ def arms_of(
                 opened, is_first = open_run(run), not reads
                 other = _parting(of_other(run, opened)) if of_other is not None and arm == DPO else None
                 read = replace(read, unrelated=_unrelated(opened), preference=_parting(opened), other_corpus=other)
-                kl.setdefault(arm, []).append(kl_from_base(opened))
+                pairs = [pair.ids for pair in opened.pairs]
+                kl.setdefault(arm, []).append(kl_from_base(opened.base.model, opened.aligned.model, pairs))
                 if is_first:
                     drawn, noise = _of_first(study, opened, read, say)
             reads.setdefault(arm, []).append(read)
@@ -109,16 +110,18 @@ def _stored(run: Run) -> Read | None:
 
 
 @torch.no_grad()
-def kl_from_base(opened: Checkpoints, *, n_pairs: int = 64) -> float:
-    """KL(π ‖ π₀) in nats, the mean over all tokens of the chosen responses of the first pairs: how far training has gone."""
+def kl_from_base(
+    base: PreTrainedModel, policy: PreTrainedModel, pairs: Sequence[TokenizedPair], *, n_pairs: int = 64
+) -> float:
+    """KL(π ‖ π₀) in nats, the mean over all tokens of the chosen responses of the first pairs: how far training has gone.
+
+    Args:
+        n_pairs: so many at most.
+    """
     total, n_tokens = 0.0, 0
-    for pair in opened.pairs[:n_pairs]:
-        prompt, chosen, _ = pair.ids
-        ids = torch.tensor([[*prompt, *chosen]], device=opened.base.model.device)
-        q, p = (
-            one.model(ids).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1)
-            for one in (opened.base, opened.aligned)
-        )
+    for prompt, chosen, _ in pairs[:n_pairs]:
+        ids = torch.tensor([[*prompt, *chosen]], device=base.device)
+        q, p = (model(ids).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1) for model in (base, policy))
         total += float((p.exp() * (p - q)).sum())
         n_tokens += len(chosen)
     return total / n_tokens

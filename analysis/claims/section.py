@@ -46,7 +46,11 @@ _WIDTH = 24
 
 
 def claims_section(
-    verdicts: Sequence[Verdict], plan: pd.DataFrame | None = None, *, left_out: Sequence[str] = ()
+    verdicts: Sequence[Verdict],
+    plan: pd.DataFrame | None = None,
+    *,
+    left_out: Sequence[str] = (),
+    unfair: Sequence[str] = (),
 ) -> Section:
     """The section ``claims``.
 
@@ -54,6 +58,7 @@ def claims_section(
         verdicts: one a claim, in the order of the claims; those whose T is known are drawn.
         plan: seeds and prompts that each comparison needs (:func:`analysis.claims.plan.plan_table`).
         left_out: a line on each run that was not judged with the others.
+        unfair: a line on each arm that is not as far from the base as dpo.
     """
     drawn = [verdict for verdict in verdicts if _is_known(verdict)] or list(verdicts[:1])
     table, checks = verdict_table(verdicts), check_table(verdicts)
@@ -78,6 +83,7 @@ def claims_section(
         interval="T: the wider of Student’s interval over seeds and the jackknife’s over prompts, 95 %. Differences from controls: "
         f"likewise; p-values are adjusted over the controls of a claim (Holm), at a level of {LEVEL:.0%}.",
         limits=[
+            *unfair,
             "A claim of its author’s model: these are the models and the data of this study.",
             "K4 and K5 are one fact seen twice (ρ₁ ≥ f), not two pieces of evidence.",
             "How often such verdicts are wrong where the truth is planted: benchmarks/verdicts.py, docs/claims.md.",

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,8 @@ class Study:
     n_draws: int
     planned: Mapping[str, int]
     overrides: Sequence[str] = ()
+    kl: Mapping[str, Sequence[tuple[float, float]]] = field(default_factory=dict)
+    """Arm whose learning rate was set by its KL from the base → that of each run, and dpo's; nats a token of held-out pairs."""
 
     @property
     def report(self) -> Path:
@@ -60,7 +62,9 @@ def open_study(folder: Path) -> Study:
         if entry.get("state") == "failed"
     ]
     found: dict[str, list[Run]] = {}
-    for path in (path for path, _ in runs_in(folder) if is_finished(path)):
+    chosen = {entry.get("run") for entry in said["runs"]}
+    other_tries = {one.get("run") for one in said["tries"]} - chosen
+    for path in (path for path, _ in runs_in(folder) if is_finished(path) and path.name not in other_tries):
         try:
             run = open_run(path)
         except UserError as error:
@@ -81,7 +85,25 @@ def open_study(folder: Path) -> Study:
     planned: dict[str, int] = {}
     for arm, _ in said["plan"]:
         planned[str(arm)] = planned.get(str(arm), 0) + 1
-    return Study(folder, str(first.setting("name")), runs, left_out, int(said["draws"]), planned, said["overrides"])
+    return Study(
+        folder,
+        str(first.setting("name")),
+        runs,
+        left_out,
+        int(said["draws"]),
+        planned,
+        said["overrides"],
+        _kl(said["runs"]),
+    )
+
+
+def _kl(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, float]]]:
+    found: dict[str, list[tuple[float, float]]] = {}
+    for entry in runs:
+        if entry.get("kl"):
+            own, target = entry["kl"]
+            found.setdefault(str(entry["arm"]), []).append((float(own), float(target)))
+    return found
 
 
 def _read(folder: Path) -> dict[str, Any]:
@@ -94,7 +116,8 @@ def _read(folder: Path) -> dict[str, Any]:
         said = yaml.safe_load(path.read_text(encoding="utf-8"))
         plan = [(arm, seed) for arm, seed in said["plan"]]
         overrides = [str(text) for text in said["overrides"]]
-        return {"runs": list(said["runs"]), "plan": plan, "draws": said["draws"], "overrides": overrides}
+        known = {"runs": list(said["runs"]), "plan": plan, "draws": said["draws"], "overrides": overrides}
+        return known | {"tries": list(said.get("tries", ()))}
     except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: damaged ({' '.join(str(error).split())[:120]}); train the study again") from error
 

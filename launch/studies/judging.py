@@ -27,6 +27,7 @@ from launch.configuration import CONF
 from launch.loggers.wandb_report import upload_study
 from launch.processes.run_lock import check_writable
 from launch.screen import FittingTable, console
+from launch.studies.matching import is_matched
 from tiltmeter.commands import command
 from tiltmeter.errors import UserError
 from tiltmeter.files import write_text
@@ -47,7 +48,8 @@ def analyze_study(config: DictConfig) -> Path:
     arms = _arms(config, study)
     verdicts = judge_all(claims, arms)
     plan = plan_table(verdicts, arms)
-    sections = [claims_section(verdicts, plan, left_out=study.left_out), *_vectors(study, arms)]
+    section = claims_section(verdicts, plan, left_out=study.left_out, unfair=_unfair(study))
+    sections = [section, *_vectors(study, arms)]
     subject = _subject(study, arms, str(config.claims_file or "as shipped, in conf/claims"))
     page = write_report(subject, sections, Samples([], "A study has none of its own."))
     write_claims(study.report, verdicts)
@@ -97,6 +99,20 @@ def _vectors(study: Study, arms: Arms) -> list[Section]:
     if sum(map(len, trained.values())) < 2:
         return []
     return [vectors_section(vector_table(trained))]
+
+
+def _unfair(study: Study) -> list[str]:
+    """A line on each SFT run that went less far from the base than dpo, or further."""
+    lines = [
+        f"A fair match in {arm}: its KL from the base is {own:.3g} of dpo’s {target:.3g} nats a token, the nearest that a learning "
+        "rate gave."
+        for arm, found in study.kl.items()
+        for own, target in found
+        if not is_matched(own, target)
+    ]
+    if "sft_chosen" in study.runs and "sft_chosen" not in study.kl:
+        lines.append("A fair match in sft_chosen: its learning rate was not set by its KL from the base.")
+    return lines
 
 
 def _verdicts_on_screen(section: Section, study: Study) -> FittingTable:
@@ -156,6 +172,7 @@ def _subject(study: Study, arms: Arms, claims: str) -> Subject:
     trained = [f"{arm} × {len(runs)}" for arm, runs in study.runs.items()]
     how_far = [f"{arm} {sum(kl) / len(kl):.3g}" for arm, kl in arms.kl.items()]
     ratio = arms.noise_ratio
+    matched = ", ".join(f"{arm} {own:.3g} (dpo {target:.3g})" for arm, ones in study.kl.items() for own, target in ones)
     missing = [arm for arm, n in study.planned.items() if len(study.runs.get(arm, ())) < n]
     facts = [
         ("Experiment", study.name),
@@ -164,6 +181,7 @@ def _subject(study: Study, arms: Arms, claims: str) -> Subject:
         ("Training", f"{first.n_steps} optimizer steps each"),
         ("Update over noise floor", f"{ratio:.3g}" if ratio == ratio else "not measured"),
         ("KL from the base, nats a token", ", ".join(how_far) or "not measured"),
+        *([("Matched in KL, held-out pairs", matched)] if matched else []),
         ("Claims", claims),
         ("Study folder", str(study.folder)),
     ]

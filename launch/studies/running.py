@@ -10,8 +10,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from signal import SIGINT, SIGTERM, SIGUSR1, signal
 from typing import IO, Any, NamedTuple
@@ -22,15 +23,15 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from analysis.open.runs import is_finished
-from analysis.open.studies import DPO, FILE, runs_in
+from analysis.open.studies import DPO, FILE
 from launch.configuration import CONF
 from launch.parts import check_options
 from launch.screen import console
+from launch.studies.matching import Ended, Matching
+from launch.studies.study_file import FORMAT, Arm, found_in, runs_of, tries_of, write_study
 from tiltmeter.checkpoint_files import newest_valid
 from tiltmeter.commands import command
 from tiltmeter.errors import UserError
-from tiltmeter.files import write_text
 from tiltmeter.plain_text import did_you_mean
 
 _SET_BY_STUDY = {
@@ -46,31 +47,11 @@ _FORWARDED = (SIGINT, SIGTERM, SIGUSR1)
 """Signals that end a run behind its step, when they come once."""
 _STOPPED = (143, 130)
 """Exit codes of a run that was told to stop, and so was its study."""
-_FORMAT = 1
 _PREFIX = "tiltmeter: "
 _LAUNCHER = "hydra/launcher="
 """Start of the override by which Hydra starts the jobs of a sweep at once, or on a cluster."""
 Start = Callable[[Sequence[str]], tuple[int, str]]
 """Trains one run by the words of its command line; gives the exit code and the end of what it said."""
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One run of a study.
-
-    Args:
-        state: ``waiting``, ``finished`` or ``failed``.
-        run: its folder, from the study's parent.
-        minutes: that it took, as far as it is known.
-        error: the line that it ended with.
-    """
-
-    arm: str
-    seed: int
-    state: str = "waiting"
-    run: str = ""
-    minutes: float = 0.0
-    error: str = ""
 
 
 def study_of(overrides: Sequence[str]) -> str | None:
@@ -113,7 +94,7 @@ def run_study(overrides: Sequence[str], *, start: Start | None = None) -> Path:
     folder = _folder(Path(config.runs_root) / config.name, kept)
     try:
         with FileLock(folder / ".study.lock", timeout=0):
-            return _train_all(Plan(folder, planned, kept, int(config.study.draws)), start or start_process)
+            return _train_all(Plan(folder, planned, kept, config, tries_of(folder)), start or start_process)
     except Timeout:
         raise UserError(f"{folder}: another process is training this study; wait for it or stop it") from None
 
@@ -124,7 +105,15 @@ class Plan(NamedTuple):
     folder: Path
     runs: Sequence[Arm]
     overrides: Sequence[str]
-    draws: int
+    config: DictConfig
+    """Everything that its runs have in common."""
+    tries: list[dict[str, Any]]
+    """Runs of arms whose learning rate is set by their KL: arm, seed, run, learning_rate and kl; grows."""
+
+    @property
+    def matched(self) -> list[str]:
+        """Arms whose learning rate is set so that they go as far from the base as dpo."""
+        return [str(arm) for arm in self.config.study.kl_matched]
 
     @property
     def is_spread(self) -> bool:
@@ -137,10 +126,12 @@ def _planned(config: DictConfig) -> list[Arm]:
     for key, value in {
         **{f"arms.{arm}": n for arm, n in arms.items()},
         "draws": config.study.draws,
+        "kl_tries": config.study.kl_tries,
         "first_seed": config.study.first_seed,
     }.items():
         if not isinstance(value, int) or value < 0:
             raise UserError(f"study.{key}: expected a whole number from 0, got {value}")
+    _check_matched(config)
     known = sorted(path.stem for path in (CONF / "arm").glob("*.yaml"))
     if unknown := [arm for arm in arms if arm not in known]:
         raise UserError(
@@ -153,55 +144,59 @@ def _planned(config: DictConfig) -> list[Arm]:
     return [Arm(arm, int(config.study.first_seed) + i) for i, _, arm in by_seed]
 
 
+def _check_matched(config: DictConfig) -> None:
+    """Refuse to match an arm that there isn't, or no try at all. Raises UserError."""
+    if config.study.kl_matched and config.study.kl_tries < 1:
+        raise UserError("study.kl_tries: expected at least 1; study.kl_matched=[] leaves learning rates as they are")
+    for arm in map(str, config.study.kl_matched):
+        if arm not in config.study.arms or arm == DPO:
+            raise UserError(f"study.kl_matched: expected arms of study.arms beside {DPO}, got {arm}")
+
+
 def _folder(root: Path, overrides: Sequence[str]) -> Path:
     """The newest study of the same options, whatever arms and seeds it has so far, or a new folder."""
     for folder in sorted(root.glob("study_*"), reverse=True):
         with suppress(OSError, yaml.YAMLError, KeyError, TypeError):
             said = yaml.safe_load((folder / FILE).read_text(encoding="utf-8"))
-            if (said["format"], said["overrides"]) == (_FORMAT, list(overrides)):
+            if (said["format"], said["overrides"]) == (FORMAT, list(overrides)):
                 return folder
     folder = root / f"study_{datetime.now().astimezone():%Y-%m-%d_%H-%M-%S}"
     try:
         folder.mkdir(parents=True)
-        _write(Plan(folder, [], overrides, 0), [])
+        write_study(folder, overrides, 0, [], [])
     except OSError as error:
         raise UserError(f"runs_root: {error}; nothing was started; make room or choose another folder") from error
     return folder
 
 
 def _train_all(plan: Plan, start: Start) -> Path:
-    screen, found = console(), {(run.arm, run.seed): run for run in runs_of(plan.folder)}
-    runs = [found.pop((run.arm, run.seed), run) for run in plan.runs]
-    others = list(found.values())  # asked for earlier: they stay in the study
-    _write(plan, [*runs, *others])
+    screen = console()
+    runs, others = found_in(plan.folder, plan.runs, plan.matched)
+
+    def write() -> None:
+        write_study(plan.folder, plan.overrides, int(plan.config.study.draws), [*runs, *others], plan.tries)
+
+    write()
     screen.print(f"Study: {plan.folder}", soft_wrap=True)
     for run in (run for run in runs if run.state == "finished"):
         screen.print(f"{run.arm}, seed {run.seed}: found in {run.run}", soft_wrap=True)
+    matching: Matching | None = None
     for rows in _together(runs, is_spread=plan.is_spread):
         numbers = f"run {rows[0] + 1}" if len(rows) == 1 else f"runs {', '.join(str(row + 1) for row in rows)}"
         seeds = ", ".join(str(runs[row].seed) for row in rows)
         screen.rule(f"{numbers} of {len(runs)}: {runs[rows[0]].arm}, seed {seeds}{_time_left(runs)}")
-        for row, run in zip(rows, _train(plan, [runs[row] for row in rows], start), strict=True):
+        if runs[rows[0]].arm in plan.matched:
+            matching = matching or Matching(plan.folder, plan.config, plan.tries, partial(_try, plan, start), write)
+            ended = [matching.train(runs[row], runs) for row in rows]
+        else:
+            ended = _train(plan, [runs[row] for row in rows], start)
+        for row, run in zip(rows, ended, strict=True):
             runs[row] = run
-        _write(plan, [*runs, *others])
+        write()
     for run in (run for run in runs if run.state == "failed"):
         screen.print(f"Failed: {run.arm}, seed {run.seed}: {run.error}", soft_wrap=True, markup=False)
     screen.print(f"Study: {plan.folder}\nNext: {command('analyze.py', runs=plan.folder)}", soft_wrap=True)
     return plan.folder
-
-
-def runs_of(folder: Path) -> Iterator[Arm]:
-    """Runs that say that they belong to a study, the finished ones and those that can be gone on with."""
-    for run, config in runs_in(folder):
-        yield Arm(str(config["arm"]), int(config["seed"]), *_state_of(run))
-
-
-def _state_of(run: Path) -> tuple[str, str, float]:
-    """State, name and minutes of a run."""
-    if not is_finished(run):
-        return "waiting", run.name, 0.0
-    seconds = (run / "metrics.csv").stat().st_mtime - (run / "config.yaml").stat().st_mtime
-    return "finished", run.name, round(max(seconds, 0.0) / 60, 2)
 
 
 def _together(runs: Sequence[Arm], *, is_spread: bool) -> Iterator[list[int]]:
@@ -216,23 +211,39 @@ def _together(runs: Sequence[Arm], *, is_spread: bool) -> Iterator[list[int]]:
 
 def _train(plan: Plan, runs: Sequence[Arm], start: Start) -> list[Arm]:
     """Train runs of one arm in one process, or several of its launcher's; a single one goes on where it was stopped."""
-    seeds = ",".join(str(run.seed) for run in runs)
-    words = [*plan.overrides, f"arm={runs[0].arm}", f"seed={seeds}", f"study_folder={plan.folder.name}"]
+    words = _words(plan, runs)
     before = plan.folder.parent / runs[0].run / "checkpoints"
     if plan.is_spread:
         words.insert(0, "--multirun")
     elif runs[0].run and newest_valid(before, contents=False)[0] is not None:
         words.append(f"ckpt_path={before / 'last.ckpt'}")
+    done = _start(words, start)
+    known = {(run.arm, run.seed): run for run in runs_of(plan.folder)}
+    ended = [replace(known.get((run.arm, run.seed), run), minutes=done.minutes) for run in runs]
+    return [run if run.state == "finished" else replace(run, state="failed", error=done.error) for run in ended]
+
+
+def _words(plan: Plan, runs: Sequence[Arm]) -> list[str]:
+    """Command line of runs of one arm."""
+    seeds = ",".join(str(run.seed) for run in runs)
+    return [*plan.overrides, f"arm={runs[0].arm}", f"seed={seeds}", f"study_folder={plan.folder.name}"]
+
+
+def _try(plan: Plan, start: Start, run: Arm, learning_rate: float) -> Ended:
+    """Train one run at a learning rate."""
+    words = [*_words(plan, [run]), f"module.learning_rate={learning_rate:.12g}"]
+    return _start(["--multirun", *words] if plan.is_spread else words, start)
+
+
+def _start(words: Sequence[str], start: Start) -> Ended:
+    """Train by the words of a command line; ends this process where that one was told to stop."""
     started = time.perf_counter()
     code, said = start(words)
     if code in _STOPPED or code < 0:
         sys.exit(code if code > 0 else 128 - code)
-    minutes = round((time.perf_counter() - started) / 60, 2)
-    known = {(run.arm, run.seed): run for run in runs_of(plan.folder)}
     lines = [line.removeprefix(_PREFIX).strip() for line in said.splitlines() if line.startswith(_PREFIX)]
     error = lines[-1] if lines else f"exit code {code}"
-    ended = [replace(known.get((run.arm, run.seed), run), minutes=minutes) for run in runs]
-    return [run if run.state == "finished" else replace(run, state="failed", error=error) for run in ended]
+    return Ended(code, error, round((time.perf_counter() - started) / 60, 2))
 
 
 def start_process(words: Sequence[str]) -> tuple[int, str]:
@@ -264,13 +275,6 @@ def _pass_on(source: IO[str], lines: list[str]) -> None:
         sys.stderr.flush()
         lines.append(line)
         del lines[:-20]
-
-
-def _write(plan: Plan, runs: Sequence[Arm]) -> None:
-    """Write study.yaml."""
-    said = {"format": _FORMAT, "overrides": list(plan.overrides), "draws": plan.draws}
-    said |= {"plan": [[run.arm, run.seed] for run in runs], "runs": [asdict(run) for run in runs]}
-    write_text(plan.folder / FILE, yaml.safe_dump(said, sort_keys=False))
 
 
 def _time_left(runs: Sequence[Arm]) -> str:

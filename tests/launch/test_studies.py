@@ -1,6 +1,7 @@
 """Studies: planned, trained, found again and judged; runs that fail, differ or are damaged cost themselves alone."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -13,11 +14,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
 from analysis.open.studies import open_study
 from launch.command import run_command
 from launch.configuration import prepare_overrides
-from launch.studies.running import Start, run_study, runs_of, start_process, study_of
+from launch.studies.matching import BROKE_OFF, Ended, Matching, Try, is_matched, nearest, next_rate
+from launch.studies.running import Start, run_study, start_process, study_of
+from launch.studies.study_file import Arm, runs_of
 from tests.cli import TINY
 from tests.processes import run_script
 from tiltmeter.errors import UserError
@@ -285,3 +289,77 @@ def test_option_without_an_effect_on_a_study_is_refused(arguments: tuple[str, ..
     done = run_script("analyze.py", f"runs={tmp_path}", *arguments)
     assert done.returncode == 2
     assert words in done.stderr
+
+
+def test_learning_rate_is_sought_between_those_that_went_less_far_and_further() -> None:
+    """KL that grows with the square of the rate until training breaks off at 0.01."""
+    tries: list[Try] = []
+    target, first = 0.5, 1e-4
+    while not (tries and is_matched(nearest(tries, target).kl, target)):
+        rate = next_rate(tries, target, first=first)
+        tries.append(Try(rate, math.inf if rate > 0.01 else 2e4 * rate**2))
+        assert len(tries) <= 6, tries
+    assert nearest(tries, target) == tries[-1]
+    assert [is_matched(kl, 0.5) for kl in (0.39, 0.41, 0.59, 0.61)] == [False, True, True, False]
+
+
+def test_arm_is_matched_by_tries_that_a_killed_study_finds_again(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three rates: too low, one at which training breaks off, one that fits; the study stops once and goes on."""
+    study = copy_of(trained, tmp_path)
+    template = next(run.run for run in runs_of(study) if run.arm == "dpo_shuffled")
+    tries: list[dict[str, object]] = []
+    asked: list[float] = []
+
+    def start(run: Arm, rate: float) -> Ended:
+        asked.append(rate)
+        if len(asked) == 2:
+            return Ended(BROKE_OFF, "loss is not finite", 0.1)
+        name = f"sft_{len(asked)}"
+        shutil.copytree(study.parent / template, study.parent / name, symlinks=True)
+        config = study.parent / name / "config.yaml"
+        said = yaml.safe_load(config.read_text(encoding="utf-8"))
+        said |= {"arm": "sft_chosen", "seed": 0, "module": {**said["module"], "learning_rate": rate}}
+        config.write_text(yaml.safe_dump(said), encoding="utf-8")
+        if len(asked) == 3:
+            raise KeyboardInterrupt  # between the end of a run and its measurement
+        return Ended(0, "", 0.1)
+
+    kl = {"sft_1": 0.01, "sft_3": 0.45}
+    monkeypatch.setattr("launch.studies.matching.kl_of_run", lambda folder, pairs: kl.get(folder.name, 0.5))
+    monkeypatch.setattr("launch.studies.matching.pairs_to_match", lambda config: [])
+    runs = [run for run in runs_of(study) if run.arm == "dpo"]
+    config = OmegaConf.create({"module": {"learning_rate": 1e-3}, "study": {"kl_tries": 6}})
+    written: list[int] = []
+
+    def matching() -> Matching:
+        return Matching(study, config, tries, start, lambda: written.append(len(tries)))
+
+    with pytest.raises(KeyboardInterrupt):
+        matching().train(Arm("sft_chosen", 0), runs)
+    found = matching().train(Arm("sft_chosen", 0), runs)
+    assert (found.state, found.run, found.kl) == ("finished", "sft_3", (0.45, 0.5))
+    assert len(asked) == 3
+    assert asked[0] == 1e-3 < asked[2] < asked[1]
+    assert [(one["run"], one["kl"]) for one in tries] == [("sft_1", 0.01), ("", math.inf), ("sft_3", 0.45)]
+    assert written == [1, 2, 3]
+    said = yaml.safe_load((study / "study.yaml").read_text(encoding="utf-8"))
+    said["tries"] = tries
+    said["runs"].append({"arm": "sft_chosen", "seed": 0, "state": "finished", "run": "sft_3", "kl": [0.45, 0.5]})
+    (study / "study.yaml").write_text(yaml.safe_dump(said), encoding="utf-8")
+    opened = open_study(study)
+    assert [run.folder.name for run in opened.runs["sft_chosen"]] == ["sft_3"], "tries that don't count are left out"
+    assert opened.kl == {"sft_chosen": [(0.45, 0.5)]}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("study.kl_matched=[dpo]",), "study.kl_matched: expected arms of study.arms beside dpo, got dpo"),
+        (("study.kl_tries=0",), "study.kl_tries: expected at least 1"),
+    ],
+)
+def test_matching_that_can_not_be_done_is_refused(tmp_path: Path, options: Sequence[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        train_study(tmp_path, *options)

@@ -29,8 +29,10 @@ def test_kl_from_the_base_is_that_of_the_distributions_token_by_token() -> None:
             q, p = (one.model(ids).logits[0].double().softmax(-1) for one in (models.base, models.aligned))
         for at in range(len(prompt) - 1, len(prompt) + len(chosen) - 1):
             by_hand.append(sum(float(a) * math.log(float(a) / float(b)) for a, b in zip(p[at], q[at], strict=True)))
-    assert kl_from_base(models) == pytest.approx(sum(by_hand) / len(by_hand), rel=1e-9)
-    assert kl_from_base(checkpoints(3, base=0, aligned=0)) == pytest.approx(0.0, abs=1e-12)
+    pairs = [pair.ids for pair in models.pairs]
+    base, aligned = models.base.model, models.aligned.model
+    assert kl_from_base(base, aligned, pairs) == pytest.approx(sum(by_hand) / len(by_hand), rel=1e-9)
+    assert kl_from_base(base, base, pairs) == pytest.approx(0.0, abs=1e-12)
 
 
 def test_another_model_is_far_above_the_noise_floor_and_the_kernel_is_put_back() -> None:
