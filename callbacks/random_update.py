@@ -52,6 +52,9 @@ class RandomUpdate(Callback):
             return
         if module.device_mesh is not None or n_parameters > self.max_parameters:
             return
+        if module.factory.vector is not None:
+            module.print("Random weight changes: none, since no weight has changed")
+            return
         policy: dict[str, Tensor] = dict(model.state_dict())
         if module.lora is not None:
             policy = module.factory.make_merged(policy)[1]

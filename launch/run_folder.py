@@ -16,12 +16,14 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from analysis.open.kept_models import check_kept, record_kept
-from analysis.open.runs import source_of_base
+from analysis.open.runs import ADAPTER_FOLDER, VECTOR_FILE, source_of_base
 from lightning_modules.base import LogProbModule
 from tiltmeter.errors import FailedWrite, UserError
 from tiltmeter.files import copy_file, write_atomically, write_json, write_text
 from tiltmeter.models.causal_lm import CausalLM
 from tiltmeter.models.lora import ADAPTER
+from tiltmeter.models.trained_vector import TrainedVector, trained_vector
+from tiltmeter.steering.vector import TRAINED, SteeringVector, VectorId, save_vectors
 
 BASE = "base"
 T = TypeVar("T")
@@ -64,7 +66,7 @@ def export_model(
     """Write plain safetensors, configuration and tokenizer; every process must call this, the first one writes.
 
     A model with LoRA adapters is written twice: merged, as a plain model, and its adapters alone in ``adapter/`` beside it.
-    Where they can't be merged, ``adapter/`` is the result, and why is returned.
+    Where they can't be merged, ``adapter/`` is the result, and why is returned; so is a vector's.
 
     Args:
         keep_existing: a folder that another run made meanwhile stays.
@@ -78,8 +80,12 @@ def export_model(
 
     def export() -> str | None:
         whole, tensors = model, state
+        vector = trained_vector(model)
+        if vector is not None:
+            _export_vector(vector, folder.with_name(ADAPTER_FOLDER), record)
         if module.lora is not None:
-            _export_adapters(model, state, folder.with_name("adapter"), record)
+            _export_adapters(model, state, folder.with_name(ADAPTER_FOLDER), record)
+        if module.keeps_base:
             try:
                 whole, tensors = module.factory.make_merged(state)
             except UserError as error:
@@ -123,6 +129,21 @@ def _export_adapters(model: PreTrainedModel, state: dict[str, Tensor], folder: P
 
     def write(temporary: Path) -> None:
         model.save_pretrained(temporary, state_dict=state)
+        record(temporary, folder.name)
+
+    write_atomically(folder, write)
+
+
+def _export_vector(vector: TrainedVector, folder: Path, record: Record) -> None:
+    """Write a trained vector, to be added to what ``base/`` computes, or swept like others (``steering.vectors``)."""
+    values = vector.values.detach().float().cpu()
+    made = "trained with the run's loss, the model frozen; added to every token"
+
+    def write(temporary: Path) -> None:
+        temporary.mkdir()
+        save_vectors(
+            temporary / VECTOR_FILE, {"trained": SteeringVector(VectorId(TRAINED, vector.site), values, made=made)}
+        )
         record(temporary, folder.name)
 
     write_atomically(folder, write)

@@ -64,6 +64,7 @@ from tiltmeter.commands import command, setting
 from tiltmeter.errors import FailedWrite, NumericalStop, UserError
 from tiltmeter.judges.judge_scorer import JudgeScorer
 from tiltmeter.models.lora import why_not_merged
+from tiltmeter.models.trained_vector import NOT_MERGED
 
 
 def train(config: DictConfig) -> Path:
@@ -200,13 +201,15 @@ def _attach(parts: Parts, root: Path) -> None:
 
 def _why_not_merged(parts: Parts) -> str | None:
     """One line on why the adapters can't be merged, tried before anything is trained; None where they can, or there are none."""
+    if parts.module.factory.vector is not None:
+        return NOT_MERGED
     if parts.module.lora is None:
         return None
     return why_not_merged(parts.model.build_on_meta(parts.tokenizer), parts.module.lora)
 
 
 def _unmerged(tense: str, reason: str | None) -> list[str]:
-    return [] if reason is None else [f"LoRA: adapter/ {tense} the result, without aligned/: {reason}"]
+    return [] if reason is None else [f"Adapter: adapter/ {tense} the result, without aligned/: {reason}"]
 
 
 def _checkpoint_to_resume(config: DictConfig, root: Path, held: ExitStack) -> tuple[Path | None, list[str], list[str]]:

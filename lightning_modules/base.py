@@ -35,6 +35,7 @@ from lightning_modules.weight_guard import check_weights, squared_norm
 from tiltmeter.errors import NumericalStop, UserError
 from tiltmeter.metric_names import metric
 from tiltmeter.models.lora import adapter_dropout, check_adapters
+from tiltmeter.models.trained_vector import VectorOptions
 from tiltmeter.pairs.batch import PreferenceBatch, StepBatch
 from tiltmeter.pairs.verification import settle_packing, verify_layout, verify_no_randomness
 
@@ -60,6 +61,7 @@ class LogProbModule(LightningModule):
         freeze_embeddings: keep token and position embeddings and the unembedding fixed, the paper's setting.
         chunk_tokens: tokens whose logits exist at a time; null: 1,024, fewer above 32,768 words.
         lora: train low-rank adapters instead of the weights (``adapter=lora``); null: the weights.
+        vector: train one constant vector instead of them (``adapter=vector``); null: no vector.
         activation_checkpointing: keep only each block's input for the backward pass and compute the rest again: less
             memory, about a third more time, the same numbers to the last bit on a CPU.
         max_skipped_steps, spike_sigmas: steps that aren't learned from (:class:`~lightning_modules.step_guard.StepGuard`).
@@ -88,6 +90,7 @@ class LogProbModule(LightningModule):
         freeze_embeddings: bool = True,
         chunk_tokens: int | None = None,
         lora: LoraConfig | None = None,
+        vector: VectorOptions | None = None,
         activation_checkpointing: bool = False,
         compile_blocks: bool = False,
         max_skipped_steps: int = 3,
@@ -98,10 +101,13 @@ class LogProbModule(LightningModule):
             freeze_embeddings=freeze_embeddings,
             chunk_tokens=chunk_tokens,
             lora=lora,
+            vector=vector,
             activation_checkpointing=activation_checkpointing,
             compile_blocks=compile_blocks,
         )
         self.lora = lora
+        self.keeps_base = lora is not None or vector is not None
+        """Whether the base's weights are kept as they are, so that it is there beside the policy at any time."""
         check_number("learning_rate", learning_rate, 0, math.inf, above=True)
         check_number("weight_decay", weight_decay, 0, math.inf)
         check_number(
@@ -313,11 +319,11 @@ class LogProbModule(LightningModule):
         self.check_weights()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say which token ids the run was trained on; leave out weights that LoRA doesn't train; refuse those gone wrong."""
+        """Say which token ids the run was trained on; leave out weights that aren't trained; refuse those gone wrong."""
         self.check_weights()
         checkpoint["data_digests"] = self._data_digests()
         checkpoint["step_guard"] = self.guard.state_dict()
-        if self.lora is not None and self.device_mesh is None:
+        if self.keeps_base and self.device_mesh is None:
             trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
 
@@ -334,7 +340,7 @@ class LogProbModule(LightningModule):
                 "ckpt_path: the checkpoint was trained on other data or another tokenisation; resume with the same data options"
             )
         self.guard.load_state_dict(checkpoint["step_guard"])
-        if self.lora is not None and self.device_mesh is None:
+        if self.keeps_base and self.device_mesh is None:
             trained = {name for name, p in self.named_parameters() if p.requires_grad}
             if trained != set(checkpoint["state_dict"]):
                 raise UserError(

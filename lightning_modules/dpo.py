@@ -141,7 +141,7 @@ class DPOModule(LogProbModule):
 
     def _reference_factory(self) -> ModelFactory | None:
         """Factory of the reference; None: the model in training still is it, or was loaded and is with its adapters off."""
-        resumes_whole = bool(self.reference) and self.lora is None
+        resumes_whole = bool(self.reference) and not self.keeps_base
         return self._other_reference or (self.factory.plain() if resumes_whole else None)
 
     @contextmanager

@@ -17,10 +17,12 @@ from lightning_modules.policy import (
     shard,
 )
 from lightning_modules.schedule import check_number
+from tiltmeter.errors import UserError
 from tiltmeter.models.cpu_linear import onednn_is_faster, use_fast_linear
 from tiltmeter.models.lora import check_lora, insert_adapters, merged_state, reads_weights
 from tiltmeter.models.quantization import dequantized
 from tiltmeter.models.sharded_weights import EmptyModel
+from tiltmeter.models.trained_vector import NOT_MERGED, VectorOptions, insert_vector
 
 
 class ModelFactory:
@@ -36,12 +38,16 @@ class ModelFactory:
         freeze_embeddings: bool,
         chunk_tokens: int | None,
         lora: LoraConfig | None,
+        vector: VectorOptions | None = None,
         activation_checkpointing: bool,
         compile_blocks: bool,
     ) -> None:
         check_number("chunk_tokens", 1 if chunk_tokens is None else chunk_tokens, 1, float("inf"))
         if lora is not None:
             check_lora(lora, freeze_embeddings=freeze_embeddings)
+        if lora is not None and vector is not None:
+            raise UserError("module.vector: adapters or a vector are trained, not both; leave module.lora or it out")
+        self.vector = vector
         self.freeze_embeddings, self.chunk_tokens, self.lora = freeze_embeddings, chunk_tokens, lora
         self.activation_checkpointing, self.compile_blocks = activation_checkpointing, compile_blocks
         self.build: PolicyBuilder | None = None
@@ -82,6 +88,8 @@ class ModelFactory:
         Raises:
             UserError: its adapters can't be merged.
         """
+        if self.vector is not None:
+            raise UserError(NOT_MERGED)
         whole = self.make_plain()
         if self.lora is None:
             return whole, state
@@ -91,12 +99,20 @@ class ModelFactory:
         return whole, merged_state(whole, {name: state[name] if "lora_" in name else own[name] for name in own})
 
     def make(self, trainer: Trainer, mesh: DeviceMesh | None) -> Policy:
-        """Build, adapt, freeze and shard; with a mesh each process reads its share of the weights where it can."""
+        """Build, adapt, freeze and shard; with a mesh each process reads its share of the weights where it can.
+
+        Raises:
+            UserError: a vector is to be trained on a mesh.
+        """
+        if self.vector is not None and mesh is not None:
+            raise UserError("module.vector: a single vector is not sharded; use trainer=ddp, gpu or cpu")
         empty = self._empty_model() if mesh is not None else None
         model = self.make_base() if empty is None else empty.model
         if self.lora is not None:
             with torch.device("cpu"):  # the same random adapters everywhere
                 insert_adapters(model, self.lora)
+        if self.vector is not None:
+            insert_vector(model, self.vector)
         if self.freeze_embeddings:
             freeze_embeddings(model)
         if self.activation_checkpointing:

@@ -26,7 +26,7 @@ def check_weights(norm: float, *, before: float, step: int) -> None:
 
     Args:
         norm: Frobenius norm of the trained weights; NaN or infinite where one of them is.
-        before: that of the same weights before training.
+        before: that of the same weights before training; 0: they grow from nothing, and only have to be finite.
         step: optimizer steps taken.
 
     Raises:
@@ -38,7 +38,7 @@ def check_weights(norm: float, *, before: float, step: int) -> None:
     tiltmeter.errors.NumericalStop: step 3: weights are not finite; they are neither saved nor exported. A lower \
 module.learning_rate or a higher precision is the usual cure
     """
-    if math.isfinite(norm) and norm <= MOST_GROWTH * before:
+    if math.isfinite(norm) and (norm <= MOST_GROWTH * before or before == 0):
         return
     how = "not finite"
     if math.isfinite(norm):

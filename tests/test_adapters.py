@@ -1,6 +1,7 @@
 """LoRA from the command line: what the run folder holds, and resuming."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,15 @@ from analysis.open.runs import open_run
 from launch.training import train
 from tests.analysis.asked import save_model
 from tests.cli import TINY, composed, metrics_of, only_run, run_train
+from tiltmeter.steering.intervene import Intervention, steer
+from tiltmeter.steering.vector import load_vectors
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
 ]
 LORA = (*TINY, "adapter=lora", "module.lora.r=4", "logger=csv", "callbacks=none", "module.schedule=constant")
+VECTOR = (*TINY, "arm=constant_vector", "logger=csv", "callbacks=geometry", "module.schedule=constant")
 SHORT = ("trainer.max_steps=2", "trainer.val_check_interval=1")
 LONG = ("trainer.max_steps=4", "trainer.val_check_interval=1")
 
@@ -82,6 +86,50 @@ def test_options_that_do_not_go_together_are_one_line(tmp_path: Path) -> None:
         assert message in done.stderr
         assert len(done.stderr.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def of_vector(runs: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run that trained a vector, on the base that is there already."""
+    root = tmp_path_factory.mktemp("vector")
+    shutil.copytree(runs[0] / "cache", root / "cache")
+    done = run_train(*VECTOR, *SHORT, f"runs_root={root}")
+    assert done.returncode == 0, done.stderr
+    return root, done.stdout
+
+
+def test_trained_vector_is_the_result_and_opens_as_the_aligned_model(of_vector: tuple[Path, str]) -> None:
+    root, said = of_vector
+    run = only_run(root)
+    assert "Adapter: adapter/ is the result, without aligned/: a vector is added to hidden states" in " ".join(
+        said.split()
+    )
+    assert not (run / "aligned").exists()
+    (vector,) = load_vectors(run / "adapter" / "vector.safetensors").values()
+    assert vector.id.kind == "trained"
+    assert vector.norm() > 0
+    opened = checkpoints_of_run(open_run(run))
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        base, aligned = (one.model(ids).logits for one in (opened.base, opened.aligned))
+        with steer(opened.base.model, Intervention(vector.site, vector.values[None])):
+            expected = opened.base.model(ids).logits
+    torch.testing.assert_close(aligned, expected, rtol=0, atol=1e-5)
+    assert (aligned - base).abs().max() > 1e-4
+    kept = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert list(kept) == ["policy.model.trained_vector.d"]
+
+
+def test_a_resumed_vector_ends_where_a_whole_one_does(of_vector: tuple[Path, str], tmp_path: Path) -> None:
+    shutil.copytree(of_vector[0] / "cache", tmp_path / "cache")
+    whole = run_train(*VECTOR, *LONG, f"runs_root={tmp_path}")
+    resumed = run_train(*VECTOR, *LONG, f"runs_root={of_vector[0]}", "ckpt_path=last")
+    assert resumed.returncode == whole.returncode == 0, resumed.stderr + whole.stderr
+    losses = [
+        [r["train/loss"] for r in metrics_of(only_run(root)) if r["train/loss"]] for root in (of_vector[0], tmp_path)
+    ]
+    assert len(losses[0]) == 4
+    assert losses[0] == losses[1]
 
 
 def test_where_adapters_cannot_be_merged_they_are_the_result_and_the_run_ends_well(

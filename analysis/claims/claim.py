@@ -18,6 +18,7 @@ from analysis.claims.statistics import (
     Source,
     Statistic,
 )
+from analysis.open.studies import DPO
 from tiltmeter.errors import UserError
 from tiltmeter.plain_text import did_you_mean
 from tiltmeter.stats.arms import Arm
@@ -29,7 +30,10 @@ _SIDES: Mapping[str, tuple[Callable[[float, float], bool], str]] = {
     "at_most": (operator.le, "≤"),
     "below": (operator.lt, "<"),
 }
-ARMS = ("dpo", "sft_chosen", "dpo_shuffled", "dpo_swapped", "dpo_random_pairs", "lm_continued")
+ARMS = (
+    "dpo", "sft_chosen", "dpo_shuffled", "dpo_swapped", "dpo_random_pairs", "lm_continued", "constant_vector",
+    "constant_vector_shuffled",
+)  # fmt: skip
 """Arms of a study that are shipped (conf/arm, docs/claims.md)."""
 DRAWN = ("random_update", "random_update_rotated")
 """Arms that are drawn, not trained; a further draw has to be passed, and not their mean."""
@@ -67,6 +71,31 @@ class OfTable:
 
 
 @dataclass(frozen=True)
+class Gained:
+    """T as the share of what dpo gains in held-out loss that another arm gains: (L₀ − L) / (L₀ − L_dpo).
+
+    Args:
+        arm: that other arm.
+    """
+
+    arm: str
+    conditions: ClassVar[tuple[str, ...]] = ()
+    """Conditions that it can be told of: none."""
+
+    def under(self, condition: str) -> Statistic:
+        """Raises ValueError: losses can't be told of a condition."""
+        raise ValueError(f"held-out losses can't be told of {condition}")
+
+    def of_arm(self, name: str, arms: Source) -> Arm | str:
+        """T in the runs of an arm, by default of its own; text: why it is not known."""
+        return arms.of_losses(self.arm if name == DPO else name)
+
+
+Asked = Statistic | OfTable | Gained
+"""Everything that a claim can be about."""
+
+
+@dataclass(frozen=True)
 class Bound:
     """A threshold τ, and on which side of it T has to lie."""
 
@@ -92,7 +121,7 @@ class Survival:
     """Condition under which a claim still has to hold."""
 
     name: str
-    statistic: Statistic | OfTable | None
+    statistic: Asked | None
     """T there; None: nothing here computes it yet."""
     bound: Bound
 
@@ -112,9 +141,9 @@ class Claim:
 
     key: str
     says: str
-    statistic: Statistic | OfTable | None
+    statistic: Asked | None
     bound: Bound
-    beats: Mapping[str, Statistic | OfTable | None]
+    beats: Mapping[str, Asked | None]
     survives: tuple[Survival, ...]
 
 
@@ -153,26 +182,31 @@ def _claim(where: str, key: str, entry: Mapping[str, Any], arms: Sequence[str]) 
     if "says" not in entry:
         raise UserError(f"{where}: says is missing: the claim in words")
     bound = _bound(where, entry)
-    statistic = _statistic(where, entry)
-    beats: dict[str, Statistic | OfTable | None] = {}
+    statistic = _statistic(where, entry, arms)
+    beats: dict[str, Asked | None] = {}
     for name in map(str, entry.get("beats", ())):
         _one_of(f"{where}: beats", name, (*arms, *DRAWN, *OWN))
         beats[name] = _under(f"{where}: beats", statistic, name) if name in OWN else statistic
     survives = tuple(
-        _survival(f"{where}: survives", str(name), option, statistic, bound)
+        _survival(f"{where}: survives", str(name), option, statistic, bound, arms)
         for name, option in _named(entry.get("survives", ()))
     )
     return Claim(key, str(entry["says"]), statistic, bound, beats, survives)
 
 
 def _survival(
-    where: str, name: str, option: Mapping[str, Any] | None, statistic: Statistic | OfTable | None, bound: Bound
+    where: str,
+    name: str,
+    option: Mapping[str, Any] | None,
+    statistic: Asked | None,
+    bound: Bound,
+    arms: Sequence[str],
 ) -> Survival:
     if option is None:
         return Survival(name, _under(where, statistic, name), bound)
     here = f"{where}: {name}"
     _known(here, option, ("statistic", "sites", "minus", "position", *get_args(Side)))
-    own = _statistic(here, option) if "statistic" in option else statistic
+    own = _statistic(here, option, arms) if "statistic" in option else statistic
     return Survival(name, own, _bound(here, option) if any(side in option for side in get_args(Side)) else bound)
 
 
@@ -184,19 +218,24 @@ def _named(entries: Any) -> list[tuple[str, Mapping[str, Any] | None]]:
     return found
 
 
-def _under(where: str, statistic: Statistic | OfTable | None, condition: str) -> Statistic | None:
+def _under(where: str, statistic: Asked | None, condition: str) -> Statistic | None:
     """The statistic under a condition. Raises UserError: it can't be told of it."""
     if statistic is None:
         return None
     if not statistic.conditions:
-        _has_no(where, {condition: ""}, "a table")
+        _has_no(where, {condition: ""}, "a number that is read, not computed of states")
     _one_of(where, condition, statistic.conditions)
     return statistic.under(condition)
 
 
-def _statistic(where: str, entry: Mapping[str, Any]) -> Statistic | OfTable | None:
+def _statistic(where: str, entry: Mapping[str, Any], arms: Sequence[str]) -> Asked | None:
     asked = entry.get("statistic")
     places = {key: str(entry[key]) for key in ("sites", "minus", "position") if entry.get(key) is not None}
+    if isinstance(asked, dict) and "gained_by" in asked:
+        _known(f"{where}: statistic", asked, ("gained_by",))
+        _one_of(f"{where}: statistic: gained_by", str(asked["gained_by"]), arms)
+        _has_no(where, places, "held-out losses")
+        return Gained(str(asked["gained_by"]))
     if isinstance(asked, dict):
         _known(f"{where}: statistic", asked, ("table", "column", "where", "less"))
         if not {"table", "column"} <= asked.keys():

@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from scipy.special import ndtri
@@ -13,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from analysis.claims.claim import ARMS, DRAWN, OfTable
-from analysis.claims.evidence import Arms, Figure
+from analysis.claims.evidence import Arms, Figure, HeldOut
 from analysis.claims.statistics import Parting, Read
 from analysis.open.checkpoints import Checkpoints
 from analysis.open.observed import Observed
@@ -26,6 +27,7 @@ from tiltmeter.errors import UserError
 from tiltmeter.models.causal_lm import KERNELS
 from tiltmeter.models.layers import unembedding
 from tiltmeter.pairs.batch import TokenizedPair
+from tiltmeter.pairs.preference_losses import PairLogProbs, make_preference_loss
 from tiltmeter.pairs.verification import best_layout
 from tiltmeter.states.capture import Reading
 from tiltmeter.states.positions import Position, content_tokens
@@ -37,6 +39,7 @@ _STORED: tuple[Position, ...] = ("prompt_last", "content")
 _LEAST_PAIRS = 4
 _MADE_BY = {"sweep": "steering_sweep", "steering_effects": "steering_sweep"}
 """Table → the analysis that makes it, where it has another name."""
+_LOSS_KEYS = ("loss", "sft_weight", "beta", "label_smoothing", "gamma_beta_ratio")
 _NO_MODELS = "ask_models=false"
 FORMS: Mapping[str, Form] = dict(zip(DRAWN, ("gaussian", "rotated"), strict=True))
 """Arms that are drawn → form of the random weight changes."""
@@ -92,7 +95,7 @@ def arms_of(
     if open_run is not None:
         reads |= drawn
     tables = partial(_of_tables, study, make_table, say)
-    return Arms(_of_common_pairs(reads), tables, missing, noise, _NO_MODELS, kl)
+    return Arms(_of_common_pairs(reads), tables, missing, noise, _NO_MODELS, kl, partial(losses_of, study))
 
 
 def _stored(run: Run) -> Read | None:
@@ -250,6 +253,36 @@ def _of_tables(
             return f"{path} has no such number"
         figures.append(figure)
     return figures
+
+
+def losses_of(study: Study, arm: str) -> HeldOut | str:
+    """Losses of the held-out pairs in each run of an arm; text: why they aren't known."""
+    runs = study.runs.get(arm, ())
+    if not runs:
+        return _train(study, arm)
+    tables = [run.held_out for run in runs]
+    known = [table for table in tables if table is not None and {"pair_id", "prompt", "loss"} <= set(table.columns)]
+    if len(known) < len(tables) or any(list(table["pair_id"]) != list(known[0]["pair_id"]) for table in known):
+        return f"a run of {arm} kept no held-out losses, or those of other pairs"
+    losses = torch.tensor(np.stack([table["loss"] for table in known], axis=1), dtype=torch.float64)
+    if not bool(losses.isfinite().all()):
+        return f"a run of {arm} has held-out losses that are no numbers"
+    start = _loss_at_start(runs[0])
+    return start if isinstance(start, str) else HeldOut(losses, [str(prompt) for prompt in known[0]["prompt"]], start)
+
+
+def _loss_at_start(run: Run) -> float | str:
+    """Loss of every pair while the policy still is the reference; text: it isn't one number."""
+    module = run.node("module")
+    given = {key: module[key] for key in _LOSS_KEYS if key in module}
+    loss, chosen, rejected = (
+        make_preference_loss(**{"loss": "sigmoid", **given}),
+        torch.zeros(2),
+        torch.tensor([0.0, -9]),
+    )
+    counts = torch.tensor([1, 3])
+    first, second = loss(PairLogProbs(chosen, rejected, chosen, rejected, counts, counts)).tolist()
+    return float(first) if first == second else f"with module.loss={loss.name} the loss before training differs by pair"
 
 
 def figure_of(path: Path, asked: OfTable) -> Figure | None:

@@ -24,6 +24,7 @@ _NAMES = {
     "dpo_swapped": "swapped labels",
     "dpo_random_pairs": "random pairs",
     "lm_continued": "more LM training",
+    "constant_vector_shuffled": "vector, shuffled labels",
     "random_update": "random weights",
     "random_update_rotated": "random, same spectrum",
     "base_states": "base’s own states",

@@ -280,6 +280,9 @@ class Source(Protocol):
     def of_table(self, name: str, asked: Any) -> Arm | str:
         """T of a report's table."""
 
+    def of_losses(self, name: str) -> Arm | str:
+        """T of held-out losses."""
+
 
 @dataclass(frozen=True)
 class Statistic:

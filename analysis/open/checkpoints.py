@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from analysis.open.adapters import check_adapter, find_adapter, merge_adapter
 from analysis.open.models import LoadedModel, load_config, load_model, load_tokenizer
 from analysis.open.pair_log_probs import SideLogProbs, tokens_of_pairs
 from analysis.open.probe_pairs import PROMPTS_FILE, ProbePair, check_ids, read_probe_pairs
-from analysis.open.runs import Run
+from analysis.open.runs import VECTOR_FILE, Run
 from datamodules.prompts import PromptFile
 from datamodules.records import LoadReport, PreferencePair, PreferenceSource, load_pairs
 from datamodules.splits import with_clean_label
@@ -21,11 +22,13 @@ from datamodules.tokenization import PairTokenizer, SegmentEncoder, Tokenization
 from tiltmeter.errors import UserError
 from tiltmeter.models.causal_lm import DTYPES
 from tiltmeter.models.generation import named_end_ids
+from tiltmeter.models.trained_vector import VectorOptions, insert_vector
 from tiltmeter.pairs.chat import TextChoice, settle_text_format
 from tiltmeter.pairs.preference_losses import make_preference_loss
 from tiltmeter.scoring import scorer as scoring
 from tiltmeter.scoring.behaviour import Prompt
 from tiltmeter.scoring.scorer import LabelledPair, Scorer
+from tiltmeter.steering.vector import load_vectors
 
 Device = str | None
 USUAL_BETA = 0.1
@@ -215,7 +218,11 @@ def _open(
     if find_adapter(base) is not None:
         raise UserError(f"base={base}: an adapter, expected a whole model; give the base it was trained on")
     adapter = find_adapter(aligned)
-    if adapter is None:
+    if (Path(aligned) / VECTOR_FILE).is_file():
+        opened = [load_model(base, revision=base_revision, **options) for _ in range(2)]
+        (vector,) = load_vectors(Path(aligned) / VECTOR_FILE).values()
+        insert_vector(opened[1].model, VectorOptions(vector.site, scale=1.0), vector.values)
+    elif adapter is None:
         _check_shapes((base, base_revision), (aligned, None))
         opened = [load_model(name, revision=r, **options) for name, r in ((base, base_revision), (aligned, None))]
     else:

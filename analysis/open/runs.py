@@ -17,6 +17,10 @@ from tiltmeter.errors import UserError
 
 CONFIG_BYTES = 1_000_000
 """Largest config.yaml that is read; real ones have a few kilobytes."""
+ADAPTER_FOLDER = "adapter"
+"""Folder of what was trained beside a base that stays as it is."""
+VECTOR_FILE = "vector.safetensors"
+"""File in it of a vector."""
 _STAMP = re.compile(r"(\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d)(?:_(\d+))?")
 Scalar = str | int | float | bool
 
@@ -45,7 +49,7 @@ class Run:
     @property
     def aligned(self) -> Path:
         """The model after the last step; the adapter of it where that couldn't be merged."""
-        return self.folder / ("aligned" if _is_merged(self.folder) else "adapter")
+        return self.folder / ("aligned" if _is_merged(self.folder) else ADAPTER_FOLDER)
 
     @property
     def base_source(self) -> tuple[str, str | None]:
@@ -165,7 +169,8 @@ def _read_held_out(path: Path) -> pd.DataFrame:
 
 def is_finished(folder: Path) -> bool:
     """aligned/, or adapter/ alone where it can't be merged, is renamed into place as the last thing that training writes."""
-    return _is_merged(folder) or (folder / "adapter" / "adapter_config.json").is_file()
+    adapter = folder / ADAPTER_FOLDER
+    return _is_merged(folder) or (adapter / "adapter_config.json").is_file() or (adapter / VECTOR_FILE).is_file()
 
 
 def _is_merged(folder: Path) -> bool:

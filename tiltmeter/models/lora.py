@@ -16,6 +16,7 @@ from torch.nn import Dropout, Linear, Module, Parameter
 from transformers import PreTrainedModel
 
 from tiltmeter.errors import UserError, argument
+from tiltmeter.models import trained_vector
 from tiltmeter.models.layers import backbone
 from tiltmeter.pairs.batch import collate_pairs
 from tiltmeter.pairs.log_probs import sequence_log_probs
@@ -177,7 +178,7 @@ def plain_state(model: PreTrainedModel) -> dict[str, Tensor]:
         if isinstance(module, LoraLayer)
         for inner in cast(Module, module).state_dict()
         if not inner.startswith("base_layer.")
-    }
+    } | {name for name in model.state_dict() if name.startswith(f"{trained_vector.NAME}.")}
     return {plain_name(name): tensor for name, tensor in model.state_dict().items() if name not in adapters}
 
 
@@ -207,8 +208,8 @@ def _log_probs(model: PreTrainedModel) -> Tensor:
 
 @contextmanager
 def adapters_disabled(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, the model is what it was before :func:`add_lora`; without adapters nothing changes."""
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    """Inside, the model is what it was before adapters, or a vector that is trained, were put in; without any nothing changes."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer | trained_vector.TrainedVector)]
     for layer in layers:
         layer.enable_adapters(False)
     try:

@@ -29,6 +29,8 @@ RANDOM, RANDOM_PCA, RANDOM_COVARIANCE = "random", "random_pca", "random_covarian
 UNRELATED = "unrelated_contrast"
 RANDOM_KINDS = (RANDOM, RANDOM_PCA, RANDOM_COVARIANCE, UNRELATED)
 """Kinds of which many are drawn, and whose distribution the others are judged against."""
+TRAINED = "trained"
+"""Kind: a vector that was trained with a run's loss."""
 OWN = "own"
 """Kind: a vector of the user's own."""
 _METADATA_KEY = "steering_vectors"

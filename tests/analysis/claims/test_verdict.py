@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from analysis.claims.claim import Bound, Claim, OfTable, read_claims
-from analysis.claims.evidence import Arms, Figure, judge_all
+from analysis.claims.evidence import Arms, Figure, HeldOut, evidence_of, judge_all
 from analysis.claims.section import check_table, claims_section, write_claims
 from analysis.claims.statistics import Statistic, lower_sites, upper_sites
 from analysis.claims.verdict import INCONCLUSIVE, REFUTED, SAME, SUPPORTED, Evidence, judge
@@ -104,6 +104,35 @@ def test_section_table_and_file_hold_every_verdict(tmp_path: Path) -> None:
     assert '"verdict": "supported"' in (tmp_path / "claims.json").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize(("share", "kind"), [(0.95, SUPPORTED), (0.4, REFUTED)])
+def test_constant_vector_is_enough_where_it_gains_what_dpo_does(share: float, kind: str) -> None:
+    """Held-out losses from log 2 down to 0.2; prompts and runs vary."""
+    rng, start = torch.Generator().manual_seed(0), math.log(2)
+    prompts = 0.1 * torch.randn(120, 1, generator=rng, dtype=torch.float64)
+
+    def losses(arm: str) -> HeldOut | str:
+        gain = {"dpo": 1.0, "constant_vector": share, "constant_vector_shuffled": 0.1}.get(arm)
+        if gain is None:
+            return "no run"
+        noise = 0.02 * torch.randn(120, 3, generator=torch.Generator().manual_seed(len(arm)), dtype=torch.float64)
+        return HeldOut(start - gain * (start - 0.2 + prompts) + noise, [f"p{i // 2}" for i in range(120)], start)
+
+    (claim,) = (claim for claim in read_claims(CLAIMS) if claim.key == "K10")
+    arms = Arms({}, losses=losses)
+    found = judge(claim, evidence_of(claim, arms))
+    assert found.kind == kind, found.sentence
+    assert found.value.value == pytest.approx(share, abs=0.02)
+    assert found.value.high - found.value.low < 0.1
+    own, dpo = losses("constant_vector"), losses("dpo")
+    assert isinstance(own, HeldOut)
+    assert isinstance(dpo, HeldOut)
+    by_hand = (start - own.losses.mean(0)) / (start - dpo.losses.mean())
+    arm = arms.of_losses("constant_vector")
+    assert isinstance(arm, Arm)
+    torch.testing.assert_close(arm.values[0], by_hand)
+    assert arms.of_losses("lm_continued") == "no run"
+
+
 def test_sites_of_claims_are_thirds_of_the_blocks() -> None:
     sites = [f"layer_{i:02d}" for i in range(7)] + ["final_pre_norm", "final_post_norm"]
     assert upper_sites(sites) == ["layer_04", "layer_05", "layer_06", "final_pre_norm"]
@@ -147,7 +176,7 @@ def test_shipped_claims_are_those_of_the_reference() -> None:
         ),
         (
             "K: {says: x, statistic: {table: t, column: c}, at_least: 1, beats: [base_states]}",
-            "base_states: has no effect on a table",
+            "base_states: has no effect on a number that is read",
         ),
         ("K: {says: x, statistic: preference_cosine, above: 0, survives: [content]}", "there is no content"),
         ("K: {says: x, statistic: preference_cosine, position: content, above: 0}", "position: has no effect on"),

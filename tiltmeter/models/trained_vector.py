@@ -1,0 +1,96 @@
+"""A constant vector that is trained in the place of weights: added to every token's hidden state at one site of a frozen model."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tiltmeter.errors import UserError, argument
+from tiltmeter.models.hooks import hook_site
+from tiltmeter.models.layers import decoder_blocks, site_depth
+
+NAME = "trained_vector"
+"""Name of its module in the model, and so the start of its parameter's name."""
+
+NOT_MERGED = "a vector is added to hidden states, which no weight of the model does"
+"""Reason why there is no whole model to write."""
+
+
+@dataclass(frozen=True)
+class VectorOptions:
+    """Options of a vector that is trained.
+
+    Args:
+        site: as :mod:`tiltmeter.models.layers` names it; by default behind the first block, so that all others can act on it.
+        scale: the vector is its parameter times this, so that an optimizer's step in activation units is the learning rate times
+            it: rates for weights are too small for a vector.
+
+    Raises:
+        UserError: a scale that is not above 0.
+    """
+
+    site: str = "layer_00"
+    scale: float | int = 100.0
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without a model."""
+        if not self.scale > 0:
+            raise UserError(f"{argument('VectorOptions.scale')}: expected more than 0, got {self.scale}")
+
+
+class TrainedVector(nn.Module):
+    """h ↦ h + scale · d at every token, d starting at 0."""
+
+    def __init__(self, d_model: int, *, site: str, scale: float | int = 1.0) -> None:
+        super().__init__()
+        self.d = nn.Parameter(torch.zeros(d_model))
+        self.site, self.scale = site, scale
+        self._is_on = True
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Turn it on or off, as peft's layers are."""
+        self._is_on = enabled
+
+    @property
+    def values(self) -> Float[Tensor, " d_model"]:
+        """The vector, in activation units."""
+        return self.scale * self.d
+
+    def forward(self, hidden: Float[Tensor, "row token d_model"]) -> Float[Tensor, "row token d_model"] | None:
+        """Hidden states to go on with; None: those that there are."""
+        return hidden + self.values.to(hidden.dtype) if self._is_on else None
+
+
+def insert_vector(
+    model: PreTrainedModel, options: VectorOptions, values: Float[Tensor, " d_model"] | None = None
+) -> TrainedVector:
+    """Put a vector into a model, the only parameter that is trained from now on.
+
+    Args:
+        values: in activation units; None: 0, with which the model computes what it did.
+
+    Raises:
+        UserError: the model has no such site, or another width.
+    """
+    d_model = int(model.config.hidden_size)
+    if values is not None and tuple(values.shape) != (d_model,):
+        raise UserError(
+            f"a vector of {len(values)} numbers, expected {d_model}, the width of this model; give the base it was trained on"
+        )
+    site_depth(options.site, len(decoder_blocks(model)))
+    vector = TrainedVector(d_model, site=options.site, scale=options.scale)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    model.add_module(NAME, vector.to(model.device))
+    if values is not None:
+        with torch.no_grad():
+            vector.d.copy_(values / options.scale)
+    hook_site(model, vector.site, vector)
+    return vector
+
+
+def trained_vector(model: PreTrainedModel) -> TrainedVector | None:
+    """The vector that :func:`insert_vector` put into a model; None: it has none."""
+    return getattr(model, NAME, None)
