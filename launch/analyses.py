@@ -11,8 +11,10 @@ from tiltmeter.errors import UserError
 ALL = "all"
 _OF_CHECKPOINTS = ("data", "pairs", "out")
 """Keys that only two checkpoints need."""
-_OF_STUDY = ("claims", "claims_file", "ask_models", "plan")
-"""Keys that only a study needs."""
+_CLAIMS = ("claims", "claims_file")
+"""Keys that a study and a run's whole report take."""
+_OF_STUDY = (*_CLAIMS, "ask_models", "plan")
+"""Keys that a study needs."""
 _ALWAYS = ("runs", "debug")
 _ALSO_OF_STUDY = (
     *("data", "pairs", "upload", "dtype", "device", "attn_implementation", "gradient_field", "recovery_ladder"),
@@ -53,10 +55,16 @@ def _check_names(names: Collection[str], possible: Iterable[str]) -> None:
             )
 
 
-def refuse_unused(names: Iterable[str], *, of_run: bool) -> None:
-    """Refuse what was set on the command line and would have no effect on any of these analyses. Raises UserError."""
+def refuse_unused(names: Iterable[str], *, of_run: bool, has_claims: bool = False) -> None:
+    """Refuse what was set on the command line and would have no effect on any of these analyses. Raises UserError.
+
+    Args:
+        has_claims: whether claims stand beside them.
+    """
     needs_two = dict.fromkeys(_OF_CHECKPOINTS, "two checkpoints, base=… aligned=…")
     of_study = dict.fromkeys(_OF_STUDY, "a study, runs=…")
+    if has_claims:
+        of_study = {key: needed for key, needed in of_study.items() if key not in _CLAIMS}
     unused = of_study | (needs_two if of_run else {"upload": "a run, which W&B knows"})
     for text in _overrides():
         root = _key(text).split(".")[0]

@@ -10,6 +10,9 @@ from typing import Any, NamedTuple, NoReturn
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from analysis.claims.claim import Claim
+from analysis.claims.section import NAME as CLAIMS
+from analysis.claims.section import claims_section, write_claims
 from analysis.contract import Analysis, Asking, Cost
 from analysis.open.checkpoints import Checkpoints, HeldOutPairs, checkpoints_of_run
 from analysis.open.observed import Observed, steps_of
@@ -26,7 +29,7 @@ from launch.made_models import converted
 from launch.processes.run_lock import check_writable
 from launch.run_folder import claim_folder
 from launch.screen import FittingTable, console
-from launch.studies.judging import analyze_study
+from launch.studies.judging import analyze_study, claims_of, verdicts_of_run
 from tiltmeter.commands import command, setting
 from tiltmeter.errors import FailedWrite, IncompleteEvaluation, Unsupported, UserError
 from tiltmeter.models.causal_lm import KERNELS
@@ -50,6 +53,8 @@ class Wanted(NamedTuple):
     """Kernel of attention; None: a run's own, else the family's."""
     attempts: Attempts
     """Analyses that fail, of which none costs the others."""
+    claims: Sequence[Claim]
+    """Claims that stand in a run's whole report; none: in no report of single analyses or of two checkpoints."""
 
     @property
     def needs_random_weights(self) -> bool:
@@ -88,7 +93,8 @@ def analyze(config: DictConfig) -> Path | None:
         return analyze_study(config)
     of_run = _asks_of_run(config)
     names = chosen_analyses(config.analysis, of_run=of_run)
-    refuse_unused(names, of_run=of_run)
+    has_claims = of_run and not all(names.values())
+    refuse_unused(names, of_run=of_run, has_claims=has_claims)
     run = open_run(find_run(str(config.run), Path(config.runs_root))) if of_run else None
     as_date(config.chat_date)
     if run is not None and OmegaConf.is_interpolation(config, "chat_date"):
@@ -101,6 +107,7 @@ def analyze(config: DictConfig) -> Path | None:
         config.upload,
         config.attn_implementation,
         Attempts(debug=config.debug, named=[name for name, is_named in names.items() if is_named]),
+        claims_of(config) if has_claims else [],
     )
     if config.attn_implementation not in (None, *KERNELS):
         raise UserError(f"attn_implementation: expected sdpa or eager, got {config.attn_implementation}")
@@ -135,7 +142,7 @@ def _analyze_run(wanted: Wanted, run: Run) -> Path | None:
     again = [a for a in _read_now(wanted) if a.name not in (*read, *attempts.unanswered)]
     _check_named(wanted.names, [*read, *attempts.failed, *(a.name for a in again)])
     if not again:
-        refuse_unused(wanted.questions, of_run=True)
+        refuse_unused(wanted.questions, of_run=True, has_claims=bool(wanted.claims))
     checkpoints = _opened_again(again, run, wanted.reading, opened)
     if wanted.dry_run:
         random_of = opened() if lacks_random and checkpoints is None else None
@@ -147,7 +154,21 @@ def _analyze_run(wanted: Wanted, run: Run) -> Path | None:
     asked = _ask(plans, attempts)
     upload = partial(upload_report, run) if wanted.upload else None
     subject = _subject_of_run(run, wanted, read, again)
-    return _report(subject, [*_in_order(read), *asked], _samples_of_run(run, plans, checkpoints), attempts, upload)
+    judged = _judged_alone(wanted, run)
+    return _report(
+        subject, [*_in_order(read), *asked, *judged], _samples_of_run(run, plans, checkpoints), attempts, upload
+    )
+
+
+def _judged_alone(wanted: Wanted, run: Run) -> list[Section]:
+    """The section of claims that one run can say something about."""
+    found = list[Section]()
+    with wanted.attempts.of(CLAIMS):
+        verdicts = verdicts_of_run(wanted.claims, run)
+        if verdicts:
+            write_claims(run.report, verdicts)
+            found.append(replace(claims_section(verdicts), headlines=[]))  # none is judged
+    return found
 
 
 def _samples_of_run(run: Run, plans: Sequence[Plan], checkpoints: Checkpoints | None) -> Callable[[], Samples]:

@@ -9,6 +9,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from analysis.open.runs import is_finished
 from datamodules.tokenization import train_bpe_tokenizer
 from launch.configuration import CONF, check_config, missing_keys
 from launch.training import train
@@ -141,4 +142,4 @@ def test_every_experiment_takes_two_steps_with_a_stand_in(experiment: str, stand
     config.datamodule.train_pairs = 24
     config.datamodule.val_pairs, config.datamodule.probe_pairs = 6, 4
     run = train(config)
-    assert (run / "aligned" / "model.safetensors").is_file()
+    assert is_finished(run)

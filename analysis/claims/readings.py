@@ -73,7 +73,7 @@ def arms_of(
     for arm in sorted(study.runs, key=lambda arm: arm != DPO):
         for run in study.runs[arm]:
             say(f"{arm}, seed {run.setting('seed')}")
-            read = _stored(run)
+            read = stored_states(run)
             if read is None:
                 missing[arm] = (
                     f"{run.folder.name} stored no hidden states; train it with callbacks=standard or geometry"
@@ -98,7 +98,7 @@ def arms_of(
     return Arms(_of_common_pairs(reads), tables, missing, noise, _NO_MODELS, kl, partial(losses_of, study))
 
 
-def _stored(run: Run) -> Read | None:
+def stored_states(run: Run) -> Read | None:
     """Hidden states that a run kept; None where it kept none. Raises UserError: they are damaged."""
     states = Observed.stored(run.folder, run.metrics).states
     if states is None:

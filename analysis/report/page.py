@@ -195,8 +195,9 @@ def _missing(sections: Sequence[Section]) -> list[str]:
         "steering_sweep": "analysis=steering_sweep: steering sweeps;",
     }
     shown = {section.name for section in sections}
-    if "claims" in shown:  # a study's page, which has the verdicts
-        return []
+    if "claims" in shown:
+        is_of_study = "training" not in shown
+        return [] if is_of_study else [line for name, line in by_section.items() if name not in shown]
     return [
         *(line for name, line in by_section.items() if name not in shown),
         "verdicts: inconclusive, since one run has no arms and no other seeds; train.py --multirun study=dsteer trains them, "

@@ -1,6 +1,8 @@
 """From ``runs=FOLDER`` to a study's report: every claim with its controls and a verdict."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,13 +13,14 @@ from omegaconf import DictConfig, OmegaConf
 from analysis.claims.claim import Claim, make_claims, read_claims
 from analysis.claims.evidence import Arms, judge_all
 from analysis.claims.plan import POWER, plan_table
-from analysis.claims.readings import arms_of
+from analysis.claims.readings import arms_of, stored_states
 from analysis.claims.section import claims_section, write_claims
+from analysis.claims.verdict import Verdict
 from analysis.contract import Asking
 from analysis.controls.c02_vectors_of_arms import vector_table, vectors_section
 from analysis.open.checkpoints import Checkpoints, HeldOutPairs, checkpoints_of_run
 from analysis.open.runs import Run
-from analysis.open.studies import Study, open_study
+from analysis.open.studies import DPO, Study, open_study
 from analysis.open.subject import Subject
 from analysis.registry import ANALYSES
 from analysis.report.page import Section, write_report
@@ -32,6 +35,9 @@ from tiltmeter.commands import command
 from tiltmeter.errors import UserError
 from tiltmeter.files import write_text
 
+ALONE = "one run has no other arms and seeds; train.py --multirun study=dsteer trains them"
+"""Reason why nothing is judged of a single run."""
+
 
 def analyze_study(config: DictConfig) -> Path:
     """Judge every claim of a study and write its report; returns the page.
@@ -41,7 +47,7 @@ def analyze_study(config: DictConfig) -> Path:
         FailedWrite: a full disk ….
     """
     _check_options(config)
-    claims, study, screen = _claims(config), open_study(Path(config.runs)), console()
+    claims, study, screen = claims_of(config), open_study(Path(config.runs)), console()
     check_writable(study.report, key="runs")
     for line in study.left_out:
         screen.print(f"Left out: {line}", soft_wrap=True, markup=False)
@@ -64,8 +70,6 @@ def analyze_study(config: DictConfig) -> Path:
 def _check_options(config: DictConfig) -> None:
     """Refuse what would have no effect on a study, or only with something else. Raises UserError."""
     refuse_unused_of_study()
-    if config.claims_file is not None and was_set("claims"):
-        raise UserError("claims: has no effect beside claims_file, which brings its own; leave one of the two out")
     if config.get("data") is None and was_set("pairs"):
         raise UserError("pairs: has no effect without another corpus to draw them from; add data=…")
     if not config.ask_models and config.get("data") is not None:
@@ -74,11 +78,27 @@ def _check_options(config: DictConfig) -> None:
         )
 
 
-def _claims(config: DictConfig) -> list[Claim]:
+def claims_of(config: DictConfig) -> list[Claim]:
+    """Claims that are asked about. Raises UserError: they are wrong."""
     known = sorted(path.stem for path in (CONF / "arm").glob("*.yaml"))
+    if config.claims_file is not None and was_set("claims"):
+        raise UserError("claims: has no effect beside claims_file, which brings its own; leave one of the two out")
     if config.claims_file is not None:
         return read_claims(Path(config.claims_file), arms=known)
     return make_claims(OmegaConf.to_container(config.claims), where="claims", arms=known)
+
+
+def verdicts_of_run(claims: Sequence[Claim], run: Run) -> list[Verdict]:
+    """Verdicts on one dpo run, of the states that it stored: T where it is known, and always inconclusive; none without states.
+
+    Raises:
+        UserError: its states are damaged.
+    """
+    read = stored_states(run) if run.setting("arm") == DPO and claims else None
+    if read is None:
+        return []
+    arms = Arms({DPO: [read]}, tables=lambda arm, asked: ALONE, losses=lambda arm: ALONE)
+    return [replace(verdict, sentence=f"Not judged: {ALONE}.") for verdict in judge_all(claims, arms)]
 
 
 def _arms(config: DictConfig, study: Study) -> Arms:

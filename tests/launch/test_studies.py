@@ -16,9 +16,11 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
+from analysis.claims.claim import read_claims
 from analysis.open.studies import open_study
 from launch.command import run_command
-from launch.configuration import prepare_overrides
+from launch.configuration import CONF, prepare_overrides
+from launch.studies.judging import verdicts_of_run
 from launch.studies.matching import BROKE_OFF, Ended, Matching, Try, is_matched, nearest, next_rate
 from launch.studies.running import Start, run_study, start_process, study_of
 from launch.studies.study_file import Arm, runs_of
@@ -363,3 +365,15 @@ def test_arm_is_matched_by_tries_that_a_killed_study_finds_again(
 def test_matching_that_can_not_be_done_is_refused(tmp_path: Path, options: Sequence[str], said: str) -> None:
     with pytest.raises(UserError, match=said):
         train_study(tmp_path, *options)
+
+
+@pytest.mark.slow
+def test_single_run_shows_each_claim_with_its_number_and_judges_none(trained: Path) -> None:
+    study = open_study(trained)
+    claims = read_claims(CONF / "claims" / "dsteer.yaml")
+    found = {verdict.claim.key: verdict for verdict in verdicts_of_run(claims, study.runs["dpo"][0])}
+    assert {verdict.kind for verdict in found.values()} == {"inconclusive"}
+    assert 0.9 < found["K4"].value.value <= 1
+    assert "study=dsteer trains them" in found["K4"].sentence
+    assert math.isnan(found["K10"].value.value), "no other arm"
+    assert verdicts_of_run(claims, study.runs["dpo_shuffled"][0]) == [], "no claim is about a control"
