@@ -19,7 +19,7 @@ from lightning_modules.policy import (
 from lightning_modules.schedule import check_number
 from tiltmeter.errors import UserError
 from tiltmeter.models.cpu_linear import onednn_is_faster, use_fast_linear
-from tiltmeter.models.lora import check_lora, insert_adapters, merged_state, reads_weights
+from tiltmeter.models.lora import check_lora, insert_adapters, is_trained, merged_state, reads_weights
 from tiltmeter.models.quantization import dequantized
 from tiltmeter.models.sharded_weights import EmptyModel
 from tiltmeter.models.trained_vector import NOT_MERGED, VectorOptions, insert_vector
@@ -96,7 +96,7 @@ class ModelFactory:
         insert_adapters(whole, self.lora)
         # quantized weights have other names and shapes; those that were not trained are the same
         own = whole.state_dict()
-        return whole, merged_state(whole, {name: state[name] if "lora_" in name else own[name] for name in own})
+        return whole, merged_state(whole, {name: state[name] if is_trained(name) else own[name] for name in own})
 
     def make(self, trainer: Trainer, mesh: DeviceMesh | None) -> Policy:
         """Build, adapt, freeze and shard; with a mesh each process reads its share of the weights where it can.
@@ -113,7 +113,7 @@ class ModelFactory:
                 insert_adapters(model, self.lora)
         if self.vector is not None:
             insert_vector(model, self.vector)
-        if self.freeze_embeddings:
+        if self.freeze_embeddings and self.lora is None:  # adapters freeze all but themselves and modules_to_save
             freeze_embeddings(model)
         if self.activation_checkpointing:
             checkpoint_activations(model)

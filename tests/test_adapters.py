@@ -14,7 +14,8 @@ from analysis.open.checkpoints import checkpoints_of_run
 from analysis.open.runs import open_run
 from launch.training import train
 from tests.analysis.asked import save_model
-from tests.cli import TINY, composed, metrics_of, only_run, run_train
+from tests.cli import TINY, composed, logged, metrics_of, only_run, run_train
+from tests.processes import run_script
 from tiltmeter.steering.intervene import Intervention, steer
 from tiltmeter.steering.vector import load_vectors
 
@@ -65,6 +66,32 @@ def test_a_resumed_run_takes_its_reference_from_the_base_and_ends_where_a_whole_
     rows = [[r for r in metrics_of(only_run(folder)) if r["train/loss"]] for folder in (root, tmp_path)]
     assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]] == ["0", "1", "2", "3"]
     assert [row["train/loss"] for row in rows[0]] == [row["train/loss"] for row in rows[1]]
+
+
+def test_modules_trained_whole_from_training_to_report(runs: tuple[Path, str], tmp_path: Path) -> None:
+    root = tmp_path / "runs"
+    shutil.copytree(runs[0] / "cache", root / "cache")
+    whole = (*LORA, "module.lora.modules_to_save=[lm_head,model.norm]", f"runs_root={root}")
+    done = run_train(*whole, *SHORT)
+    assert (done.returncode, done.stderr) == (0, "")
+    run = only_run(root)
+    base, merged = (AutoModelForCausalLM.from_pretrained(run / name) for name in ("base", "aligned"))
+    assert set(merged.state_dict()) == set(base.state_dict())
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(run / "base"), run / "adapter")
+    ids = torch.arange(3, 40)[None]
+    opened = checkpoints_of_run(open_run(run))
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, rtol=0, atol=1e-5)
+        torch.testing.assert_close(opened.aligned.model(ids).logits, adapted(ids).logits, rtol=0, atol=1e-5)
+    for name in ("lm_head.weight", "model.norm.weight"):
+        assert not torch.equal(merged.state_dict()[name], base.state_dict()[name])
+    resumed = run_train(*whole, *LONG, "ckpt_path=last")
+    assert resumed.returncode == 0, resumed.stderr
+    unbroken = run_train(*whole, *LONG, "name=unbroken")
+    assert unbroken.returncode == 0, unbroken.stderr
+    assert logged(run, "train/loss") == logged(only_run(root, "unbroken"), "train/loss")
+    asked = run_script("analyze.py", f"run={run}", "analysis=training")
+    assert asked.returncode == 0, asked.stderr
 
 
 def test_full_fine_tuning_finds_the_reference_that_lora_left(runs: tuple[Path, str]) -> None:

@@ -72,6 +72,25 @@ def test_two_processes_give_the_losses_and_weights_of_one(trainer: str, launcher
         )
 
 
+def test_modules_trained_whole_beside_adapters_are_sharded_as_they_are_trained_by_one_process(single: Path) -> None:
+    whole = (
+        "adapter=lora",
+        "module.lora.r=4",
+        "module.lora.modules_to_save=[lm_head,model.norm]",
+        "module.learning_rate=3e-3",
+    )
+    before = set((single / "tiny_synthetic").iterdir())
+    runs = []
+    for launch, trainer in ((run_train, ()), (run_train_together, ("trainer=fsdp", *TWO_PROCESSES))):
+        done = launch(*TINY, *STEPS, *whole, *trainer, f"runs_root={single}")
+        assert done.returncode == 0, done.stderr
+        runs += set((single / "tiny_synthetic").iterdir()) - before - set(runs)
+    for name in ("train/loss", "val/loss", "train/gradient_norm"):
+        assert logged(runs[1], name) == pytest.approx(logged(runs[0], name), rel=1e-4, abs=1e-6), name
+    assert all(not torch.equal(weights(runs[1])[name], load_file(runs[1] / "base" / "model.safetensors")[name])
+               for name in ("lm_head.weight", "model.norm.weight"))  # fmt: skip
+
+
 def test_a_sharded_run_resumes_with_more_steps_where_the_uninterrupted_one_would_be(tmp_path: Path) -> None:
     steady = (
         "callbacks=geometry",

@@ -13,6 +13,7 @@ from transformers.utils.hub import cached_file
 
 from analysis.open.kept_models import check_kept
 from tiltmeter.errors import UserError
+from tiltmeter.models.lora import is_trained
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _REFUSED = ("megatron_config", "layer_replication")
@@ -69,6 +70,8 @@ def check_adapter(folder: Path, *, base: str) -> LoraConfig:
     if kind != "LORA":
         raise UserError(f"{path}: expected a LoRA adapter, got {kind}; others can’t be merged into a model")
     wrong = [key for key in _REFUSED if raw.get(key)] + ["init_lora_weights"] * (start not in _UNCHANGED)
+    if raw.get("modules_to_save") and raw.get("ensure_weight_tying"):  # peft 0.21 can't read what it saved
+        wrong.append("ensure_weight_tying")
     if wrong:
         raise UserError(
             f"{path}: {wrong[0]}={raw[wrong[0]]}: not supported; merge it into its base and give the whole model"
@@ -107,6 +110,9 @@ def _merged(adapted: PeftModel | PeftMixedModel) -> Any:
 def merge_adapter(model: PreTrainedModel, config: LoraConfig, folder: Path) -> PreTrainedModel:
     """The model with an adapter's weights added to its own, in its own dtype; the model given is used up.
 
+    Modules that were trained whole (``modules_to_save``) take the places of the model's; embeddings and unembedding that were one
+    weight are two then, and the model's configuration says so.
+
     Raises:
         UserError: the weights are missing, damaged, or of another shape; names the folder.
     """
@@ -115,13 +121,18 @@ def merge_adapter(model: PreTrainedModel, config: LoraConfig, folder: Path) -> P
             warnings.filterwarnings(
                 "ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning
             )  # peft's own call
+            for words in (
+                "Model (has|with) `tie_word_embeddings=True`",
+                "Input and output embeddings are no longer tied",
+            ):
+                warnings.filterwarnings("ignore", words)
             adapted = get_peft_model(model, config)
-        missed: Any = set_peft_model_state_dict(adapted, load_file(folder / WEIGHTS))
-        if missed.unexpected_keys:
-            raise ValueError(f"its weight {missed.unexpected_keys[0]} has no place in the model")
-        if left := [key for key in missed.missing_keys if "lora_" in key]:
-            raise ValueError(f"it has no {left[0]}")
-        merged: Any = _merged(adapted)
+            missed: Any = set_peft_model_state_dict(adapted, load_file(folder / WEIGHTS))
+            if missed.unexpected_keys:
+                raise ValueError(f"its weight {missed.unexpected_keys[0]} has no place in the model")
+            if left := [key for key in missed.missing_keys if is_trained(key)]:
+                raise ValueError(f"it has no {left[0]}")
+            merged: Any = _merged(adapted)
     except Exception as error:  # whatever a damaged or foreign file makes peft raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(

@@ -38,7 +38,7 @@ _SHAPE = (
     "intermediate_size",
 )  # fmt: skip
 """Settings that two checkpoints of one model have in common, as transformers names it, whatever names a family uses."""
-_NOT_COMPUTED = ("architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
+_NOT_COMPUTED = ("architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "tie_word_embeddings")
 """Settings that say nothing about what a model computes; nor do names and special tokens."""
 _LEAST_LENGTH = 8
 """Least length that :class:`~datamodules.tokenization.PairTokenizer` takes."""

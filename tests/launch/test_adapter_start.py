@@ -27,10 +27,12 @@ def base(tmp_path: Path) -> Path:
     return save_model(tmp_path / "base", seed=0)
 
 
+@pytest.mark.parametrize("is_whole", [False, True], ids=["adapters", "and modules trained whole, untied"])
 def test_a_run_starts_from_the_merged_model_which_is_its_reference(
-    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    is_whole: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    adapter = write_adapter(tmp_path / "adapter", base)
+    base = save_model(tmp_path / "base", seed=0, tie_word_embeddings=is_whole)
+    adapter = write_adapter(tmp_path / "adapter", base, modules_to_save=["lm_head"] if is_whole else None)
     said = "\n\nHuman: Hi {}\n\nAssistant: {}."
     rows = [json.dumps({"chosen": said.format(i, "yes"), "rejected": said.format(i, "no")}) for i in range(20)]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows), encoding="utf-8")

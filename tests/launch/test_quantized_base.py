@@ -39,11 +39,12 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("whole", [(), ("module.lora.modules_to_save=[lm_head]",)], ids=["adapters", "and lm_head"])
 def test_run_on_quantized_weights_is_merged_and_resumed_on_their_numbers(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    whole: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = AutoModelForCausalLM.from_pretrained(save_model(tmp_path / "base", seed=0, **WIDTHS)).state_dict()
-    lora = ("adapter=lora", "callbacks=geometry", "module.learning_rate=1e-2", "module.optimizer=adamw_8bit")
+    lora = ("adapter=lora", *whole, "callbacks=geometry", "module.learning_rate=1e-2", "module.optimizer=adamw_8bit")
     run = train(composed(*options(tmp_path, *lora, "trainer.max_steps=2")))
     GlobalHydra.instance().clear()
     assert "in nf4, kept in" in " ".join(capsys.readouterr().out.split())

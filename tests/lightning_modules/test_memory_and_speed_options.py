@@ -176,7 +176,11 @@ def test_merged_weights_compute_what_the_adapted_model_does(options: dict[str, A
         ({"init_lora_weights": False}, "init_lora_weights: expected True, got False"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights: expected True, got pissa"),
         ({"bias": "all"}, "bias: expected none, got all"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save: expected None"),
+        (
+            {"modules_to_save": "lm_head"},
+            "modules_to_save: expected a list of modules such as [lm_head], got 'lm_head'",
+        ),
+        ({"ensure_weight_tying": True}, "ensure_weight_tying: expected False, got True"),
     ],
 )
 def test_lora_options_under_which_the_start_would_not_be_the_reference_are_refused(

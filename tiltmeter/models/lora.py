@@ -1,9 +1,12 @@
-"""Low-rank adapters (peft) inside a causal language model: put in, checked, switched off for the reference, merged at the end."""
+"""Low-rank adapters (peft) inside a causal language model: put in, checked, switched off for the reference, merged at the end.
+
+Beside them whole modules can be trained (``modules_to_save``): a copy of each takes its place, the original stays the reference's.
+"""
 
 import copy
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import cast
 
@@ -40,16 +43,21 @@ def check_lora(lora: LoraConfig, *, freeze_embeddings: bool) -> None:
             "others change the model before its first step, which is the reference (gaussian is possible too)",
         ),
         "bias": (lora.bias, "none", "the weights themselves stay as they are"),
-        "modules_to_save": (lora.modules_to_save or None, None, "the weights themselves stay as they are"),
+        "ensure_weight_tying": (lora.ensure_weight_tying, False, "embeddings that are trained whole are untied"),
         "trainable_token_indices": (lora.trainable_token_indices or None, None, "embeddings stay as they are"),
     }
     for name, (value, wanted, reason) in refused.items():
         if value != wanted:
             raise UserError(f"{argument(f'LoraConfig.{name}')}: expected {wanted}, got {value}: {reason}")
+    whole: object = lora.modules_to_save
+    if whole is not None and (not isinstance(whole, list | tuple) or not all(whole)):
+        raise UserError(
+            f"{argument('LoraConfig.modules_to_save')}: expected a list of modules such as [lm_head], got {whole!r}"
+        )
     if not freeze_embeddings:
         raise UserError(
-            f"{argument('check_lora.freeze_embeddings')}=false: with {argument('add_lora.lora')} only adapters are trained; "
-            "leave one of the two out"
+            f"{argument('check_lora.freeze_embeddings')}=false: with {argument('add_lora.lora')} only adapters are trained, and "
+            f"what {argument('LoraConfig.modules_to_save')}=[lm_head] names; leave one of the two out"
         )
 
 
@@ -66,12 +74,14 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig) -> None:
 def insert_adapters(model: PreTrainedModel, lora: LoraConfig) -> None:
     """Put adapters into the model, in place, and freeze everything else; its own weights may still be on the meta device.
 
+    Modules of ``modules_to_save`` are trained whole, as copies in their own dtype, which only weights that are there give.
+
     Adapters drop nothing of what they read, whatever mode the model is in, but inside :func:`adapter_dropout`.
     Without ``target_modules`` every linear map of the decoder blocks gets one. Adapters of 16-bit weights are float32,
     in which small updates aren't rounded away.
 
     Raises:
-        UserError: no module matches, or one outside the decoder is matched.
+        UserError: no module matches, or one outside the decoder is matched; a module can't be trained whole.
     """
     if lora.target_modules is None:
         lora.target_modules = "all-linear"
@@ -81,30 +91,60 @@ def insert_adapters(model: PreTrainedModel, lora: LoraConfig) -> None:
                 "ignore", "fan_in_fan_out is set to False"
             )  # peft turns it over for GPT-2 by itself
             warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys did not match.*gate_up_proj")
+            warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True` and a tied layer")
             model.add_adapter(lora, ADAPTER)
-    except ValueError as error:
+    except (
+        ValueError,
+        TypeError,
+        RuntimeError,
+    ) as error:  # of modules that can't be trained whole: lists, quantized ones
         raise UserError(
             f"{argument('add_lora.lora')}: {' '.join(str(error).split())[:200]}{_other_maps(model, error)}"
         ) from error
     inside = {id(module) for module in backbone(model).modules()} - {id(model.get_input_embeddings())}
     for name, module in model.named_modules():
-        if (isinstance(module, LoraLayer) and id(module) not in inside) or isinstance(module, ModulesToSaveWrapper):
+        if isinstance(module, LoraLayer) and id(module) not in inside:
             raise UserError(
-                f"{argument('LoraConfig.target_modules')}: {name} is no part of the decoder; embeddings and unembedding stay as "
-                "they are"
+                f"{argument('LoraConfig.target_modules')}: {name} is no part of the decoder; embeddings and unembedding are "
+                f"trained whole or not at all ({argument('LoraConfig.modules_to_save')})"
             )
-    for parameter in filter(_is_16_bit_adapter, model.parameters()):
-        parameter.data = parameter.data.float()
+    _check_whole(model, lora.modules_to_save or ())
+    for name, parameter in model.named_parameters():
+        is_adapter = parameter.requires_grad and "lora_" in name
+        if is_adapter and parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()
     for dropout in _dropouts(model):
         dropout.p = 0.0
 
 
-def _is_16_bit_adapter(parameter: Parameter) -> bool:
-    return parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16)
+def trained_whole(model: Module) -> dict[str, ModulesToSaveWrapper]:
+    """Modules that are trained whole beside the adapters, each with its original, by the name of the plain module."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
 
 
-def _other_maps(model: PreTrainedModel, error: ValueError) -> str:
-    """Advice where peft finds maps unfit that nobody asked for (Mamba's fused ones): the linear maps it doesn't name."""
+def _check_whole(model: PreTrainedModel, wanted: Iterable[str]) -> None:
+    """Refuse names that no module has, and modules that can't be trained whole. Raises UserError."""
+    key, found = argument("LoraConfig.modules_to_save"), trained_whole(model)
+    for name in wanted:
+        if not any(there.endswith(name) for there in found):
+            raise UserError(f"{key}: {name} is no module of {type(model).__name__}; expected names such as lm_head")
+    for name, module in found.items():
+        if any(isinstance(inner, LoraLayer | ModulesToSaveWrapper) for inner in [*module.modules()][1:]):
+            raise UserError(
+                f"{key}: {name} has adapters or modules inside that are trained themselves; name it or them, not both"
+            )
+        if not any(True for _ in module.parameters()):
+            raise UserError(f"{key}: {name} has no weights to train; leave it out")
+
+
+def _other_maps(model: PreTrainedModel, error: Exception) -> str:
+    """Advice where peft finds maps unfit that nobody asked for (Mamba's fused ones): the linear maps it doesn't name.
+
+    And where it was to train quantized weights themselves.
+    """
+    if "floating point" in str(error):
+        key = argument("LoraConfig.modules_to_save")
+        return f": quantized weights can't be trained whole, {key} takes others such as [lm_head]"
     linear = [name for name, module in backbone(model).named_modules() if isinstance(module, Linear)]
     maps = {_kind(name) for name in linear if "lora_" not in name}  # some may have their adapters already
     left = [name for name in sorted(maps) if f"'{name}'" not in str(error)]
@@ -124,6 +164,8 @@ def check_adapters(model: PreTrainedModel) -> None:
     adapters = {
         cast(Module, module): _kind(name) for name, module in model.named_modules() if isinstance(module, LoraLayer)
     }
+    head = model.get_output_embeddings()  # whose weights are read, in chunks, and of which no forward is called
+    adapters |= {module: _kind(name) for name, module in trained_whole(model).items() if module is not head}
     ran: set[str] = set()
     hooks = [module.register_forward_hook(lambda module, *_: ran.add(adapters[module])) for module in adapters]
     try:
@@ -155,8 +197,19 @@ def _kind(name: str) -> str:
 
 
 def reads_weights(config: LoraConfig) -> bool:
-    """True where adapters begin from the weights they are put beside (DoRA: their norms), which must be there by then."""
-    return bool(config.use_dora)
+    """True where adapters begin from the weights they are put beside (DoRA: norms; whole modules), which must be there by then."""
+    return bool(config.use_dora or config.modules_to_save)
+
+
+def is_trained(name: str) -> bool:
+    """Whether a weight of an adapted model, by its name, belongs to an adapter or to a module that is trained whole.
+
+    >>> is_trained("model.layers.0.mlp.up_proj.lora_A.default.weight"), is_trained("lm_head.modules_to_save.default.weight")
+    (True, True)
+    >>> is_trained("model.layers.0.mlp.up_proj.base_layer.weight"), is_trained("lm_head.original_module.weight")
+    (False, False)
+    """
+    return "lora_" in name or ".modules_to_save." in name
 
 
 def plain_name(name: str) -> str:
@@ -166,8 +219,10 @@ def plain_name(name: str) -> str:
     'model.layers.0.mlp.up_proj.weight'
     >>> plain_name("model.layers.0.mlp.experts.base_layer.base_layer.down_proj")
     'model.layers.0.mlp.experts.down_proj'
+    >>> plain_name("lm_head.original_module.weight")
+    'lm_head.weight'
     """
-    return re.sub(r"\.base_layer(?=\.)", "", name)
+    return re.sub(r"\.(base_layer|original_module)(?=\.)", "", name)
 
 
 def plain_state(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -175,9 +230,9 @@ def plain_state(model: PreTrainedModel) -> dict[str, Tensor]:
     adapters = {
         f"{name}.{inner}"
         for name, module in model.named_modules()
-        if isinstance(module, LoraLayer)
+        if isinstance(module, LoraLayer | ModulesToSaveWrapper)
         for inner in cast(Module, module).state_dict()
-        if not inner.startswith("base_layer.")
+        if not inner.startswith(("base_layer.", "original_module."))
     } | {name for name in model.state_dict() if name.startswith(f"{trained_vector.NAME}.")}
     return {plain_name(name): tensor for name, tensor in model.state_dict().items() if name not in adapters}
 
@@ -208,15 +263,25 @@ def _log_probs(model: PreTrainedModel) -> Tensor:
 
 @contextmanager
 def adapters_disabled(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, the model is what it was before adapters, or a vector that is trained, were put in; without any nothing changes."""
+    """Inside, the model is what it was before adapters, or a vector that is trained, were put in; without any nothing changes.
+
+    What is trained whole is switched alone and not frozen meanwhile, as peft would: FSDP2 has other parameters in its
+    root's modules after the pass than before it, and those of before would stay frozen.
+    """
     layers = [module for module in model.modules() if isinstance(module, LoraLayer | trained_vector.TrainedVector)]
-    for layer in layers:
-        layer.enable_adapters(False)
+    whole = trained_whole(model).values()
+
+    def switch(is_on: bool) -> None:
+        for layer in layers:
+            layer.enable_adapters(is_on)
+        for module in whole:
+            super(ModulesToSaveWrapper, module).enable_adapters(is_on)
+
+    switch(False)
     try:
         yield
     finally:
-        for layer in layers:
-            layer.enable_adapters(True)
+        switch(True)
 
 
 @contextmanager
@@ -283,7 +348,10 @@ def _reason(error: Exception) -> str:
 
 
 def _merge_in_place(model: PreTrainedModel, *, is_safe: bool) -> None:
-    """Put plain modules with the merged weights where the adapters are; several of one module lie inside each other."""
+    """Put plain modules with the merged weights where the adapters are; several of one module lie inside each other.
+
+    Embeddings and unembedding that were one weight and are two now stay two when the model is saved and read again.
+    """
     for name, module in _outermost(model):
         if isinstance(module, ParamWrapper):
             plain = module.unload_and_optionally_merge_module(merge=True, safe_merge=is_safe, adapter_names=None)
@@ -291,6 +359,16 @@ def _merge_in_place(model: PreTrainedModel, *, is_safe: bool) -> None:
             module.merge(safe_merge=is_safe)
             plain = module.get_base_layer()
         model.set_submodule(name, plain)
+    for name, whole in trained_whole(model).items():
+        model.set_submodule(name, whole.modules_to_save[ADAPTER])
+    untie(model)
+
+
+def untie(model: PreTrainedModel) -> None:
+    """Let the model's configuration say that embeddings and unembedding are two weights, where they are and it says otherwise."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if getattr(model.config, "tie_word_embeddings", False) and head is not None and head.weight is not embedding.weight:
+        model.config.tie_word_embeddings = False
 
 
 def _outermost(model: PreTrainedModel) -> list[tuple[str, LoraLayer]]:

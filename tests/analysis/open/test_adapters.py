@@ -15,6 +15,7 @@ from analysis.open.checkpoints import Checkpoints, HeldOutPairs
 from tests.analysis.asked import save_model
 from tests.tiny_models import MemorySource
 from tiltmeter.errors import UserError
+from tiltmeter.models.lora import is_trained
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 IDS = torch.arange(3, 40)[None]
@@ -31,8 +32,8 @@ def write_adapter(folder: Path, base: Path, **options: Any) -> Path:
     options = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"} | options
     adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**options))
     for name, weight in adapted.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(weight, std=0.1)
+        if is_trained(name):
+            weight.data += 0.1 * torch.randn_like(weight)
     adapted.save_pretrained(folder)
     return folder
 
@@ -55,7 +56,15 @@ def change(folder: Path, to: Path, **options: Any) -> Path:
     return to
 
 
-@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"use_rslora": True, "rank_pattern": {"q_proj": 2}}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_dora": True},
+        {"use_rslora": True, "rank_pattern": {"q_proj": 2}},
+        {"modules_to_save": ["lm_head", "model.norm"]},
+    ],
+)
 def test_the_aligned_model_is_what_peft_computes_and_the_base_is_untouched(
     base: Path, tmp_path: Path, options: dict[str, Any]
 ) -> None:
@@ -121,6 +130,8 @@ def test_weights_that_are_missing_damaged_or_not_all_there(base: Path, adapter: 
         ({"peft_type": "PROMPT_TUNING"}, r"expected a LoRA adapter, got PROMPT_TUNING"),
         ({"megatron_config": {"a": 1}, "megatron_core": "evil"}, "megatron_config={'a': 1}: not supported"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights=pissa: not supported"),
+        ({"modules_to_save": ["lm_head"], "ensure_weight_tying": True}, "ensure_weight_tying=True: not supported"),
+        ({"modules_to_save": ["lm_head"]}, r"does not fit its base \('base_model.model.lm_head.weight'\)"),
     ],
 )
 def test_what_is_not_merely_weights_is_refused(
