@@ -133,6 +133,25 @@ def jackknife_intervals(
     return [Interval(*ends) for ends in zip(values.tolist(), low.tolist(), high.tolist(), strict=True)]
 
 
+def interval_without_each(
+    whole: Float[Tensor, ""], without: Float[Tensor, " cluster"], *, level: float = 0.95, scale: Scale = LINEAR
+) -> Interval:
+    """Interval of a figure whose values without each cluster are known already, such as by a closed form.
+
+    Raises:
+        ValueError: fewer than two clusters.
+
+    >>> whole, without = torch.tensor(2.0).double(), torch.tensor([2.5, 2.0, 1.5]).double()
+    >>> [round(end, 3) for end in interval_without_each(whole, without)]  # of the mean of 1, 2, 3
+    [2.0, -0.484, 4.484]
+    """
+    if len(without) < 2:
+        raise ValueError(f"interval_without_each: expected at least two clusters, got {len(without)}")
+    value, at = float(whole), scale.to(whole)
+    reach = float(stdtrit(len(without) - 1, (1 + level) / 2)) * jackknife_variance(scale.to(without)).sqrt()
+    return Interval(value, min(float(scale.back(at - reach)), value), max(float(scale.back(at + reach)), value))
+
+
 def jackknife_variance(without: Float[Tensor, "cluster ..."]) -> Float[Tensor, "..."]:
     """Variance of figures, (G − 1)/G Σ_g (S₋g − S̄)², from their values without each of G clusters; NaN ones are passed over.
 
