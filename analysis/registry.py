@@ -34,6 +34,7 @@ from analysis.figures.fig4b_singular_values import (
 )
 from analysis.figures.layer_curves import draw_geometry, geometry_tables
 from analysis.figures.layer_maps import draw_layers_by_step, layers_by_step_tables
+from analysis.figures.similarity import draw_similarity, similarity_tables
 from analysis.figures.training import training_section, training_table
 from analysis.figures.transfer import transfer_section
 from analysis.open.observed import Observed
@@ -53,6 +54,7 @@ ANALYSES: tuple[Analysis, ...] = (
     of_states("cosines", cosine_tables, draw_cosines, random_weights=True, while_training=True),
     of_states("consistency", consistency_tables, draw_consistency, random_weights=True),
     of_states("clouds", cloud_tables, draw_clouds),
+    of_states("similarity", similarity_tables, draw_similarity, random_weights=True),
     of_states("projection", projection_tables, draw_projections, while_training=True),
     of_states("preference_plane", preference_plane_tables, draw_preference_plane),
     of_models(

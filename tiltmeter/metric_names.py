@@ -158,6 +158,8 @@ METRICS: tuple[Metric, ...] = (
     Metric("mean_cosine", ("split_half/random_update",), _COSINE,
            "Mean cosine, under random weight changes, of a row of ΔH with the mean of the other half", _USUAL),
     Metric("direction_settled", ("",), _COSINE, "Cosine of v* with v* of the observation before", _USUAL),
+    Metric("similarity", ("cka", "cka/random_update"), _COSINE,
+           "Debiased linear CKA of base and policy, one row a prompt; blind to a constant shift", _USUAL),
     Metric("update_norm", ("", "random_update"), _LENGTH, "Mean length of a row’s change", _USUAL),
     Metric("state_norm", ("",), _LENGTH, "Mean length of the base’s states", _USUAL),
     _spectral("normalized_entropy", _SHARE, "Entropy over ln min(N, d)", *WEIGHTS),

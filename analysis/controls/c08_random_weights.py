@@ -16,7 +16,8 @@ from tiltmeter.stats.among_random import ABOVE, UNKNOWN, among_random
 from tiltmeter.weights.random_update import RandomUpdates
 
 NAMES: Mapping[str, str] = named("random_update") | {
-    "mean_cosine_split_half": metric("mean_cosine", "split_half", "random_update")
+    "mean_cosine_split_half": metric("mean_cosine", "split_half", "random_update"),
+    "cka": metric("similarity", "cka", "random_update"),
 }
 """Column of tables → name of the figure in the draws."""
 NOTE = (

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Int
 from scipy.stats import rankdata
 from torch import Tensor
 
@@ -187,7 +187,7 @@ def rsa(
     """Representational similarity: Spearman's ρ of the prompts' pairwise distances under both models (Kriegeskorte 2008).
 
     p: (1 + permutations of the prompts that give as much) / (1 + permutations) (Mantel 1967). The interval is the jackknife's
-    over prompts, ranks held fixed.
+    over prompts, with the others ranked anew.
 
     Args:
         one, other: Gram matrices, of any widths.
@@ -199,15 +199,8 @@ def rsa(
     if len(one) < _LEAST or not _vary(one, other):
         return Mantel(NO_INTERVAL, math.nan, math.nan)
     a, b = _distance_ranks(one), _distance_ranks(other)
-    off = 1 - torch.eye(len(one), dtype=torch.float64)
-    products = [a, b, a * b, a * a, b * b, off]
-
-    def correlation(weights: Tensor) -> Tensor:
-        x, y, xy, xx, yy, n = ((weights @ m * weights).sum(1) for m in products)
-        return (xy - x * y / n) / ((xx - x * x / n) * (yy - y * y / n)).sqrt()
-
-    names = [f"{i:06d}" for i in range(len(one))]
-    interval = jackknife_interval(correlation, names, level=level, scale=COSINE)
+    interval = interval_without_each(*_spearmans(a, b), level=level, scale=COSINE)
+    a, b = (_centred_off_diagonal(ranks) for ranks in (a, b))
     generator, scale, null = torch.Generator().manual_seed(seed), (a.norm() * b.norm()), []
     for _ in range(n_permutations):
         order = torch.randperm(len(one), generator=generator)
@@ -222,8 +215,8 @@ def mutual_knn(
 ) -> Matched:
     """Share of each prompt's k nearest neighbours that it has under both models, mean over prompts (Huh et al. 2024).
 
-    Neighbours by cosine, of rows that are not centred: the one measure here in which a constant shift shows. The interval is over
-    prompts, neighbours held fixed; independent clouds share k/(n − 1).
+    Neighbours by cosine, of rows that are not centred: the one measure here in which a constant shift shows. Independent clouds
+    share k/(n − 1). The interval is the jackknife's over prompts; without one, the next nearest takes its place.
 
     Returns:
         NaN with fewer than k + 2 prompts, or where the rows of one model are equal.
@@ -232,10 +225,9 @@ def mutual_knn(
         raise ValueError(f"mutual_knn: expected rows of the same prompts, got {len(x)} and {len(y)}")
     if len(x) < k + 2 or not all(len(rows) and (rows != rows[0]).any() for rows in (x, y)):
         return Matched(NO_INTERVAL, math.nan)
-    shared = (_neighbours(x, k) & _neighbours(y, k)).sum(1).double() / k
-    names = [f"{i:06d}" for i in range(len(x))]
-    interval = jackknife_interval(lambda w: w @ shared / w.sum(1), names, level=level)
-    return Matched(interval, k / (len(x) - 1))
+    shared = _shared_neighbours(_nearest(x, k + 1), _nearest(y, k + 1))
+    interval = interval_without_each(shared[0], shared[1:], level=level)
+    return Matched(interval._replace(low=max(interval.low, 0.0), high=min(interval.high, 1.0)), k / (len(x) - 1))
 
 
 def procrustes(
@@ -364,19 +356,56 @@ def _vary(*grams: Tensor) -> bool:
     return all(bool(torch.isfinite(m).all()) and bool(m.any()) for m in grams)
 
 
-def _distance_ranks(k: Tensor) -> Float[Tensor, "prompt prompt"]:
-    """Ranks of the squared distances of pairs, less their mean; 0 on the diagonal."""
-    squares = k.diagonal()
-    distances = squares[:, None] + squares - 2 * k
-    rows, columns = torch.triu_indices(len(k), len(k), 1)
-    ranks = torch.from_numpy(rankdata(distances[rows, columns].numpy()))
+def _distance_ranks(of: Tensor) -> Float[Tensor, "prompt prompt"]:
+    """Ranks 1 … n(n − 1)/2 of the squared distances of pairs; 0 on the diagonal."""
+    squares = of.diagonal()
+    distances = squares[:, None] + squares - 2 * of
+    rows, columns = torch.triu_indices(len(of), len(of), 1)
     found = torch.zeros_like(distances)
-    found[rows, columns] = found[columns, rows] = ranks - ranks.mean()
+    found[rows, columns] = found[columns, rows] = torch.from_numpy(rankdata(distances[rows, columns].numpy()))
     return found
 
 
-def _neighbours(rows: Tensor, k: int) -> Bool[Tensor, "prompt prompt"]:
-    """True for the k rows with the largest cosine, but for the row itself."""
+def _centred_off_diagonal(ranks: Tensor) -> Tensor:
+    n = len(ranks)
+    return (ranks - ranks.sum() / (n * (n - 1))).fill_diagonal_(0.0)
+
+
+def _spearmans(a: Tensor, b: Tensor) -> tuple[Float[Tensor, ""], Float[Tensor, " prompt"]]:
+    """Spearman's ρ of two matrices of ranks, and without each prompt, whose pairs' ranks the others close up (ties by order)."""
+    n, centred = len(a), [_centred_off_diagonal(ranks) for ranks in (a, b)]
+    whole = (centred[0] * centred[1]).sum() / (centred[0].norm() * centred[1].norm())
+    pairs = np.triu_indices(n, 1)
+    by_a, by_b = (np.argsort(ranks.numpy()[pairs], kind="stable") for ranks in (a, b))
+    in_b = np.empty_like(by_b)
+    in_b[by_b] = np.arange(len(by_b))
+    in_b, first, second = in_b[by_a], pairs[0][by_a], pairs[1][by_a]  # all in the order of a
+    in_a, m, without = np.arange(len(by_a)), (n - 1) * (n - 2) / 2, []
+    for prompt in range(n):
+        gone = (first == prompt) | (second == prompt)
+        gone_in_b = np.zeros_like(gone)
+        gone_in_b[in_b[gone]] = True
+        left = ~gone
+        one = (in_a - np.cumsum(gone))[left].astype(np.float64)
+        other = (in_b - np.cumsum(gone_in_b)[in_b])[left]
+        without.append((one @ other / m - ((m - 1) / 2) ** 2) * 12 / (m * m - 1))
+    return whole, torch.tensor(without, dtype=torch.float64)
+
+
+def _nearest(rows: Tensor, k: int) -> Int[Tensor, "prompt k"]:
+    """Numbers of the k rows with the largest cosine but for the row itself, the nearest first."""
     units = unit_rows(rows.to(torch.float64))
-    cosines = (units @ units.T).fill_diagonal_(-math.inf)
-    return torch.zeros_like(cosines, dtype=torch.bool).scatter_(1, cosines.topk(k, dim=1).indices, True)
+    return (units @ units.T).fill_diagonal_(-math.inf).topk(k, dim=1).indices
+
+
+def _shared_neighbours(x: Tensor, y: Tensor) -> Float[Tensor, " one_and_prompts"]:
+    """Mean share of the k nearest that two lists of the k + 1 nearest have in common: of all prompts, then without each."""
+    n, k = len(x), x.shape[1] - 1
+    near = [torch.zeros(n, n, dtype=torch.bool).scatter_(1, each[:, :k], True) for each in (x, y)]
+    both, shared = near[0] & near[1], (near[0] & near[1]).sum(1).double()
+    enters = [other.gather(1, each[:, k:]).double() for each, other in ((x, near[1]), (y, near[0]))]  # the next nearest
+    same_next = (x[:, k:] == y[:, k:]).double()
+    change = (near[0] * enters[0] + near[1] * enters[1] + both * (same_next - 1)).sum(
+        0
+    )  # by the prompt that is left out
+    return torch.cat([shared.sum()[None] / (n * k), (shared.sum() - shared + change) / ((n - 1) * k)])

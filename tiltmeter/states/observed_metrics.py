@@ -4,6 +4,7 @@ Names are those of :mod:`tiltmeter.metric_names`. Matrices are ``base``, ``polic
 ``random_update`` (ΔH after a random weight change of the same norm, :mod:`tiltmeter.weights.random_update`).
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 from jaxtyping import Float
@@ -19,6 +20,7 @@ from tiltmeter.geometry.projections import (
     summarize_projections,
 )
 from tiltmeter.geometry.rows import RowGeometry, Variant, in_own_span, outlier_dims, row_geometry
+from tiltmeter.geometry.similarity import linear_cka, one_row_a_prompt
 from tiltmeter.metric_names import at, matrix, metric
 from tiltmeter.models.layers import FINAL_POST_NORM, Unembedding
 from tiltmeter.states.capture import HiddenStates, Reading, ReadPoint
@@ -30,6 +32,8 @@ Metrics = dict[str, float]
 
 N_FLIPS = 200
 """Sign flips behind the null bands logged while training."""
+LEAST_PROMPTS = 4
+"""Prompts from which there is a debiased CKA."""
 
 
 def spectral_metrics(pair: StatePair, point: ReadPoint, *, variants: Sequence[Variant] = ("raw", "centred")) -> Metrics:
@@ -90,6 +94,7 @@ def random_update_figures(changed: StatePair, point: ReadPoint) -> Metrics:
         return {}
     figures = {
         metric("update_norm", "random_update"): float(updates.norm(dim=1).mean()),
+        metric("similarity", "cka", "random_update"): _cka(changed, point),
         metric("mean_cosine", "in_sample", "random_update"): float(in_sample_cosines(updates).nanmean()),
         metric("mean_cosine", "leave_one_out", "random_update"): float(leave_one_out_cosines(updates).nanmean()),
         metric("mean_cosine", "split_half", "random_update"): float(split_half(updates).cosines.nanmean()),
@@ -127,6 +132,16 @@ def consistency_metrics(
         now = steering_vector(before, after)
         metrics[metric("direction_settled")] = float(cosine(now, previous))
     return known({at(key, point): value for key, value in metrics.items()})
+
+
+def similarity_metrics(pair: StatePair, point: ReadPoint) -> Metrics:
+    """Debiased linear CKA of base and policy at one site and position, one row a prompt; nothing with fewer than four prompts."""
+    return known({at(metric("similarity", "cka"), point): _cka(pair, point)})
+
+
+def _cka(pair: StatePair, point: ReadPoint) -> float:
+    base, policy = (one_row_a_prompt(rows, pair.clusters_of(point)) for rows in pair.rows(point))
+    return linear_cka(base, policy) if len(base) >= LEAST_PROMPTS else math.nan
 
 
 def projection_metrics(

@@ -220,12 +220,12 @@ def read_random_updates(
     Raises:
         ValueError: see :func:`random_update`.
     """
-    base = probe.read(model)
+    base, prompts = probe.read(model), [str(list(pair.prompt_ids)) for pair in pairs]
     draws, spectra = [], dict[str, Tensor]()
     for form in forms:
         for draw in range(n_draws):
             with random_update(model, policy, draw=draw, seed=seed, form=form, spectra=spectra):
-                changed = StatePair(base, probe.read(model))
+                changed = StatePair(base, probe.read(model), clusters=prompts)
             found = {point: random_update_figures(changed, point) for point in base}
             draws += [Draw(form, draw, p.position, p.site, figures) for p, figures in found.items() if figures]
     weights = {"base": hash_weights(model.state_dict()), "policy": hash_weights(dict(policy))}

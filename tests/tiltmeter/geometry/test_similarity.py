@@ -97,6 +97,17 @@ def test_rsa_is_spearmans_and_mantel_tells_related_clouds_from_others() -> None:
     assert rsa(gram(x), gram(7 * x @ rotation(5))).interval.value == pytest.approx(1, abs=1e-9)
 
 
+def test_rsa_without_each_prompt_is_that_of_the_other_prompts() -> None:
+    x = noise(40, 5)
+    y = x + 0.5 * noise(40, 5, 1)
+    ranks = [similarity._distance_ranks(gram(z)) for z in (x, y)]
+    whole, without = similarity._spearmans(*ranks)
+    kept = [torch.arange(40) != i for i in range(40)]
+    exact = torch.tensor([spearmanr(torch.pdist(x[k]), torch.pdist(y[k])).statistic for k in kept])
+    assert float(whole) == pytest.approx(spearmanr(torch.pdist(x), torch.pdist(y)).statistic, abs=1e-12)
+    assert without.tolist() == pytest.approx(exact.tolist(), abs=1e-12)
+
+
 def test_mantel_keeps_its_level() -> None:
     """p ≤ 5 % in at most 5 % of sets, chance allowed for."""
     below = sum(rsa(gram(noise(12, 4, s)), gram(noise(12, 4, 9999 + s))).p_value <= 0.05 for s in range(400))
@@ -112,6 +123,15 @@ def test_neighbours_of_independent_clouds_overlap_by_chance() -> None:
     x = noise(60, 50)
     assert mutual_knn(x, 2 * x @ rotation(50), k=5).interval.value == 1
     assert mutual_knn(x, x + 30, k=5).interval.value < 0.8  # cosines see a shift
+
+
+def test_neighbours_without_each_prompt_are_those_of_the_other_prompts() -> None:
+    x, y = noise(14, 5), noise(14, 5) + noise(14, 5, 1)
+    found = similarity._shared_neighbours(similarity._nearest(x, 4), similarity._nearest(y, 4))
+    assert float(found[0]) == mutual_knn(x, y, k=3).interval.value
+    for i in range(14):
+        kept = torch.arange(14) != i
+        assert float(found[1 + i]) == pytest.approx(mutual_knn(x[kept], y[kept], k=3).interval.value, abs=1e-12)
 
 
 def test_procrustes_is_that_of_scipy_and_zero_for_a_rotation() -> None:
