@@ -37,6 +37,7 @@ from analysis.figures.layer_maps import draw_layers_by_step, layers_by_step_tabl
 from analysis.figures.similarity import draw_similarity, similarity_tables
 from analysis.figures.training import training_section, training_table
 from analysis.figures.transfer import transfer_section
+from analysis.figures.weights import weights_section
 from analysis.open.observed import Observed
 from analysis.report.page import Section
 from analysis.steering.run_sweep import cost_of_sweep, run_sweep, swept_section
@@ -65,6 +66,7 @@ ANALYSES: tuple[Analysis, ...] = (
     of_models("transfer", lambda found: transfer_section(*found), node="transfer"),
     of_models("recovery_ladder", recovery_ladder_section, node="recovery_ladder"),
     of_models("update_models", update_models_section, node="update_models"),
+    of_models("weights", weights_section, node="weights"),
     of_models("gradient_field", gradient_field_section, node="gradient_field"),
 )
 BY_NAME: Mapping[str, Analysis] = {analysis.name: analysis for analysis in ANALYSES}

@@ -242,9 +242,10 @@ def draw_map(figure: Figure, axes: Axes, cells: pd.DataFrame) -> str:
     axes.set_ylabel("base, after block")
     known = ~np.isnan(values).all(axis=0)
     own = int((np.nanargmax(np.where(np.isnan(values), -9, values), axis=0) == np.arange(len(sites)))[known].sum())
+    same, others = (span(pd.Series(values[mask]), ".2f") for mask in (np.eye(len(sites)) > 0, np.eye(len(sites)) == 0))
     return (
-        f"{own} of {int(known.sum())} sites of the policy are most like the base’s own site of that depth (CKA "
-        f"{span(pd.Series(values.diagonal()), '.2f')}; of other sites {span(pd.Series(values[~np.eye(len(sites), dtype=bool)]), '.2f')})"
+        f"{own} of {int(known.sum())} sites of the policy are most like the base’s own site of that depth (CKA {same}; of other "
+        f"sites {others})"
     )
 
 

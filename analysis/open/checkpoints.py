@@ -54,6 +54,7 @@ class Checkpoints:
         world: the synthetic world that the pairs are from, if they are.
         beta: of the loss that aligned was trained with, as far as it is known.
         knows_beta: whether it is; else it is the usual one.
+        sources: folder or hub id of base and aligned, from which they were opened; None: not known.
     """
 
     base: LoadedModel
@@ -62,6 +63,7 @@ class Checkpoints:
     world: SyntheticWorld | None = None
     beta: float = USUAL_BETA
     knows_beta: bool = False
+    sources: tuple[str, str] | None = None
 
     @cached_property
     def token_log_probs(self) -> tuple[list[SideLogProbs], list[SideLogProbs]]:
@@ -94,7 +96,8 @@ def checkpoints_of_run(
     opened = _open(base, str(run.aligned), dtype, device, None if kernel is None else str(kernel), revision)
     check_ids(pairs, opened[0].model, run.folder / PROMPTS_FILE)
     knows_beta = "train/rewards/margins" in run.metrics  # SFT has none
-    return Checkpoints(*opened, pairs, _world_of(run), _beta_of(run), knows_beta)
+    sources = base, str(run.aligned)
+    return Checkpoints(*opened, pairs, _world_of(run), _beta_of(run), knows_beta, sources)
 
 
 class HeldOutPairs:
@@ -160,7 +163,8 @@ class HeldOutPairs:
         drawn, reports = self.draw(source)
         opened = _open(base, aligned, dtype, device, attn_implementation)
         pairs, cuts = self._encoded(opened, drawn)
-        return Checkpoints(*opened, pairs, source if isinstance(source, SyntheticWorld) else None), reports, cuts
+        world = source if isinstance(source, SyntheticWorld) else None
+        return Checkpoints(*opened, pairs, world, sources=(base, aligned)), reports, cuts
 
     def of_models(self, models: Checkpoints, source: PreferenceSource) -> Checkpoints:
         """The same two models with pairs of another source.
