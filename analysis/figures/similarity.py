@@ -1,7 +1,7 @@
 """Are the policy's states arranged as the base's? CKA, RSA, neighbours, Procrustes and principal angles, and a map of sites.
 
-Raw, and after v* of the other prompts is taken off the policy's states. All but the neighbours and the displacement are told of
-centred rows: one shift of all states changes nothing in them, so that taking v* off can't either.
+Neighbours and displacement also after v* of the other prompts is taken off the policy's states; all else is of centred rows, in
+which one shift of all states changes nothing, so that taking v* off can't either.
 """
 
 import math
@@ -45,7 +45,8 @@ from tiltmeter.geometry.similarity import (
     cka_of_grams,
     displacement,
     gram,
-    mutual_knn,
+    nearest,
+    neighbour_overlap,
     one_row_a_prompt,
     principal_angles,
     procrustes,
@@ -55,10 +56,8 @@ from tiltmeter.geometry.similarity import (
 )
 from tiltmeter.states.state_pair import StatePair
 from tiltmeter.stats.equivalence import equivalence
-from tiltmeter.stats.jackknife import COSINE
+from tiltmeter.stats.jackknife import COSINE, NO_INTERVAL
 
-RAW, WITHOUT_SHIFT = "raw", "without_shift"
-"""Forms of the policy's states: as they are; less v* of the other prompts."""
 LEAST_PROMPTS = 6
 N_NEIGHBOURS, N_COMPONENTS = 10, 4
 MARGIN = 0.05
@@ -71,7 +70,7 @@ _BLUE, _NAVY, _GREY = COLOURS["policy"], COLOURS["policy_dark"], COLOURS["mark"]
 
 
 def similarity_tables(seen: Observed) -> Tables | None:
-    """``similarity``: a row for each position, form and site; ``similarity_map``: CKA of every two sites; ``similarity_about``."""
+    """``similarity``: a row for each position and site; ``similarity_map``: CKA of every two sites; ``similarity_about``."""
     if seen.states is None or seen.at() is None:
         return None
     rows = seen.states
@@ -98,9 +97,7 @@ def of_position(rows: StatePair) -> tuple[pd.DataFrame, pd.DataFrame]:
         base, policy = (one_row_a_prompt(each, clusters) for each in rows.rows(point))
         of_base, of_policy = gram(base), gram(policy)
         where = {"snapshot": rows.name, "position": point.position, "site": point.site, "n_prompts": len(base)}
-        for form, states in ((RAW, policy), (WITHOUT_SHIFT, without_shift(base, policy))):
-            other = of_policy if form == RAW else gram(states)
-            found.append(where | {"form": form} | likeness(base, states, of_base, other))
+        found.append(where | likeness(base, policy, of_base, of_policy))
         for name, made in (("base", of_base), ("policy", of_policy)):
             kept[name].append(u_centred(made).float())
     sites = [point.site for point in rows.points]
@@ -123,9 +120,7 @@ def likeness(base: Tensor, policy: Tensor, of_base: Tensor, of_policy: Tensor) -
     Args:
         of_base, of_policy: their centred Gram matrices.
     """
-    n = len(base)
-    cka = cka_interval(of_base, of_policy)
-    neighbours = mutual_knn(base, policy, k=min(N_NEIGHBOURS, n - 2))
+    n, cka, without = len(base), cka_interval(of_base, of_policy), without_shift(base, policy)
     few = slice(0, MOST_FOR_PAIRS)
     distances = rsa(of_base[few, few], of_policy[few, few])
     k = min(N_COMPONENTS, n - 1, base.shape[1])
@@ -134,21 +129,38 @@ def likeness(base: Tensor, policy: Tensor, of_base: Tensor, of_policy: Tensor) -
     figures: dict[str, object] = cka.named("cka") | {"cka_biased": cka_of_grams(of_base, of_policy, debiased=False)}
     figures |= {"cka_p": equivalence(cka, n, low=1 - MARGIN, scale=COSINE).p_value}
     figures |= distances.interval.named("rsa") | {"mantel_p": distances.p_value, "rsa_null_high": distances.null_high}
-    figures |= neighbours.interval.named("knn") | {"knn_chance": neighbours.chance}
-    figures |= procrustes(base[few], policy[few]).named("procrustes") | displacement(base, policy).named("displacement")
+    figures |= _neighbours(
+        base, {"knn": (policy, of_policy), "knn_without_shift": (without, None)}, of_base, varies=varies
+    )
+    figures |= procrustes(base[few], policy[few]).named("procrustes")
+    figures |= displacement(base, policy).named("displacement")
+    figures |= displacement(base, without).named("displacement_without_shift")
     return figures | {"angle_mean": float(angles.mean()), "angle_largest": float(angles.max())}
+
+
+def _neighbours(
+    base: Tensor, others: dict[str, tuple[Tensor, Tensor | None]], of_base: Tensor, *, varies: bool
+) -> dict[str, object]:
+    """Share of nearest neighbours that each of some clouds keeps, and what independent clouds share."""
+    k = min(N_NEIGHBOURS, len(base) - 2)
+    figures: dict[str, object] = {"knn_chance": k / (len(base) - 1)}
+    own = nearest(base, k, of_base)
+    for name, (states, of_states) in others.items():
+        found = neighbour_overlap(own, nearest(states, k, of_states)).interval if varies else NO_INTERVAL
+        figures |= found.named(name)
+    return figures
 
 
 def draw_similarity(tables: Tables) -> Section:
     """The section of what :func:`similarity_tables` made."""
     table, cells = tables["similarity"], tables["similarity_map"]
     position = str(table["position"].iloc[0])
-    here = table[(table["position"] == position) & (table["form"] == RAW)].reset_index(drop=True)
+    here = _at(table, position)
     with house_style():
         figure, axes = new_figure(3, panel_height_cm=6.2)
         sentences = [
-            draw_cka(axes[0], here, _form(table, CONTENT, RAW) if position != CONTENT else here.iloc[:0]),
-            draw_neighbours(axes[1], here, _form(table, position, WITHOUT_SHIFT)),
+            draw_cka(axes[0], here, _at(table, CONTENT) if position != CONTENT else here.iloc[:0]),
+            draw_neighbours(axes[1], here),
             draw_map(figure, axes[2], cells[cells["position"] == position]),
         ]
         axes[0].set_xlabel(SITES_LABEL)
@@ -197,12 +209,12 @@ def draw_cka(axes: Axes, here: pd.DataFrame, content: pd.DataFrame) -> str:
     return f"{alone}; {MISSING}"
 
 
-def draw_neighbours(axes: Axes, here: pd.DataFrame, without: pd.DataFrame) -> str:
+def draw_neighbours(axes: Axes, here: pd.DataFrame) -> str:
     """Share of nearest neighbours that are kept, raw and without v*, over what independent clouds share."""
     sites = here["site"].tolist()
     prepare_sites(axes, sites)
     shade_sites(axes, sites, here["knn_low"], here["knn_high"], colour=_NAVY)
-    labels = plot_curves(axes, without, [Curve("knn", "without v*", "--", _BLUE)])
+    labels = plot_curves(axes, here, [Curve("knn_without_shift", "without v*", "--", _BLUE)])
     labels += plot_curves(axes, here, [Curve("knn", "neighbours", "-", _NAVY)])
     labels += plot_curves(axes, here, [Curve("procrustes", "Procrustes", ":", _GREY)])
     mark_level(axes, float(here["knn_chance"].iloc[0]))
@@ -212,7 +224,7 @@ def draw_neighbours(axes: Axes, here: pd.DataFrame, without: pd.DataFrame) -> st
     finish_sites(axes, sites, labels, room=0.34)
     chance = as_text(float(here["knn_chance"].iloc[0]), "percent")
     return (
-        f"{span(here['knn'], 'percent')} of a prompt’s nearest neighbours stay its neighbours ({span(without['knn'], 'percent')} "
+        f"{span(here['knn'], 'percent')} of a prompt’s nearest neighbours stay its neighbours ({span(here['knn_without_shift'], 'percent')} "
         f"without v*, chance {chance}); a rotation leaves {span(here['procrustes'], 'percent')} of the cloud unexplained"
     )
 
@@ -249,8 +261,8 @@ def draw_map(figure: Figure, axes: Axes, cells: pd.DataFrame) -> str:
     )
 
 
-def _form(table: pd.DataFrame, position: str, form: str) -> pd.DataFrame:
-    return table[(table["position"] == position) & (table["form"] == form)].reset_index(drop=True)
+def _at(table: pd.DataFrame, position: str) -> pd.DataFrame:
+    return table[table["position"] == position].reset_index(drop=True)
 
 
 def _n_equivalent(here: pd.DataFrame) -> int:
@@ -270,10 +282,10 @@ def _headline(here: pd.DataFrame, last: pd.Series) -> Headline:
 
 
 def _shown(table: pd.DataFrame, position: str) -> pd.DataFrame:
-    raw, without = (_form(table, position, form) for form in (RAW, WITHOUT_SHIFT))
+    raw = _at(table, position)
     columns = {"CKA": raw["cka"], "random": raw["cka_random"], "RSA": raw["rsa"], "k-NN": raw["knn"]}
-    columns |= {"k-NN, without v*": without["knn"], "Procrustes": raw["procrustes"]}
-    columns |= {"displacement": raw["displacement"], "… without v*": without["displacement"]}
+    columns |= {"k-NN, without v*": raw["knn_without_shift"], "Procrustes": raw["procrustes"]}
+    columns |= {"displacement": raw["displacement"], "… without v*": raw["displacement_without_shift"]}
     columns |= {"angle °": raw["angle_largest"]}
     texts = {name: ["–" if x != x else as_text(float(x), ".3f") for x in found] for name, found in columns.items()}
     return pd.DataFrame({"site": raw["site"].tolist()} | texts)
@@ -289,8 +301,9 @@ def _reading(here: pd.DataFrame, said: pd.DataFrame) -> list[str]:
         "RSA: Spearman’s ρ of the distances of all two prompts; mantel_p is Mantel’s test. Neighbours: share of the "
         f"{N_NEIGHBOURS} nearest by cosine that both models agree on (Huh et al. 2024). Procrustes: share of the centred cloud "
         f"that no rotation with a scale explains. RSA, Procrustes and angles are of the first {MOST_FOR_PAIRS} prompts at most.",
-        "Without v*: the mean update of the other prompts is taken off each of the policy’s states. In centred states nothing "
-        "changes by it; where neighbours or displacement do, the shift is what they saw.",
+        "Without v*: the mean update of the other prompts is taken off each of the policy’s states. CKA, RSA, "
+        "Procrustes and angles are of centred states, in which nothing changes by it; where neighbours or displacement do, the shift "
+        "is what they saw.",
         "Displacement: energy of the change over the variance of the base’s states, nothing rotated. Angles: largest of the first "
         f"{N_COMPONENTS} principal components.",
     ]

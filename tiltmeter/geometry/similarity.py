@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from scipy.stats import rankdata
 from torch import Tensor
 
-from tiltmeter.geometry.rows import in_own_span, unit_rows
+from tiltmeter.geometry.rows import in_own_span
 from tiltmeter.stats.jackknife import (
     COSINE,
     NO_INTERVAL,
@@ -225,9 +225,33 @@ def mutual_knn(
         raise ValueError(f"mutual_knn: expected rows of the same prompts, got {len(x)} and {len(y)}")
     if len(x) < k + 2 or not all(len(rows) and (rows != rows[0]).any() for rows in (x, y)):
         return Matched(NO_INTERVAL, math.nan)
-    shared = _shared_neighbours(_nearest(x, k + 1), _nearest(y, k + 1))
-    interval = interval_without_each(shared[0], shared[1:], level=level)
-    return Matched(interval._replace(low=max(interval.low, 0.0), high=min(interval.high, 1.0)), k / (len(x) - 1))
+    return neighbour_overlap(nearest(x, k), nearest(y, k), level=level)
+
+
+def nearest(
+    rows: Float[Tensor, "prompt d_model"], k: int, of_rows: Float[Tensor, "prompt prompt"] | None = None
+) -> Int[Tensor, "prompt k_and_one"]:
+    """Numbers of the k + 1 rows with the largest cosine but for the row itself, the nearest first.
+
+    Args:
+        of_rows: their centred Gram matrix (:func:`gram`), where it is there already.
+    """
+    exact = rows.to(torch.float64)
+    mean = exact.mean(0)
+    along = (exact - mean) @ mean
+    products = (gram(exact) if of_rows is None else of_rows) + along[:, None] + along + mean @ mean
+    sizes = products.diagonal().clamp(min=0).sqrt()
+    cosines = products / (sizes[:, None] * sizes).clamp(min=torch.finfo(torch.float64).tiny)
+    return cosines.fill_diagonal_(-math.inf).topk(k + 1, dim=1).indices
+
+
+def neighbour_overlap(
+    x: Int[Tensor, "prompt k_and_one"], y: Int[Tensor, "prompt k_and_one"], *, level: float = 0.95
+) -> Matched:
+    """:func:`mutual_knn` of two lists of :func:`nearest` rows."""
+    shared = _shared_neighbours(x, y)
+    found = interval_without_each(shared[0], shared[1:], level=level)
+    return Matched(found._replace(low=max(found.low, 0.0), high=min(found.high, 1.0)), (x.shape[1] - 1) / (len(x) - 1))
 
 
 def procrustes(
@@ -390,12 +414,6 @@ def _spearmans(a: Tensor, b: Tensor) -> tuple[Float[Tensor, ""], Float[Tensor, "
         other = (in_b - np.cumsum(gone_in_b)[in_b])[left]
         without.append((one @ other / m - ((m - 1) / 2) ** 2) * 12 / (m * m - 1))
     return whole, torch.tensor(without, dtype=torch.float64)
-
-
-def _nearest(rows: Tensor, k: int) -> Int[Tensor, "prompt k"]:
-    """Numbers of the k rows with the largest cosine but for the row itself, the nearest first."""
-    units = unit_rows(rows.to(torch.float64))
-    return (units @ units.T).fill_diagonal_(-math.inf).topk(k, dim=1).indices
 
 
 def _shared_neighbours(x: Tensor, y: Tensor) -> Float[Tensor, " one_and_prompts"]:

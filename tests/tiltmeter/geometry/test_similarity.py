@@ -127,7 +127,7 @@ def test_neighbours_of_independent_clouds_overlap_by_chance() -> None:
 
 def test_neighbours_without_each_prompt_are_those_of_the_other_prompts() -> None:
     x, y = noise(14, 5), noise(14, 5) + noise(14, 5, 1)
-    found = similarity._shared_neighbours(similarity._nearest(x, 4), similarity._nearest(y, 4))
+    found = similarity._shared_neighbours(similarity.nearest(x, 3), similarity.nearest(y, 3, gram(y)))
     assert float(found[0]) == mutual_knn(x, y, k=3).interval.value
     for i in range(14):
         kept = torch.arange(14) != i
