@@ -43,18 +43,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         base[point], policy[point] = HiddenStates(first, *labels), HiddenStates(second, *labels)
     before = common.resident_memory_mb()
     common.forget_peak_memory()
-    started = time.perf_counter()
+    started, processor = time.perf_counter(), time.process_time()
     table, cells = of_position(StatePair(base, policy))
-    seconds = time.perf_counter() - started
+    seconds, busy = time.perf_counter() - started, time.process_time() - processor
     assert table["cka"].notna().all()
     assert len(cells) == n_sites**2
     whole = seconds * options.sites / n_sites
     memory = common.peak_memory_mb("cpu") - before
     print(
-        f"{place}\n{n_sites} sites of {options.prompts} prompts and width {options.width}, raw and without v*: {seconds:.1f} s, "
-        f"{whole:.0f} s for {options.sites} sites; {memory:,.0f} MB beside the rows"
+        f"{place}\n{n_sites} sites of {options.prompts} prompts and width {options.width}, raw and without v*: "
+        f"{seconds:.1f} s ({busy:.1f} s of CPU time), {whole:.0f} s for {options.sites} sites; {memory:,.0f} MB beside the rows"
     )
-    common.print_result(similarity_seconds=whole, similarity_memory_mb=memory)
+    of_cpu = busy * options.sites / n_sites
+    common.print_result(similarity_seconds=whole, similarity_cpu_seconds=of_cpu, similarity_memory_mb=memory)
 
 
 if __name__ == "__main__":

@@ -168,7 +168,7 @@ METRICS: tuple[Metric, ...] = (
     _spectral("stable_rank", "directions", "Σ σ² / σ₁²"),
     _spectral("sigma_ratio", _SHARE, "σ₂ / σ₁"),
     Metric("top_direction_cosine", _RAW, _SHARE, "Absolute cosine of u₁ with the mean row", _USUAL, is_hidden=True),
-    Metric("weights", ("changed_share",), _SHARE, "Weights of the decoder blocks, of a fixed sample, whose bfloat16 values changed"),
+    Metric("weights", ("changed_share",), _SHARE, "Weights of the blocks, of a fixed sample, whose bfloat16 values changed"),
     Metric("gradient", ("mean_resultant",), _SHARE, "Length of the mean unit gradient at final states; 1: one direction"),
     Metric("gradient", ("energy_along_sequence",), _SHARE, "Energy of those gradients along each pair’s v̄"),
     Metric("gradient", ("energy_along_steering",), _SHARE, "Energy of those gradients along v*"),

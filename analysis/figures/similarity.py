@@ -223,9 +223,10 @@ def draw_neighbours(axes: Axes, here: pd.DataFrame) -> str:
     axes.set_ylabel("share kept (neighbours)\nor left (Procrustes)")
     finish_sites(axes, sites, labels, room=0.34)
     chance = as_text(float(here["knn_chance"].iloc[0]), "percent")
+    kept, without, left = (span(here[name], "percent") for name in ("knn", "knn_without_shift", "procrustes"))
     return (
-        f"{span(here['knn'], 'percent')} of a prompt’s nearest neighbours stay its neighbours ({span(here['knn_without_shift'], 'percent')} "
-        f"without v*, chance {chance}); a rotation leaves {span(here['procrustes'], 'percent')} of the cloud unexplained"
+        f"{kept} of a prompt’s nearest neighbours stay its neighbours ({without} without v*, chance {chance}); a rotation leaves "
+        f"{left} of the cloud unexplained"
     )
 
 
@@ -302,8 +303,8 @@ def _reading(here: pd.DataFrame, said: pd.DataFrame) -> list[str]:
         f"{N_NEIGHBOURS} nearest by cosine that both models agree on (Huh et al. 2024). Procrustes: share of the centred cloud "
         f"that no rotation with a scale explains. RSA, Procrustes and angles are of the first {MOST_FOR_PAIRS} prompts at most.",
         "Without v*: the mean update of the other prompts is taken off each of the policy’s states. CKA, RSA, "
-        "Procrustes and angles are of centred states, in which nothing changes by it; where neighbours or displacement do, the shift "
-        "is what they saw.",
+        "Procrustes and angles are of centred states, in which nothing changes by it; where neighbours or displacement do, the "
+        "shift is what they saw.",
         "Displacement: energy of the change over the variance of the base’s states, nothing rotated. Angles: largest of the first "
         f"{N_COMPONENTS} principal components.",
     ]

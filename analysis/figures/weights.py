@@ -169,8 +169,8 @@ def cut_rows(
 ) -> Iterator[dict[str, object]]:
     """Held-out pairs under the base with every ΔW cut to a rank, a row each, and under the aligned model.
 
-    ``margin``: mean of Δlog π(chosen) − Δlog π(rejected), nats; ``kept``: it over that of the whole update. Vectors (norms, biases) keep
-    their whole change.
+    ``margin``: mean of Δlog π(chosen) − Δlog π(rejected), nats; ``kept``: it over that of the whole update. Vectors (norms,
+    biases) keep their whole change.
     """
     groups = [pair.group for pair in checkpoints.pairs]
     before, after = (sums_of_pairs(said) for said in checkpoints.token_log_probs)
@@ -316,8 +316,8 @@ def _interval(cut: pd.DataFrame | None) -> str:
     row = cut.iloc[0]
     value, low, high = (as_text(row[f"kept{end}"], "percent") for end in ("", "_low", "_high"))
     return (
-        f"Margin kept at rank {row['rank']}: {value}, 95 % CI {low} … {high} over the prompts of {row['n_pairs']} pairs. Figures of "
-        "the weights are exact, and need none; those of large matrices are known to 1e-6."
+        f"Margin kept at rank {row['rank']}: {value}, 95 % CI {low} … {high} over the prompts of {row['n_pairs']} pairs. Figures "
+        "of the weights are exact, and need none; those of large matrices are known to 1e-6."
     )
 
 
@@ -363,12 +363,13 @@ def _shown(layers: pd.DataFrame) -> pd.DataFrame:
 
 def _reading(table: pd.DataFrame) -> list[str]:
     lines = [
-        "ΔW = W of the aligned model less W of the base, matrix by matrix; ΔH: the change of the hidden states after a block, of all "
-        "held-out pairs. Band: least and largest of a block’s matrices.",
-        "Changed: entries whose bfloat16 values differ (arXiv 2505.11711). Numerical rank: singular values above max(m, n) · 1.2e-7 · "
-        "σ₁. Stable rank: ‖ΔW‖²/σ₁². Drift: ‖σ(W′) − σ(W)‖/‖σ(W)‖. Angles: largest principal angle of the leading singular subspaces.",
-        "Cut: the base with every ΔW replaced by its best approximation of that rank; norms and biases keep their whole change. Margin: "
-        "log π/π₀ of chosen less rejected; accuracy: pairs with a margin above 0, ½ for 0 (dashed).",
+        "ΔW = W of the aligned model less W of the base, matrix by matrix; ΔH: the change of the hidden states after a block, of "
+        "all held-out pairs. Band: least and largest of a block’s matrices.",
+        "Changed: entries whose bfloat16 values differ (arXiv 2505.11711). Numerical rank: singular values above "
+        "max(m, n) · 1.2e-7 · σ₁. Stable rank: ‖ΔW‖²/σ₁². Drift: ‖σ(W′) − σ(W)‖/‖σ(W)‖. Angles: largest principal angle of the "
+        "leading singular subspaces.",
+        "Cut: the base with every ΔW replaced by its best approximation of that rank; norms and biases keep their whole change. "
+        "Margin: log π/π₀ of chosen less rejected; accuracy: pairs with a margin above 0, ½ for 0 (dashed).",
     ]
     if (n := int((table["relative_norm"] == 0).sum())) == len(table):
         lines.append("No matrix differs between the two models: their ranks and angles have no number.")
