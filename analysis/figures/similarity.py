@@ -238,7 +238,7 @@ def draw_map(figure: Figure, axes: Axes, cells: pd.DataFrame) -> str:
     shown = axes.imshow(values, origin="lower", aspect="auto", interpolation="nearest", cmap="cividis")
     shown.set_clim(float(np.nanmin(values, initial=1.0)) - 1e-6, max(float(np.nanmax(values, initial=0.0)), 1e-6))
     axes.grid(visible=False)
-    if values.size <= _MOST_NUMBERS:
+    if values.size <= _MOST_NUMBERS and not np.isnan(values).all():
         middle = float(np.nanmean(values))
         for (row, column), value in np.ndenumerate(values):
             ink = "white" if value < middle else "black"

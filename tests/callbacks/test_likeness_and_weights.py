@@ -7,7 +7,7 @@ from peft import LoraConfig
 from callbacks.changed_weights import ChangedWeights
 from callbacks.representation_similarity import RepresentationSimilarity
 from tests.callbacks.watched import dpo, watch
-from tests.tiny_models import lightning_warnings
+from tests.tiny_models import lightning_warnings, make_model
 from tiltmeter.errors import UserError
 from tiltmeter.geometry.similarity import linear_cka
 from tiltmeter.metric_names import at
@@ -38,17 +38,13 @@ def rows_with(logger: object, name: str) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(r=2, lora_alpha=4)])
 def test_weights_change_as_the_model_trains(tmp_path: Path, lora: LoraConfig | None) -> None:
-    seen = watch(
-        tmp_path, [ChangedWeights(n_entries=2000)], module=dpo(learning_rate=1e-2), **({"lora": lora} if lora else {})
-    )
+    seen = watch(tmp_path, [ChangedWeights(n_entries=2000)], module=dpo(learning_rate=1e-2, lora=lora))
     values = [row["weights/changed_share"] for row in rows_with(seen.logger, "weights/changed_share")]
     assert values[0] == 0
     assert 0.02 < values[-1] <= 1
 
 
 def test_the_sample_is_the_same_and_told_of_every_matrix() -> None:
-    from tests.tiny_models import make_model
-
     model = make_model("llama")
     first = sampled_weights(model, n_entries=500)
     assert torch.equal(first, sampled_weights(model, n_entries=500))
