@@ -37,7 +37,8 @@ from tiltmeter.weights.random_update import Form, random_update
 
 _STORED: tuple[Position, ...] = ("prompt_last", "content")
 _LEAST_PAIRS = 4
-_MADE_BY = {"sweep": "steering_sweep", "steering_effects": "steering_sweep"}
+_MADE_BY = {"sweep": "steering_sweep", "steering_effects": "steering_sweep", "similarity_map": "similarity"}
+_MADE_BY |= dict.fromkeys(("weights_cut", "weights_by_layer"), "weights")
 """Table → the analysis that makes it, where it has another name."""
 _LOSS_KEYS = ("loss", "sft_weight", "beta", "label_smoothing", "gamma_beta_ratio")
 _NO_MODELS = "ask_models=false"

@@ -126,7 +126,7 @@ def likeness(base: Tensor, policy: Tensor, of_base: Tensor, of_policy: Tensor) -
     k = min(N_COMPONENTS, n - 1, base.shape[1])
     varies = cka.value == cka.value
     angles = np.degrees(principal_angles(base[few], policy[few], k=k).numpy()) if varies else np.full(k, math.nan)
-    figures: dict[str, object] = cka.named("cka") | {"cka_biased": cka_of_grams(of_base, of_policy, debiased=False)}
+    figures: dict[str, object] = {**cka.named("cka")} | {"cka_biased": cka_of_grams(of_base, of_policy, debiased=False)}
     figures |= {"cka_p": equivalence(cka, n, low=1 - MARGIN, scale=COSINE).p_value}
     figures |= distances.interval.named("rsa") | {"mantel_p": distances.p_value, "rsa_null_high": distances.null_high}
     figures |= _neighbours(
@@ -244,7 +244,7 @@ def draw_map(figure: Figure, axes: Axes, cells: pd.DataFrame) -> str:
             ink = "white" if value < middle else "black"
             axes.text(column, row, as_text(float(value), ".2f"), color=ink, ha="center", va="center", fontsize=6)
     bar = figure.colorbar(shown, ax=axes, pad=0.02, fraction=0.06)
-    bar.outline.set_linewidth(0.4)  # type: ignore[operator]
+    bar.outline.set_linewidth(0.4)
     bar.ax.tick_params(labelsize=6)
     bar.set_label("CKA")
     ticks = shown_ticks(sites)

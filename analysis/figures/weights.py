@@ -84,7 +84,9 @@ class Weights:
         for found in (policy, other):
             if found is not None:
                 check_same_form(base, found)
-        places, updates, rows = places_of(checkpoints.base), {}, []
+        places = places_of(checkpoints.base)
+        updates: dict[str, Tensor | SVD] = {}
+        rows: list[dict[str, object]] = []
         for name in base:
             before, after = _of_one_shape(name, base[name], policy[name])
             if before.ndim < 2:
@@ -93,12 +95,12 @@ class Weights:
             before, after = before.flatten(1), after.flatten(1)
             update = leading_svd(after.float() - before.float(), max(self.n_components, *RANKS, *self.ranks))
             updates[name] = update
-            row = {"matrix": name, "kind": name.split(".")[-2], "layer": places.get(name, math.nan)}
+            row: dict[str, object] = {"matrix": name, "kind": name.split(".")[-2], "layer": places.get(name, math.nan)}
             row |= {"rows": len(before), "columns": before.shape[1]}
             row |= _figures(before, after, self.n_components, update)
             if other is not None:
-                found = mask_overlap(changed_mask(before, after), changed_mask(before, other[name].flatten(1)))
-                row |= {"mask_overlap": found.overlap, "mask_chance": found.chance}
+                masks = mask_overlap(changed_mask(before, after), changed_mask(before, other[name].flatten(1)))
+                row |= {"mask_overlap": masks.overlap, "mask_chance": masks.chance}
             rows.append(row)
         table = pd.DataFrame(rows)
         layers = by_layer(table).merge(self._states(checkpoints), on="layer", how="left")
@@ -134,7 +136,7 @@ def both_weights(checkpoints: Checkpoints) -> tuple[Mapping[str, Tensor], Mappin
         if {*before} <= {*known}:
             return before, after
     opened = [dict(each.model.named_parameters()) for each in (checkpoints.base, checkpoints.aligned)]
-    return opened[0], opened[1]  # type: ignore[return-value]
+    return opened[0], opened[1]
 
 
 def places_of(opened: LoadedModel) -> dict[str, int]:

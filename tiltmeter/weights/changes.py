@@ -6,7 +6,7 @@ stable rank ‖ΔW‖²/σ₁² how evenly they are spread, and an energy how mu
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -74,7 +74,7 @@ def changed_mask(base: Tensor, policy: Tensor, dtype: torch.dtype = torch.bfloat
     """
     if base.shape != policy.shape:
         raise ValueError(f"changed_mask: expected one shape, got {tuple(base.shape)} and {tuple(policy.shape)}")
-    return cast(Tensor, base.to(dtype) != policy.to(dtype))
+    return base.to(dtype) != policy.to(dtype)
 
 
 def mask_overlap(one: Bool[Tensor, "..."], other: Bool[Tensor, "..."]) -> MaskOverlap:
@@ -149,7 +149,8 @@ def weight_change(
         rank if is_whole else math.nan,
         norm**2 / float(found[0]) ** 2,
         tuple(min(1.0, float(found[:r].square().sum()) / norm**2) for r in RANKS),
-        *(float(subspace_angles(a, b).max()) for a, b in ((own.left, changed.left), (own.right, changed.right))),
+        float(subspace_angles(own.left, changed.left).max()),
+        float(subspace_angles(own.right, changed.right).max()),
         len(sigmas[0]),
     )
 
