@@ -18,8 +18,6 @@ from analysis.controls.c08_random_weights import (
     NOTE,
     draw_random,
     is_known,
-    said_of_difference,
-    verdict,
     with_random,
 )
 from analysis.open.observations import CONTENT, deepest, site_name
@@ -55,6 +53,7 @@ from tiltmeter.geometry.similarity import (
     without_shift,
 )
 from tiltmeter.states.state_pair import StatePair
+from tiltmeter.stats.among_random import BELOW, UNKNOWN
 from tiltmeter.stats.equivalence import equivalence
 from tiltmeter.stats.jackknife import COSINE, NO_INTERVAL
 
@@ -205,7 +204,7 @@ def draw_cka(axes: Axes, here: pd.DataFrame, content: pd.DataFrame) -> str:
     alone = f"CKA of base and policy is {extremes(sites, here['cka'], '.3f')}"
     if is_known(here, "cka"):
         there = f"; at a content token {span(content['cka'], '.3f')}" if len(content) else ""
-        return f"{alone}{there}; under random weights of equal norm {span(here['cka_random'], '.3f')}"
+        return f"{alone}{there}; under random weights of equal norm {span(here['cka_random'], '.3f')}: {_beside_random(here)}"
     return f"{alone}; {MISSING}"
 
 
@@ -270,11 +269,20 @@ def _n_equivalent(here: pd.DataFrame) -> int:
     return int((here["cka_p"] <= 0.05).sum())
 
 
+def _beside_random(here: pd.DataFrame) -> str:
+    """Whether training changed states more than random weights do: CKA is then below theirs."""
+    judged = here.loc[here["cka_random_verdict"] != UNKNOWN, "cka_random_verdict"]
+    n_below = int((judged == BELOW).sum())
+    if not len(judged):
+        return "too few draws to judge"
+    return f"below them at {n_below} of {len(judged)} sites" if n_below else "no more changed than by them"
+
+
 def _headline(here: pd.DataFrame, last: pd.Series) -> Headline:
     beside = (
         f"random weights {as_text(last['cka_random'], '.3f')}; " if last["cka_random"] == last["cka_random"] else ""
     )
-    what = f"CKA of base and policy: {verdict(here, 'cka')}" if is_known(here, "cka") else "CKA of base and policy"
+    what = f"CKA of base and policy: {_beside_random(here)}" if is_known(here, "cka") else "CKA of base and policy"
     return Headline(
         as_text(last["cka"], ".3f"),
         what,
@@ -314,5 +322,4 @@ def _reading(here: pd.DataFrame, said: pd.DataFrame) -> list[str]:
             f"No number at {', '.join(where)}: there the states of all prompts are equal under one of the models."
         )
     note = NOTE if is_known(here, "cka") else f"Here {MISSING}."
-    extra = [said_of_difference(here, "cka", "CKA") + "."] if is_known(here, "cka") else []
-    return [*lines, *row_notes(said), note, *extra]
+    return [*lines, *row_notes(said), note]
