@@ -282,7 +282,11 @@ def _headline(here: pd.DataFrame, last: pd.Series) -> Headline:
     beside = (
         f"random weights {as_text(last['cka_random'], '.3f')}; " if last["cka_random"] == last["cka_random"] else ""
     )
-    what = f"CKA of base and policy: {_beside_random(here)}" if is_known(here, "cka") else "CKA of base and policy"
+    what = (
+        f"CKA of base and policy, beside random weights: {_beside_random(here)}"
+        if is_known(here, "cka")
+        else "CKA of base and policy"
+    )
     return Headline(
         as_text(last["cka"], ".3f"),
         what,
