@@ -125,7 +125,7 @@ def likeness(base: Tensor, policy: Tensor, of_base: Tensor, of_policy: Tensor) -
     k = min(N_COMPONENTS, n - 1, base.shape[1])
     varies = cka.value == cka.value
     angles = np.degrees(principal_angles(base[few], policy[few], k=k).numpy()) if varies else np.full(k, math.nan)
-    figures: dict[str, object] = {**cka.named("cka")} | {"cka_biased": cka_of_grams(of_base, of_policy, debiased=False)}
+    figures: dict[str, object] = {**cka.named("cka"), "cka_biased": cka_of_grams(of_base, of_policy, debiased=False)}
     figures |= {"cka_p": equivalence(cka, n, low=1 - MARGIN, scale=COSINE).p_value}
     figures |= distances.interval.named("rsa") | {"mantel_p": distances.p_value, "rsa_null_high": distances.null_high}
     figures |= _neighbours(
