@@ -8,6 +8,9 @@ from collections.abc import Iterable, Mapping
 from analysis.behaviour.asked import behaviour_section
 from analysis.behaviour.by_step import NOT_SCORED, behaviour_by_step_section, scores_by_step
 from analysis.behaviour.rewards import rewards_section
+from analysis.belief.depth import depth_section
+from analysis.belief.readout import readout_section
+from analysis.belief.traces import traces_section
 from analysis.contract import Analysis, Needs, of_models, of_states
 from analysis.controls.c16_recovery_ladder import recovery_ladder_section
 from analysis.controls.c17_update_models import update_models_section
@@ -67,6 +70,9 @@ ANALYSES: tuple[Analysis, ...] = (
     of_models("recovery_ladder", recovery_ladder_section, node="recovery_ladder"),
     of_models("update_models", update_models_section, node="update_models"),
     of_models("weights", weights_section, node="weights"),
+    of_models("depth", depth_section, node="depth", reaches=("judge",)),
+    of_models("readout", readout_section, node="readout"),
+    of_models("traces", traces_section, node="traces"),
     of_models("gradient_field", gradient_field_section, node="gradient_field"),
 )
 BY_NAME: Mapping[str, Analysis] = {analysis.name: analysis for analysis in ANALYSES}

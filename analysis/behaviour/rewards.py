@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Picture
 from matplotlib.ticker import MaxNLocator
@@ -22,12 +21,11 @@ from analysis.report.style import COLOURS, EndLabel, house_style, label_ends, ma
 from tiltmeter.errors import UserError
 from tiltmeter.models.causal_lm import DTYPES
 from tiltmeter.scoring.behaviour import as_cell
+from tiltmeter.scoring.depth import FIRST_TOKENS, ratio_of_sums
 from tiltmeter.scoring.scorer import Figure
-from tiltmeter.stats.jackknife import Interval, jackknife_interval
+from tiltmeter.stats.jackknife import Interval
 
 NAME = "rewards"
-FIRST_TOKENS = 5
-"""Tokens of a response that are called its first."""
 SIDES = ("chosen", "rejected")
 _BINS = (1, 2, 3, 5, 9, 17, 33, 65, 129, 257, 513, 1025, 2049)
 """First token of each stretch of a response."""
@@ -132,11 +130,13 @@ def along_table(ratios: Sequence[SideLogProbs], groups: Sequence[str]) -> pd.Dat
             parts = [pair[which][first - 1 : end - 1] for pair in ratios]
             there = [(part, group) for part, group in zip(parts, groups, strict=True) if len(part)]
             if there:
-                counts = [len(part) for part, _ in there]
-                mean = _ratio([float(part.sum()) for part, _ in there], counts, [group for _, group in there])
+                counts = [float(len(part)) for part, _ in there]
+                mean = ratio_of_sums([float(part.sum()) for part, _ in there], counts, [group for _, group in there])
                 last = min(end - 1, longest)
                 ends = {"side": side, "first_token": first, "last_token": last, "log_ratio": mean.value}
-                rows.append(ends | {"ci_low": mean.low, "ci_high": mean.high, "n": len(there), "n_tokens": sum(counts)})
+                rows.append(
+                    ends | {"ci_low": mean.low, "ci_high": mean.high, "n": len(there), "n_tokens": int(sum(counts))}
+                )
     return pd.DataFrame(rows)
 
 
@@ -144,16 +144,8 @@ def first_share(ratios: Sequence[SideLogProbs], groups: Sequence[str]) -> Interv
     """Share of the summed margins that is in the first tokens of both responses; NaN where the sum is not told from 0."""
     whole = [float(pair.chosen.sum() - pair.rejected.sum()) for pair in ratios]
     first = [float(pair.chosen[:FIRST_TOKENS].sum() - pair.rejected[:FIRST_TOKENS].sum()) for pair in ratios]
-    mean = _ratio(whole, [1] * len(whole), groups)
-    return _ratio(first, whole, groups) if mean.low > 0 or mean.high < 0 else _NOWHERE
-
-
-def _ratio(sums: Sequence[float], counts: Sequence[float], groups: Sequence[str]) -> Interval:
-    """Σ sums / Σ counts with its interval over prompts; without ends for a single one."""
-    over, under = (torch.tensor(list(x), dtype=torch.float64) for x in (sums, counts))
-    if len(set(groups)) < 2:
-        return Interval(float(over.sum() / under.sum()), math.nan, math.nan)
-    return jackknife_interval(lambda drawn: drawn @ over / (drawn @ under), groups)
+    mean = ratio_of_sums(whole, [1.0] * len(whole), groups)
+    return ratio_of_sums(first, whole, groups) if mean.low > 0 or mean.high < 0 else _NOWHERE
 
 
 def _shown(margins: Sequence[float], n: int) -> dict[int, str]:

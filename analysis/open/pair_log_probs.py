@@ -1,4 +1,4 @@
-"""Log-probs of pairs under a model that is open, token by token: two plain rows a pair, those of one length together."""
+"""Log-probs of pairs under models that are open, and their divergence, token by token: two plain rows a pair."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -10,9 +10,11 @@ from rich.progress import track
 from torch import Tensor
 
 from analysis.open.models import LoadedModel
-from tiltmeter.models.layers import unembedding
-from tiltmeter.pairs.batch import TokenizedPair, collate_pairs
-from tiltmeter.pairs.log_probs import target_hidden_states, token_log_probs
+from tiltmeter.models.cpu_linear import fast_linear, linear
+from tiltmeter.models.layers import Unembedding, unembedding
+from tiltmeter.pairs.batch import PreferenceBatch, TokenizedPair, collate_pairs
+from tiltmeter.pairs.log_probs import default_chunk_tokens, scale_and_cap, target_hidden_states, token_log_probs
+from tiltmeter.steering.recovery import kl_divergences
 
 _TOKENS_PER_BATCH = 8192
 _MANY_BATCHES = 40
@@ -26,6 +28,67 @@ class SideLogProbs(NamedTuple):
     rejected: Float[Tensor, " token"]
 
 
+class Compared(NamedTuple):
+    """Log-probs and divergences of two models on one response, at each of its tokens, in nats, float64 on the CPU."""
+
+    base: Float[Tensor, " token"]
+    """log π₀."""
+    aligned: Float[Tensor, " token"]
+    """log π."""
+    kl: Float[Tensor, " token"]
+    """KL(π ‖ π₀), over the whole vocabulary."""
+    kl_moved: Float[Tensor, " token"]
+    """KL(π ‖ the base whose states behind the final norm are moved)."""
+
+
+class ComparedPair(NamedTuple):
+    """Both responses of one pair, compared."""
+
+    chosen: Compared
+    rejected: Compared
+
+
+@torch.no_grad()
+def compare_on_pairs(
+    base: LoadedModel, aligned: LoadedModel, pairs: Sequence[TokenizedPair], *, move: Float[Tensor, " d_model"]
+) -> list[ComparedPair]:
+    """Both models on every token of both responses of every pair, by one pass of each.
+
+    Args:
+        move: added to the base's states behind the final norm, from which every token is predicted.
+    """
+    found: dict[int, ComparedPair] = {}
+    with fast_linear(base.model), fast_linear(aligned.model):
+        for rows in _batches(pairs):
+            batch = collate_pairs([pairs[row] for row in rows], pair_index=rows, layout="concatenated")
+            batch = batch.to(base.model.device)
+            said = _compared(base, aligned, batch, move.to(base.model.device)).double().cpu()
+            sides = _by_response(said, batch, [pairs[row] for row in rows])
+            responses = [Compared(*side.unbind(1)) for side in sides]
+            found |= {row: ComparedPair(responses[i], responses[len(rows) + i]) for i, row in enumerate(rows)}
+    return [found[row] for row in range(len(pairs))]
+
+
+def _compared(
+    base: LoadedModel, aligned: LoadedModel, batch: PreferenceBatch, move: Tensor
+) -> Float[Tensor, "target figure"]:
+    """The figures of :class:`Compared` of every target of a batch, a chunk of logits at a time."""
+    start, goal = (target_hidden_states(of.model, batch) for of in (base, aligned))
+    heads = unembedding(base.model), unembedding(aligned.model)
+    found = []
+    for at in torch.arange(len(start), device=start.device).split(default_chunk_tokens(len(heads[0].weight))):
+        logits = _logits(start[at], heads[0])
+        aim = _logits(goal[at], heads[1])
+        moved = _logits(start[at] + move.to(start.dtype), heads[0])
+        said = [of.log_softmax(-1).gather(1, batch.target_ids[at, None])[:, 0] for of in (logits, aim)]
+        found.append(torch.stack([*said, kl_divergences(aim, logits), kl_divergences(aim, moved)], dim=1))
+    return torch.cat(found)
+
+
+def _logits(hidden: Tensor, head: Unembedding) -> Tensor:
+    return scale_and_cap(linear(hidden, head.weight, head.bias), head)
+
+
 @torch.no_grad()
 def tokens_of_pairs(opened: LoadedModel, pairs: Sequence[TokenizedPair]) -> list[SideLogProbs]:
     """log π(y_t | x, y_<t) of every token of both responses of every pair, nats, float64 on the CPU."""
@@ -37,10 +100,7 @@ def tokens_of_pairs(opened: LoadedModel, pairs: Sequence[TokenizedPair]) -> list
         batch = batch.to(opened.model.device)
         hidden = target_hidden_states(opened.model, batch)
         said = token_log_probs(hidden, unembedding(opened.model), batch.target_ids).double().cpu()
-        order = batch.target_sequences.cpu().argsort(stable=True)
-        sides = said[order].split(
-            [*(len(pairs[r].chosen_ids) for r in rows), *(len(pairs[r].rejected_ids) for r in rows)]
-        )
+        sides = _by_response(said, batch, [pairs[row] for row in rows])
         found |= {row: SideLogProbs(sides[i], sides[len(rows) + i]) for i, row in enumerate(rows)}
     return [found[row] for row in range(len(pairs))]
 
@@ -52,6 +112,13 @@ def sums_of_pairs(said: Sequence[SideLogProbs]) -> Float[Tensor, "pair side"]:
     [[-3.0, -4.0]]
     """
     return torch.tensor([[float(side.sum()) for side in pair] for pair in said], dtype=torch.float64).reshape(-1, 2)
+
+
+def _by_response(said: Tensor, batch: PreferenceBatch, pairs: Sequence[TokenizedPair]) -> Sequence[Tensor]:
+    """Rows of targets, cut by response: all chosen ones, then all rejected ones."""
+    order = batch.target_sequences.cpu().argsort(stable=True)
+    lengths = [*(len(pair.chosen_ids) for pair in pairs), *(len(pair.rejected_ids) for pair in pairs)]
+    return torch.split(said[order], lengths)
 
 
 def _batches(pairs: Sequence[TokenizedPair]) -> Iterator[list[int]]:

@@ -1,4 +1,9 @@
-"""Plain prompts that have nothing to do with any preference: what unrelated-contrast vectors are made of (control C15)."""
+"""Plain prompts that have nothing to do with any preference: for unrelated-contrast vectors (control C15), and for traces."""
+
+from analysis.open.models import LoadedModel
+from datamodules.prompts import PromptFile
+from datamodules.tokenization import SegmentEncoder
+from tiltmeter.errors import UserError
 
 UNRELATED_PROMPTS = (
     "The river bends twice before it reaches the old mill.",
@@ -66,3 +71,20 @@ UNRELATED_PROMPTS = (
     "Three of the five windows face the garden.",
     "The tide was out when they reached the pier.",
 )
+
+
+def unrelated_ids(opened: LoadedModel, path: str | None, *, key: str) -> list[list[int]]:
+    """Token ids of unrelated prompts, behind one BOS where the tokenizer has it.
+
+    Args:
+        path: a file of prompts; None: :data:`UNRELATED_PROMPTS`.
+        key: of the configuration that says the file, for messages.
+
+    Raises:
+        UserError: a file that can't be read, or with fewer than four prompts.
+    """
+    texts = list(UNRELATED_PROMPTS) if path is None else [prompt.text for prompt in PromptFile(path, key=key).load()]
+    if len(texts) < 4:
+        raise UserError(f"{key}: {path}: expected at least 4 prompts, got {len(texts)}")
+    encoder, bos = SegmentEncoder(opened.tokenizer), opened.tokenizer.bos_token_id
+    return [[*([] if bos is None else [bos]), *encoder.encode(text)] for text in texts]

@@ -14,9 +14,7 @@ from analysis.open.checkpoints import Checkpoints
 from analysis.open.foreign_vectors import open_like, runs_by_arm, vectors_of_file
 from analysis.open.probe_pairs import ProbePair
 from analysis.steering.directions import COUNTED, Kind, States, make, v_star
-from analysis.steering.unrelated_prompts import UNRELATED_PROMPTS
-from datamodules.prompts import PromptFile
-from datamodules.tokenization import SegmentEncoder
+from analysis.steering.unrelated_prompts import unrelated_ids
 from tiltmeter.errors import UserError
 from tiltmeter.geometry.directions import principal_directions, steering_vector
 from tiltmeter.models.layers import FINAL_POST_NORM, FINAL_PRE_NORM, layer_site
@@ -204,7 +202,9 @@ def _states_for(checkpoints: Checkpoints, pairs: Sequence[ProbePair], sites: Seq
         list(dict.fromkeys([*sites, *blocks])),
         position=wanted.position,
         others=[kind.position for kind in wanted.kinds if kind.position is not None],
-        unrelated=_unrelated_ids(checkpoints, wanted.unrelated) if UNRELATED in kinds else [],
+        unrelated=unrelated_ids(checkpoints.base, wanted.unrelated, key="steering.unrelated_prompts")
+        if UNRELATED in kinds
+        else [],
     )
 
 
@@ -216,18 +216,6 @@ def _unit_of_length(states: States, site: str, wanted: Wanted) -> Tensor:
     base, _ = states.rows(site, None)
     relative: Tensor = found / found.norm() * base.double().norm(dim=1).mean()
     return relative
-
-
-def _unrelated_ids(checkpoints: Checkpoints, path: str | None) -> list[list[int]]:
-    """Token ids of unrelated prompts. Raises UserError: a file that can't be read, or with fewer than four prompts."""
-    if path is None:
-        texts = list(UNRELATED_PROMPTS)
-    else:
-        texts = [prompt.text for prompt in PromptFile(path, key="steering.unrelated_prompts").load()]
-    if len(texts) < 4:
-        raise UserError(f"steering.unrelated_prompts: {path}: expected at least 4 prompts, got {len(texts)}")
-    encoder, bos = SegmentEncoder(checkpoints.base.tokenizer), checkpoints.base.tokenizer.bos_token_id
-    return [[*([] if bos is None else [bos]), *encoder.encode(text)] for text in texts]
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from analysis.behaviour.rewards import FIRST_TOKENS, SideLogProbs, first_share
+from analysis.behaviour.rewards import SideLogProbs, first_share
 from tests.calibration.coverage import monte_carlo_band
+from tiltmeter.scoring.depth import FIRST_TOKENS
 
 pytestmark = pytest.mark.slow
 TRUTH, N_SETS = 0.3, 200

@@ -7,13 +7,14 @@ import pandas as pd
 import pytest
 import torch
 
-from analysis.behaviour.rewards import FIRST_TOKENS, Rewards, RewardTables, rewards_section
+from analysis.behaviour.rewards import Rewards, RewardTables, rewards_section
 from analysis.open.checkpoints import Checkpoints
 from analysis.open.models import LoadedModel
 from analysis.report.coloured import coloured_text, token_texts
 from tests.analysis import asked
 from tests.analysis.legible import assert_legible
 from tiltmeter.errors import UserError
+from tiltmeter.scoring.depth import FIRST_TOKENS
 from tiltmeter.stats.proportions import share_interval
 
 BETA = 0.25

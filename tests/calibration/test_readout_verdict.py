@@ -1,0 +1,41 @@
+"""How often two readouts are called equally good: at the margin's edge, and halfway to it."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import ndtri
+
+from tests.calibration.coverage import monte_carlo_band
+from tiltmeter.geometry.readout import CHANGED, MARGIN, UNCHANGED, quality_of_scores
+
+pytestmark = pytest.mark.slow
+N_SETS, AUC = 500, 0.85
+
+
+def verdicts(change: float, n: int) -> list[str]:
+    """Verdicts on policies whose AUC is lower by ``change``; scores of a text resemble one another in both models."""
+    draw, groups = np.random.default_rng(0), [str(i // (n // 50)) for i in range(n)]
+    labels = np.arange(n) % 2 == 0
+    found = []
+    for _ in range(N_SETS):
+        noise, own = draw.normal(0, 1, (2, n))
+        base = noise + np.sqrt(2) * ndtri(AUC) * labels
+        policy = 0.95 * noise + np.sqrt(1 - 0.95**2) * own + np.sqrt(2) * ndtri(AUC - change) * labels
+        scores = torch.tensor(np.stack([base, policy, policy, policy]))
+        found.append(quality_of_scores(scores, torch.tensor(labels), groups).verdict["policy"])
+    return found
+
+
+def test_readout_at_the_edge_of_the_margin_is_called_unchanged_in_5_percent() -> None:
+    rate = verdicts(MARGIN, 100).count(UNCHANGED) / N_SETS
+    assert rate <= monte_carlo_band(0.0, 0.05, n_sets=N_SETS)[1], rate
+
+
+def test_readout_halfway_to_the_margin_is_called_unchanged_in_90_percent() -> None:
+    rate = verdicts(MARGIN / 2, 400).count(UNCHANGED) / N_SETS
+    assert rate >= 0.9, rate
+
+
+def test_readout_that_is_the_same_is_called_changed_in_5_percent() -> None:
+    rate = verdicts(0.0, 100).count(CHANGED) / N_SETS
+    assert rate <= monte_carlo_band(0.0, 0.05, n_sets=N_SETS)[1], rate
