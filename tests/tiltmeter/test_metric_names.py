@@ -1,7 +1,6 @@
 """Every logged name is built from a declaration, and read back by the one parser."""
 
-import subprocess
-import sys
+import runpy
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 from analysis.registry import ANALYSES
 from datamodules.oracle import PlantedOracle
 from datamodules.synthetic import SyntheticWorld
+from tiltmeter import metric_names
 from tiltmeter.geometry.rows import VARIANTS
 from tiltmeter.judges.judge import Question, Reply
 from tiltmeter.judges.judge_scorer import JudgeScorer
@@ -45,9 +45,9 @@ def filled(key: str) -> str:
     return key
 
 
-def test_the_page_of_metrics_is_what_the_command_writes() -> None:
-    done = subprocess.run([sys.executable, "-m", "tiltmeter.metric_names"], capture_output=True, check=True)
-    assert done.stdout.decode() == PAGE.read_text(encoding="utf-8"), (
+def test_the_page_of_metrics_is_what_the_command_writes(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(metric_names.__file__, run_name="__main__")
+    assert capsys.readouterr().out == PAGE.read_text(encoding="utf-8"), (
         "python -m tiltmeter.metric_names > docs/metrics.md"
     )
 

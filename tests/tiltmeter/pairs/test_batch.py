@@ -1,8 +1,11 @@
+from functools import cache
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
+from transformers import PreTrainedModel
 
 from tests.tiny_models import EOS, VOCAB, make_model, random_pairs
 from tiltmeter.pairs.batch import (
@@ -28,10 +31,16 @@ segment = st.lists(st.integers(3, VOCAB - 1), min_size=1, max_size=6)
 pair_lists = st.lists(st.builds(TokenizedPair, segment, segment, segment), min_size=1, max_size=5)
 
 
+@cache
+def gpt2() -> PreTrainedModel:
+    """Read by many examples, changed by none."""
+    return make_model("gpt2", torch.float64)
+
+
 def log_probs(pairs: list[TokenizedPair], layout: Layout, pad_id: int = 0) -> torch.Tensor:
     batch = collate_pairs(pairs, pair_index=range(len(pairs)), layout=layout, pad_id=pad_id)
     with torch.no_grad():
-        return sequence_log_probs(make_model("gpt2", torch.float64), batch)
+        return sequence_log_probs(gpt2(), batch)
 
 
 def test_shared_prefix_row_is_prompt_chosen_rejected_and_positions_restart() -> None:

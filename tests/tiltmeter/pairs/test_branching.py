@@ -18,7 +18,7 @@ from tiltmeter.pairs.packing import use_packed_attention
 from tiltmeter.steering.intervene import Intervention, steer
 
 SITES = ("layer_00", "layer_01", FINAL_PRE_NORM, FINAL_POST_NORM)
-STRENGTHS = (-3.0, -0.5, 0.0, 1.0, 3.0)
+STRENGTHS = (-3.0, 0.0, 1.0)
 DIRECTION = torch.randn(WIDTH, generator=torch.Generator().manual_seed(0))
 GREEDY = Decoding(max_new_tokens=12)
 SAMPLED = Decoding(max_new_tokens=8, temperature=1.3, top_p=0.9, n_samples=2)
@@ -63,8 +63,10 @@ def ids_of(said: Said) -> list[list[list[tuple[int, ...]]]]:
     return [[[completion.ids for completion in samples] for samples in branch] for branch in said]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [*((family, torch.float32) for family in FAMILIES), ("llama", torch.float64), ("gemma2", torch.float64)],
+)
 def test_greedy_tokens_are_those_of_one_run_a_strength(family: str, dtype: torch.dtype) -> None:
     prompts = make_prompts()
     if family == "gemma2" and dtype == torch.float64:  # model.generate is NaN for left-padded rows in float64
