@@ -9,10 +9,12 @@ import pytest
 import torch
 from peft import LoraConfig
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
 from torch.testing import assert_close
 
 from lightning_modules.dpo import DPOModule
+from lightning_modules.policy import compile_blocks
 from tests.tiny_models import (
     ARCHITECTURES,
     fit,
@@ -26,6 +28,7 @@ from tiltmeter.errors import UserError
 from tiltmeter.models.lora import adapters_disabled, add_lora, merged_state
 from tiltmeter.pairs.batch import collate_pairs
 from tiltmeter.pairs.log_probs import sequence_log_probs
+from tiltmeter.pairs.packing import use_packed_attention
 
 pytestmark = lightning_warnings
 
@@ -77,35 +80,57 @@ def test_activation_checkpointing_keeps_fewer_tensors() -> None:
     assert kept[True] < 0.5 * kept[False]
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings(
+compiling = pytest.mark.filterwarnings(
     "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",
     "ignore:The .grad attribute of a Tensor that is not a leaf Tensor is being accessed:UserWarning",
 )
+
+
+@pytest.mark.slow
+@compiling
+def test_blocks_of_the_default_backend_compute_what_plain_ones_do() -> None:
+    """Forward and backward once: of a whole run's graphs, those that are trained, since the C++ takes most of the time."""
+    torch._dynamo.reset()
+    counters.clear()
+    plain, compiled = (make_model("llama", num_hidden_layers=1) for _ in range(2))
+    batch = collate_pairs(random_pairs(4), pair_index=range(4), packed=True)
+    compile_blocks(compiled)
+    found = []
+    with inductor.patch(
+        compile_threads=1
+    ):  # else a pool of processes is started, each with the libraries, for one block
+        for model in (plain, compiled):
+            use_packed_attention(model)
+            logps = sequence_log_probs(model, batch)
+            logps.sum().backward()
+            found.append((logps.detach(), {name: p.grad for name, p in model.named_parameters()}))
+    assert counters["inductor"]["fxgraph_cache_miss"] + counters["inductor"]["fxgraph_cache_hit"] > 0, "not compiled"
+    (expected, theirs), (logps, ours) = found
+    assert ((logps - expected).abs() / (1 + expected.abs())).max() < 1e-5
+    for name, gradient in theirs.items():
+        assert_close(ours[name], gradient, rtol=0, atol=1e-5 * max(1.0, float(gradient.abs().max())), msg=name)
+
+
+@pytest.mark.slow
+@compiling
 @pytest.mark.parametrize(
-    ("options", "backend"),
+    "options",
     [
-        ({}, "inductor"),
-        ({"lora": True, "activation_checkpointing": True}, "aot_eager"),
-        ({"lora": True, "activation_checkpointing": True, "precision": "bf16-mixed"}, "aot_eager"),
+        {},
+        {"lora": True, "activation_checkpointing": True},
+        {"lora": True, "activation_checkpointing": True, "precision": "bf16-mixed"},
     ],
     ids=["plain", "lora, checkpointed", "lora, checkpointed, bf16-mixed"],
 )
-def test_compiled_blocks_train_as_plain_ones_do(
-    options: dict[str, Any], backend: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The default backend once; the graphs of the others without the C++ that takes most of the time."""
+def test_compiled_blocks_train_as_plain_ones_do(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default backend's graphs, without its C++."""
     torch._dynamo.reset()
     monkeypatch.setitem(ARCHITECTURES, "llama", ARCHITECTURES["llama"] | {"num_hidden_layers": 1})
-    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend=backend))
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
     if options.get("lora"):
         options = options | {"lora": lora()}
     tolerance = 2e-2 if options.get("precision") else 1e-5
-    plain = trained(**options)
-    with inductor.patch(
-        compile_threads=1
-    ):  # else a pool of processes is started, each with the libraries, for two blocks
-        compiled = trained(**options, compile_blocks=True)
+    plain, compiled = trained(**options), trained(**options, compile_blocks=True)
     assert compiled.losses[0] == pytest.approx(math.log(2), abs=1e-3 if options.get("precision") else 1e-6)
     assert compiled.losses == pytest.approx(plain.losses, rel=tolerance)
     assert_close(
