@@ -9,7 +9,7 @@ from tests.cli import TINY, logged, only_run, run_train
 from tests.stories260k import convert
 
 pytestmark = pytest.mark.slow
-SMALL = ("datamodule.val_pairs=40", "datamodule.probe_pairs=8", "datamodule.max_length=256", "logger=csv")
+SMALL = ("datamodule.val_pairs=20", "datamodule.probe_pairs=8", "datamodule.max_length=256", "logger=csv")
 TINY_MODEL = tuple(o for o in TINY if o.startswith(("model.", "base.")))
 
 
@@ -20,8 +20,8 @@ def stories260k(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def test_stories260k_learns_the_synthetic_preferences(stories260k: Path, tmp_path: Path) -> None:
     done = run_train(
-        f"model.name_or_path={stories260k}", f"runs_root={tmp_path}", "data.n_prompts=500", "datamodule.max_length=400",
-        "datamodule.val_pairs=80", "datamodule.probe_pairs=10", "datamodule.pairs_per_step=16", "module.learning_rate=2e-3",
+        f"model.name_or_path={stories260k}", f"runs_root={tmp_path}", "data.n_prompts=260", "datamodule.max_length=400",
+        "datamodule.val_pairs=60", "datamodule.probe_pairs=10", "datamodule.pairs_per_step=10", "module.learning_rate=2e-3",
         "trainer.max_epochs=1", "logger=csv", "callbacks=none",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -36,19 +36,20 @@ def test_stories260k_learns_the_synthetic_preferences(stories260k: Path, tmp_pat
 def test_stories260k_trains_on_real_hh(shared_data: Path, stories260k: Path, tmp_path: Path) -> None:
     done = run_train(
         "experiment=tiny_hh", f"data.path={shared_data / 'hh-rlhf'}", f"model.name_or_path={stories260k}", f"runs_root={tmp_path}",
-        *SMALL, "datamodule.train_pairs=160", "trainer.max_steps=5", "trainer.val_check_interval=5",
+        *SMALL, "datamodule.train_pairs=64", "trainer.max_steps=3", "trainer.val_check_interval=3",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     losses = logged(only_run(tmp_path, "tiny_hh"), "train/loss")
     assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
-    assert len(losses) == 5
+    assert len(losses) == 3
 
 
 def test_a_mixture_of_hh_and_oasst_reports_metrics_per_source(shared_data: Path, tmp_path: Path) -> None:
     done = run_train(
         "data=hh_oasst1", f"data.sources.hh.path={shared_data / 'hh-rlhf' / 'helpful-base_test.jsonl.gz'}",
         f"data.sources.oasst1.path={shared_data / 'oasst' / 'oasst1_en100_trees.part80.jsonl.gz'}", f"runs_root={tmp_path}",
-        *SMALL, *TINY_MODEL, "datamodule.train_pairs=96", "trainer.max_steps=3", "trainer.val_check_interval=3", "callbacks=none",
+        *SMALL, *TINY_MODEL, "datamodule.train_pairs=48", "trainer.max_steps=3",
+        "datamodule.pairs_per_step=16", "trainer.val_check_interval=3", "callbacks=none",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     run = only_run(tmp_path)
@@ -60,7 +61,8 @@ def test_a_mixture_of_hh_and_oasst_reports_metrics_per_source(shared_data: Path,
 def test_the_concatenated_layout_gives_the_losses_of_the_shared_prefix_on_hh(shared_data: Path, tmp_path: Path) -> None:
     common = (
         "data=hh", f"data.path={shared_data / 'hh-rlhf' / 'harmless-base_test.part80.jsonl.gz'}", *SMALL, *TINY_MODEL,
-        "datamodule.train_pairs=96", "trainer.max_steps=6", "trainer.val_check_interval=3", "callbacks=none",
+        "datamodule.train_pairs=48", "datamodule.pairs_per_step=12", "trainer.max_steps=4", "trainer.val_check_interval=2",
+        "callbacks=none",
         f"runs_root={tmp_path}",
     )  # fmt: skip
     losses = []

@@ -65,7 +65,8 @@ def test_an_error_is_one_line_in_ascii(script: str) -> None:
 
 @pytest.mark.slow
 def test_a_run_ends_well_in_ascii(tmp_path: Path) -> None:
-    done = run_train(*TINY, "logger=csv", f"runs_root={tmp_path}", before=ascii_output)
+    short = ("trainer.max_steps=2", "trainer.val_check_interval=2", "datamodule.pairs_per_step=8")
+    done = run_train(*TINY, *short, "logger=csv", f"runs_root={tmp_path}", before=ascii_output)
     assert done.returncode == 0, done.stderr
     assert done.stdout.isascii()
     assert "Hidden states: DH = policy - base" in done.stdout
