@@ -60,6 +60,7 @@ def test_a_resumed_run_takes_its_reference_from_the_base_and_ends_where_a_whole_
     runs: tuple[Path, str], tmp_path: Path
 ) -> None:
     root, _ = runs
+    shutil.copytree(root / "cache" / "bases", tmp_path / "cache" / "bases")  # the base alone, not the reference
     whole = run_train(*LORA, *LONG, f"runs_root={tmp_path}")
     resumed = run_train(*LORA, *LONG, f"runs_root={root}", "ckpt_path=last")
     assert resumed.returncode == whole.returncode == 0, resumed.stderr + whole.stderr
