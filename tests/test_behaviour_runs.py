@@ -86,13 +86,14 @@ def test_a_judge_named_on_the_command_line_rates_while_a_run_trains(
 ) -> None:
     monkeypatch.setenv("JUDGE_KEY", CANARY)
     judge = ("judge=endpoint", "judge.judge.model=stub", "judge.judge.api_key_env=JUDGE_KEY", "judge.against=base")
-    watching = ("callbacks=full", "callbacks.generation.n_prompts=3", "decoding.max_new_tokens=8", *EARLY)
+    few = (*TINY, "callbacks.generation.n_prompts=3", "decoding.max_new_tokens=8", *judge)
     with StubEndpoint(says, key=CANARY) as stub:
-        options = (*TINY, *watching, *judge, f"judge.judge.base_url={stub.base_url}", "trainer.max_epochs=1")
-        run = train(tmp_path, *options)
+        options = (*few, f"judge.judge.base_url={stub.base_url}", "trainer.max_epochs=1")
+        run = train(tmp_path, *options, "callbacks=full", *EARLY)
         assert {request.headers["authorization"] for request in stub.requests} == {f"Bearer {CANARY}"}
         stub.faults, stub.always = [None], slow(60)  # the check before training is answered, nothing after it
-        short = ("logger=csv", "trainer.max_steps=1", "callbacks.generation.wait_seconds=1", "judge.judge.cache=null")
+        short = ("callbacks=behaviour", "datamodule.pairs_per_step=16", "logger=csv", "trainer.max_steps=1")
+        short += ("callbacks.generation.wait_seconds=1", "judge.judge.cache=null")
         hurried = run_train(*options, *short, f"runs_root={tmp_path}", "seed=1", "name=slow")
     judged = table(run, FIGURES).query("metric == 'geval_score'")
     assert judged["n"].tolist() == [3] * 4
