@@ -10,7 +10,9 @@ from analysis.behaviour.by_step import NOT_SCORED, behaviour_by_step_section, sc
 from analysis.behaviour.rewards import rewards_section
 from analysis.belief.depth import depth_section
 from analysis.belief.readout import readout_section
+from analysis.belief.similarity import draw_similarity, similarity_tables
 from analysis.belief.traces import traces_section
+from analysis.belief.weights import weights_section
 from analysis.contract import Analysis, Needs, of_models, of_states
 from analysis.controls.c16_recovery_ladder import recovery_ladder_section
 from analysis.controls.c17_update_models import update_models_section
@@ -37,10 +39,8 @@ from analysis.figures.fig4b_singular_values import (
 )
 from analysis.figures.layer_curves import draw_geometry, geometry_tables
 from analysis.figures.layer_maps import draw_layers_by_step, layers_by_step_tables
-from analysis.figures.similarity import draw_similarity, similarity_tables
 from analysis.figures.training import training_section, training_table
 from analysis.figures.transfer import transfer_section
-from analysis.figures.weights import weights_section
 from analysis.open.observed import Observed
 from analysis.report.page import Section
 from analysis.steering.run_sweep import cost_of_sweep, run_sweep, swept_section

@@ -17,7 +17,7 @@ from benchmarks import common  # before torch, which reads its threads' settings
 # isort: split
 import torch
 
-from analysis.figures.similarity import of_position
+from analysis.belief.similarity import of_position
 from tiltmeter.models.layers import layer_site
 from tiltmeter.pairs.batch import PROMPT
 from tiltmeter.states.capture import HiddenStates, ReadPoint

@@ -21,6 +21,7 @@ from datamodules.records import LoadReport
 from datamodules.tokenization import TokenizationReport
 
 _SILENCED = (
+    "bitsandbytes",
     "lightning",
     "lightning.pytorch",
     "lightning.fabric",

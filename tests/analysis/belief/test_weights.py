@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from analysis.figures.weights import Weights, both_weights, by_layer, places_of, weights_section
+from analysis.belief.weights import Weights, both_weights, by_layer, places_of, weights_section
 from analysis.open.checkpoints import Checkpoints
 from analysis.open.models import LoadedModel
 from analysis.open.probe_pairs import ProbePair

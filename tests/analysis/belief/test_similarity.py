@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from analysis.belief.similarity import similarity_tables
 from analysis.claims.claim import make_claims
-from analysis.figures.similarity import similarity_tables
 from analysis.registry import BY_NAME
 from tests.analysis import planted_geometry as planted
 from tests.analysis.planted_geometry import POINT, noise, of_pair, one_site
