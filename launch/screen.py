@@ -21,7 +21,6 @@ from datamodules.records import LoadReport
 from datamodules.tokenization import TokenizationReport
 
 _SILENCED = (
-    "bitsandbytes",
     "lightning",
     "lightning.pytorch",
     "lightning.fabric",

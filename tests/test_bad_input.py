@@ -172,7 +172,7 @@ def test_hub_data_without_network(
         (["datamodule.layout=packed"], "datamodule.layout: expected shared_prefix or concatenated, got packed"),
         (
             ["datamodule.labels=random"],
-            "datamodule.labels: expected given or swapped or shuffled or random_pairs or prompts, got",
+            "datamodule.labels: expected given or swapped or shuffled or random_pairs or prompts or unseen, got",
         ),
         (["trainer.gradient_clip_val=1"], "module.gradient_clip_norm"),
         (["trainer.accumulate_grad_batches=4"], "datamodule.pairs_per_step"),

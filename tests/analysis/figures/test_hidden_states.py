@@ -93,7 +93,7 @@ def test_every_section_is_drawn_and_legible(drawn: dict[str, Section]) -> None:
         assert len(section.table)
         assert_legible(section)
     more = {table for section in drawn.values() for table in section.more_tables if not table.endswith("_about")}
-    assert more == {"spectra", "cloud_distances", "projections"}
+    assert more == {"spectra", "cloud_distances", "projections", "similarity_map"}
     assert "no entropy can pass ln min(N, d) = ln 16" in " ".join(drawn["entropy"].reading)
     assert "control runs" in " ".join(drawn["geometry"].limits)
 
