@@ -30,6 +30,8 @@ from tiltmeter.states.capture import ReadPoint, join_hidden_states, read_hidden_
 NAME = "readout"
 _TOKENS_PER_BATCH = 8192
 _LOOKS = {"base": ("base", "o"), "policy": ("policy", "s"), "retrained": ("policy_dark", "D")}
+_CALLED = {"base": "base", "policy": "aligned", "retrained": "fitted anew", "policy_less_shift": "less mean change"}
+"""Readouts → what the figure calls them."""
 
 
 class Readouts:
@@ -246,7 +248,9 @@ def _draw_marks(axes: Axes, rows: pd.DataFrame, figure: str, looks: dict[str, tu
         at = [place + 0.18 * (1 - i) for place in range(len(rows))]
         name = f"{figure}_{applied}"
         axes.hlines(at, rows[f"{name}_low"], rows[f"{name}_high"], colors=COLOURS[colour], linewidth=0.8)
-        axes.plot(rows[name], at, color=COLOURS[colour], marker=mark, markersize=3, linestyle="")
+        label = _CALLED[applied]
+        axes.plot(rows[name], at, color=COLOURS[colour], marker=mark, markersize=3, linestyle="", label=label)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=len(looks), frameon=False, handletextpad=0.1)
     axes.set_yticks(range(len(rows)), rows["label"])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.axvline(0.5, color=COLOURS["mark"], linewidth=0.8, linestyle=(0, (4, 3)))
