@@ -38,6 +38,7 @@ from analysis.report.site_axes import (
 )
 from analysis.report.style import COLOURS, EndLabel, house_style, mark_level, new_figure, set_titles
 from tiltmeter.geometry.similarity import (
+    LEAST_PROMPTS,
     cka_interval,
     cka_map,
     cka_of_grams,
@@ -57,8 +58,6 @@ from tiltmeter.stats.among_random import BELOW, UNKNOWN
 from tiltmeter.stats.equivalence import equivalence
 from tiltmeter.stats.jackknife import COSINE, NO_INTERVAL
 
-LEAST_PROMPTS = 5
-"""Debiased CKA takes four, one more than are left when one is left out."""
 N_NEIGHBOURS, N_COMPONENTS = 10, 4
 MARGIN = 0.05
 """Equivalent: CKA above one less this, by a one-sided test at 5 %."""

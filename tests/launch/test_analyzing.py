@@ -184,7 +184,7 @@ def test_all_of_a_run_opens_its_models_once_and_shows_whatever_there_is(
     monkeypatch.setattr(checkpoints, "load_model", lambda where, **how: opened.append(where) or load(where, **how))
     page = ask(tmp_path, f"run={run}", *SWEEP)
     assert opened == [str(run / "base"), str(run / "aligned")]
-    shown = ("training", *READ_NOW, "rewards", "steering_sweep", "transfer", "weights")
+    shown = ("training", *READ_NOW, "similarity", "rewards", "steering_sweep", "transfer", "weights")
     shown += ("recovery_ladder", "update_models", "depth", "traces", "gradient_field")
     assert {path.stem for path in (page.parent / "figures").glob("*.png")} == set(shown)
     text = page.read_text(encoding="utf-8")

@@ -18,6 +18,7 @@ from sklearn.model_selection import StratifiedGroupKFold  # type: ignore[import-
 from torch import Tensor
 
 from tiltmeter.stats.jackknife import LOG_ODDS, Interval, jackknife_intervals
+from tiltmeter.stats.proportions import pooled_share_interval
 
 N_FOLDS, N_PERMUTATIONS, INVERSE_STRENGTH = 5, 19, 1.0
 MARGIN = 0.05
@@ -136,20 +137,28 @@ def quality_of_scores(
     def aucs(weights: Tensor) -> Tensor:
         return torch.stack([weighted_auc(row, labels, weights) for row in values], dim=1)
 
-    def accuracies(weights: Tensor) -> Tensor:
-        sides = [weights * (labels if side else ~labels) for side in (True, False)]
-        right = [(values > 0).double(), (values <= 0).double()]
-        shares = [side @ of.T / side.sum(1, keepdim=True) for side, of in zip(sides, right, strict=True)]
-        return (shares[0] + shares[1]) / 2
-
     def differences(weights: Tensor) -> Tensor:
         found = aucs(weights)
         return found - found[:, :1]
 
-    auc, accuracy = (jackknife_intervals(of, groups, scale=LOG_ODDS) for of in (aucs, accuracies))
+    auc, accuracy = jackknife_intervals(aucs, groups, scale=LOG_ODDS), balanced_accuracies(values, labels, groups)
     wide, narrow = (jackknife_intervals(differences, groups, level=level) for level in (0.95, 0.9))
     verdicts = [_verdict(w, n, margin) for w, n in zip(wide, narrow, strict=True)]
     return Quality(*(dict(zip(APPLIED, of, strict=True)) for of in (auc, accuracy, wide, verdicts)))  # type: ignore[arg-type]
+
+
+def balanced_accuracies(
+    scores: Float[Tensor, "applied text"], labels: Bool[Tensor, " text"], groups: Sequence[str]
+) -> list[Interval]:
+    """Mean over both labels of the share of texts on their side of score 0, with the 95 % interval of a weighted share over groups.
+
+    >>> found = balanced_accuracies(torch.tensor([[1.0, 2.0, -1.0, 3.0]]), torch.tensor([True, True, False, False]), list("abcd"))
+    >>> found[0].value
+    0.75
+    """
+    weights = torch.where(labels, labels.sum(), (~labels).sum()).double().reciprocal() * len(labels) / 2
+    right = ((scores > 0) == labels).double() * weights
+    return [pooled_share_interval(row.tolist(), weights.tolist(), groups) for row in right]
 
 
 def weighted_auc(

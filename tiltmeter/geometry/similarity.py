@@ -25,7 +25,7 @@ from tiltmeter.stats.jackknife import (
     jackknife_interval,
 )
 
-_LEAST = 6
+LEAST_PROMPTS = 6
 """Prompts from which likeness has an interval: the debiased HSIC without one of them needs four others."""
 _ROUNDING = 1e-24
 
@@ -158,7 +158,7 @@ def cka_interval(
         NaN with fewer than six prompts, or where one representation has no variance.
     """
     _check_sizes(one, other)
-    if len(one) < _LEAST or not _vary(one, other):
+    if len(one) < LEAST_PROMPTS or not _vary(one, other):
         return NO_INTERVAL
     values = _ckas(one, other)
     return interval_without_each(values[0], values[1:], level=level, scale=COSINE)
@@ -196,7 +196,7 @@ def rsa(
         NaN with fewer than six prompts, or where one representation has no variance.
     """
     _check_sizes(one, other)
-    if len(one) < _LEAST or not _vary(one, other):
+    if len(one) < LEAST_PROMPTS or not _vary(one, other):
         return Mantel(NO_INTERVAL, math.nan, math.nan)
     a, b = _distance_ranks(one), _distance_ranks(other)
     interval = interval_without_each(*_spearmans(a, b), level=level, scale=COSINE)
@@ -270,7 +270,7 @@ def procrustes(
     """
     if x.shape != y.shape:
         raise ValueError(f"procrustes: expected rows of one shape, got {tuple(x.shape)} and {tuple(y.shape)}")
-    if len(x) < _LEAST:
+    if len(x) < LEAST_PROMPTS:
         return NO_INTERVAL
     one, other = (in_own_span(rows.double() - rows.double().mean(0)) for rows in (x, y))
     sizes = [rows.square().sum(1) for rows in (one, other)]
@@ -304,7 +304,7 @@ def displacement(
         raise ValueError(f"displacement: expected rows of one shape, got {tuple(base.shape)} and {tuple(policy.shape)}")
     base, policy = base.double(), policy.double()
     spread, moved = (base - base.mean(0)).square().sum(1), (policy - base).square().sum(1)
-    if len(base) < _LEAST or float(spread.sum()) <= _ROUNDING * float(base.square().sum()):
+    if len(base) < LEAST_PROMPTS or float(spread.sum()) <= _ROUNDING * float(base.square().sum()):
         return NO_INTERVAL
     names = [f"{i:06d}" for i in range(len(base))]
     return jackknife_interval(lambda w: (w @ moved) / (w @ spread), names, level=level)

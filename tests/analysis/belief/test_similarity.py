@@ -61,8 +61,8 @@ def test_equal_states_of_all_prompts_have_no_number_and_the_section_says_so() ->
 
 
 def test_too_few_prompts_have_no_table_and_a_claim_can_ask_for_it() -> None:
-    base = noise(4, 4)
-    assert similarity_tables(of_pair(one_site(base, base + noise(4, 4, 1)))) is None
+    base = noise(5, 4)
+    assert similarity_tables(of_pair(one_site(base, base + noise(5, 4, 1)))) is None
     asked = {"table": "similarity", "column": "cka", "where": {"position": "prompt_last", "site": POINT.site}}
     (claim,) = make_claims({"alike": {"says": "alike", "statistic": asked, "at_least": 0.95}}, where="own.yaml")
     assert claim.bound.value == 0.95

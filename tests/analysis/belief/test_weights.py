@@ -1,4 +1,4 @@
-"""What the analysis says of two tiny models on disk whose weights were changed by hand."""
+"""The analysis of weights, of two tiny models on disk whose weights were changed by hand."""
 
 import math
 from pathlib import Path
