@@ -73,6 +73,7 @@ class Analysis:
         while_training: quick enough to be drawn after every look at the probe.
         done_in_training: a run has it from its training, so that ``analysis=all`` of a run leaves it out.
         every_pair: asked alone about two checkpoints it takes every pair of the source, unless a number is set.
+        takes_other_corpus: of a run it also asks about pairs of ``data=…``.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Analysis:
     while_training: bool = False
     done_in_training: bool = False
     every_pair: bool = False
+    takes_other_corpus: bool = False
 
     def answer(self, given: Any) -> Section | None:
         """The section, with its table computed first; None where there is nothing to show."""
@@ -126,6 +128,7 @@ def of_models(
     reaches: Sequence[str] = (),
     done_in_training: bool = False,
     every_pair: bool = False,
+    takes_other_corpus: bool = False,
 ) -> Analysis:
     """Asked of both models, by what its node builds: an object with ``dtype``, ``device``, ``costs(models)`` and ``table(models)``.
 
@@ -143,4 +146,5 @@ def of_models(
         keys=(node, *reaches, *_MODEL_KEYS),
         done_in_training=done_in_training,
         every_pair=every_pair,
+        takes_other_corpus=takes_other_corpus,
     )

@@ -10,6 +10,7 @@ from analysis.behaviour.by_step import NOT_SCORED, behaviour_by_step_section, sc
 from analysis.behaviour.rewards import rewards_section
 from analysis.belief.depth import depth_section
 from analysis.belief.readout import readout_section
+from analysis.belief.shift import shift_section
 from analysis.belief.similarity import draw_similarity, similarity_tables
 from analysis.belief.traces import traces_section
 from analysis.belief.weights import weights_section
@@ -72,6 +73,9 @@ ANALYSES: tuple[Analysis, ...] = (
     of_models("weights", weights_section, node="weights"),
     of_models("depth", depth_section, node="depth", reaches=("judge",)),
     of_models("readout", readout_section, node="readout"),
+    of_models(
+        "shift", shift_section, node="shift", reaches=("decoding", "judge", "truthfulqa"), takes_other_corpus=True
+    ),
     of_models("traces", traces_section, node="traces"),
     of_models("gradient_field", gradient_field_section, node="gradient_field"),
 )

@@ -1,6 +1,6 @@
 """How often are verdicts wrong? Studies whose truth is planted, judged as ``python analyze.py runs=…`` judges them.
 
-    python benchmarks/verdicts.py [--quick] [--draws N] [--jobs N]
+    python benchmarks/verdicts.py [--quick] [--draws N] [--jobs N] [--figure FILE]
 
 Each world is a study of hidden states: three dpo runs, the arms of the claims K3 to K6, five draws of random weights, states at
 other positions and of unrelated text. A world in which a claim is false may be called "supported" in 5 % of its draws; one in which
@@ -25,11 +25,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from analysis.claims.claim import DRAWN, OfTable, read_claims
+from analysis.claims.claim import DRAWN, Bound, Claim, OfTable, Unchanged, Within, read_claims
 from analysis.claims.evidence import Arms, Figure, judge_all
 from analysis.claims.statistics import Read
 from analysis.claims.verdict import REFUTED, SAME, SUPPORTED
 from analysis.open.studies import DPO
+from analysis.report.style import COLOURS, house_style, new_figure, png_bytes, set_titles
 from tiltmeter.geometry.update_models import UpdateModels
 from tiltmeter.states.capture import HiddenStates, ReadPoint
 from tiltmeter.states.state_pair import StatePair
@@ -269,7 +270,10 @@ def steering_rates(n_draws: int) -> dict[str, float]:
     return found
 
 
-def interval_coverage(n_draws: int) -> dict[str, float]:
+LEVELS = (0.5, 0.8, 0.9, 0.95, 0.99)
+
+
+def interval_coverage(n_draws: int, level: float = 0.95) -> dict[str, float]:
     """Share of draws in which intervals hold the truth: of the mean of an arm, and of the difference of two arms."""
     generator = torch.Generator().manual_seed(1)
     held = {"mean of three runs": 0, "difference, three runs and one": 0, "difference, three runs and three": 0}
@@ -282,12 +286,51 @@ def interval_coverage(n_draws: int) -> dict[str, float]:
         return Arm(torch.cat([values.mean(0, keepdim=True), (values.sum(0) - values) / (n - 1)]))
 
     for _ in range(n_draws):
-        low, high = arm_interval(arm(3))[1:]
+        low, high = arm_interval(arm(3), level=level)[1:]
         held["mean of three runs"] += low <= 0 <= high
         for m, name in ((1, "difference, three runs and one"), (3, "difference, three runs and three")):
-            low, high = arm_difference(arm(3), arm(m)).interval[1:]
+            low, high = arm_difference(arm(3), arm(m), level=level).interval[1:]
             held[name] += low <= 0 <= high
     return {name: count / n_draws for name, count in held.items()}
+
+
+def draw_calibration(path: Path, n_draws: int) -> None:
+    """Draw how often intervals hold the truth, against the level that they say."""
+    found = {level: interval_coverage(n_draws, level) for level in LEVELS}
+    colours = [COLOURS[name] for name in ("policy_dark", "policy", "chosen")]
+    with house_style():
+        figure, (axes,) = new_figure(1)
+        axes.plot([0.45, 1], [0.45, 1], color=COLOURS["mark"], linewidth=0.8, linestyle=(0, (4, 3)))
+        for name, colour in zip(found[LEVELS[0]], colours, strict=True):
+            axes.plot(LEVELS, [found[level][name] for level in LEVELS], "o-", color=colour, label=name)
+        axes.set_xlabel("level that an interval says")
+        axes.set_ylabel("share that hold the truth")
+        axes.legend(frameon=False, loc="upper left")
+        least = min(found[0.95].values())
+        set_titles(
+            figure, [axes], [f"Of 95\u00a0% intervals {100 * least:.0f}\u00a0% or more hold the truth ({n_draws} sets)"]
+        )
+        path.write_bytes(png_bytes(figure))
+
+
+def belief_rates(n_draws: int) -> dict[str, float]:
+    """How often three figures of three runs are called unchanged (K11), by how far one of them has truly changed.
+
+    Standard errors are a sixth of the margin, figures vary between runs by a tenth of it.
+    """
+    rng = np.random.default_rng(2)
+    asked = [OfTable(name, "x", {}, within=Within(0.0, 1.0)) for name in "abc"]
+    claim = Claim("K11", "unchanged", Unchanged(tuple(asked)), Bound("at_most", 1.0), {}, ())
+    found = {}
+    for truth in (1.0, 0.5, 0.0):
+        hits, error = 0, 1 / 6
+        for _ in range(n_draws):
+            values = rng.normal(0, math.hypot(error, 0.1), (3, 3)) + np.array([truth, 0, 0])[:, None]
+            reach = dict(zip("abc", abs(values) + 1.96 * error, strict=True))
+            arms = Arms({}, lambda arm, figure, reach=reach: [Figure(float(x)) for x in reach[figure.table]])
+            hits += judge_all([claim], arms)[0].kind == SUPPORTED
+        found[f"a change of {truth:g} of its margin"] = hits / n_draws
+    return found
 
 
 def rank_rate(asked: tuple[int, float, int]) -> float:
@@ -325,8 +368,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--draws", type=int, default=200, help="of each world")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--quick", action="store_true", help="20 draws")
+    parser.add_argument(
+        "--figure", type=Path, metavar="FILE", help="only draw how often intervals hold the truth, as PNG"
+    )
     options = parser.parse_args(argv)
     n = 20 if options.quick else options.draws
+    if options.figure is not None:
+        draw_calibration(options.figure, 10 * n)
+        return
     print(
         f"{n} draws a world; share of them called “supported” (95 % interval), and the most frequent verdict otherwise\n"
     )
@@ -360,6 +409,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     detections.append(rates[-1][1])
     for name, rate in rates:
         print(f"{name:44} above random in {rate:.3f}")
+    belief = list(belief_rates(10 * n).items())
+    false_positives.append(belief[0][1])
+    detections.append(belief[-1][1])
+    for name, rate in belief:
+        print(f"{name:44} called unchanged in {rate:.3f}")
     coverage = interval_coverage(10 * n)
     for name, rate in coverage.items():
         print(f"{name:44} interval holds the truth in {rate:.3f}")

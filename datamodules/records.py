@@ -1,6 +1,7 @@
 """The one shape that every source of preferences yields, and the account of what a source dropped."""
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -96,3 +97,22 @@ def transcript(prompt: tuple[Message, ...], response: str) -> tuple[str, str]:
     """
     marker = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "system": "\n\nSystem: "}
     return "".join(marker[m.role] + m.content for m in prompt) + "\n\nAssistant:", " " + response
+
+
+_TURN = re.compile(r"\n\n(Human|Assistant|System):")
+_ROLES: Mapping[str, Role] = {"Human": "user", "Assistant": "assistant", "System": "system"}
+
+
+def messages_of(prompt_text: str) -> tuple[Message, ...]:
+    r"""Turns of a prompt that ends where the assistant is to speak, as :func:`transcript` writes it; none: it is no transcript.
+
+    >>> [m.role for m in messages_of("\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Why?\n\nAssistant:")]
+    ['user', 'assistant', 'user']
+    >>> messages_of("Once upon a time")
+    ()
+    """
+    before, *parts = _TURN.split(prompt_text)
+    roles, contents = parts[0::2], [text.strip() for text in parts[1::2]]
+    if before.strip() or len(roles) < 2 or roles[-1] != "Assistant" or contents[-1] or not all(contents[:-1]):
+        return ()
+    return tuple(Message(_ROLES[role], text) for role, text in zip(roles[:-1], contents[:-1], strict=True))

@@ -12,6 +12,7 @@ has rank exactly k: one direction explains a world of rank one completely, and n
 conventions: z_0 has .5 on tone and the others 0, so rudeness never pays; z_0 is at most 0 on refusal.
 """
 
+import copy
 import math
 import random
 import re
@@ -30,6 +31,7 @@ TONE_WEIGHT = 0.5
 MAX_STRENGTH = 2.0
 MAX_MIN_GAP = 1.9  # a gap of 2 is possible in every situation, because |z_0| = 1
 GREETING_SHARE = 0.15
+N_TOPICS = 6  # of a world; it leaves the others out
 MIDDLE = ("hedging", "length", "formality", "example")  # sentences between answer and closing question
 
 Level = Mapping[str, float]
@@ -106,18 +108,14 @@ class SyntheticWorld:
         self.seed, self.planted_rank = seed, planted_rank
         self.label_noise, self.min_gap = float(label_noise), float(min_gap)
         self._choose_words(_Draw(seed, "words"))
-        capacity = len(SITUATIONS) * min(self._n_prompts_of(s) for s in SITUATIONS)
+        capacity = len(SITUATIONS) * min(self._sizes().values())
         _check_whole("n_prompts", n_prompts, 1, capacity)
         self.n_prompts = n_prompts
         self.directions, self.situation_weights = _plant(seed, planted_rank, float(situation_strength))
 
     def load(self) -> tuple[list[PreferencePair], list[LoadReport]]:
         """All pairs, the situations in turn, and one report."""
-        order = {s: _Draw(self.seed, f"prompts/{s}").some(range(n), n) for s, n in self._sizes().items()}
-        pairs = []
-        for i in range(self.n_prompts):
-            situation = SITUATIONS[i % len(SITUATIONS)]
-            pairs.append(self._pair(i, situation, order[situation][i // len(SITUATIONS)]))
+        pairs = [self._pair(i, situation, place) for i, (situation, place) in enumerate(self._places())]
         n_flipped = sum(bool(pair.attributes["label_flipped"]) for pair in pairs)
         report = LoadReport(self.name, f"seed {self.seed}", n_rows=len(pairs), n_kept=len(pairs))
         report.notes["label noise"] = f"{n_flipped} pairs swapped (held-out ones are scored by their clean label)"
@@ -125,6 +123,29 @@ class SyntheticWorld:
         terms = ", ".join(f"{name} {value:+.2f}" for name, value in strongest)
         report.notes["planted preference"] = f"rank {self.planted_rank}, first direction mostly {terms}"
         return pairs, [report]
+
+    def paraphrases(self) -> dict[str, tuple[Message, ...]]:
+        """Pair id → its prompt in other words: the same request by another template, behind another opening sentence.
+
+        The planted utility is of the situation and the response, so that these prompts have the same preferences.
+        """
+        found = {}
+        for i, (situation, place) in enumerate(self._places()):
+            greeting = self._greeting(_Draw(self.seed, f"pair/{i}"))
+            asked = self._asked(situation, place, reworded=True)[1]
+            found[self._id(i)] = (*greeting, Message("user", asked))
+        return found
+
+    def on_other_topics(self) -> "SyntheticWorld":
+        """The same world, where people ask about the topics that it leaves out; risky requests, which have none, stay.
+
+        Pairs of one number have the same situation, attributes and planted utilities in both.
+        """
+        other = copy.copy(self)
+        other._topics = tuple(sorted({*phrases.TOPICS} - {*self._topics}))
+        other._fillings = _fillings_on(other._topics)
+        other.n_prompts = min(self.n_prompts, len(SITUATIONS) * min(other._sizes().values()))
+        return other
 
     def utility(self, attributes: Level, situation: str) -> float:
         """Planted utility U(c, a) of attribute levels in a situation; the scale has no unit.
@@ -155,29 +176,24 @@ class SyntheticWorld:
         self._answers = {s: draw.some(phrases.ANSWERS[s], 2) for s in SITUATIONS}
         self._openers = draw.some(phrases.OPENERS, 12)
         self._middle = draw.some(MIDDLE, len(MIDDLE))
-        topics = draw.some(sorted(phrases.TOPICS), 6)
-        self._fillings: dict[str, list[_Filling]] = {s: [] for s in SITUATIONS}
-        for topic in topics:
-            for situation, fillings in _fillings_of(topic).items():
-                self._fillings[situation] += fillings
-        self._fillings["risky"] = [
-            ("mischief", {"misdeed": misdeed, "watcher": watcher})
-            for misdeed in phrases.MISDEEDS
-            for watcher in phrases.WATCHERS
-        ]
+        self._topics = draw.some(sorted(phrases.TOPICS), N_TOPICS)
+        self._fillings = _fillings_on(self._topics)
 
-    def _n_prompts_of(self, situation: str) -> int:
-        return len(self._openers) * len(phrases.TEMPLATES[situation]) * len(self._fillings[situation])
+    def _places(self) -> list[tuple[str, int]]:
+        """Situation of each pair, and which of the situation's prompts it has."""
+        order = {s: _Draw(self.seed, f"prompts/{s}").some(range(n), n) for s, n in self._sizes().items()}
+        situations = [SITUATIONS[i % len(SITUATIONS)] for i in range(self.n_prompts)]
+        return [(s, order[s][i // len(SITUATIONS)]) for i, s in enumerate(situations)]
+
+    def _id(self, i: int) -> str:
+        return f"{self.name}/{i:05d}"
 
     def _sizes(self) -> dict[str, int]:
-        return {s: self._n_prompts_of(s) for s in SITUATIONS}
+        return {s: len(self._openers) * len(phrases.TEMPLATES[s]) * len(self._fillings[s]) for s in SITUATIONS}
 
     def _pair(self, i: int, situation: str, prompt_index: int) -> PreferencePair:
         draw = _Draw(self.seed, f"pair/{i}")
-        filling_index, opener = divmod(prompt_index, len(self._openers))
-        filling_index, template = divmod(filling_index, len(phrases.TEMPLATES[situation]))
-        topic, words = self._fillings[situation][filling_index]
-        asked = f"{self._openers[opener]} {phrases.TEMPLATES[situation][template].format(**words)}"
+        (topic, words), asked = self._asked(situation, prompt_index)
         prompt = (*self._greeting(draw), Message("user", asked))
         gap = 0.0
         while abs(gap) < self.min_gap:
@@ -194,7 +210,7 @@ class SyntheticWorld:
         attributes |= {f"rejected/{name}": level for name, level in rejected_levels.items()}
         prompt_text, chosen_text = transcript(prompt, chosen)
         return PreferencePair(
-            pair_id=f"{self.name}/{i:05d}",
+            pair_id=self._id(i),
             source=self.name,
             group=asked.lower(),
             prompt=prompt,
@@ -205,6 +221,16 @@ class SyntheticWorld:
             rejected_text=transcript(prompt, rejected)[1],
             attributes=attributes,
         )
+
+    def _asked(self, situation: str, prompt_index: int, *, reworded: bool = False) -> tuple[_Filling, str]:
+        """Topic and words of a prompt, and the prompt, or the same request by the next template behind another opener."""
+        templates = phrases.TEMPLATES[situation]
+        index, opener = divmod(prompt_index, len(self._openers))
+        index, template = divmod(index, len(templates))
+        filling = self._fillings[situation][index]
+        if reworded:
+            opener, template = (opener + len(self._openers) // 2) % len(self._openers), (template + 1) % len(templates)
+        return filling, f"{self._openers[opener]} {templates[template].format(**filling[1])}"
 
     def _greeting(self, draw: _Draw) -> tuple[Message, ...]:
         if draw.random() >= GREETING_SHARE:
@@ -277,6 +303,20 @@ def _check_whole(key: str, value: object, low: float, high: float) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         between = f" from {low} to {high}" if math.isfinite(low) else ""
         raise UserError(f"data.{key}: expected a whole number{between}, got {value!r}")
+
+
+def _fillings_on(topics: Sequence[str]) -> dict[str, list[_Filling]]:
+    """Situation → the words that fill its phrases on these topics; risky requests are about mischief alone."""
+    found: dict[str, list[_Filling]] = {s: [] for s in SITUATIONS}
+    for topic in topics:
+        for situation, fillings in _fillings_of(topic).items():
+            found[situation] += fillings
+    found["risky"] = [
+        ("mischief", {"misdeed": misdeed, "watcher": watcher})
+        for misdeed in phrases.MISDEEDS
+        for watcher in phrases.WATCHERS
+    ]
+    return found
 
 
 def _fillings_of(topic: str) -> dict[str, list[_Filling]]:

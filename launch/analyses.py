@@ -3,14 +3,16 @@
 from collections.abc import Collection, Iterable
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import ListConfig
+from omegaconf import DictConfig, ListConfig
 
 from analysis.registry import ANALYSES, BY_NAME
 from tiltmeter.errors import UserError
 
 ALL = "all"
-_OF_CHECKPOINTS = ("data", "pairs", "out")
-"""Keys that only two checkpoints need."""
+_CORPUS = "data"
+"""Key of where prompts come from; of a run, of another corpus."""
+_OF_CHECKPOINTS = (_CORPUS, "pairs", "out")
+"""Keys that two checkpoints need."""
 _CLAIMS = ("claims", "claims_file")
 """Keys that a study and a run's whole report take."""
 _OF_STUDY = (*_CLAIMS, "ask_models", "plan")
@@ -55,13 +57,18 @@ def _check_names(names: Collection[str], possible: Iterable[str]) -> None:
             )
 
 
-def refuse_unused(names: Iterable[str], *, of_run: bool, has_claims: bool = False) -> None:
+def refuse_unused(names: Collection[str], *, of_run: bool, has_claims: bool = False) -> None:
     """Refuse what was set on the command line and would have no effect on any of these analyses. Raises UserError.
 
     Args:
         has_claims: whether claims stand beside them.
     """
     needs_two = dict.fromkeys(_OF_CHECKPOINTS, "two checkpoints, base=… aligned=…")
+    if any(BY_NAME[name].takes_other_corpus for name in names):
+        del needs_two[_CORPUS]
+    else:
+        takes = " or ".join(f"analysis={analysis.name}" for analysis in ANALYSES if analysis.takes_other_corpus)
+        needs_two[_CORPUS] += f", or of a run {takes}"
     of_study = dict.fromkeys(_OF_STUDY, "a study, runs=…")
     if has_claims:
         of_study = {key: needed for key, needed in of_study.items() if key not in _CLAIMS}
@@ -83,6 +90,13 @@ def refuse_unused_of_study() -> None:
             raise UserError(f"{_key(text)}: has no effect on a study, runs=…, which takes {takes}; leave it out")
 
 
+def give_corpus(config: DictConfig) -> None:
+    """Have analyses that take another corpus beside a run's own pairs ask about that of ``data=…``, where there is one."""
+    if config.get(_CORPUS) is not None:
+        for analysis in (a for a in ANALYSES if a.takes_other_corpus):
+            config[analysis.node].corpus = config[_CORPUS]
+
+
 def was_set(key: str) -> bool:
     """Whether the command line sets a key or something below it."""
     return any(f"{_key(text)}.".startswith(f"{key}.") for text in _overrides())
@@ -90,10 +104,13 @@ def was_set(key: str) -> bool:
 
 def options_of(name: str) -> list[str]:
     """The words of the command line that one analysis needs to be made again, without what is asked about."""
+    of_run = was_set("run") and name not in [analysis.name for analysis in ANALYSES if analysis.takes_other_corpus]
     return [
         text.lstrip("+")
         for text in _overrides()
-        if _key(text) not in _HOW and name in (_concerned_by(_key(text).split(".")[0]) or (name,))
+        if _key(text) not in _HOW
+        and not (of_run and _key(text).split(".")[0] == _CORPUS)
+        and name in (_concerned_by(_key(text).split(".")[0]) or (name,))
     ]
 
 

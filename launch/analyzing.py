@@ -22,7 +22,7 @@ from analysis.open.subject import Subject, subject_of_checkpoints, subject_of_ru
 from analysis.registry import ANALYSES, BY_NAME
 from analysis.report.page import Attempts, Section, write_report
 from analysis.report.samples import Samples, compare_samples, samples_of_models
-from launch.analyses import chosen_analyses, is_set, options_of, refuse_unused
+from launch.analyses import chosen_analyses, give_corpus, is_set, options_of, refuse_unused
 from launch.configuration import check_config, expand_home
 from launch.loggers.wandb_report import check_upload, upload_report
 from launch.made_models import converted
@@ -96,6 +96,8 @@ def analyze(config: DictConfig) -> Path | None:
     has_claims = of_run and not all(names.values())
     refuse_unused(names, of_run=of_run, has_claims=has_claims)
     run = open_run(find_run(str(config.run), Path(config.runs_root))) if of_run else None
+    if of_run:
+        give_corpus(config)
     as_date(config.chat_date)
     if run is not None and OmegaConf.is_interpolation(config, "chat_date"):
         config.chat_date = run.setting("chat_date")

@@ -17,6 +17,7 @@ import torch
 from matplotlib.axes import Axes
 from transformers import PreTrainedTokenizerBase
 
+from analysis.belief.judged import judges_of
 from analysis.contract import Cost
 from analysis.open.checkpoints import Checkpoints, start_scorers
 from analysis.open.models import LoadedModel
@@ -27,7 +28,6 @@ from analysis.report.site_axes import Panel, as_text, draw_panels
 from analysis.report.style import COLOURS, EndLabel, label_ends, mark_level
 from analysis.steering.directions import States, split_by_prompt, v_star
 from analysis.steering.sweep import check_options
-from datamodules.oracle import PlantedOracle
 from tiltmeter.errors import UserError
 from tiltmeter.models.causal_lm import DTYPES
 from tiltmeter.models.generation import Completion, Decoding, generate
@@ -55,7 +55,6 @@ CHANGE, LEFT = "odds_change", "preference_left"
 OWN, BASE_OWN, CHOSEN, REJECTED = "own", "base_own", "chosen", "rejected"
 """Responses: drawn from the aligned model, drawn from the base, and those of the data."""
 COLUMNS = ["measure", "response", "at", "value", "value_low", "value_high", "n"]
-_ORACLE = "oracle"
 Row = tuple[str, str, float, float, float, float, int]
 
 
@@ -109,7 +108,7 @@ class Depth:
 
     def start(self, checkpoints: Checkpoints) -> None:
         """Load or reach the judges. Raises UserError."""
-        start_scorers(self._judges(checkpoints).values(), checkpoints)
+        start_scorers(judges_of(self.scorers, checkpoints).values(), checkpoints)
 
     def costs(self, checkpoints: Checkpoints) -> list[Cost]:
         """Passes over the given responses and tokens of the models' own."""
@@ -131,7 +130,7 @@ class Depth:
         states = States(checkpoints, estimation, [FINAL_POST_NORM], position="prompt_last")
         move = v_star(states, FINAL_POST_NORM)
         test = self._test(checkpoints)
-        begun, judges = self._begun(test, checkpoints), self._judges(checkpoints)
+        begun, judges = self._begun(test, checkpoints), judges_of(self.scorers, checkpoints)
         said = [self._said(checkpoints, of, test) for of in begun[: None if judges else 1]]
         own = [
             TokenizedPair(test[row].ids.prompt_ids, aligned.ids, base.ids)
@@ -162,14 +161,6 @@ class Depth:
                 "that fit into the model’s positions; take fewer"
             )
         return found
-
-    def _judges(self, checkpoints: Checkpoints) -> dict[str, Scorer]:
-        """The judges that were given; without one the oracle, where preferences are planted."""
-        if self.scorers or checkpoints.world is None:
-            return self.scorers
-        oracle = PlantedOracle(checkpoints.world, agreement_pairs=0)
-        oracle.start()
-        return {_ORACLE: oracle}
 
     def _forced(self, test: Sequence[ProbePair], k: int, checkpoints: Checkpoints) -> Forced:
         """Pairs whose rejected response is longer than k tokens, and that fit into the model's positions behind them."""

@@ -5,10 +5,11 @@ A claim of one's own is one more entry, over statistics of hidden states or over
 
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
+import torch
 import yaml
 
 from analysis.claims.statistics import (
@@ -43,6 +44,21 @@ OWN = ("base_states", "permuted")
 """Controls that are computed of the same runs."""
 
 
+class Within(NamedTuple):
+    """Margin around the value that a figure has if nothing changed."""
+
+    equals: float
+    margin: float
+
+    def reach(self, low: float, high: float) -> float:
+        """Distance of the farther end of an interval from the value, in margins; up to 1 is equivalence, at 2.5 % a side.
+
+        >>> Within(1.0, 0.05).reach(0.975, 0.995)
+        0.5000000000000004
+        """
+        return max(abs(low - self.equals), abs(high - self.equals)) / self.margin
+
+
 @dataclass(frozen=True)
 class OfTable:
     """T as a number of a report's table: the mean of a column over the rows that are meant.
@@ -52,12 +68,14 @@ class OfTable:
         column: of the table.
         where: column → value of the rows.
         less: column → value of the rows whose mean is taken off, where they differ from those meant; empty: none is.
+        within: if there is one, T is the largest distance of a row's 95 % interval from a value, instead of a mean.
     """
 
     table: str
     column: str
     where: Mapping[str, str | float | bool]
     less: Mapping[str, str | float | bool] = field(default_factory=dict)
+    within: "Within | None" = None
     conditions: ClassVar[tuple[str, ...]] = ()
     """Conditions that it can be told of: none."""
 
@@ -91,7 +109,34 @@ class Gained:
         return arms.of_losses(self.arm if name == DPO else name)
 
 
-Asked = Statistic | OfTable | Gained
+@dataclass(frozen=True)
+class Unchanged:
+    """T as the least multiple of their margins within which all of some figures are equivalent to unchanged.
+
+    An interval inside its margins is equivalence by two one-sided tests (:mod:`tiltmeter.stats.equivalence`), and all figures have
+    to pass, so that no adjustment for their number is needed (the intersection–union test; Berger 1982).
+
+    Args:
+        figures: of tables, each within its margin.
+    """
+
+    figures: tuple[OfTable, ...]
+    conditions: ClassVar[tuple[str, ...]] = ()
+    """Conditions that it can be told of: none."""
+
+    def under(self, condition: str) -> Statistic:
+        """Raises ValueError: tables can't be told of a condition."""
+        raise ValueError(f"tables can't be told of {condition}")
+
+    def of_arm(self, name: str, arms: Source) -> Arm | str:
+        """T in the runs of an arm; text: why it is not known."""
+        found = [arms.of_table(name, figure) for figure in self.figures]
+        missing = [one for one in found if isinstance(one, str)]
+        known = [one.values for one in found if not isinstance(one, str)]
+        return missing[0] if missing else Arm(torch.stack(known).max(0).values)
+
+
+Asked = Statistic | OfTable | Gained | Unchanged
 """Everything that a claim can be about."""
 
 
@@ -236,13 +281,13 @@ def _statistic(where: str, entry: Mapping[str, Any], arms: Sequence[str]) -> Ask
         _one_of(f"{where}: statistic: gained_by", str(asked["gained_by"]), arms)
         _has_no(where, places, "held-out losses")
         return Gained(str(asked["gained_by"]))
+    if isinstance(asked, dict) and "unchanged" in asked:
+        _known(f"{where}: statistic", asked, ("unchanged",))
+        _has_no(where, places, "tables, whose rows are named under where")
+        return _unchanged(f"{where}: statistic: unchanged", asked["unchanged"])
     if isinstance(asked, dict):
-        _known(f"{where}: statistic", asked, ("table", "column", "where", "less"))
-        if not {"table", "column"} <= asked.keys():
-            raise UserError(f"{where}: statistic: expected table and column")
         _has_no(where, places, "a table, whose rows are named under where")
-        parts = (dict(asked.get(key, {})) for key in ("where", "less"))
-        return OfTable(str(asked["table"]), str(asked["column"]), *parts)
+        return _of_table(f"{where}: statistic", asked, ("less",))
     if asked is None:
         _has_no(where, places, "no statistic")
         return None
@@ -257,6 +302,34 @@ def _statistic(where: str, entry: Mapping[str, Any], arms: Sequence[str]) -> Ask
     return Statistic(str(asked), **places)  # type: ignore[arg-type]
 
 
+def _of_table(where: str, asked: Any, options: Sequence[str]) -> OfTable:
+    """A table's number; options that it takes beside its place."""
+    if not isinstance(asked, dict) or not {"table", "column"} <= asked.keys():
+        raise UserError(f"{where}: expected table and column, got {asked!r:.60}")
+    _known(where, asked, ("table", "column", "where", *options))
+    meant, less = (dict(asked.get(key, {})) for key in ("where", "less"))
+    return OfTable(str(asked["table"]), str(asked["column"]), meant, less)
+
+
+def _unchanged(where: str, asked: Any) -> Unchanged:
+    """Figures, each with the margin within which it is unchanged, and its value if nothing changed (0 unless said)."""
+    if not isinstance(asked, list) or not asked:
+        raise UserError(f"{where}: expected a list of figures, each with table, column and margin, got {asked!r:.60}")
+    figures = []
+    for i, entry in enumerate(asked):
+        here = f"{where}[{i}]"
+        figure = _of_table(here, entry, ("margin", "equals"))
+        margin, equals = entry.get("margin"), entry.get("equals", 0.0)
+        if not _is_number(margin) or margin <= 0 or not _is_number(equals):
+            raise UserError(f"{here}: expected a margin above 0 and equals, numbers, got {margin!r} and {equals!r}")
+        figures.append(replace(figure, within=Within(float(equals), float(margin))))
+    return Unchanged(tuple(figures))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _has_no(where: str, given: Mapping[str, str], what: str) -> None:
     """Refuse an option that would have no effect."""
     for key in given:
@@ -265,7 +338,7 @@ def _has_no(where: str, given: Mapping[str, str], what: str) -> None:
 
 def _bound(where: str, entry: Mapping[str, Any]) -> Bound:
     given = [side for side in get_args(Side) if side in entry]
-    if len(given) != 1 or isinstance(entry[given[0]], bool) or not isinstance(entry[given[0]], int | float):
+    if len(given) != 1 or not _is_number(entry[given[0]]):
         raise UserError(f"{where}: expected one threshold, a number under {', '.join(get_args(Side))}")
     return Bound(given[0], float(entry[given[0]]))
 

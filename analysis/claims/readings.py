@@ -13,7 +13,7 @@ from scipy.special import ndtri
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from analysis.claims.claim import ARMS, DRAWN, OfTable
+from analysis.claims.claim import ARMS, DRAWN, OfTable, Within
 from analysis.claims.evidence import Arms, Figure, HeldOut
 from analysis.claims.statistics import Parting, Read
 from analysis.open.checkpoints import Checkpoints
@@ -294,21 +294,42 @@ def figure_of(path: Path, asked: OfTable) -> Figure | None:
         return None
     if not {asked.column, *asked.where, *asked.less} <= set(table.columns):
         return None
+    if asked.within is not None:
+        return _reach(_rows_of(table, asked.where), asked.column, asked.within)
     found = [_mean(table, asked.column, asked.where)]
     found += [_mean(table, asked.column, {**asked.where, **asked.less})] if asked.less else []
     value = found[0].value - (found[1].value if asked.less else 0.0)
     return Figure(value, math.hypot(*(figure.error for figure in found))) if math.isfinite(value) else None
 
 
-def _mean(table: pd.DataFrame, column: str, where: Mapping[str, str | float | bool]) -> Figure:
-    """Mean of a column over the rows where others have given values, and of its standard error; NaN without any."""
+def _reach(rows: pd.DataFrame, column: str, within: Within) -> Figure | None:
+    """Largest distance of an interval from what is unchanged, in margins; None: no row has a number, or one has no interval."""
+    known, ends = rows[rows[column].notna()], _ends_in(rows, column)
+    if known.empty or ends is None or known[list(ends)].isna().any(axis=None):
+        return None
+    return Figure(max(within.reach(*pair) for pair in known[list(ends)].itertuples(index=False)))
+
+
+def _rows_of(table: pd.DataFrame, where: Mapping[str, str | float | bool]) -> pd.DataFrame:
+    """Rows of a table where columns have given values."""
     for name, value in where.items():
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         own = pd.to_numeric(table[name], errors="coerce") if is_number else table[name].astype(str)
         table = table[own == (float(value) if is_number else str(value))]
-    ends = next((names for names in _ends_of(column) if {*names} <= set(table.columns)), None)
-    width = math.nan if ends is None else float((table[ends[1]] - table[ends[0]]).mean())
-    return Figure(float(table[column].mean()), width / (2 * float(ndtri(0.975))))
+    return table
+
+
+def _mean(table: pd.DataFrame, column: str, where: Mapping[str, str | float | bool]) -> Figure:
+    """Mean of a column over the rows where others have given values, and of its standard error; NaN without any."""
+    rows = _rows_of(table, where)
+    ends = _ends_in(rows, column)
+    width = math.nan if ends is None else float((rows[ends[1]] - rows[ends[0]]).mean())
+    return Figure(float(rows[column].mean()), width / (2 * float(ndtri(0.975))))
+
+
+def _ends_in(table: pd.DataFrame, column: str) -> tuple[str, str] | None:
+    """Names of the ends of a column's interval; None: the table has none."""
+    return next((names for names in _ends_of(column) if {*names} <= set(table.columns)), None)
 
 
 def _ends_of(column: str) -> list[tuple[str, str]]:

@@ -44,6 +44,10 @@ COLUMNS = (
     *("control_degeneration", "control_degeneration_p"),
 )
 COMPARED = (("recovery", EQUAL_NORM), ("preference_odds", EQUAL_NORM), ("preference_odds", EQUAL_KL))
+UTILITY = "cross_entropy"
+"""Metric: change of −log π of the chosen responses from the unsteered model, nats a token."""
+BEYOND = 2.0
+"""λ from which on it is compared, too, at equal KL: does a vector do more harm there than random ones that move a model as far?"""
 
 
 class Text(NamedTuple):
@@ -75,6 +79,7 @@ class Sums(NamedTuple):
     kl: Float[Tensor, "strength draw pair"]
     kl_from_start: Float[Tensor, "strength draw pair"]
     preference_odds: Float[Tensor, "strength draw pair"]
+    chosen_log_prob: Float[Tensor, "strength draw pair"]
 
     @property
     def zero(self) -> int:
@@ -89,7 +94,8 @@ class Sums(NamedTuple):
 class Cell(NamedTuple):
     """All vectors of a direction and site, on the same pairs."""
 
-    n_tokens: float
+    n_tokens: Float[Tensor, " pair"]
+    """Tokens of the chosen responses."""
     weights: Float[Tensor, "kept pair"]
     """Weight of each pair: first all alike, then without each prompt in turn."""
     n_pairs: int
@@ -98,6 +104,8 @@ class Cell(NamedTuple):
 
 def steering_effects(pairs: pd.DataFrame, sweep: pd.DataFrame, *, strength: float) -> pd.DataFrame:
     """A row for each direction, site, vector, random kind and comparison: R and the margin at equal norm, the margin at equal KL.
+
+    Beyond λ = 2 also the cross-entropy of chosen responses at equal KL, whatever became of text: that is what is asked.
 
     Args:
         pairs: :func:`analysis.steering.table.read_pairs`.
@@ -126,6 +134,10 @@ def steering_effects(pairs: pd.DataFrame, sweep: pd.DataFrame, *, strength: floa
                     found, reached = compare(cell, vector, kind, metric, equal, strength, screened)
                     taken = {"metric": metric, "equal": equal, "n": cell.n_pairs, "kl_from_start": reached}
                     rows.append(known | _as_row(found) | taken)
+                for beyond in (x for x in cell.by_vector[vector].strengths if x >= BEYOND):
+                    found, reached = compare(cell, vector, kind, UTILITY, EQUAL_KL, beyond)
+                    taken = {"metric": UTILITY, "equal": EQUAL_KL, "n": cell.n_pairs, "kl_from_start": reached}
+                    rows.append(known | {"lambda": beyond} | _as_row(found) | taken)
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
@@ -264,9 +276,9 @@ def compare(
         reached = cell.weights @ own.kl_from_start[at, 0]
         effects = [_at_norm(cell, x, metric, i) for x, i in ((own, at), (drawn, same))]
     else:
-        effects, reached = _at_kl(cell, own, drawn, at)
+        effects, reached = _at_kl(cell, own, drawn, metric, at)
     found = beside_draws(among_random(effects[0][:, 0], effects[1]), screened=screened)
-    return found, float(reached[0]) / cell.n_tokens
+    return found, float(reached[0] / cell.n_tokens.sum())
 
 
 def _as_row(found: Comparison) -> dict[str, Any]:
@@ -297,21 +309,22 @@ def _at_norm(cell: Cell, sums: Sums, metric: str, at: int | None) -> Float[Tenso
 
 
 def _at_kl(
-    cell: Cell, own: Sums, drawn: Sums, at: int
+    cell: Cell, own: Sums, drawn: Sums, metric: str, at: int
 ) -> tuple[list[Float[Tensor, "kept draw"]], Float[Tensor, " kept"]]:
-    """Changes of the margin where all have moved the model equally far, and how far that is, summed over tokens."""
-    curves = [_curve(cell, sums) for sums in (own, drawn)]
+    """Changes of a metric where all have moved the model equally far, and how far that is, summed over tokens."""
+    curves = [_curve(cell, sums, metric) for sums in (own, drawn)]
     own_kl = cell.weights @ own.kl_from_start[at, 0]
     common = torch.minimum(own_kl, curves[1][0].square().amax(2).amin(1))
-    n = cell.weights.sum(1, keepdim=True)
-    return [interpolate(moved, gained, common.sqrt()[:, None]) / n for moved, gained in curves], common
+    n = cell.weights @ cell.n_tokens if metric == UTILITY else cell.weights.sum(1)
+    return [interpolate(moved, gained, common.sqrt()[:, None]) / n[:, None] for moved, gained in curves], common
 
 
-def _curve(cell: Cell, sums: Sums) -> tuple[Float[Tensor, "kept draw strength"], ...]:
-    """√KL from the start and the margin's change over λ ≥ 0, both summed over pairs."""
+def _curve(cell: Cell, sums: Sums, metric: str) -> tuple[Float[Tensor, "kept draw strength"], ...]:
+    """√KL from the start and the metric's change over λ ≥ 0, both summed over pairs."""
     forward = [i for i, x in enumerate(sums.strengths) if x >= 0]
-    odds = sums.preference_odds[forward] - sums.preference_odds[sums.zero]
-    kl, gained = (torch.einsum("rp,sdp->rds", cell.weights, x) for x in (sums.kl_from_start[forward], odds))
+    values = -sums.chosen_log_prob if metric == UTILITY else sums.preference_odds
+    change = values[forward] - values[sums.zero]
+    kl, gained = (torch.einsum("rp,sdp->rds", cell.weights, x) for x in (sums.kl_from_start[forward], change))
     return kl.clamp(min=0).sqrt(), gained
 
 
@@ -340,7 +353,7 @@ def cell_of(part: pd.DataFrame) -> Cell:
     first = first[first["lambda"] == 0]
     order, groups = first["pair_id"].tolist(), first["prompt"].tolist()
     by_vector = {str(name): _sums_of(rows, order) for name, rows in part.groupby("vector", sort=False)}
-    return Cell(float(first["n_tokens"].sum()), without_each(groups), len(order), by_vector)
+    return Cell(torch.tensor(first["n_tokens"].to_numpy(dtype=float)), without_each(groups), len(order), by_vector)
 
 
 def _sums_of(rows: pd.DataFrame, order: list[str]) -> Sums:

@@ -192,7 +192,7 @@ def shown_table(table: pd.DataFrame, effects: pd.DataFrame, labels: Mapping[str,
     for keys, rows in own.groupby(["direction", "vector", "site"], sort=False):
         direction, vector, site = map(str, keys)
         at_norm = rows[(rows["metric"] == "recovery") & (rows["equal"] == EQUAL_NORM)].iloc[0]
-        at_kl = rows[rows["equal"] == EQUAL_KL].iloc[0]
+        at_kl = rows[(rows["metric"] == "preference_odds") & (rows["equal"] == EQUAL_KL)].iloc[0]
         has_text = not rows_of(table, direction, vector, site, "degeneration").empty
         past = ceiling(table, direction, vector, site)
         lines.append(

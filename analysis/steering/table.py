@@ -79,6 +79,8 @@ class PairRow(NamedTuple):
     kl_from_start: float
     """KL(unsteered ‖ steered), nats."""
     preference_odds: float
+    chosen_log_prob: float
+    """log π of the chosen response, nats."""
 
 
 class Rows(NamedTuple):
@@ -96,7 +98,7 @@ _FILES = {TABLE: COLUMNS, PAIRS: PAIR_COLUMNS}
 _TEXTS = ("direction", "vector", "site", "metric", "pair_id", "prompt", "operator")
 _ADDED = "operator"
 """Last column of the table, and a setting, which tables had none of while there was one operator alone."""
-_MAY_BE_EMPTY = ("value", "ci_low", "ci_high", "kl", "kl_from_start", "preference_odds")
+_MAY_BE_EMPTY = ("value", "ci_low", "ci_high", "kl", "kl_from_start", "preference_odds", "chosen_log_prob")
 
 
 class OtherSettings(UserError):

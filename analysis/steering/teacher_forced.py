@@ -123,14 +123,15 @@ class TeacherForcedSweep:
             named += [("preference_odds_change", changes[at], n)]
             where = unit.direction, unit.vector, 0, unit.site, strength
             found += [Row(*where, name, *interval, n) for name, interval, n in named]
-        sums_of_pairs = torch.stack([sums.recovery.row_sums().kl_steered, sums.kl_from_start, sums.margins], dim=-1)
+        by_pair = (sums.recovery.row_sums().kl_steered, sums.kl_from_start, sums.margins, sums.log_probs[..., 0])
+        sums_of_pairs = torch.stack(by_pair, dim=-1)
         return Rows(found, self._pair_rows(unit, 0, self.strengths, self._length(values), sums_of_pairs))
 
     def _rows_of_draws(self, unit: Unit, values: Float[Tensor, "draw d_model"], strengths: list[float]) -> Rows:
         """Figures of each draw without intervals: what prompts make of a single one is nobody's question."""
         sums = self._run_draws(unit.site, values, strengths)
         n, n_tokens = len(self.groups), sum(self.n_tokens)
-        kl, kl_from_start, odds, first = sums.unbind(-1)
+        kl, kl_from_start, odds, _, first = sums.unbind(-1)
         start = strengths.index(0.0)
         figures = {
             "recovery": 1 - kl.sum(-1) / kl[0, start].sum(),
@@ -148,7 +149,7 @@ class TeacherForcedSweep:
                     Row(*where, strength, name, float(figure[i, j]), math.nan, math.nan, n)
                     for name, figure in figures.items()
                 ]
-            pairs += self._pair_rows(unit, i + 1, strengths, self._length(values[i].double()), sums[i, :, :, :3])
+            pairs += self._pair_rows(unit, i + 1, strengths, self._length(values[i].double()), sums[i, :, :, :4])
         return Rows(rows, pairs)
 
     @property
@@ -186,9 +187,9 @@ class TeacherForcedSweep:
         draw: int,
         strengths: Sequence[float],
         norm: float,
-        sums: Float[Tensor, "strength pair 3"],
+        sums: Float[Tensor, "strength pair 4"],
     ) -> list[PairRow]:
-        """Rows of each pair: KL to the goal, KL from the start, preference odds."""
+        """Rows of each pair: KL to the goal, KL from the start, preference odds, log π of the chosen response."""
         prompts = [hashlib.sha256(group.encode()).hexdigest()[:12] for group in self.groups]
         return [
             PairRow(
@@ -213,17 +214,19 @@ class TeacherForcedSweep:
     @torch.no_grad()
     def _run_draws(
         self, site: str, values: Float[Tensor, "draw d_model"], strengths: Sequence[float]
-    ) -> Float[Tensor, "draw strength pair 4"]:
-        """KL to the goal, KL from the start, preference odds, and KL to the goal at the response's first token."""
+    ) -> Float[Tensor, "draw strength pair 5"]:
+        """KL to the goal, KL from the start, preference odds, log π of the chosen response; KL to the goal at its first token."""
         moving = [x for x in strengths if x]
-        sums = torch.zeros(1 + len(values) * len(moving), len(self.groups), 4, dtype=torch.float64)
+        sums = torch.zeros(1 + len(values) * len(moving), len(self.groups), 5, dtype=torch.float64)
         for laid in self._laid:
             starts = _starts(laid.batch)
             for part in self._sums_of_draws(laid, site, values, moving):
                 is_chosen, of = laid.is_chosen[part.targets], laid.pairs[part.targets].cpu()
                 begins = is_chosen & starts[part.targets]
                 kl, log_probs = part.kl_from_goal, part.log_probs.where(is_chosen, -part.log_probs)
-                by_target = (kl * is_chosen, part.kl_from_start * is_chosen, log_probs, kl * begins)
+                of_chosen = (kl, part.kl_from_start, part.log_probs)
+                away, moved, said = (one * is_chosen for one in of_chosen)
+                by_target = (away, moved, log_probs, said, kl * begins)
                 for column, one in enumerate(by_target):
                     sums[..., column].index_add_(1, of, one.cpu())
         steered = sums[1:].unflatten(0, (len(values), len(moving)))

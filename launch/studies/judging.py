@@ -16,16 +16,17 @@ from analysis.claims.plan import POWER, plan_table
 from analysis.claims.readings import arms_of, stored_states
 from analysis.claims.section import claims_section, write_claims
 from analysis.claims.verdict import Verdict
-from analysis.contract import Asking
+from analysis.contract import Analysis, Asking
 from analysis.controls.c02_vectors_of_arms import vector_table, vectors_section
 from analysis.open.checkpoints import Checkpoints, HeldOutPairs, checkpoints_of_run
+from analysis.open.observed import Observed
 from analysis.open.runs import Run
 from analysis.open.studies import DPO, Study, open_study
 from analysis.open.subject import Subject
 from analysis.registry import ANALYSES
 from analysis.report.page import Section, write_report
 from analysis.report.samples import Samples
-from launch.analyses import refuse_unused_of_study, was_set
+from launch.analyses import give_corpus, refuse_unused_of_study, was_set
 from launch.configuration import CONF
 from launch.loggers.wandb_report import upload_study
 from launch.processes.run_lock import check_writable
@@ -47,6 +48,7 @@ def analyze_study(config: DictConfig) -> Path:
         FailedWrite: a full disk ….
     """
     _check_options(config)
+    give_corpus(config)
     claims, study, screen = claims_of(config), open_study(Path(config.runs)), console()
     check_writable(study.report, key="runs")
     for line in study.left_out:
@@ -170,21 +172,29 @@ def _on_other_corpus(config: DictConfig, run: Run, opened: Checkpoints) -> Check
 
 
 def _make_table(config: DictConfig, run: Run, name: str) -> None:
-    """Ask a run's models what a claim's table says, and write it into the run's report; one that can't be made is missing."""
-    analysis = next((a for a in ANALYSES if a.name == name and a.needs.what == "models"), None)
+    """Make what a claim's table says, of a run's models or of its stored states, in the run's report; else it is missing."""
+    analysis = next((a for a in ANALYSES if a.name == name and a.needs.what != "run"), None)
     if analysis is None:
         return
     tables = run.report / "tables"
     try:
-        question = instantiate(config[analysis.node])
-        asking = Asking(question, _open(config, run), tables, takes_old=True)
-        analysis.start(asking)
-        section = analysis.answer(asking)
+        section = analysis.answer(_given(analysis, config, run, tables))
     except UserError as error:
         console().print(f"{run.folder.name}: no {name}: {error}", soft_wrap=True, markup=False)
         return
-    if section is not None:
-        write_text(tables / f"{name}.csv", section.table.to_csv(index=False, lineterminator="\n"))
+    if section is None:
+        return
+    for stem, table in {name: section.table, **section.more_tables}.items():
+        write_text(tables / f"{stem}.csv", table.to_csv(index=False, lineterminator="\n"))
+
+
+def _given(analysis: Analysis, config: DictConfig, run: Run, tables: Path) -> Observed | Asking:
+    """Open what an analysis of a run asks: its stored states, or its models."""
+    if analysis.needs.what == "states":
+        return Observed.stored(run.folder, run.metrics)
+    asking = Asking(instantiate(config[analysis.node]), _open(config, run), tables, takes_old=True)
+    analysis.start(asking)
+    return asking
 
 
 def _subject(study: Study, arms: Arms, claims: str) -> Subject:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from analysis.claims.statistics import STATISTICS, Rows
-from benchmarks.verdicts import interval_coverage, steering_rates
+from benchmarks.verdicts import belief_rates, interval_coverage, steering_rates
 from tiltmeter.stats.arms import Arm, arm_difference, arm_interval
 
 pytestmark = pytest.mark.slow
@@ -23,6 +23,12 @@ def test_a_vector_like_random_ones_is_rarely_above_them_and_one_far_above_is() -
     rates = list(steering_rates(300).values())
     assert rates[0] <= 0.025 + 2.6 * math.sqrt(0.025 * 0.975 / 300)
     assert rates[-1] >= 0.9
+
+
+def test_figures_at_their_margin_are_rarely_called_unchanged_and_those_that_did_not_move_mostly_are() -> None:
+    at_margin, _, none = belief_rates(400).values()
+    assert at_margin <= 0.05 + 2.6 * math.sqrt(0.05 * 0.95 / 400)
+    assert none >= 0.9
 
 
 @pytest.mark.parametrize("between", [0.0, 0.3, 3.0], ids=["prompts alone vary", "both", "seeds alone vary"])

@@ -247,3 +247,33 @@ def _strings(table: Any) -> Iterator[str]:
     else:
         for item in table.values() if isinstance(table, dict) else table:
             yield from _strings(item)
+
+
+def test_paraphrases_ask_the_same_by_other_words_behind_another_opener() -> None:
+    world = SyntheticWorld(n_prompts=120)
+    pairs, others = world.load()[0], world.paraphrases()
+    assert list(others) == [pair.pair_id for pair in pairs]
+    for pair in pairs:
+        own, other = pair.prompt[-1].content, others[pair.pair_id][-1].content
+        assert others[pair.pair_id][:-1] == pair.prompt[:-1], "the same greeting"
+        assert own.split(". ")[0] != other.split(". ")[0]
+        situation = str(pair.attributes["situation"])
+        filled = {
+            template.format(**words)
+            for template in phrases.TEMPLATES[situation]
+            for topic, words in world._fillings[situation]
+            if any(own.endswith(each.format(**words)) for each in phrases.TEMPLATES[situation])
+        }
+        assert any(other.endswith(text) for text in filled), "another template of the same request"
+        assert not own.endswith(next(text for text in filled if other.endswith(text)))
+
+
+def test_world_on_other_topics_has_the_same_preferences_and_none_of_its_topics() -> None:
+    world = SyntheticWorld(n_prompts=120, label_noise=0.0)
+    own, other = world.load()[0], world.on_other_topics().load()[0]
+    assert [pair.pair_id for pair in other] == [pair.pair_id for pair in own]
+    assert not {p.attributes["topic"] for p in other} & {p.attributes["topic"] for p in own} - {"mischief"}
+    for one, two in zip(own, other, strict=True):
+        same = {key for key, value in one.attributes.items() if two.attributes[key] == value}
+        assert set(one.attributes) - same <= {"topic"}
+    assert world.load()[0] == own, "the world itself is as it was"

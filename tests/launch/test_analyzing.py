@@ -166,7 +166,10 @@ def test_a_local_judge_in_this_process(tmp_path: Path, two: tuple[str, str]) -> 
         (("run=last", "analysis=training", "judge=oracle"), r"judge: has no effect here; it is for analysis=behaviour or"),
         (("run=last", "analysis=[training,geometry]", "decoding.temperature=1"), r"decoding.temperature: has no effect here"),
         (("run=last", "behaviour.n_prompts=3"), r"behaviour.n_prompts: has no effect here; it is for analysis=behaviour"),
-        (("run=last", "analysis=behaviour", "data=synthetic"), r"data: has no effect here; it is for two checkpoints"),
+        (
+            ("run=last", "analysis=behaviour", "data=synthetic"),
+            r"data: has no effect here; it is for two checkpoints, base=… aligned=…, or of a run analysis=shift",
+        ),
         (("run=last", "out=x"), r"out: has no effect here; it is for two checkpoints"),
         (("run=last", "analysis=behaviour", "behaviour.n_promts=3"), r"behaviour.n_promts: unknown .* behaviour.n_prompts"),
         (("run=last", "analysis=behaviour", "judge=local"), r"judge.judge.model: expected a value"),

@@ -1,13 +1,14 @@
 """What a study reads of its models: KL from the base, by hand, the noise floor, and a number of a report's table."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 
-from analysis.claims.claim import OfTable
+from analysis.claims.claim import OfTable, Within
 from analysis.claims.readings import (
     _noise_readings,
     _parting,
@@ -68,3 +69,14 @@ def test_number_of_a_table_is_the_mean_of_the_rows_that_are_meant(tmp_path: Path
     assert math.isnan(plain.error)
     assert figure_of(path, OfTable("t", "r", {"site": "c"})) is None
     assert figure_of(path, OfTable("t", "x", {})) is None
+
+
+def test_figure_within_a_margin_is_the_farthest_end_of_all_rows_in_margins(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    rows = {"site": ["a", "a", "b", "c"], "r": [0.98, 0.9, math.nan, 0.9], "r_low": [0.97, 0.85, math.nan, math.nan]}
+    pd.DataFrame(rows | {"r_high": [0.99, 0.95, math.nan, math.nan]}).to_csv(path, index=False)
+    asked = OfTable("t", "r", {"site": "a"}, within=Within(1.0, 0.05))
+    assert figure_of(path, asked) == pytest.approx((3.0, math.nan), nan_ok=True), "0.15 below 1"
+    assert figure_of(path, replace(asked, where={"site": "b"})) is None
+    assert figure_of(path, replace(asked, where={"site": "c"})) is None, "a number without an interval proves nothing"
+    assert figure_of(path, replace(asked, column="site")) is None

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from analysis.claims.claim import Bound, Claim, OfTable, read_claims
+from analysis.claims.claim import Bound, Claim, OfTable, Unchanged, read_claims
 from analysis.claims.evidence import Arms, Figure, HeldOut, evidence_of, judge_all
 from analysis.claims.section import check_table, claims_section, write_claims
 from analysis.claims.statistics import Statistic, lower_sites, upper_sites
@@ -145,7 +145,7 @@ def test_shipped_claims_are_those_of_the_reference() -> None:
     thresholds = {key: str(claim.bound) for key, claim in claims.items()}
     assert thresholds | {} == {
         "K1": "> 0", "K2": "≥ 0.5", "K3": "≥ 0.8", "K4": "≥ 0.9", "K5": "≥ 0.9", "K6": "< 0", "K7": "≥ 0.8", "K8": "≥ 0.8",
-        "K9": "> 0", "K10": "≥ 0.8", "K11": "≥ 1",
+        "K9": "> 0", "K10": "≥ 0.8", "K11": "≤ 1",
     }  # fmt: skip
     assert isinstance(claims["K7"].statistic, OfTable)
     assert claims["K4"].beats["base_states"] == Statistic("mean_cosine", condition="base_states")
@@ -182,6 +182,22 @@ def test_shipped_claims_are_those_of_the_reference() -> None:
         ("K: {says: x, statistic: preference_cosine, position: content, above: 0}", "position: has no effect on"),
         ("K: {says: x, statistic: mean_cosine, at_least: 1, beats: [permuted]}", "there is no permuted"),
         ("K: {says: x, statistic: mean_cosine, position: response_last, at_least: 1}", "there is no response_last"),
+        (
+            "K: {says: x, statistic: {unchanged: []}, at_most: 1}",
+            "unchanged: expected a list of figures, each with table",
+        ),
+        (
+            "K: {says: x, statistic: {unchanged: [{table: t, column: c}]}, at_most: 1}",
+            "unchanged[0]: expected a margin above 0 and equals, numbers, got None and 0.0",
+        ),
+        (
+            "K: {says: x, statistic: {unchanged: [{table: t, column: c, margn: 1}]}, at_most: 1}",
+            "unchanged[0]: there is no margn; did you mean margin?",
+        ),
+        (
+            "K: {says: x, statistic: {table: t, column: c, margin: 1}, at_most: 1}",
+            "statistic: there is no margin",
+        ),
         ("K: [", "not a plain YAML file"),
     ],
 )
@@ -202,3 +218,23 @@ def test_a_claim_of_ones_own_over_a_table_needs_no_code(tmp_path: Path) -> None:
         arms = Arms({}, lambda name, asked, error=error: [Figure(value, error) for value in values[name]])
         (found,) = judge_all(read_claims(path), arms)
         assert found.kind == kind, "prompts count where a table says how much they vary"
+
+
+def test_belief_is_unchanged_where_every_figure_is_within_its_margin(tmp_path: Path) -> None:
+    """T is the largest of the figures' distances in margins; a single one beyond its margin refutes."""
+    path = tmp_path / "own.yaml"
+    figures = "[{table: a, column: x, equals: 1, margin: 0.1}, {table: b, column: y, margin: 2}]"
+    path.write_text(
+        f"B: {{says: it stays, statistic: {{unchanged: {figures}}}, at_most: 1, beats: [sft_chosen]}}", encoding="utf-8"
+    )
+    (claim,) = read_claims(path)
+    assert isinstance(claim.statistic, Unchanged)
+    assert [figure.within for figure in claim.statistic.figures] == [(1.0, 0.1), (0.0, 2.0)]
+    reached = {("dpo", "a"): [0.5, 0.51, 0.49], ("sft_chosen", "a"): [0.6], ("sft_chosen", "b"): [3.0]}
+    for of_b, kind, value in (([0.3, 0.2, 0.7], SUPPORTED, 0.57), ([1.9, 2.0, 1.95], REFUTED, 1.95)):
+        by_arm = reached | {("dpo", "b"): of_b}
+        arms = Arms({}, lambda name, asked, by_arm=by_arm: [Figure(x) for x in by_arm[name, asked.table]])
+        (found,) = judge_all([claim], arms)
+        assert (found.kind, found.value.value) == (kind, pytest.approx(value, abs=0.01))
+    missing = Arms({}, lambda name, asked: [Figure(0.1)] * 3 if asked.table == "a" else "not in the report")
+    assert judge_all([claim], missing)[0].sentence == "T is not known: not in the report."

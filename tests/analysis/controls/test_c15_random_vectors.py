@@ -20,6 +20,7 @@ from analysis.controls.c15_random_vectors import (
     EQUAL_NORM,
     SAME,
     UNKNOWN,
+    UTILITY,
     cell_of,
     compare,
     draw_effects,
@@ -34,8 +35,13 @@ LAMBDAS = (-1.0, 0.0, 1.0, 2.0)
 N = 40
 
 
-def planted(*, better: float = 0.0, moves: float = 1.0, n_random: int = 4, seed: int = 0) -> pd.DataFrame:
-    """A vector whose KL to the goal is lower by a share of the start's than random ones', and its margin higher, in nats."""
+def planted(
+    *, better: float = 0.0, moves: float = 1.0, harms: float = 0.0, n_random: int = 4, seed: int = 0
+) -> pd.DataFrame:
+    """A vector whose KL to the goal is lower by a share of the start's than random ones', and its margin higher, in nats.
+
+    Chosen responses of ten tokens lose λ nats under random vectors, and so many more under it.
+    """
     rng = np.random.default_rng(seed)
     difficulty = rng.uniform(5, 50, N)  # of a pair, shared by all vectors
     rows = []
@@ -47,8 +53,10 @@ def planted(*, better: float = 0.0, moves: float = 1.0, n_random: int = 4, seed:
             kl = difficulty * (1 - strength * (0.1 + own + noise))
             odds = difficulty + strength * (1 + 10 * own + noise)
             away = (pace * strength) ** 2 * np.ones(N)
+            said = -difficulty - strength * (1 + (0 if draw else harms) + noise)
             where = "interpolation", name, draw, "layer_00"
-            rows += [(*where, strength, strength, f"p{i}", f"g{i // 2}", 10, kl[i], away[i], odds[i]) for i in range(N)]
+            pairs = zip(kl, away, odds, said, strict=True)
+            rows += [(*where, strength, strength, f"p{i}", f"g{i // 2}", 10, *of) for i, of in enumerate(pairs)]
     return pd.DataFrame(rows, columns=list(PAIR_COLUMNS))
 
 
@@ -63,6 +71,7 @@ def text(share: float, *, unsteered: float = 0.0, p: float = 0.001, of: str = "v
 
 
 def one(effects: pd.DataFrame, metric: str = "recovery", equal: str = EQUAL_NORM) -> pd.Series:
+    """The one row of a comparison."""
     (row,) = effects[(effects["metric"] == metric) & (effects["equal"] == equal)].to_dict("records")
     return pd.Series(row)
 
@@ -153,6 +162,15 @@ def test_what_random_vectors_never_reach_is_compared_where_they_get_to() -> None
     assert found["kl_from_start"] == pytest.approx(4 / 10)
     assert at_norm["kl_from_start"] == pytest.approx(81 / 10)
     assert found["verdict"] == BELOW
+
+
+@pytest.mark.parametrize(("harms", "verdict"), [(0.0, ABOVE), (-0.5, SAME), (-0.9, BELOW)])
+def test_harm_beyond_two_is_compared_where_all_moved_the_model_as_far(harms: float, verdict: str) -> None:
+    effects = steering_effects(planted(harms=harms, moves=0.5), text(0.9), strength=1.0)
+    found = one(effects, UTILITY, EQUAL_KL)
+    assert (found["lambda"], found["verdict"]) == (2.0, verdict), "text that fell apart is what is asked about"
+    # moved half as far at λ = 2 as random ones, it is held against them at λ = 1: 2 (1 + harms) and 1 nat, of ten tokens
+    assert (found["value"], found["control_mean"]) == pytest.approx((0.2 * (1 + harms), 0.1), abs=0.01)
 
 
 def test_what_is_not_known_has_no_verdict() -> None:
