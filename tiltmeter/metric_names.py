@@ -272,6 +272,7 @@ MEDIA: tuple[Metric, ...] = (
     Metric("figures", ("geometry", "entropy", "layers_by_step", "cosines", "projection"), "picture", "Section of the report"),
     Metric("cosines", _each(("in_sample", "leave_one_out", "split_half"), ["/<site>"]), "histogram", "Cosines with v*, by pair"),
     Metric("samples", ("",), "table", "Prompts with both models’ completions and every score"),
+    Metric("report", ("claims_table", "claims_checks_table"), "table", "A study’s claims with their verdicts; their controls"),
     Metric("report", ("<section>",), "picture", "Section of the finished report, where it is uploaded"),
 )  # fmt: skip
 """Media that W&B gets beside the scalars."""

@@ -380,4 +380,4 @@ def _draw_knowledge(axes: Axes, table: pd.DataFrame) -> str:
     said = (
         f"Cross-entropy of neutral text changes by {as_text(first['value'], '.3f')}{_ends(first, '.3f')} nats a token"
     )
-    return f"{said}; {same} of {len(rows)} figures of knowledge {'are' if len(rows) > 1 else 'is'} unchanged within ±{margin:g}"
+    return f"{said}; unchanged within ±{margin:g}: {same} of {len(rows)} figures of knowledge"

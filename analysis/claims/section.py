@@ -3,7 +3,7 @@
 import math
 import textwrap
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,21 +12,15 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from analysis.claims.verdict import INCONCLUSIVE, LEVEL, SUPPORTED, Check, Verdict
+from analysis.open.studies import ARM_NAMES
 from analysis.report.page import Headline, Section
 from analysis.report.site_axes import draw_panels
 from analysis.report.style import COLOURS
 from tiltmeter.files import write_json
 
 NAME = "claims"
-_NAMES = {
-    "sft_chosen": "SFT on chosen",
-    "dpo_shuffled": "shuffled labels",
-    "dpo_swapped": "swapped labels",
-    "dpo_random_pairs": "random pairs",
-    "lm_continued": "more LM training",
-    "constant_vector_shuffled": "vector, shuffled labels",
-    "random_update": "random weights",
-    "random_update_rotated": "random, same spectrum",
+_NAMES: Mapping[str, str] = {
+    **ARM_NAMES,
     "base_states": "base’s own states",
     "permuted": "v of another pair",
     "content": "content token",
@@ -41,6 +35,7 @@ _NAMES = {
     "random_covariance": "random, base’s spread",
     "unrelated_contrast": "unrelated contrast",
     "random_at_equal_kl": "random at equal KL",
+    "behaviour_on_other_corpus": "… on another corpus",
 }
 """Controls and conditions → what figures call them."""
 _WIDTH = 24

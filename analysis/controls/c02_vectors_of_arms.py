@@ -16,9 +16,9 @@ from matplotlib.axes import Axes
 
 from analysis.claims.statistics import Read, upper_sites
 from analysis.open.observations import USUAL_POSITION, site_name
-from analysis.open.studies import DPO
+from analysis.open.studies import ARM_NAMES, DPO
 from analysis.report.page import Headline, Section
-from analysis.report.site_axes import draw_panels
+from analysis.report.site_axes import as_text, draw_panels
 from analysis.report.style import COLOURS
 from tiltmeter.geometry.consistency import cosine
 from tiltmeter.states.capture import ReadPoint
@@ -108,13 +108,15 @@ def _draw(axes: Axes, table: pd.DataFrame) -> str:
         colour = COLOURS.get(arm, COLOURS["policy"])
         axes.plot(found, [y] * len(found), "o", color=colour, alpha=0.6)
         axes.plot([found.mean()] * 2, [y - 0.3, y + 0.3], color=colour)
-    axes.set_yticks(range(len(arms)), ["another seed" if arm == DPO else arm for arm in arms])
+    axes.set_yticks(range(len(arms)), ["another seed" if arm == DPO else ARM_NAMES.get(arm, arm) for arm in arms])
     axes.set_ylim(len(arms) - 0.4, -0.6)
     axes.set_xlim(min(-0.05, float(at["cosine"].min()) - 0.05), 1.05)
     axes.grid(visible=False, axis="y")
     axes.set_xlabel("cosine with dpo’s v*")
     means = at.groupby("arm")["cosine"].mean()
     twin = means.get(DPO, math.nan)
-    said = [f"{arm} {means[arm]:.2f}" for arm in arms if arm != DPO]
-    first = f"v* of two seeds have a cosine of {twin:.2f}" if twin == twin else "There is one seed of dpo alone"
+    said = [f"{ARM_NAMES.get(arm, arm)} {as_text(means[arm], '.2f')}" for arm in arms if arm != DPO]
+    first = (
+        f"v* of two seeds have a cosine of {as_text(twin, '.2f')}" if twin == twin else "There is one seed of dpo alone"
+    )
     return f"At {site_name(site)}: {first}{'; with ' + ', '.join(said) if said else ''}"

@@ -17,6 +17,18 @@ from tiltmeter.files import sha256_of
 
 FILE = "study.yaml"
 DPO = "dpo"
+ARM_NAMES: Mapping[str, str] = {
+    "sft_chosen": "SFT on chosen",
+    "dpo_shuffled": "shuffled labels",
+    "dpo_swapped": "swapped labels",
+    "dpo_random_pairs": "random pairs",
+    "lm_continued": "more LM training",
+    "constant_vector": "one vector",
+    "constant_vector_shuffled": "vector, shuffled labels",
+    "random_update": "random weights",
+    "random_update_rotated": "random, same spectrum",
+}
+"""Arms and draws → what figures call them."""
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """The saved W&B workspace of this project's metrics: ``python -m analysis.report.dashboard --entity NAME [--project tiltmeter]``.
 
+``--study FOLDER``: one of the runs of a study, grouped by arm, each arm in its colour, behind the verdicts on claims.
+
 ``--dry-run`` needs no account: it prints the workspace as the JSON that W&B would get. Saving needs a login and
 the network. Needs the optional extra: ``pip install 'tiltmeter[dashboard]'``.
 """
@@ -16,6 +18,9 @@ from typing import Any
 import tiltmeter.threads  # noqa: F401  before torch, which reads its threads' settings as it is imported
 
 # isort: split
+from analysis.claims.claim import ARMS
+from analysis.open.studies import open_study
+from analysis.report.style import COLOURS
 from analysis.report.wandb_login import is_logged_in
 from tiltmeter.errors import UserError
 from tiltmeter.files import write_text
@@ -101,10 +106,21 @@ SECTIONS: dict[str, list[tuple[str, list[str] | str]]] = {
     "Samples": [("Base and policy side by side, with every score", [metric("samples")])],
 }
 """Sections in order: panels with their title and either names (those of figures are shown as pictures) or a pattern of W&B's."""
+STUDY_SECTIONS: dict[str, list[tuple[str, list[str] | str]]] = {
+    "Verdicts": [
+        ("Claims: T, threshold, verdict", [metric("report", "claims_table")]),
+        ("Claims beside their controls", [metric("report", "claims")]),
+        ("cos(v*, v*) of arms", [metric("report", "vectors_of_arms")]),
+    ]
+}
+"""Sections before those, of what ``analyze.py runs=… upload=true`` sends of a study."""
 
 
-def build_workspace(entity: str, project: str) -> Any:
+def build_workspace(entity: str, project: str, *, study: str | None = None) -> Any:
     """The workspace as an object of wandb-workspaces; nothing is sent.
+
+    Args:
+        study: name of a study's folder, which is the group of its runs; None: all runs.
 
     Raises:
         UserError: the extra is not installed.
@@ -114,6 +130,7 @@ def build_workspace(entity: str, project: str) -> Any:
             warnings.simplefilter("ignore", DeprecationWarning)  # its own, about pydantic
             panels = import_module("wandb_workspaces.reports.v2")
             workspaces = import_module("wandb_workspaces.workspaces")
+            expressions = import_module("wandb_workspaces.expr")
     except ImportError as error:
         reason = f"{_MODULE}: wandb-workspaces is not installed ({error}); pip install 'tiltmeter[dashboard]'"
         raise UserError(reason) from error
@@ -129,11 +146,20 @@ def build_workspace(entity: str, project: str) -> Any:
         return panels.LinePlot(title=title, x=STEP_AXIS, y=what)
 
     sections = []
-    for name, wanted in SECTIONS.items():
+    for name, wanted in [*({} if study is None else STUDY_SECTIONS).items(), *SECTIONS.items()]:
         shown = [panel(title, what) for title, what in wanted]
         layout = workspaces.SectionLayoutSettings(columns=3, rows=-(-len(shown) // 3))  # all panels on one page
         sections.append(workspaces.Section(name=name, panels=shown, is_open=True, layout_settings=layout))
-    return workspaces.Workspace(entity=entity, project=project, name=NAME, sections=sections)
+    if study is None:
+        return workspaces.Workspace(entity=entity, project=project, name=NAME, sections=sections)
+    runs = workspaces.RunsetSettings(
+        filters=expressions.And(expressions.Metric("Group") == study),
+        groupby=[expressions.Config("arm")],
+        group_colors={arm: COLOURS[arm] for arm in ARMS},
+    )
+    return workspaces.Workspace(
+        entity=entity, project=project, name=f"{NAME} {study}", sections=sections, runset_settings=runs
+    )
 
 
 def spec_of(workspace: Any) -> dict[str, Any]:
@@ -164,6 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=f"python -m {_MODULE}", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--entity", default="", help="W&B user or team; needed to save")
     parser.add_argument("--project", default="tiltmeter", help="W&B project (tiltmeter, as in conf/logger/wandb.yaml)")
+    parser.add_argument("--study", type=Path, metavar="FOLDER", help="of a study: its runs by arm, and the verdicts")
     said = "write it as JSON to FILE or standard output"
     parser.add_argument("--dry-run", nargs="?", const="-", metavar="FILE", help=said)
     options = parser.parse_args(arguments)
@@ -171,7 +198,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.dry_run is None and not options.entity:
             raise UserError("--entity: expected your W&B user or team; --dry-run needs none")
-        workspace = build_workspace(options.entity, options.project)
+        study = None if options.study is None else open_study(options.study).folder.resolve().name
+        workspace = build_workspace(options.entity, options.project, study=study)
         if options.dry_run is None:
             sys.stdout.write(f"Workspace: {save(workspace)}\n")
             return 0

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-from analysis.report.dashboard import SECTIONS, build_workspace, main
+from analysis.claims.claim import ARMS
+from analysis.report.dashboard import SECTIONS, build_workspace, main, spec_of
+from analysis.report.style import COLOURS
 from tiltmeter.metric_names import METRICS, at
 from tiltmeter.models.layers import all_sites
 
@@ -59,12 +61,34 @@ def test_pictures_tables_and_curves_each_get_their_kind_of_panel(monkeypatch: py
     kinds = ("LinePlot", "WeavePanelSummaryTable", "MediaBrowser")
     panels = SimpleNamespace(**{name: kind(name) for name in kinds})
     workspaces = SimpleNamespace(**{name: kind(name) for name in ("SectionLayoutSettings", "Section", "Workspace")})
+    monkeypatch.setitem(sys.modules, "wandb_workspaces.expr", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "wandb_workspaces.workspaces", workspaces)
     monkeypatch.setitem(sys.modules, "wandb_workspaces.reports.v2", panels)
     built = {section.name: [panel.kind for panel in section.panels] for section in build_workspace("a", "b").sections}
     assert built["Samples"] == ["WeavePanelSummaryTable"]
     assert built["Layers"] == [*["MediaBrowser"] * 5, "LinePlot"]
     assert {*built["Behaviour"], *built["Loss, accuracy, margins"]} == {"LinePlot"}
+
+
+def test_study_opens_on_its_verdicts_with_its_arms_in_their_colours() -> None:
+    pytest.importorskip("wandb_workspaces", reason="the extra tiltmeter[dashboard] is not installed")
+    spec = spec_of(build_workspace("someone", "tilt", study="study_a"))
+    assert spec["name"] == "tiltmeter study_a"
+    (name, panels), *rest = sections_of(spec)
+    assert name == "Verdicts"
+    assert [section for section, _ in rest] == list(SECTIONS)
+    assert [panel["viewType"] for panel in panels] == ["Weave", "Media Browser", "Media Browser"]
+    (runs,) = spec["spec"]["section"]["runSets"]
+    assert runs["grouping"] == [{"section": "config", "name": "arm.value"}]
+    assert runs["filters"]["filters"][0]["value"] == "study_a"
+    text = json.dumps(spec)
+    assert len({COLOURS[arm] for arm in ARMS}) == len(ARMS), "no two arms look alike"
+    assert all(COLOURS[arm] in text for arm in ARMS)
+
+
+def test_folder_that_is_no_study_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--dry-run", "--study", str(tmp_path)]) == 2
+    assert "has no study.yaml, so it is no study" in capsys.readouterr().err
 
 
 def test_without_the_extra_it_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
