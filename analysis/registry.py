@@ -42,6 +42,7 @@ from analysis.figures.layer_curves import draw_geometry, geometry_tables
 from analysis.figures.layer_maps import draw_layers_by_step, layers_by_step_tables
 from analysis.figures.training import training_section, training_table
 from analysis.figures.transfer import transfer_section
+from analysis.neighbours.section import neighbours_section
 from analysis.open.observed import Observed
 from analysis.report.page import Section
 from analysis.steering.run_sweep import cost_of_sweep, run_sweep, swept_section
@@ -77,6 +78,7 @@ ANALYSES: tuple[Analysis, ...] = (
         "shift", shift_section, node="shift", reaches=("decoding", "judge", "truthfulqa"), takes_other_corpus=True
     ),
     of_models("traces", traces_section, node="traces"),
+    of_models("neighbours", neighbours_section, node="neighbours", reaches=("decoding", "judge")),
     of_models("gradient_field", gradient_field_section, node="gradient_field"),
 )
 BY_NAME: Mapping[str, Analysis] = {analysis.name: analysis for analysis in ANALYSES}

@@ -23,6 +23,7 @@ from lightning_modules.reference import MicroBatches, cached_reference
 from lightning_modules.schedule import check_number
 from tiltmeter.errors import UserError
 from tiltmeter.models.lora import adapters_disabled, plain_state
+from tiltmeter.models.trained_vector import trained_vector
 from tiltmeter.pairs.batch import PreferenceBatch, StepBatch
 from tiltmeter.pairs.preference_losses import PAIR_METRICS, PairLogProbs, chosen_nll, make_preference_loss
 from tiltmeter.pairs.reference_cache import ReferenceCache, forward_identity, hash_weights
@@ -63,6 +64,12 @@ class DPOModule(LogProbModule):
     ) -> None:
         super().__init__(**options)
         check_number("sft_weight", sft_weight, 0, math.inf)
+        self._both_signs = self.factory.vector is not None and self.factory.vector.both_signs
+        if self._both_signs and self.factory.activation_checkpointing:
+            raise UserError(
+                "module.vector.both_signs: not with module.activation_checkpointing=true, which computes blocks again when the "
+                "vector has its own sign; leave one of the two out"
+            )
         self.loss = make_preference_loss(
             loss, sft_weight, beta=beta, label_smoothing=label_smoothing, gamma_beta_ratio=gamma_beta_ratio
         )
@@ -236,6 +243,8 @@ class DPOModule(LogProbModule):
         reference_chosen, reference_rejected = self.reference[split][batch.pair_index].unbind(1)
         pairs = PairLogProbs(chosen, rejected, reference_chosen, reference_rejected, chosen_tokens, rejected_tokens)
         losses = self.loss(pairs)
+        if self._both_signs:
+            losses = (losses + self.loss(self._turned(batch, pairs))) / 2
         with torch.no_grad():
             rewards = [self.loss.beta * log_ratio for log_ratio in pairs.log_ratios()]
             margins = rewards[0] - rewards[1]
@@ -250,6 +259,16 @@ class DPOModule(LogProbModule):
                 losses + self._router_weight * router_loss
             )  # of the micro-batch, so that each pair brings its own's
         return PairResults((losses * batch.weights).sum(), columns)
+
+    def _turned(self, batch: PreferenceBatch, pairs: PairLogProbs) -> PairLogProbs:
+        """The same pairs with the opposite vector, and with the rejected response in the place of the chosen one."""
+        policy = self.trained_policy
+        vector = trained_vector(policy.model)
+        assert vector is not None
+        with vector.turned():
+            chosen, rejected = policy(batch).chunk(2)
+        reference = pairs.reference_rejected, pairs.reference_chosen
+        return PairLogProbs(rejected, chosen, *reference, pairs.rejected_tokens, pairs.chosen_tokens)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the reference with the run."""

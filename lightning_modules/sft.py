@@ -9,6 +9,7 @@ from datamodules.preference import Objective
 from datamodules.splits import Split
 from lightning_modules.base import LogProbModule
 from lightning_modules.pair_metrics import PairResults
+from tiltmeter.errors import UserError
 from tiltmeter.pairs.batch import PreferenceBatch, StepBatch
 
 
@@ -25,6 +26,8 @@ class SFTModule(LogProbModule):
 
     def __init__(self, *, predict_prompt: bool = False, **options: Any) -> None:
         super().__init__(**options)
+        if self.factory.vector is not None and self.factory.vector.both_signs:
+            raise UserError("module.vector.both_signs: needs a preference loss; take module=dpo, or leave it out")
         self.predict_prompt = predict_prompt
 
     def divisor(self, step: StepBatch) -> int:

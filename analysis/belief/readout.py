@@ -17,6 +17,7 @@ from analysis.contract import Cost
 from analysis.open.checkpoints import Checkpoints
 from analysis.open.models import LoadedModel
 from analysis.open.observations import site_name
+from analysis.open.pair_log_probs import batches_by_length
 from analysis.report.page import Headline, Section
 from analysis.report.site_axes import Panel, as_text, draw_panels
 from analysis.report.style import COLOURS
@@ -28,7 +29,6 @@ from tiltmeter.pairs.batch import TokenizedPair, collate_pairs
 from tiltmeter.states.capture import ReadPoint, join_hidden_states, read_hidden_states
 
 NAME = "readout"
-_TOKENS_PER_BATCH = 8192
 _LOOKS = {"base": ("base", "o"), "policy": ("policy", "s"), "retrained": ("policy_dark", "D")}
 _CALLED = {"base": "base", "policy": "aligned", "retrained": "fitted anew", "policy_less_shift": "less mean change"}
 """Readouts → what the figure calls them."""
@@ -140,12 +140,9 @@ def _distinct(asked: Sequence[LabelledTexts]) -> list[tuple[list[int], list[int]
 
 def _states(opened: LoadedModel, pairs: Sequence[TokenizedPair], sites: Sequence[str]) -> dict[str, Tensor]:
     """Mean state of each text's tokens at every site, in the order of the texts."""
-    order = sorted(range(len(pairs)), key=lambda row: len(pairs[row].prompt_ids) + len(pairs[row].chosen_ids))
     parts = []
-    while order:
-        longest = len(pairs[order[-1]].prompt_ids) + len(pairs[order[-1]].chosen_ids)
-        n = max(1, _TOKENS_PER_BATCH // longest)
-        order, rows = order[:-n], order[-n:]
+    lengths = [len(pair.prompt_ids) + len(pair.chosen_ids) for pair in pairs]
+    for rows in batches_by_length(lengths, rows_each=1):
         batch = collate_pairs([pairs[row] for row in rows], pair_index=rows, layout="chosen_only").to(
             opened.model.device
         )

@@ -1,6 +1,6 @@
 """Pairs laid out for teacher-forced steering, with what the model that steering aims at says of them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from analysis.open.pair_log_probs import batches_by_length, longer_row
 from analysis.open.probe_pairs import ProbePair
 from tiltmeter.models.cpu_linear import fast_linear, linear
 from tiltmeter.models.layers import unembedding
@@ -44,7 +45,10 @@ def lay_pairs(pairs: Sequence[ProbePair], goal: PreTrainedModel, *, device: torc
         device: where the batches are to be.
     """
     with fast_linear(goal):
-        return [_lay([pairs[row] for row in rows], rows, goal, device) for rows in _batches(pairs)]
+        return [
+            _lay([pairs[row] for row in rows], rows, goal, device)
+            for rows in batches_by_length([longer_row(pair.ids) for pair in pairs], tokens=_TOKENS_PER_BATCH)
+        ]
 
 
 def _lay(pairs: Sequence[ProbePair], rows: list[int], goal: PreTrainedModel, device: torch.device) -> LaidPairs:
@@ -54,13 +58,3 @@ def _lay(pairs: Sequence[ProbePair], rows: list[int], goal: PreTrainedModel, dev
     of = batch.pair_index.repeat(2)[batch.target_sequences]
     is_chosen = batch.target_sequences < batch.n_pairs
     return LaidPairs(batch, target_hidden_states(goal, batch), of, is_chosen, predicting)
-
-
-def _batches(pairs: Sequence[ProbePair]) -> Iterator[list[int]]:
-    """Pairs of similar length, as many as fit, at least one."""
-    lengths = [len(p.ids.prompt_ids) + max(len(p.ids.chosen_ids), len(p.ids.rejected_ids)) for p in pairs]
-    order = sorted(range(len(pairs)), key=lengths.__getitem__)
-    while order:
-        n = max(1, _TOKENS_PER_BATCH // (2 * lengths[order[-1]]))
-        order, rows = order[:-n], order[-n:]
-        yield rows

@@ -59,7 +59,7 @@ def compare_on_pairs(
     """
     found: dict[int, ComparedPair] = {}
     with fast_linear(base.model), fast_linear(aligned.model):
-        for rows in _batches(pairs):
+        for rows in batches_by_length([longer_row(pair) for pair in pairs]):
             batch = collate_pairs([pairs[row] for row in rows], pair_index=rows, layout="concatenated")
             batch = batch.to(base.model.device)
             said = _compared(base, aligned, batch, move.to(base.model.device)).double().cpu()
@@ -93,7 +93,7 @@ def _logits(hidden: Tensor, head: Unembedding) -> Tensor:
 def tokens_of_pairs(opened: LoadedModel, pairs: Sequence[TokenizedPair]) -> list[SideLogProbs]:
     """log π(y_t | x, y_<t) of every token of both responses of every pair, nats, float64 on the CPU."""
     found: dict[int, SideLogProbs] = {}
-    batches = list(_batches(pairs))
+    batches = list(batches_by_length([longer_row(pair) for pair in pairs]))
     quiet = len(batches) < _MANY_BATCHES
     for rows in track(batches, "Reading pairs", console=Console(highlight=False), disable=quiet, transient=True):
         batch = collate_pairs([pairs[row] for row in rows], pair_index=rows, layout="concatenated")
@@ -121,11 +121,26 @@ def _by_response(said: Tensor, batch: PreferenceBatch, pairs: Sequence[Tokenized
     return torch.split(said[order], lengths)
 
 
-def _batches(pairs: Sequence[TokenizedPair]) -> Iterator[list[int]]:
-    """Pairs of similar length, the longest first, as many as fit, at least one."""
-    lengths = [len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs]
-    order = sorted(range(len(pairs)), key=lengths.__getitem__)
+def batches_by_length(
+    lengths: Sequence[int], *, tokens: int = _TOKENS_PER_BATCH, rows_each: int = 2
+) -> Iterator[list[int]]:
+    """Numbers of pairs of similar length, the longest first, as many as fit, at least one.
+
+    Args:
+        lengths: tokens of the longer row of each pair.
+        tokens: of all rows of a batch, padding counted.
+        rows_each: rows of a pair.
+
+    >>> list(batches_by_length([3, 1, 2, 9], tokens=12))
+    [[3], [2, 0], [1]]
+    """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
     while order:
-        n = max(1, _TOKENS_PER_BATCH // (2 * lengths[order[-1]]))
+        n = max(1, tokens // (rows_each * lengths[order[-1]]))
         order, rows = order[:-n], order[-n:]
         yield rows
+
+
+def longer_row(pair: TokenizedPair) -> int:
+    """Tokens of the prompt with the longer response."""
+    return len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))

@@ -8,10 +8,11 @@ numbers stay untouched, and two models that agree say the same, so that differen
 import hashlib
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import (
     GenerationConfig,
@@ -22,6 +23,7 @@ from transformers import (
 )
 
 from tiltmeter.errors import UserError, argument
+from tiltmeter.models.guidance import Guidance, Guide
 from tiltmeter.models.sampling import GumbelSampling, NoNaN
 from tiltmeter.pairs.chat import end_of_turn_id
 
@@ -107,6 +109,8 @@ class Job:
     place: int
     ids: list[int]
     stream: int
+    guide_ids: list[int] = field(default_factory=list)
+    """Prompt of the other model of two that are decoded as one."""
 
 
 @torch.no_grad()
@@ -119,6 +123,7 @@ def generate(
     keys: Sequence[str] | None = None,
     tokens_per_batch: int = 16384,
     n_batches: int | None = None,
+    guide: Guide | None = None,
 ) -> list[list[Completion]]:
     """Completions of token-id prompts, in left-padded batches of similar length.
 
@@ -129,6 +134,7 @@ def generate(
         tokens_per_batch: rows × (prompt + completion) that are computed together, at most.
         n_batches: make so many batches, the last ones repeating a prompt to no effect; for models that are sharded over
             processes, which must all run forward equally often (:func:`count_batches`).
+        guide: another model whose logits are mixed in at every token; None: none.
 
     Returns:
         For each prompt its ``decoding.n_samples`` completions.
@@ -137,11 +143,15 @@ def generate(
         UserError: ``max_new_tokens`` leaves no room for a prompt; logits that are NaN.
     """
     jobs = make_jobs(model, tokenizer, prompts, decoding, keys)
+    if guide is not None:
+        own = prompts if guide.prompts is None else guide.prompts
+        fitted = [fit_prompt(ids, guide.model, tokenizer, decoding) for ids in own]
+        jobs = [replace(job, guide_ids=fitted[job.place // decoding.n_samples]) for job in jobs]
     found: dict[int, Completion] = {}
     ends = end_ids(model, tokenizer)
-    with ready_to_generate(model):
+    with ready_to_generate(model), nullcontext() if guide is None else ready_to_generate(guide.model):
         for batch in cut_into_batches(jobs, decoding, tokens_per_batch, n_batches):
-            for job, completion in zip(batch, _complete(model, tokenizer, batch, decoding, ends), strict=True):
+            for job, completion in zip(batch, _complete(model, tokenizer, batch, decoding, ends, guide), strict=True):
                 found[job.place] = completion
     n = decoding.n_samples
     return [[found[prompt * n + sample] for sample in range(n)] for prompt in range(len(prompts))]
@@ -199,12 +209,15 @@ def _complete(
     batch: Sequence[Job],
     decoding: Decoding,
     ends: list[int],
+    guide: Guide | None,
 ) -> list[Completion]:
     pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    width = max(len(job.ids) for job in batch)
-    ids = torch.tensor([[pad] * (width - len(job.ids)) + job.ids for job in batch], device=model.device)
-    mask = torch.tensor([[0] * (width - len(job.ids)) + [1] * len(job.ids) for job in batch], device=model.device)
+    ids, mask = (x.to(model.device) for x in _padded_left([job.ids for job in batch], pad))
+    width = ids.shape[1]
     processors = LogitsProcessorList([NoNaN()])
+    if guide is not None:
+        own = (x.to(guide.model.device) for x in _padded_left([job.guide_ids for job in batch], pad))
+        processors.insert(0, Guidance(guide, *own))
     if decoding.temperature > 0:
         processors.append(GumbelSampling([job.stream for job in batch], decoding.temperature, decoding.top_p))
     config = GenerationConfig(
@@ -225,6 +238,13 @@ def _complete(
         ),  # sharded: all processes step equally often
     )
     return [read_completion(row, ends, tokenizer, decoding.stop) for row in rows[:, width:].tolist()]
+
+
+def _padded_left(rows: Sequence[list[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Token ids and mask."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
+    return ids, torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
 
 
 def cut_into_batches(jobs: Sequence[Job], decoding: Decoding, tokens: int, n_batches: int | None) -> list[list[Job]]:

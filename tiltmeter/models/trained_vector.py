@@ -1,5 +1,7 @@
 """A constant vector that is trained in the place of weights: added to every token's hidden state at one site of a frozen model."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +28,8 @@ class VectorOptions:
         site: as :mod:`tiltmeter.models.layers` names it; by default behind the first block, so that all others can act on it.
         scale: the vector is its parameter times this, so that an optimizer's step in activation units is the learning rate times
             it: rates for weights are too small for a vector.
+        both_signs: train the vector and its opposite at once, with which the rejected response is to be preferred (BiPO, arXiv
+            2406.00045).
 
     Raises:
         UserError: a scale that is not above 0.
@@ -33,6 +37,7 @@ class VectorOptions:
 
     site: str = "layer_00"
     scale: float | int = 100.0
+    both_signs: bool = False
 
     def __post_init__(self) -> None:
         """Check what can be checked without a model."""
@@ -47,11 +52,20 @@ class TrainedVector(nn.Module):
         super().__init__()
         self.d = nn.Parameter(torch.zeros(d_model))
         self.site, self.scale = site, scale
-        self._is_on = True
+        self._is_on, self._sign = True, 1.0
 
     def enable_adapters(self, enabled: bool) -> None:
         """Turn it on or off, as peft's layers are."""
         self._is_on = enabled
+
+    @contextmanager
+    def turned(self) -> Iterator[None]:
+        """Inside, the opposite vector is added."""
+        self._sign = -1.0
+        try:
+            yield
+        finally:
+            self._sign = 1.0
 
     @property
     def values(self) -> Float[Tensor, " d_model"]:
@@ -60,7 +74,7 @@ class TrainedVector(nn.Module):
 
     def forward(self, hidden: Float[Tensor, "row token d_model"]) -> Float[Tensor, "row token d_model"] | None:
         """Hidden states to go on with; None: those that there are."""
-        return hidden + self.values.to(hidden.dtype) if self._is_on else None
+        return hidden + self._sign * self.values.to(hidden.dtype) if self._is_on else None
 
 
 def insert_vector(
