@@ -20,6 +20,8 @@ _CURVES = {
 }
 """Methods of several strengths → their name and colour; the strength 1 of the first is dpo, of the second the prompt."""
 _AT_ONE = {CFGRL: DPO, LINEAR: PROMPT}
+_FARTHEST = 4.0
+"""Times dpo's distance from the base, up to which methods are drawn; the table has all."""
 _NAMES = {DPO: "dpo", PROMPT: "prompt alone", BEST_OF: "best of n"} | {
     name: said for name, (said, _) in _CURVES.items()
 }
@@ -136,7 +138,11 @@ def _draw_distance(axes: Axes, table: pd.DataFrame) -> str:
     dpo = rows[rows["method"] == DPO].iloc[0]
     axes.plot(dpo["kl"], dpo["preference_gained"], "o", color=COLOURS["policy_dark"], markersize=5, label="dpo")
     mark_level(axes, 0.0)
-    axes.set_xlabel("KL(method ‖ base), nats a token of chosen responses")
+    shown = rows[rows["kl"] <= _FARTHEST * dpo["kl"]]
+    axes.set_xlim(-0.05 * shown["kl"].max(), 1.05 * shown["kl"].max())
+    low, high = min(0.0, shown["preference_gained"].min()), shown["preference_gained"].max()
+    axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+    axes.set_xlabel("KL from the base, nats a token")
     axes.set_ylabel("preference gained, nats")
     axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.4, -0.2), ncols=2)
     at_kl = rows.drop_duplicates("method").set_index("method")["gained_at_equal_kl"].dropna()
