@@ -72,7 +72,7 @@ def prepare_overrides(arguments: Sequence[str], *, config_name: str) -> list[str
             tree = _compose_choices(parsed, config_name)
     for override in parsed:
         if override.key_or_group.endswith("._target_"):
-            OmegaConf.update(tree, override.key_or_group, override.value())
+            OmegaConf.update(tree, override.key_or_group, override.value(), force_add=True)
     rewritten = [_rewrite(o, tree) for o in parsed]
     if not {"--multirun", "-m", "hydra.mode=MULTIRUN"} & {*arguments}:
         _refuse_sweeps(parsed)

@@ -151,3 +151,12 @@ def test_no_folder_is_made_that_is_named_tilde(
         config = compose(config_name, overrides=["runs_root='~/runs'"])
         check_options(config)
         assert config.runs_root == f"{tmp_path}/runs"
+
+
+def test_a_callback_is_added_by_its_class_and_its_options_are_known() -> None:
+    added = "+callbacks.weights._target_=callbacks.changed_weights.ChangedWeights"
+    config = composed("callbacks=geometry", added, "callbacks.weights.n_entries=9")
+    assert config.callbacks.weights == {"_target_": "callbacks.changed_weights.ChangedWeights", "n_entries": 9}
+    check_config(config)
+    with pytest.raises(UserError, match=r"did you mean callbacks\.weights\.n_entries\?"):
+        composed("callbacks=none", added, "callbacks.weights.n_entry=9")
