@@ -6,7 +6,16 @@ import torch
 from scipy.special import stdtrit
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
-from tiltmeter.geometry.readout import APPLIED, CHANGED, UNCHANGED, Readout, quality_of_scores, readout, weighted_auc
+from tiltmeter.geometry.readout import (
+    APPLIED,
+    CHANGED,
+    UNCHANGED,
+    Readout,
+    quality_of_scores,
+    readout,
+    readout_aucs,
+    weighted_auc,
+)
 
 N, WIDTH = 240, 12
 LABELS = torch.arange(N) % 2 == 0
@@ -114,3 +123,14 @@ def test_too_few_texts_labels_or_groups_are_refused(
 def test_states_that_are_not_finite_are_refused() -> None:
     with pytest.raises(ValueError, match="finite states"):
         read(states().fill_(torch.nan))
+
+
+def test_aucs_alone_are_those_of_the_whole_readout() -> None:
+    policy = states(1.0).flip(1)
+    for seed in (0, 1):
+        whole = readout(states(), policy, LABELS, GROUPS, n_permutations=1, seed=seed).quality.auc
+        alone = readout_aucs(states(), policy, LABELS, GROUPS, seed=seed)
+        assert alone == {applied: interval.value for applied, interval in whole.items()}
+    assert len({round(auc, 6) for auc in alone.values()}) > 2
+    with pytest.raises(ValueError, match="at least 30 texts, got 20"):
+        readout_aucs(states()[:20], states()[:20], LABELS[:20], GROUPS[:20])
