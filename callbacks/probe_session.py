@@ -1,8 +1,8 @@
 """The probe of a training run: one forward pass at a step serves every callback; and what callbacks need of a trainer."""
 
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -17,14 +17,14 @@ from datamodules.preference import PreferenceDataModule
 from tiltmeter.errors import UserError
 from tiltmeter.metric_names import STEPS_TAKEN, metric
 from tiltmeter.models.layers import Unembedding, resolve_sites, site_names, unembedding
-from tiltmeter.pairs.batch import REJECTED, PreferenceBatch
+from tiltmeter.pairs.batch import REJECTED, PreferenceBatch, TokenizedPair
 from tiltmeter.states.capture import HiddenStates, Reading, ReadPoint
 from tiltmeter.states.observed_metrics import Metrics, states_from_tensors, states_to_tensors
 from tiltmeter.states.positions import Position, check_position
 from tiltmeter.states.probe_set import PreferenceDirections, Probe, cut_pair
 from tiltmeter.states.state_pair import StatePair
 
-_BASE, _STEERING = "probe_base", "probe_steering"
+_BASE, _STEERING, _HEAD = "probe_base", "probe_steering", "probe_head"
 
 
 @dataclass
@@ -42,6 +42,8 @@ class ProbeSession:
     _latest: StatePair | None = None
     _directions: PreferenceDirections | None = None
     _head: Unembedding | None = None
+    _trained_head: dict[str, Tensor] | None = None
+    """Weight and bias of an unembedding that is trained, as they were before the first step."""
 
     @staticmethod
     def of(trainer: Trainer) -> "ProbeSession":
@@ -72,15 +74,16 @@ class ProbeSession:
         return self._directions
 
     def head(self, module: LightningModule) -> Unembedding:
-        """The unembedding as it was when first asked for, whole on every process."""
+        """The unembedding as it was before the first step, whole on every process; a collective when it is sharded."""
         if self._head is None:
-            head = unembedding(model_of(module))
-            weight = head.weight.detach()
-            whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
-            if whole is weight and head.weight.requires_grad:
-                whole = weight.clone()
-            bias = head.bias.full_tensor() if isinstance(head.bias, DTensor) else head.bias
-            self._head = Unembedding(whole, None if bias is None else bias.detach().clone(), head.scale, head.soft_cap)
+            now = unembedding(model_of(module))
+            before = self._trained_head or {
+                name: _whole(part) for name, part in (("weight", now.weight), ("bias", now.bias)) if part is not None
+            }
+            if now.weight.requires_grad:
+                self._trained_head = before
+            here = {name: part.to(now.weight.device) for name, part in before.items()}
+            self._head = replace(now, weight=here["weight"], bias=here.get("bias"))
         return self._head
 
     def check_base(self, module: LightningModule) -> None:
@@ -95,11 +98,13 @@ class ProbeSession:
             )
 
     def save(self, checkpoint: dict[str, Any]) -> None:
-        """The base model's rows, and the last v*, go with the run: a resumed one couldn't read them any more."""
+        """The base model's rows, its unembedding if trained, and the last v* go with the run, which couldn't read them again."""
         if self.base is not None:
             checkpoint[_BASE] = states_to_tensors(self.base)
         if self.steering:
             checkpoint[_STEERING] = {f"{point.site}/{point.position}": v for point, v in self.steering.items()}
+        if self._trained_head is not None:
+            checkpoint[_HEAD] = self._trained_head
 
     def load(self, checkpoint: dict[str, Any]) -> None:
         """Take them back."""
@@ -107,12 +112,16 @@ class ProbeSession:
             self.base = states_from_tensors(checkpoint[_BASE])
         if _STEERING in checkpoint:
             self.steering = {ReadPoint(*place.split("/")): v for place, v in checkpoint[_STEERING].items()}
+        self._trained_head = checkpoint.get(_HEAD)
 
     def _read(self, trainer: Trainer, module: LightningModule) -> Reading:
         if self._probe is None:
             prompts = [pair.prompt_ids for pair in data_of(trainer).splits["probe"].pairs]
             self._probe = Probe(
-                self._batches(trainer), sites=self._all_sites(module), positions=self.positions, prompts=prompts
+                probe_batches(trainer, lambda pair: cut_pair(pair, self.positions)),
+                sites=self._all_sites(module),
+                positions=self.positions,
+                prompts=prompts,
             )
         with trainer.precision_plugin.forward_context():
             states = self._probe.read(model_of(module), cast(Any, module).trained_policy)
@@ -122,15 +131,6 @@ class ProbeSession:
         n_layers = model_of(module).config.num_hidden_layers
         found = {site for wanted in dict.fromkeys(self.sites) for site in resolve_sites(wanted, n_layers)}
         return [site for site in resolve_sites("all", n_layers) if site in found]
-
-    def _batches(self, trainer: Trainer) -> list[PreferenceBatch]:
-        data = data_of(trainer)
-        if not data.splits["probe"].pairs:
-            raise UserError(
-                "callbacks: expected held-out pairs to probe, got none; set datamodule.probe_pairs or callbacks=none"
-            )
-        steps = data.loader("probe", layout=data.layout, change=lambda pair: cut_pair(pair, self.positions))
-        return [batch for step in steps for batch in step.micro_batches]
 
 
 _SESSIONS: WeakKeyDictionary[Trainer, ProbeSession] = WeakKeyDictionary()
@@ -161,16 +161,49 @@ def model_of(module: LightningModule) -> PreTrainedModel:
     return cast(PreTrainedModel, cast(Any, module).trained_policy.model)
 
 
+def probe_batches(
+    trainer: Trainer, change: Callable[[TokenizedPair], TokenizedPair], *, rows: Sequence[int] | None = None
+) -> list[PreferenceBatch]:
+    """The probe's pairs, changed, as this process reads them, fillers included.
+
+    Args:
+        rows: of the probe; None: all.
+
+    Raises:
+        UserError: it has no pairs.
+    """
+    data = data_of(trainer)
+    if not data.splits["probe"].pairs:
+        raise UserError(
+            "callbacks: expected held-out pairs to probe, got none; set datamodule.probe_pairs or callbacks=none"
+        )
+    steps = data.loader("probe", layout=data.layout, change=change, rows=rows)
+    return [batch for step in steps for batch in step.micro_batches]
+
+
+def gathered_table(places: Tensor, rows: Tensor, n_rows: int, trainer: Trainer) -> Tensor:
+    """The rows of all processes at their places in one table, on the CPU; each is of one process alone, so sums are exact."""
+    dtype = torch.promote_types(rows.dtype, torch.float32)  # which every backend can add
+    table = torch.zeros(n_rows, rows.shape[1], dtype=dtype, device=trainer.strategy.root_device)
+    table[places.to(table.device)] = rows.to(table)
+    if trainer.world_size > 1:
+        table = cast(Tensor, trainer.strategy.reduce(table, reduce_op="sum"))
+    return table.to(rows.dtype).cpu()
+
+
 def _gather(found: HiddenStates, trainer: Trainer) -> HiddenStates:
     """The rows of all processes, in the order that one process would have read them."""
     if trainer.world_size == 1:
         return found
-    n_pairs = len(data_of(trainer).splits["probe"].pairs)
-    width = found.rows.shape[1]
-    table = torch.zeros(n_pairs * (REJECTED + 1), width + 1, device=trainer.strategy.root_device)
-    place = found.pair_index * (REJECTED + 1) + found.sides
-    table[place, :width] = found.rows.to(table)
-    table[place, width] = 1
-    table = cast(Tensor, trainer.strategy.reduce(table, reduce_op="sum")).cpu()  # every row from one process: exact
-    there = table[:, width].nonzero()[:, 0]
-    return HiddenStates(table[there, :width], there // (REJECTED + 1), there % (REJECTED + 1))
+    n_places = len(data_of(trainer).splits["probe"].pairs) * (REJECTED + 1)
+    places = found.pair_index * (REJECTED + 1) + found.sides
+    marked = torch.cat([found.rows, torch.ones_like(found.rows[:, :1])], dim=1)
+    table = gathered_table(places, marked, n_places, trainer)
+    there = table[:, -1].nonzero()[:, 0]
+    return HiddenStates(table[there, :-1], there // (REJECTED + 1), there % (REJECTED + 1))
+
+
+def _whole(part: Tensor) -> Tensor:
+    """A weight, whole where it is sharded; a copy where it is trained."""
+    whole = part.full_tensor() if isinstance(part, DTensor) else part
+    return whole.detach().clone() if part.requires_grad else whole.detach()
