@@ -95,6 +95,7 @@ def test_modules_trained_whole_beside_adapters_are_sharded_as_they_are_trained_b
 def test_a_sharded_run_resumes_with_more_steps_where_the_uninterrupted_one_would_be(tmp_path: Path) -> None:
     steady = (
         "callbacks=geometry",
+        "+callbacks.depth._target_=callbacks.alignment_depth.AlignmentDepth",
         "module.schedule=constant",
         "module.warmup_share=0",
         "logger=csv",
@@ -108,6 +109,8 @@ def test_a_sharded_run_resumes_with_more_steps_where_the_uninterrupted_one_would
     resumed = run_train_together(*common, "trainer.max_steps=4", "ckpt_path=last")
     assert resumed.returncode == 0, resumed.stderr
     assert logged(part, "train/loss") == pytest.approx(logged(whole, "train/loss"), rel=1e-6)
+    shares = [logged(run, "depth/first_token_share") for run in (part, whole)]
+    assert shares[0][-1] == pytest.approx(shares[1][-1], rel=1e-3), "by the first base, which the checkpoint holds"
 
 
 def first_run(root: Path) -> Path:

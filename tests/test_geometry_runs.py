@@ -16,12 +16,14 @@ from tiltmeter.states.snapshots import BASE, SnapshotReader
 pytestmark = pytest.mark.slow
 
 OBSERVERS = ("snapshot", "projection", "spectra", "consistency")
-# 13 pairs a step and 11 to probe: uneven shares on two processes, and fillers where one has fewer micro-batches.
+# 13 pairs a step and 17 to probe: uneven shares on two processes, and fillers where one has fewer micro-batches.
 RUN = (
     *(option for option in TINY if not option.startswith("datamodule.probe_pairs")),
-    *("datamodule.probe_pairs=11", "datamodule.pairs_per_step=13", "datamodule.tokens_per_micro_batch=600"),
+    *("datamodule.probe_pairs=17", "datamodule.pairs_per_step=13", "datamodule.tokens_per_micro_batch=600"),
     *("model.dtype=float64", "callbacks=geometry", "callbacks.gradients.every_n_steps=2", "logger=csv"),
     *(f"callbacks.{name}.every_n_steps=3" for name in OBSERVERS),
+    "+callbacks.readout._target_=callbacks.preference_readout.PreferenceReadout",
+    *("+callbacks.depth._target_=callbacks.alignment_depth.AlignmentDepth", "+callbacks.depth.n_pairs=9"),
     *("trainer.max_epochs=1", "trainer.val_check_interval=1.0"),
 )
 TWO_PROCESSES = ("trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true")
@@ -62,7 +64,7 @@ def test_two_processes_log_the_geometry_of_one(trainer: str, single: Path) -> No
     alone = geometry(single)
     families = {name.split("/")[0] for _, name in alone}
     assert {"spectral_entropy", "shift_share", "projection", "hyperplane", "mean_cosine", "gradient"} <= families
-    assert {"direction_settled", "direction_cosine", "update_norm"} <= families
+    assert {"direction_settled", "direction_cosine", "update_norm", "readout", "depth"} <= families
     run = train(single.parents[1], f"trainer={trainer}", *TWO_PROCESSES)
     together = geometry(run)
     if trainer == "fsdp":  # whose weights are in pieces: random ones are left to analyze.py
@@ -97,7 +99,7 @@ def test_stored_snapshots_say_what_was_logged(single: Path) -> None:
         for site in sites:
             point = ReadPoint(site, "prompt_last")
             before, after = base[point].rows.double(), policy[point].rows.double()
-            assert len(before) == 11
+            assert len(before) == 17
             for of, rows in (("base", before), ("policy", after), ("delta", after - before)):
                 for key, value in by_hand(rows, of, site).items():
                     assert logged[steps, key] == pytest.approx(value, rel=1e-6, abs=1e-6), (steps, key)

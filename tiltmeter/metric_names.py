@@ -160,6 +160,11 @@ METRICS: tuple[Metric, ...] = (
     Metric("direction_settled", ("",), _COSINE, "Cosine of v* with v* of the observation before", _USUAL),
     Metric("similarity", ("cka", "cka/random_update"), _COSINE,
            "Debiased linear CKA of base and policy, one row a prompt; blind to a constant shift", _USUAL),
+    Metric("readout", ("auc", "auc_of_base"), _SHARE,
+           "Held-out AUC of chosen against rejected responses’ mean states in the policy, by its own linear map or the base’s",
+           "response_mean", needs="at least 15 probe pairs"),
+    Metric("depth", ("first_token_share",), _SHARE, "Share of KL(π ‖ π₀) over chosen responses in their first 5 tokens"),
+    Metric("depth", ("even_share",), _SHARE, "The same if every token differed alike: the share of all tokens that are first ones"),
     Metric("update_norm", ("", "random_update"), _LENGTH, "Mean length of a row’s change", _USUAL),
     Metric("state_norm", ("",), _LENGTH, "Mean length of the base’s states", _USUAL),
     _spectral("normalized_entropy", _SHARE, "Entropy over ln min(N, d)", *WEIGHTS),
@@ -388,7 +393,7 @@ def _row(declared: Metric) -> str:
     keys = set(declared.keys)
     of_base = {f"{key}/base" for key in keys} & keys
     names = [f"`{key}{site}{'[/base]' * (f'{key}/base' in keys)}`" for key in declared.keys if key not in of_base]
-    where = f", at `{declared.position}`" if declared.position == "diverge" else ""
+    where = "" if declared.position in (None, _USUAL) else f", at `{declared.position}`"
     return f"| {', '.join(names)} | {declared.unit} | {declared.meaning}{where} | {declared.needs} |"
 
 

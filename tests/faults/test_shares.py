@@ -48,7 +48,7 @@ def train(folder: Path, **options: Any) -> None:
     """Twelve pairs in steps of five, so that the last one has two, and one to validate."""
     logger = MemoryLogger()
     folder.mkdir(exist_ok=True)
-    data = make_data(20, val_pairs=1, probe_pairs=9, pairs_per_step=5, tokens_per_micro_batch=60)
+    data = make_data(26, val_pairs=1, probe_pairs=15, pairs_per_step=5, tokens_per_micro_batch=60)
     fit(dpo(), data, family="llama", dtype="float32", callbacks=every_callback(folder), logger=logger, max_epochs=2,
         limit_val_batches=1.0, enable_checkpointing=True, default_root_dir=folder, log_every_n_steps=1, **options)  # fmt: skip
     (folder / "rows.json").write_text(json.dumps(logger.rows), encoding="utf-8")

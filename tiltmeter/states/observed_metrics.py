@@ -23,6 +23,7 @@ from tiltmeter.geometry.rows import RowGeometry, Variant, in_own_span, outlier_d
 from tiltmeter.geometry.similarity import linear_cka, one_row_a_prompt
 from tiltmeter.metric_names import at, matrix, metric
 from tiltmeter.models.layers import FINAL_POST_NORM, Unembedding
+from tiltmeter.scoring.depth import even_share, first_token_share
 from tiltmeter.states.capture import HiddenStates, Reading, ReadPoint
 from tiltmeter.states.probe_set import PreferenceDirections
 from tiltmeter.states.state_pair import StatePair
@@ -142,6 +143,20 @@ def similarity_metrics(pair: StatePair, point: ReadPoint) -> Metrics:
 def _cka(pair: StatePair, point: ReadPoint) -> float:
     base, policy = (one_row_a_prompt(rows, pair.clusters_of(point)) for rows in pair.rows(point))
     return linear_cka(base, policy) if len(base) >= LEAST_PROMPTS else math.nan
+
+
+def depth_metrics(kl: Sequence[Float[Tensor, " _"]], clusters: Sequence[str]) -> Metrics:
+    """Share of KL(π ‖ π₀) in the first tokens of responses, and what it is if spread evenly; nothing while the models are the same.
+
+    Args:
+        kl: nats at each token of each response.
+        clusters: prompt of each response.
+    """
+    share = first_token_share(kl, clusters).value
+    if math.isnan(share):
+        return {}
+    even = even_share([len(of) for of in kl])
+    return {metric("depth", "first_token_share"): share, metric("depth", "even_share"): even}
 
 
 def projection_metrics(
