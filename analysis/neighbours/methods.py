@@ -151,7 +151,7 @@ class Neighbours:
 
 
 class _Asked:
-    """What is asked about, and how methods are made, on the estimation half."""
+    """Pairs of both halves, and every method, made on the estimation half."""
 
     def __init__(self, options: Neighbours, checkpoints: Checkpoints) -> None:
         self.options, self.checkpoints = options, checkpoints
@@ -280,7 +280,7 @@ class _Asked:
 
 
 class _Judged:
-    """What methods say, and what judges make of it against what the base says."""
+    """Completions of every method, and judges' figures of them against the base's."""
 
     def __init__(self, asked: _Asked, judges: Mapping[str, Scorer]) -> None:
         self.asked, self.judges, self.options = asked, judges, asked.options
@@ -332,7 +332,7 @@ class _Judged:
             return self._say()
 
     def _best_of(self) -> Completions:
-        """Of n completions of the base the one with the highest implicit reward log π / π₀."""
+        """The completion of the base, out of n, with the highest implicit reward log π / π₀."""
         how = Decoding(
             max_new_tokens=self.options.decoding.max_new_tokens,
             temperature=1.0,
