@@ -1,4 +1,4 @@
-"""Numbers by which the field judges a dictionary of features: how few are active, what they explain, whether they are the true ones."""
+"""Numbers by which dictionaries are judged: how few features are active, what they explain, whether they are the true ones."""
 
 from typing import NamedTuple
 
