@@ -19,8 +19,8 @@ from torch.nn import Dropout, Linear, Module, Parameter
 from transformers import PreTrainedModel
 
 from tiltmeter.errors import UserError, argument
-from tiltmeter.models import trained_vector
 from tiltmeter.models.layers import backbone
+from tiltmeter.models.state_adapter import StateAdapter
 from tiltmeter.pairs.batch import collate_pairs
 from tiltmeter.pairs.log_probs import sequence_log_probs
 from tiltmeter.pairs.verification import LOG_PROB_TOLERANCE, random_pairs
@@ -230,10 +230,10 @@ def plain_state(model: PreTrainedModel) -> dict[str, Tensor]:
     adapters = {
         f"{name}.{inner}"
         for name, module in model.named_modules()
-        if isinstance(module, LoraLayer | ModulesToSaveWrapper)
+        if isinstance(module, LoraLayer | ModulesToSaveWrapper | StateAdapter)
         for inner in cast(Module, module).state_dict()
         if not inner.startswith(("base_layer.", "original_module."))
-    } | {name for name in model.state_dict() if name.startswith(f"{trained_vector.NAME}.")}
+    }
     return {plain_name(name): tensor for name, tensor in model.state_dict().items() if name not in adapters}
 
 
@@ -268,7 +268,7 @@ def adapters_disabled(model: PreTrainedModel) -> Iterator[None]:
     What is trained whole is switched alone and not frozen meanwhile, as peft would: FSDP2 has other parameters in its
     root's modules after the pass than before it, and those of before would stay frozen.
     """
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer | trained_vector.TrainedVector)]
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer | StateAdapter)]
     whole = trained_whole(model).values()
 
     def switch(is_on: bool) -> None:

@@ -10,11 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tiltmeter.errors import UserError, argument
-from tiltmeter.models.hooks import hook_site
-from tiltmeter.models.layers import decoder_blocks, site_depth
-
-NAME = "trained_vector"
-"""Name of its module in the model, and so the start of its parameter's name."""
+from tiltmeter.models.state_adapter import StateAdapter, insert_adapter
 
 NOT_MERGED = "a vector is added to hidden states, which no weight of the model does"
 """Reason why there is no whole model to write."""
@@ -45,18 +41,15 @@ class VectorOptions:
             raise UserError(f"{argument('VectorOptions.scale')}: expected more than 0, got {self.scale}")
 
 
-class TrainedVector(nn.Module):
+class TrainedVector(StateAdapter):
     """h ↦ h + scale · d at every token, d starting at 0."""
 
-    def __init__(self, d_model: int, *, site: str, scale: float | int = 1.0) -> None:
-        super().__init__()
-        self.d = nn.Parameter(torch.zeros(d_model))
-        self.site, self.scale = site, scale
-        self._is_on, self._sign = True, 1.0
+    name = "trained_vector"
 
-    def enable_adapters(self, enabled: bool) -> None:
-        """Turn it on or off, as peft's layers are."""
-        self._is_on = enabled
+    def __init__(self, d_model: int, *, site: str, scale: float | int = 1.0) -> None:
+        super().__init__(site)
+        self.d = nn.Parameter(torch.zeros(d_model))
+        self.scale, self._sign = scale, 1.0
 
     @contextmanager
     def turned(self) -> Iterator[None]:
@@ -72,9 +65,9 @@ class TrainedVector(nn.Module):
         """The vector, in activation units."""
         return self.scale * self.d
 
-    def forward(self, hidden: Float[Tensor, "row token d_model"]) -> Float[Tensor, "row token d_model"] | None:
-        """Hidden states to go on with; None: those that there are."""
-        return hidden + self._sign * self.values.to(hidden.dtype) if self._is_on else None
+    def change(self, hidden: Float[Tensor, "row token d_model"]) -> Float[Tensor, "row token d_model"]:
+        """The states with the vector added."""
+        return hidden + self._sign * self.values.to(hidden.dtype)
 
 
 def insert_vector(
@@ -93,18 +86,14 @@ def insert_vector(
         raise UserError(
             f"a vector of {len(values)} numbers, expected {d_model}, the width of this model; give the base it was trained on"
         )
-    site_depth(options.site, len(decoder_blocks(model)))
     vector = TrainedVector(d_model, site=options.site, scale=options.scale)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    model.add_module(NAME, vector.to(model.device))
+    insert_adapter(model, vector)
     if values is not None:
         with torch.no_grad():
             vector.d.copy_(values / options.scale)
-    hook_site(model, vector.site, vector)
     return vector
 
 
 def trained_vector(model: PreTrainedModel) -> TrainedVector | None:
     """The vector that :func:`insert_vector` put into a model; None: it has none."""
-    return getattr(model, NAME, None)
+    return getattr(model, TrainedVector.name, None)
