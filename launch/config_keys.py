@@ -9,6 +9,7 @@ from launch.configuration import class_named, constructor_options, nodes
 PASSED_ON: Mapping[str, tuple[str, ...]] = {
     "GEvalScorer": ("JudgeScorer",),
     "JudgeScorer": ("PlantedOracle",),
+    "Learner": ("SparseAutoencoderModule",),
     "PairTokenizer": ("PreferenceDataModule", "HeldOutPairs"),
     "WinRateScorer": ("JudgeScorer",),
     "add_lora": ("LogProbModule",),

@@ -22,7 +22,7 @@ from analysis.open.observed import Observed
 from analysis.open.probe_pairs import PROMPTS_FILE, ProbePair
 from launch.parts import Parts
 from tiltmeter.files import write_json, write_text
-from tiltmeter.metric_names import metric
+from tiltmeter.metric_names import keys_of, metric
 from tiltmeter.scoring.behaviour import FIGURES, read_table
 from tiltmeter.stats.proportions import share_interval
 
@@ -87,6 +87,7 @@ def result_rows(parts: Parts, trainer: Trainer, seconds: float) -> list[tuple[st
     module = parts.module
     rows = [("optimizer steps", f"{trainer.global_step} in {seconds:.0f} s, reference and validation included")]
     rows += [(name, f"{known[name]:.4f}") for split in ("train", "val") if (name := metric(split, "loss")) in known]
+    rows += [(name, f"{known[name]:.4f}") for name in keys_of("sparse") if name in known]
     if module.validation_table is not None and "rewards/accuracies" in module.columns:
         rows.append(("held-out preference accuracy", _held_out_accuracy(parts, module.validation_table, trainer)))
     if module.throughput.seconds:

@@ -83,6 +83,8 @@ def export_model(
         vector = trained_vector(model)
         if vector is not None:
             _export_vector(vector, folder.with_name(ADAPTER_FOLDER), record)
+        if module.writes_adapter:
+            _export_own(module, folder.with_name(ADAPTER_FOLDER), record)
         if module.lora is not None:
             _export_adapters(model, state, folder.with_name(ADAPTER_FOLDER), record)
         if module.keeps_base:
@@ -129,6 +131,17 @@ def _export_adapters(model: PreTrainedModel, state: dict[str, Tensor], folder: P
 
     def write(temporary: Path) -> None:
         model.save_pretrained(temporary, state_dict=state)
+        record(temporary, folder.name)
+
+    write_atomically(folder, write)
+
+
+def _export_own(module: LogProbModule, folder: Path, record: Record) -> None:
+    """Write what a module trains in a form of its own."""
+
+    def write(temporary: Path) -> None:
+        temporary.mkdir()
+        module.write_adapter(temporary)
         record(temporary, folder.name)
 
     write_atomically(folder, write)

@@ -64,7 +64,6 @@ from tiltmeter.commands import command, setting
 from tiltmeter.errors import FailedWrite, NumericalStop, UserError
 from tiltmeter.judges.judge_scorer import JudgeScorer
 from tiltmeter.models.lora import why_not_merged
-from tiltmeter.models.trained_vector import NOT_MERGED
 
 
 def train(config: DictConfig) -> Path:
@@ -201,8 +200,8 @@ def _attach(parts: Parts, root: Path) -> None:
 
 def _why_not_merged(parts: Parts) -> str | None:
     """One line on why the adapters can't be merged, tried before anything is trained; None where they can, or there are none."""
-    if parts.module.factory.vector is not None:
-        return NOT_MERGED
+    if parts.module.factory.not_merged is not None:
+        return parts.module.factory.not_merged
     if parts.module.lora is None:
         return None
     return why_not_merged(parts.model.build_on_meta(parts.tokenizer), parts.module.lora)

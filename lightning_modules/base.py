@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -13,6 +13,7 @@ from peft import LoraConfig
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
@@ -73,6 +74,8 @@ class LogProbModule(LightningModule):
     predict_prompt = False
     packs: bool | None = None
     """Whether batches are packed; None until the model is there to say whether it can."""
+    writes_adapter = False
+    """Whether the result is what :meth:`write_adapter` writes."""
     columns: tuple[str, ...]
     """Names of the per-pair figures, which are also the metric names behind the stage."""
 
@@ -142,6 +145,13 @@ class LogProbModule(LightningModule):
     def metrics_from_sums(self, sums: Tensor) -> dict[str, Tensor]:
         """Metric → value from [column + 1] sums over pairs, the last of which counts them. Default: means over pairs."""
         return {name: sums[i] / sums[-1] for i, name in enumerate(self.columns)}
+
+    def trained_parameters(self) -> Iterator[Parameter]:
+        """Parameters that are trained."""
+        return (p for p in self.trained_policy.parameters() if p.requires_grad)
+
+    def write_adapter(self, folder: Path) -> None:
+        """Write what was trained beside the model into an empty folder; called where :attr:`writes_adapter` says so."""
 
     def on_model_built(self, model: PreTrainedModel) -> None:
         """Called with the model as it is before training, on every process; it may be sharded and have adapters."""
@@ -220,7 +230,7 @@ class LogProbModule(LightningModule):
         check_weights(self._weight_norm(), before=self._norm_before, step=self.trainer.global_step)
 
     def _weight_norm(self) -> float:
-        total = squared_norm(p for p in self.trained_policy.parameters() if p.requires_grad)
+        total = squared_norm(self.trained_parameters())
         return math.sqrt(float(total if self.device_mesh is None else self._reduce(total)))
 
     @abstractmethod

@@ -48,6 +48,8 @@ class ModelFactory:
         if lora is not None and vector is not None:
             raise UserError("module.vector: adapters or a vector are trained, not both; leave module.lora or it out")
         self.vector = vector
+        self.not_merged = None if vector is None else NOT_MERGED
+        """Reason why there will be no whole model to write; None: there will be one, as far as is known without the model."""
         self.freeze_embeddings, self.chunk_tokens, self.lora = freeze_embeddings, chunk_tokens, lora
         self.activation_checkpointing, self.compile_blocks = activation_checkpointing, compile_blocks
         self.build: PolicyBuilder | None = None
@@ -88,8 +90,8 @@ class ModelFactory:
         Raises:
             UserError: its adapters can't be merged.
         """
-        if self.vector is not None:
-            raise UserError(NOT_MERGED)
+        if self.not_merged is not None:
+            raise UserError(self.not_merged)
         whole = self.make_plain()
         if self.lora is None:
             return whole, state

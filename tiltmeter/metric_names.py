@@ -23,6 +23,7 @@ _SHARE, _COSINE, _REWARD, _LENGTH = "share, 0 … 1", "cosine, −1 … 1", "β 
 _SFT, _EXPERTS = "a supervised term (`sft_weight`)", "a mixture of experts"
 _MIXED, _ORACLE = "several sources of pairs", "the planted oracle as judge"
 _HELD = "a judge, `agreement_pairs` above 0"
+_SPARSE = "`module=sparse_autoencoder`"
 _JUDGE, _ASKED, _OFTEN, _QUESTIONS = "a judge", "the report", "several completions a prompt", "TruthfulQA"
 
 
@@ -271,6 +272,18 @@ METRICS: tuple[Metric, ...] = (
     Metric("alarm", ("snapshot", "checkpoint"), "0 or 1", "Hidden states or a checkpoint could not be written",
            needs="a file that could not be written", summary="max"),
     Metric("probe", ("steps_taken",), "optimizer steps", "Steps behind the model that is read in this row"),
+    Metric("sparse", ("loss",), _SHARE, "Reconstruction loss and weighted auxiliary loss of the step", needs=_SPARSE),
+    Metric("sparse", ("unexplained",), _SHARE, "Variance of the step’s states that is not reconstructed", needs=_SPARSE),
+    Metric("sparse", ("auxiliary",), _SHARE, "What the reconstruction lacks, that dead features leave too; 0: none is dead",
+           needs=_SPARSE),
+    Metric("sparse", ("dead_now",), _SHARE, "Features not active in the last `dead_after` states", needs=_SPARSE),
+    Metric("sparse", ("l0",), "features", "Features active at a token of held-out texts, mean", needs=_SPARSE),
+    Metric("sparse", ("explained_variance",), _SHARE, "Variance of held-out states that is reconstructed", needs=_SPARSE,
+           summary="max,last"),
+    Metric("sparse", ("dead_share",), _SHARE, "Features active at no token of the held-out texts", needs=_SPARSE),
+    Metric("sparse", ("ce_clean", "ce_spliced", "ce_ablated"), "nats/token",
+           "−log π of held-out texts: as the model is, with reconstructed states at the site, with 0 there", needs=_SPARSE),
+    Metric("sparse", ("ce_recovered",), _SHARE, "Share of the loss by ablation that reconstructed states save", needs=_SPARSE),
 )  # fmt: skip
 """Scalars, in the order of the page."""
 MEDIA: tuple[Metric, ...] = (

@@ -13,7 +13,7 @@ from analysis.open.adapters import check_adapter, find_adapter, merge_adapter
 from analysis.open.models import LoadedModel, load_config, load_model, load_tokenizer
 from analysis.open.pair_log_probs import SideLogProbs, tokens_of_pairs
 from analysis.open.probe_pairs import PROMPTS_FILE, ProbePair, check_ids, read_probe_pairs
-from analysis.open.runs import VECTOR_FILE, Run
+from analysis.open.runs import SAE_FILE, VECTOR_FILE, Run
 from datamodules.prompts import PromptFile
 from datamodules.records import LoadReport, PreferencePair, PreferenceSource, load_pairs
 from datamodules.splits import with_clean_label
@@ -221,6 +221,10 @@ def _open(
     }
     if find_adapter(base) is not None:
         raise UserError(f"base={base}: an adapter, expected a whole model; give the base it was trained on")
+    if (Path(aligned) / SAE_FILE).is_file():
+        raise UserError(
+            f"aligned={aligned}: a sparse autoencoder, no model; open it by tiltmeter.sparse.files.load_sae"
+        )
     adapter = find_adapter(aligned)
     if (Path(aligned) / VECTOR_FILE).is_file():
         opened = [load_model(base, revision=base_revision, **options) for _ in range(2)]

@@ -21,6 +21,8 @@ ADAPTER_FOLDER = "adapter"
 """Folder of what was trained beside a base that stays as it is."""
 VECTOR_FILE = "vector.safetensors"
 """File in it of a vector."""
+SAE_FILE = "sae_weights.safetensors"
+"""File in it of a sparse autoencoder, which is trained on the base and is no model."""
 _STAMP = re.compile(r"(\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d)(?:_(\d+))?")
 Scalar = str | int | float | bool
 
@@ -170,7 +172,9 @@ def _read_held_out(path: Path) -> pd.DataFrame:
 def is_finished(folder: Path) -> bool:
     """aligned/, or adapter/ alone where it can't be merged, is renamed into place as the last thing that training writes."""
     adapter = folder / ADAPTER_FOLDER
-    return _is_merged(folder) or (adapter / "adapter_config.json").is_file() or (adapter / VECTOR_FILE).is_file()
+    return _is_merged(folder) or any(
+        (adapter / name).is_file() for name in ("adapter_config.json", VECTOR_FILE, SAE_FILE)
+    )
 
 
 def _is_merged(folder: Path) -> bool:

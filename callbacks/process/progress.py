@@ -10,6 +10,7 @@ from tiltmeter.metric_names import metric
 _ACCURACIES = "rewards/accuracies"
 _SHOWN = {
     metric("train", "loss"): "loss",
+    metric("sparse", "loss"): "loss",
     metric("train", _ACCURACIES): "accuracy",
     metric("val", _ACCURACIES): "held-out accuracy",
 }
