@@ -39,6 +39,8 @@ from tiltmeter.models.lora import adapter_dropout, check_adapters
 from tiltmeter.models.trained_vector import VectorOptions
 from tiltmeter.pairs.batch import PreferenceBatch, StepBatch
 from tiltmeter.pairs.verification import settle_packing, verify_layout, verify_no_randomness
+from tiltmeter.sparse.steering import SparseOptions, SparseSteering, SparsityPenalty, response_tokens, sparse_steering
+from tiltmeter.sparse.steering_file import STEERING_FILE, save_steering
 
 _DIGESTED: tuple[Split, ...] = ("train", "val")
 
@@ -63,6 +65,7 @@ class LogProbModule(LightningModule):
         chunk_tokens: tokens whose logits exist at a time; null: 1,024, fewer above 32,768 words.
         lora: train low-rank adapters instead of the weights (``adapter=lora``); null: the weights.
         vector: train one constant vector instead of them (``adapter=vector``); null: no vector.
+        sparse: train a steering of sparse features instead of them (``adapter=sparse``), with its penalty in the loss; null: none.
         activation_checkpointing: keep only each block's input for the backward pass and compute the rest again: less
             memory, about a third more time, the same numbers to the last bit on a CPU.
         max_skipped_steps, spike_sigmas: steps that aren't learned from (:class:`~lightning_modules.step_guard.StepGuard`).
@@ -94,6 +97,7 @@ class LogProbModule(LightningModule):
         chunk_tokens: int | None = None,
         lora: LoraConfig | None = None,
         vector: VectorOptions | None = None,
+        sparse: SparseOptions | None = None,
         activation_checkpointing: bool = False,
         compile_blocks: bool = False,
         max_skipped_steps: int = 3,
@@ -105,11 +109,12 @@ class LogProbModule(LightningModule):
             chunk_tokens=chunk_tokens,
             lora=lora,
             vector=vector,
+            sparse=sparse,
             activation_checkpointing=activation_checkpointing,
             compile_blocks=compile_blocks,
         )
         self.lora = lora
-        self.keeps_base = lora is not None or vector is not None
+        self.keeps_base = not (lora is None and vector is None and sparse is None)
         """Whether the base's weights are kept as they are, so that it is there beside the policy at any time."""
         check_number("learning_rate", learning_rate, 0, math.inf, above=True)
         check_number("weight_decay", weight_decay, 0, math.inf)
@@ -131,12 +136,15 @@ class LogProbModule(LightningModule):
         self.guard = StepGuard(max_skipped_steps=max_skipped_steps, spike_sigmas=spike_sigmas)
         self.throughput = Throughput()
         self.metrics = PairMetrics()
+        self.sparsity = None if sparse is None else SparsityPenalty(sparse.sparsity)
+        self.writes_adapter = self.writes_adapter or sparse is not None
         self.policy: Policy | None = None
         self.reference_cache: Path | None = None
         self.validation_table: Tensor | None = None
         """[row of the validation split, column] of the last validation, the same on every process; NaN: not scored."""
         self.validated_at_step = 0
         self._norm_before = math.nan
+        self._said_clamped = False
 
     @abstractmethod
     def pair_results(self, batch: PreferenceBatch, split: Split) -> PairResults:
@@ -152,6 +160,14 @@ class LogProbModule(LightningModule):
 
     def write_adapter(self, folder: Path) -> None:
         """Write what was trained beside the model into an empty folder; called where :attr:`writes_adapter` says so."""
+        assert self.steering is not None
+        assert self.factory.sparse is not None
+        save_steering(folder / STEERING_FILE, self.steering, self.factory.sparse)
+
+    @property
+    def steering(self) -> SparseSteering | None:
+        """The steering of sparse features that is trained; None: none is."""
+        return None if self.sparsity is None else sparse_steering(self.trained_policy.model)
 
     def on_model_built(self, model: PreTrainedModel) -> None:
         """Called with the model as it is before training, on every process; it may be sharded and have adapters."""
@@ -275,12 +291,13 @@ class LogProbModule(LightningModule):
         scale = self.trainer.world_size / self.divisor(step)  # DDP and FSDP2 average gradients over processes
         tables: list[Tensor] = []
         seen: list[tuple[Tensor, Tensor]] = []
+        self._begin_penalty(step)
         with adapter_dropout(self.trained_policy.model, 0.0 if self.lora is None else self.lora.lora_dropout):
             for i, batch in enumerate(step.micro_batches):
                 is_last = i == len(step.micro_batches) - 1
                 with nullcontext() if is_last else self._no_gradient_sync():
                     results = self.pair_results(batch, "train")
-                    self.manual_backward(results.objective * scale)
+                    self.manual_backward(self._penalised(results.objective * scale, batch))
                 tables.append(self.metrics.sums_of_batch(self.data, "train", batch, results.columns))
                 seen.append((batch.pair_index, results.columns))
         norm = self._clip_gradients()
@@ -291,11 +308,13 @@ class LogProbModule(LightningModule):
             optimizer.zero_grad()  # optimizers pass over weights without a gradient; the step and its learning rate count
             self.print(self.guard.skipped(self.trainer.global_step, reason, self._not_finite(seen)))
         optimizer.step()
+        self._clamp_thresholds()
         optimizer.zero_grad()
         learning_rate = scheduler.get_last_lr()[0]
         scheduler.step()
         metrics |= {metric("train", "gradient_norm"): norm, metric("train", "learning_rate"): learning_rate}
         metrics[metric("alarm", "skipped_steps")] = float(self.guard.n_refused)
+        metrics |= self._steered()
         metrics[metric("throughput", "padding_share")] = n_padding / n_computed
         if self.data.active_layout == "shared_prefix":
             n_unshared = step.n_tokens + step.n_prompt_tokens
@@ -369,6 +388,27 @@ class LogProbModule(LightningModule):
         counts = sums.new_tensor([step.n_computed, step.n_padding, norm.item() / self.trainer.world_size])
         reduced = self._reduce(torch.cat([sums.flatten(), counts]))
         return reduced[:-3].view_as(sums), reduced[-3], reduced[-2], reduced[-1]
+
+    def _begin_penalty(self, step: StepBatch) -> None:
+        if self.sparsity is not None:
+            own = sum(response_tokens(batch).sum() for batch in step.micro_batches)
+            self.sparsity.begin(int(self._reduce(torch.as_tensor(own, device=self.device))))
+
+    def _penalised(self, objective: Tensor, batch: PreferenceBatch) -> Tensor:
+        """With the micro-batch's part of the penalty on steering; DDP averages gradients over processes."""
+        if self.sparsity is None or self.steering is None:
+            return objective
+        return objective + self.trainer.world_size * self.sparsity.of(self.steering, batch)
+
+    def _clamp_thresholds(self) -> None:
+        line = None if self.steering is None else self.steering.clamp_thresholds()
+        if line is not None and not self._said_clamped:
+            self.print(line)
+            self._said_clamped = True
+
+    def _steered(self) -> dict[str, Tensor]:
+        means = {} if self.sparsity is None else self.sparsity.means()
+        return {metric("sparse", f"steering_{name}"): self._reduce(mean) for name, mean in means.items()}
 
     def _clip_gradients(self) -> Tensor:
         parameters = [p for p in self.parameters() if p.grad is not None]

@@ -23,6 +23,9 @@ from tiltmeter.models.lora import check_lora, insert_adapters, is_trained, merge
 from tiltmeter.models.quantization import dequantized
 from tiltmeter.models.sharded_weights import EmptyModel
 from tiltmeter.models.trained_vector import NOT_MERGED, VectorOptions, insert_vector
+from tiltmeter.sparse.steering import NOT_MERGED as STEERING_NOT_MERGED
+from tiltmeter.sparse.steering import SparseOptions, insert_steering
+from tiltmeter.sparse.steering_file import open_sae
 
 
 class ModelFactory:
@@ -39,16 +42,20 @@ class ModelFactory:
         chunk_tokens: int | None,
         lora: LoraConfig | None,
         vector: VectorOptions | None = None,
+        sparse: SparseOptions | None = None,
         activation_checkpointing: bool,
         compile_blocks: bool,
     ) -> None:
         check_number("chunk_tokens", 1 if chunk_tokens is None else chunk_tokens, 1, float("inf"))
         if lora is not None:
             check_lora(lora, freeze_embeddings=freeze_embeddings)
-        if lora is not None and vector is not None:
-            raise UserError("module.vector: adapters or a vector are trained, not both; leave module.lora or it out")
-        self.vector = vector
-        self.not_merged = None if vector is None else NOT_MERGED
+        if sum(each is not None for each in (lora, vector, sparse)) > 1:
+            raise UserError(
+                "module.vector, module.sparse: adapters, a vector or a steering are trained, only one of them; leave the others out"
+            )
+        self.vector, self.sparse = vector, sparse
+        self.sae = None if sparse is None else open_sae(sparse)  # a file that is missing is known before any long work
+        self.not_merged = STEERING_NOT_MERGED if sparse is not None else None if vector is None else NOT_MERGED
         """Reason why there will be no whole model to write; None: there will be one, as far as is known without the model."""
         self.freeze_embeddings, self.chunk_tokens, self.lora = freeze_embeddings, chunk_tokens, lora
         self.activation_checkpointing, self.compile_blocks = activation_checkpointing, compile_blocks
@@ -104,10 +111,10 @@ class ModelFactory:
         """Build, adapt, freeze and shard; with a mesh each process reads its share of the weights where it can.
 
         Raises:
-            UserError: a vector is to be trained on a mesh.
+            UserError: a vector or a steering is to be trained on a mesh, or an autoencoder does not fit the model.
         """
-        if self.vector is not None and mesh is not None:
-            raise UserError("module.vector: a single vector is not sharded; use trainer=ddp, gpu or cpu")
+        if mesh is not None and not (self.vector is None and self.sparse is None):
+            raise UserError("module.vector, module.sparse: neither is sharded; use trainer=ddp, gpu or cpu")
         empty = self._empty_model() if mesh is not None else None
         model = self.make_base() if empty is None else empty.model
         if self.lora is not None:
@@ -115,6 +122,8 @@ class ModelFactory:
                 insert_adapters(model, self.lora)
         if self.vector is not None:
             insert_vector(model, self.vector)
+        if self.sparse is not None and self.sae is not None:
+            insert_steering(model, self.sae, self.sparse)
         if self.freeze_embeddings and self.lora is None:  # adapters freeze all but themselves and modules_to_save
             freeze_embeddings(model)
         if self.activation_checkpointing:

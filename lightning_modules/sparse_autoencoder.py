@@ -25,7 +25,13 @@ from tiltmeter.sparse.files import write_sae
 from tiltmeter.sparse.training import Learner, ShuffleBuffer, initialise
 
 _NOT_MERGED = "an autoencoder reads hidden states, and no weight of the model is changed"
-_NOTHING_TO_ACT_ON = {"lora": None, "vector": None, "activation_checkpointing": False, "freeze_embeddings": True}
+_NOTHING_TO_ACT_ON = {
+    "lora": None,
+    "vector": None,
+    "sparse": None,
+    "activation_checkpointing": False,
+    "freeze_embeddings": True,
+}
 """Options of other modules that would change nothing here, and their defaults."""
 
 

@@ -68,7 +68,7 @@ def test_metrics_are_declared_and_those_of_the_dictionary_move(done: Path) -> No
 
 
 def test_held_out_losses_are_those_of_transformers_alone(done: Path) -> None:
-    """A second implementation: texts one by one, hidden states replaced by a hook on the block, no code of ours but the autoencoder."""
+    """A second implementation: texts one by one, states replaced by a hook on the block, no code of ours but the autoencoder."""
     run = open_run(only_run(done, "tiny_sae"))
     held_out = run.held_out
     assert held_out is not None

@@ -23,7 +23,7 @@ _SHARE, _COSINE, _REWARD, _LENGTH = "share, 0 … 1", "cosine, −1 … 1", "β 
 _SFT, _EXPERTS = "a supervised term (`sft_weight`)", "a mixture of experts"
 _MIXED, _ORACLE = "several sources of pairs", "the planted oracle as judge"
 _HELD = "a judge, `agreement_pairs` above 0"
-_SPARSE = "`module=sparse_autoencoder`"
+_SPARSE, _STEERING = "`module=sparse_autoencoder`", "`adapter=sparse`"
 _JUDGE, _ASKED, _OFTEN, _QUESTIONS = "a judge", "the report", "several completions a prompt", "TruthfulQA"
 
 
@@ -284,6 +284,10 @@ METRICS: tuple[Metric, ...] = (
     Metric("sparse", ("ce_clean", "ce_spliced", "ce_ablated"), "nats/token",
            "−log π of held-out texts: as the model is, with reconstructed states at the site, with 0 there", needs=_SPARSE),
     Metric("sparse", ("ce_recovered",), _SHARE, "Share of the loss by ablation that reconstructed states save", needs=_SPARSE),
+    Metric("sparse", ("steering_l1", "steering_l1_effective"), "feature units",
+           "Σ_j |s_j| at a response token, mean; effective: of what it changes, ReLU(f + s) − f", needs=_STEERING),
+    Metric("sparse", ("steering_l0", "steering_l0_effective"), "features",
+           "Features steered at a response token, mean; effective: those that are changed", needs=_STEERING),
 )  # fmt: skip
 """Scalars, in the order of the page."""
 MEDIA: tuple[Metric, ...] = (

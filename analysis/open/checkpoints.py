@@ -1,6 +1,6 @@
 """Two checkpoints to be asked the same: those of a run, or any pair; and the held-out pairs to ask them about."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from analysis.open.adapters import check_adapter, find_adapter, merge_adapter
 from analysis.open.models import LoadedModel, load_config, load_model, load_tokenizer
@@ -28,6 +29,8 @@ from tiltmeter.pairs.preference_losses import make_preference_loss
 from tiltmeter.scoring import scorer as scoring
 from tiltmeter.scoring.behaviour import Prompt
 from tiltmeter.scoring.scorer import LabelledPair, Scorer
+from tiltmeter.sparse.steering import insert_steering
+from tiltmeter.sparse.steering_file import STEERING_FILE, load_steering
 from tiltmeter.steering.vector import load_vectors
 
 Device = str | None
@@ -226,10 +229,10 @@ def _open(
             f"aligned={aligned}: a sparse autoencoder, no model; open it by tiltmeter.sparse.files.load_sae"
         )
     adapter = find_adapter(aligned)
-    if (Path(aligned) / VECTOR_FILE).is_file():
+    insert = _state_adapter(Path(aligned))
+    if insert is not None:
         opened = [load_model(base, revision=base_revision, **options) for _ in range(2)]
-        (vector,) = load_vectors(Path(aligned) / VECTOR_FILE).values()
-        insert_vector(opened[1].model, VectorOptions(vector.site, scale=1.0), vector.values)
+        insert(opened[1].model)
     elif adapter is None:
         _check_shapes((base, base_revision), (aligned, None))
         opened = [load_model(name, revision=r, **options) for name, r in ((base, base_revision), (aligned, None))]
@@ -243,6 +246,17 @@ def _open(
     if opened[0].tokenizer.get_vocab() != opened[1].tokenizer.get_vocab():
         raise UserError(f"base={base} aligned={aligned}: their tokenizers differ; give two checkpoints of one model")
     return opened[0], opened[1]
+
+
+def _state_adapter(folder: Path) -> Callable[[PreTrainedModel], object] | None:
+    """Function that puts the vector or the steering of a folder into its base; None: the folder holds neither."""
+    if (folder / VECTOR_FILE).is_file():
+        (vector,) = load_vectors(folder / VECTOR_FILE).values()
+        return lambda model: insert_vector(model, VectorOptions(vector.site, scale=1.0), vector.values)
+    if (folder / STEERING_FILE).is_file():
+        stored = load_steering(folder / STEERING_FILE)
+        return lambda model: stored.fill(insert_steering(model, stored.sae, stored.options))
+    return None
 
 
 def _check_shapes(base: tuple[str, str | None], aligned: tuple[str, str | None]) -> None:

@@ -237,8 +237,8 @@ def keep_largest(pre: Float[Tensor, "*row width"], k: int) -> Float[Tensor, "*ro
 
 
 def weights_of(model: PreTrainedModel) -> str:
-    """sha256 of a model's weights, without adapters or a vector that are in it."""
-    return hash_weights(plain_state(model))
+    """sha256 of a model's weights in bfloat16, so that it is the same in any precision; without what is put into it (adapters)."""
+    return hash_weights({name: weight.bfloat16() for name, weight in plain_state(model).items()})
 
 
 def _short(name: str) -> str:

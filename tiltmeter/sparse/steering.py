@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from tiltmeter.errors import UserError, argument
 from tiltmeter.models.cpu_linear import linear
 from tiltmeter.models.state_adapter import StateAdapter, insert_adapter
+from tiltmeter.pairs.batch import CHOSEN, PreferenceBatch
 from tiltmeter.sparse.autoencoder import SparseAutoencoder
 
 NOT_MERGED = "features of hidden states are steered, which no weight of the model does"
@@ -143,6 +144,45 @@ class SparseSteering(StateAdapter):
             return None
         self.threshold.clamp_(min=0)
         return f"sparse steering: {n_below} of {len(self.threshold)} thresholds were driven below 0 and are 0 now"
+
+
+class SparsityPenalty:
+    """λ₁ · mean over the response tokens of an optimizer step of Σ_j |s_j|, micro-batch by micro-batch; and what was steered.
+
+    Args:
+        weight: λ₁.
+    """
+
+    def __init__(self, weight: float | int) -> None:
+        self.weight = weight
+        self.n_tokens = 0
+        self._sums: dict[str, Tensor] = {}
+
+    def begin(self, n_tokens: int) -> None:
+        """A step begins.
+
+        Args:
+            n_tokens: response tokens of all its micro-batches, on all processes.
+        """
+        self.n_tokens, self._sums = n_tokens, {}
+
+    def of(self, steering: SparseSteering, batch: PreferenceBatch) -> Float[Tensor, ""]:
+        """Share of the step's penalty by one micro-batch, whose forward pass was the last; it has a gradient."""
+        assert steering.last is not None, "the model runs first"
+        mask = response_tokens(batch)
+        for name, per_token in zip(Steered._fields, steering.last, strict=True):
+            total = per_token.detach()[mask].sum()
+            self._sums[name] = self._sums[name] + total if name in self._sums else total
+        return self.weight * steering.last.l1[mask].sum() / max(1, self.n_tokens)
+
+    def means(self) -> dict[str, Tensor]:
+        """Field of :class:`Steered` → its mean over the step's response tokens, of this process's part."""
+        return {name: total / max(1, self.n_tokens) for name, total in self._sums.items()}
+
+
+def response_tokens(batch: PreferenceBatch) -> Bool[Tensor, "row token"]:
+    """Tokens of chosen and rejected responses, none of a micro-batch that only fills a process's schedule."""
+    return (batch.segments >= CHOSEN) & bool(batch.weights.any())
 
 
 def insert_steering(
