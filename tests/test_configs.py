@@ -18,7 +18,7 @@ from tests.cli import TINY
 GROUPS = sorted((p.parent.name, p.stem) for p in CONF.glob("*/*.yaml"))
 ANALYZED = ("data", "judge", "toxicity", "truthfulqa")
 ONLY_ANALYZED = ("claims",)
-TO_BE_NAMED = {"data._target_", "model.name_or_path", "judge.judge.model", "judge.judge.base_url"}
+TO_BE_NAMED = {"data._target_", "model.name_or_path", "module.sparse.sae", "judge.judge.model", "judge.judge.base_url"}
 """What only the user knows."""
 EXPERIMENTS = sorted(p.stem for p in CONF.glob("experiment/*.yaml"))
 HUMAN_TEXTS = [f"question number {i} about some thing" for i in range(40)]

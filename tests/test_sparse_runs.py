@@ -18,9 +18,11 @@ from tests.test_bad_input import fails_with
 from tiltmeter.errors import UserError
 from tiltmeter.metric_names import find
 from tiltmeter.sparse.files import load_sae
+from tiltmeter.sparse.steering_file import load_steering
 
 pytestmark = pytest.mark.slow
-SAE = ("experiment=tiny_sae", *TINY, "logger=csv", "module.width=48", "module.k=4", "module.schedule=constant",
+EIGHT = "datamodule.pairs_per_step=8"  # of the base, too, which all runs here share
+SAE = ("experiment=tiny_sae", *TINY, EIGHT, "logger=csv", "module.width=48", "module.k=4", "module.schedule=constant",
        "module.buffer_rows=500", "trainer.enable_progress_bar=false")  # fmt: skip
 SHORT, LONG = (
     ("trainer.max_steps=6", "trainer.val_check_interval=3"),
@@ -145,3 +147,77 @@ def test_a_site_that_the_model_lacks_is_refused_before_a_step(done: Path, capsys
     with pytest.raises(SystemExit):
         train(composed(*SAE, *SHORT, f"runs_root={done}", "name=other", "module.site=layer_05"))
     assert "layer_05: this model has 2 blocks" in capsys.readouterr().err
+
+
+FSRL = (*TINY, EIGHT, "adapter=sparse", "logger=csv", "callbacks=none", "module.loss=simpo", "module.schedule=constant",
+        "module.learning_rate=1e-2", "trainer.enable_progress_bar=false")  # fmt: skip
+
+
+def fsrl(done: Path, root: Path, *more: str) -> Path:
+    sae = only_run(done, "tiny_sae") / "adapter"
+    ended = run_train(*FSRL, *more, f"runs_root={root}", f"module.sparse.sae={sae}")
+    assert ended.returncode == 0, ended.stderr
+    return only_run(root)
+
+
+@pytest.fixture(scope="module")
+def steered(done: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("fsrl")
+    shutil.copytree(done / "cache", root / "cache")
+    return fsrl(done, root, "trainer.max_steps=2", "trainer.val_check_interval=1")
+
+
+def test_a_steering_alone_is_kept_and_opens_as_the_aligned_model(steered: Path, done: Path) -> None:
+    assert {path.name for path in (steered / "adapter").iterdir()} == {"steering.safetensors"}
+    assert not (steered / "aligned").exists()
+    opened = checkpoints_of_run(open_run(steered))
+    ids = torch.arange(3, 40)[None]
+    stored = load_steering(steered / "adapter" / "steering.safetensors")
+    sae, (weight, bias, threshold) = stored.sae, (stored.tensors[name] for name in ("weight", "bias", "threshold"))
+
+    def literal(_module: object, _inputs: object, output: Tensor) -> Tensor:
+        f, a = sae.encode(output), output @ weight.t() + bias
+        s = torch.sign(a) * torch.maximum(a.abs() - threshold, torch.zeros_like(a))
+        return sae.decode(torch.relu(f + s), like=output) + sae.error(output)
+
+    with torch.no_grad():
+        base, aligned = (one.model(ids).logits for one in (opened.base, opened.aligned))
+        handle = opened.base.model.model.layers[1].register_forward_hook(literal)
+        expected = opened.base.model(ids).logits
+        handle.remove()
+    torch.testing.assert_close(aligned, expected, rtol=0, atol=1e-5)
+    assert (aligned - base).abs().max() > 1e-4
+    kept = torch.load(steered / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert set(kept) == {f"policy.model.sparse_steering.{name}" for name in ("weight", "bias", "threshold")}
+
+
+def test_what_is_steered_is_logged_and_begins_at_next_to_nothing(steered: Path) -> None:
+    first, last = (logged(steered, "sparse/steering_l1")[i] for i in (0, -1))
+    assert 0 <= first < 1e-3 < last
+    effective, all_of_it = (logged(steered, f"sparse/steering_l0{of}") for of in ("_effective", ""))
+    assert all(0 <= a <= b <= 48 for a, b in zip(effective, all_of_it, strict=True))
+    assert logged(steered, "train/rewards/margins")[0] == pytest.approx(0, abs=1e-4)
+
+
+def test_a_resumed_steering_ends_where_a_whole_one_does(steered: Path, done: Path, tmp_path: Path) -> None:
+    shutil.copytree(steered.parent.parent / "cache", tmp_path / "cache")
+    longer = ("trainer.max_steps=4", "trainer.val_check_interval=1")
+    whole = fsrl(done, tmp_path, *longer)
+    resumed = fsrl(done, steered.parent.parent, *longer, "ckpt_path=last")
+    assert logged(whole, "train/loss") == logged(resumed, "train/loss")
+    assert len(logged(whole, "sparse/steering_l1")) == 4
+    numbers = [load_steering(run / "adapter" / "steering.safetensors").tensors for run in (whole, resumed)]
+    assert all(torch.equal(numbers[0][name], numbers[1][name]) for name in numbers[0])
+
+
+def test_an_autoencoder_that_is_missing_or_of_another_base_is_one_line(
+    done: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert "no such folder" in fails_with(capsys, tmp_path / "r", *FSRL, f"module.sparse.sae={tmp_path / 'nowhere'}")
+    assert "module.sparse.threshold: expected more than 0" in fails_with(
+        capsys, tmp_path / "r", *FSRL, "module.sparse.sae=x", "module.sparse.threshold=0.0"
+    )
+    sae = only_run(done, "tiny_sae") / "adapter"
+    with pytest.raises(SystemExit):
+        train(composed(*FSRL, "base.seed=5", f"module.sparse.sae={sae}", f"runs_root={tmp_path / 'other'}"))
+    assert "with other weights than" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from analysis.open.adapters import check_adapter, find_adapter, merge_adapter
 from analysis.open.models import LoadedModel, load_config, load_model, load_tokenizer
 from analysis.open.pair_log_probs import SideLogProbs, tokens_of_pairs
 from analysis.open.probe_pairs import PROMPTS_FILE, ProbePair, check_ids, read_probe_pairs
-from analysis.open.runs import SAE_FILE, VECTOR_FILE, Run
+from analysis.open.runs import SAE_FILE, STEERING_FILE, VECTOR_FILE, Run
 from datamodules.prompts import PromptFile
 from datamodules.records import LoadReport, PreferencePair, PreferenceSource, load_pairs
 from datamodules.splits import with_clean_label
@@ -30,7 +30,7 @@ from tiltmeter.scoring import scorer as scoring
 from tiltmeter.scoring.behaviour import Prompt
 from tiltmeter.scoring.scorer import LabelledPair, Scorer
 from tiltmeter.sparse.steering import insert_steering
-from tiltmeter.sparse.steering_file import STEERING_FILE, load_steering
+from tiltmeter.sparse.steering_file import load_steering
 from tiltmeter.steering.vector import load_vectors
 
 Device = str | None

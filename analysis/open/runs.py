@@ -14,8 +14,6 @@ import yaml
 
 from tiltmeter.commands import setting
 from tiltmeter.errors import UserError
-from tiltmeter.sparse.files import WEIGHTS
-from tiltmeter.sparse.steering_file import STEERING_FILE
 
 CONFIG_BYTES = 1_000_000
 """Largest config.yaml that is read; real ones have a few kilobytes."""
@@ -23,7 +21,9 @@ ADAPTER_FOLDER = "adapter"
 """Folder of what was trained beside a base that stays as it is."""
 VECTOR_FILE = "vector.safetensors"
 """File in it of a vector."""
-SAE_FILE = WEIGHTS
+STEERING_FILE = "steering.safetensors"
+"""File in it of a steering by sparse features (:mod:`tiltmeter.sparse.steering_file`)."""
+SAE_FILE = "sae_weights.safetensors"
 """File in it of a sparse autoencoder, which is trained on the base and is no model."""
 _ADAPTER_FILES = ("adapter_config.json", VECTOR_FILE, STEERING_FILE, SAE_FILE)
 _STAMP = re.compile(r"(\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d)(?:_(\d+))?")

@@ -7,16 +7,20 @@ import torch
 from torch import Tensor
 
 from tests.tiltmeter.sparse.dictionaries import noise
-from tests.tiny_models import make_model
+from tests.tiny_models import make_model, random_pairs
 from tiltmeter.errors import UserError
 from tiltmeter.models.lora import adapters_disabled, plain_state
+from tiltmeter.pairs.batch import collate_pairs
+from tiltmeter.pairs.log_probs import sequence_log_probs
 from tiltmeter.sparse.autoencoder import JumpReLU, SaeId, SparseAutoencoder, TopK
 from tiltmeter.sparse.steering import (
     SparseOptions,
     SparseSteering,
+    SparsityPenalty,
     effective_steering,
     insert_steering,
     mean_over_tokens,
+    response_tokens,
     soft_threshold,
     sparse_steering,
 )
@@ -199,3 +203,46 @@ def test_steering_that_does_not_fit_or_makes_no_sense_is_refused() -> None:
         SparseOptions("here", threshold=0.0)
     with pytest.raises(UserError, match="sparsity: expected at least 0, got -1"):
         SparseOptions("here", sparsity=-1)
+
+
+def test_the_penalty_is_the_mean_over_response_tokens_however_a_step_is_cut() -> None:
+    pairs = random_pairs(5, seed=3)
+    model = make_model("llama", torch.float64)
+    steering = loosened(insert_steering(model, random_sae(32), SparseOptions("here")))
+    n_tokens = sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs)
+    totals, gradients, means = [], [], []
+    for layout, cuts in (("shared_prefix", [5]), ("concatenated", [2, 3]), ("shared_prefix", [1, 1, 3])):
+        penalty = SparsityPenalty(0.25)
+        penalty.begin(n_tokens)
+        steering.zero_grad()
+        total, at = torch.zeros(()), 0
+        for n in cuts:
+            batch = collate_pairs(pairs[at : at + n], pair_index=range(at, at + n), layout=layout)
+            assert int(response_tokens(batch).sum()) == sum(
+                len(p.chosen_ids) + len(p.rejected_ids) for p in pairs[at : at + n]
+            )
+            sequence_log_probs(model, batch)
+            part = penalty.of(steering, batch)
+            part.backward()
+            total, at = total + part.detach(), at + n
+        assert steering.weight.grad is not None
+        totals.append(total)
+        gradients.append(steering.weight.grad.clone())
+        means.append(penalty.means())
+    for other in (1, 2):
+        torch.testing.assert_close(totals[other], totals[0], rtol=1e-9, atol=0)
+        torch.testing.assert_close(gradients[other], gradients[0], rtol=1e-6, atol=1e-12)
+    by_hand = 0.0
+    for pair in pairs:
+        for response in (pair.chosen_ids, pair.rejected_ids):
+            model(torch.tensor([[*pair.prompt_ids, *response]]))
+            assert steering.last is not None
+            by_hand += float(steering.last.l1[0, len(pair.prompt_ids) :].detach().sum())
+    assert float(totals[0]) == pytest.approx(0.25 * by_hand / n_tokens, rel=1e-6)
+    assert float(means[0]["l1"]) == pytest.approx(by_hand / n_tokens, rel=1e-6)
+    assert means[0]["l0_effective"] <= means[0]["l0"]
+
+
+def test_fillers_have_no_response_tokens() -> None:
+    batch = collate_pairs(random_pairs(2), pair_index=[0, 1], weights=[0.0, 0.0])
+    assert not response_tokens(batch).any()
