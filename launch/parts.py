@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from analysis.open.adapters import adapter_to_merge, find_adapter
+from analysis.open.runs import ADAPTER_FOLDER, SAE_FILE, finished_runs, start_of
 from datamodules.preference import PreferenceDataModule
 from datamodules.tokenization import train_bpe_tokenizer
 from launch.configuration import CONF, check_config, expand_home
@@ -50,6 +51,8 @@ _CHECKPOINTS = {
     "checkpoint": ("monitor", "mode", "save_top_k", "every_n_epochs"),
     "last_checkpoint": ("every_n_train_steps", "every_n_epochs", "save_on_train_epoch_end"),
 }
+LAST = "last"
+"""Value of ``module.sparse.sae`` that stands for the autoencoder of the newest run."""
 _OURS = (
     "logger", "callbacks", "default_root_dir", "enable_model_summary", "num_sanity_val_steps", "use_distributed_sampler"
 )  # fmt: skip
@@ -70,6 +73,7 @@ class Parts:
 def check_options(config: DictConfig) -> None:
     """Everything that can be said of a configuration without touching data or models. Raises UserError."""
     expand_home(config)
+    _name_autoencoder(config)
     check_config(config)
     if not isinstance(config.seed, int) or config.seed < 0:
         raise UserError(f"seed: expected a whole number from 0, got {config.seed}")
@@ -89,6 +93,23 @@ def check_options(config: DictConfig) -> None:
         raise UserError(
             "--multirun with trainer.devices above 1: one process can't start several jobs; sweep with devices=1"
         )
+
+
+def _name_autoencoder(config: DictConfig) -> None:
+    """Put the newest run's autoencoder in the place of ``module.sparse.sae=last``, in place.
+
+    Raises:
+        UserError: there is no such run.
+    """
+    if OmegaConf.select(config, "module.sparse.sae") != LAST:
+        return
+    found = [run for run in finished_runs(Path(config.runs_root)) if (run / ADAPTER_FOLDER / SAE_FILE).is_file()]
+    if not found:
+        raise UserError(
+            f"module.sparse.sae={LAST}: no run below {config.runs_root} has trained a sparse autoencoder; first "
+            f"{command('train.py', experiment='tiny_sae')}, or give the folder of one"
+        )
+    config.module.sparse.sae = str(max(found, key=start_of) / ADAPTER_FOLDER)
 
 
 def _is_sweep() -> bool:

@@ -108,11 +108,22 @@ def test_every_part_of_an_experiment_can_be_instantiated(experiment: str) -> Non
     config = composed(f"experiment={experiment}")
     if OmegaConf.is_missing(config.model, "name_or_path"):
         config.model.name_or_path = "somewhere"
+    if config.module.get("sparse") is not None:
+        config.module.sparse = None  # its autoencoder is that of a run before it
     module, model = instantiate(config.module), instantiate(config.model)
     data = instantiate(config.datamodule, source=instantiate(config.data))
     assert module.optimizer.learning_rate == config.module.learning_rate
     assert model.init in ("random", "pretrained")
     assert data.source.name in ("synthetic", "hh", "oasst1", "mixture")
+
+
+def autoencoder_run(config: DictConfig) -> Path:
+    """A run that trains an autoencoder of the same base."""
+    sae = composed("experiment=tiny_sae")
+    OmegaConf.set_struct(sae, False)
+    for key in ("runs_root", "model", "data", "datamodule", "base", "trainer", "logger"):
+        sae[key] = config[key]
+    return train(sae)
 
 
 @pytest.mark.slow
@@ -141,5 +152,7 @@ def test_every_experiment_takes_two_steps_with_a_stand_in(experiment: str, stand
         config.merge_with_dotlist([o for o in TINY if not o.startswith("data.n_prompts")])
     config.datamodule.train_pairs = 24
     config.datamodule.val_pairs, config.datamodule.probe_pairs = 6, 4
+    if config.module.get("sparse") is not None:  # of the autoencoder of a run before it
+        config.module.sparse.sae = str(autoencoder_run(config) / "adapter")
     run = train(config)
     assert is_finished(run)

@@ -90,11 +90,6 @@ def effective_steering(
     return (features + steering).relu() - features
 
 
-def mean_over_tokens(per_token: Float[Tensor, "row token"], mask: Bool[Tensor, "row token"]) -> Float[Tensor, ""]:
-    """Mean over the tokens of a mask, such as those of responses; 0 where it holds none."""
-    return per_token[mask].sum() / max(1, int(mask.sum()))
-
-
 class SparseSteering(StateAdapter):
     """x ↦ f' W_dec + b_dec + (x − SAE(x)) at every token.
 
@@ -113,7 +108,8 @@ class SparseSteering(StateAdapter):
         self.weight = nn.Parameter(threshold * (2 * drawn - 1))
         self.bias = nn.Parameter(torch.zeros(sae.width))
         self.threshold = nn.Parameter(torch.full((sae.width,), threshold))
-        self.ablated: Bool[Tensor, " width"] | None = None
+        self.ablated: Bool[Tensor, " width"] | None
+        self.register_buffer("ablated", None, persistent=False)
         """Features that are not steered; None: all are."""
         self.last: Steered | None = None
         """Steering of the last forward pass while it was on."""
@@ -129,12 +125,14 @@ class SparseSteering(StateAdapter):
         The error term and f are without gradient, so x' is x + (f' − f) W_dec: exactly x where nothing is steered.
         """
         hidden = hidden.detach()
-        with torch.no_grad():
-            features = self.sae.encode(hidden)
-        s = self.steering(hidden)
-        effective = effective_steering(features, s)
+        with torch.autocast(hidden.device.type, enabled=False):
+            with torch.no_grad():
+                features = self.sae.encode(hidden)
+            s = self.steering(hidden)
+            effective = effective_steering(features, s)
+            moved = self.sae.move(effective, like=hidden)
         self.last = Steered(s.abs().sum(-1), *_counts(s, effective))
-        return hidden + self.sae.move(effective, like=hidden).to(hidden.dtype)
+        return hidden + moved.to(hidden.dtype)
 
     @torch.no_grad()
     def clamp_thresholds(self) -> str | None:
@@ -185,18 +183,13 @@ def response_tokens(batch: PreferenceBatch) -> Bool[Tensor, "row token"]:
     return (batch.segments >= CHOSEN) & bool(batch.weights.any())
 
 
-def insert_steering(
-    model: PreTrainedModel, sae: SparseAutoencoder, options: SparseOptions, *, any_model: bool | None = None
-) -> SparseSteering:
+def insert_steering(model: PreTrainedModel, sae: SparseAutoencoder, options: SparseOptions) -> SparseSteering:
     """Put a steering into a model, the only parameters that are trained from now on.
-
-    Args:
-        any_model: in the place of the options'; None: theirs.
 
     Raises:
         UserError: the autoencoder doesn't fit the model.
     """
-    sae.check_fits(model, any_model=options.any_model if any_model is None else any_model)
+    sae.check_fits(model, any_model=options.any_model)
     steering = SparseSteering(sae, threshold=options.threshold, seed=options.seed)
     insert_adapter(model, steering)
     return steering
