@@ -52,7 +52,7 @@ class RandomUpdate(Callback):
             return
         if module.device_mesh is not None or n_parameters > self.max_parameters:
             return
-        if module.factory.vector is not None:
+        if module.factory.not_merged is not None:
             module.print("Random weight changes: none, since no weight has changed")
             return
         policy: dict[str, Tensor] = dict(model.state_dict())
