@@ -61,7 +61,7 @@ class SparseAutoencoder(nn.Module):
     kind: ClassVar[str]
 
     def __init__(
-        self, id: SaeId, d_model: int, width: int, *, norm: Norm = "none", subtracts_bias: bool = False
+        self, id: SaeId, d_model: int, width: int, *, norm: str = "none", subtracts_bias: bool = False
     ) -> None:
         super().__init__()
         if not is_site(id.site):

@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 from tiltmeter.errors import UserError, argument
 from tiltmeter.models.cpu_linear import linear
-from tiltmeter.sparse.autoencoder import TopK
+from tiltmeter.sparse.autoencoder import SparseAutoencoder, TopK, keep_largest
 
 
 class SaeLoss(NamedTuple):
@@ -35,7 +35,7 @@ def initialise(sae: TopK, rows: Float[Tensor, "row d_model"], *, seed: int) -> N
         rows: states such as it will be trained on.
         seed: of the directions.
     """
-    drawn = torch.randn(sae.width, sae.d_model, generator=torch.Generator().manual_seed(seed))
+    drawn = torch.randn(sae.width, sae.d_model, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     sae.decoder_weight.copy_(normalize(drawn, dim=1))
     sae.encoder_weight.copy_(sae.decoder_weight)
     sae.encoder_bias.zero_()
@@ -52,7 +52,7 @@ def sae_loss(
 ) -> SaeLoss:
     """Reconstruction loss, and the auxiliary one that keeps features from staying dead.
 
-    The auxiliary loss lets the ``n_revived`` largest pre-activations of dead features, below 0 or not, explain what the
+    The auxiliary loss lets the ``n_revived`` largest pre-activations of dead features, those above 0, explain what the
     reconstruction lacks; the error itself gets no gradient from it.
 
     Args:
@@ -68,8 +68,7 @@ def sae_loss(
     auxiliary = reconstruction.new_zeros(())
     n = min(n_revived, int(dead.sum()))
     if n and auxiliary_weight:
-        values, places = pre.masked_fill(~dead, -torch.inf).topk(n, dim=-1, sorted=False)
-        revived = torch.zeros_like(pre).scatter(-1, places, values)
+        revived = keep_largest(pre.masked_fill(~dead, -torch.inf), n)
         error = lacking.detach()
         left = error - linear(revived, sae.decoder_weight.t())
         auxiliary = left.square().sum() / error.square().sum()
@@ -77,7 +76,7 @@ def sae_loss(
 
 
 @torch.no_grad()
-def drop_radial_gradient(sae: TopK) -> None:
+def drop_radial_gradient(sae: SparseAutoencoder) -> None:
     """Take the part along each decoder row out of its gradient, which could only change the row's length."""
     if sae.decoder_weight.grad is not None:
         rows, gradient = sae.decoder_weight, sae.decoder_weight.grad
@@ -85,7 +84,7 @@ def drop_radial_gradient(sae: TopK) -> None:
 
 
 @torch.no_grad()
-def unit_decoder_rows(sae: TopK) -> None:
+def unit_decoder_rows(sae: SparseAutoencoder) -> None:
     """Scale every decoder row to length 1, in place."""
     sae.decoder_weight.copy_(normalize(sae.decoder_weight, dim=1))
 

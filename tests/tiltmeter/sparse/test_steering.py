@@ -23,6 +23,7 @@ from tiltmeter.sparse.steering import (
     soft_threshold,
     sparse_steering,
 )
+from tiltmeter.sparse.training import unit_decoder_rows
 
 IDS = torch.tensor([[1, 2, 3, 4, 5, 9, 8]])
 WIDTH = 24
@@ -161,7 +162,9 @@ def test_a_fresh_steering_changes_no_logit_by_more_than_1e_5(family: str) -> Non
     attention = "eager" if family == "gemma2" else "sdpa"
     plain, steered = (make_model(family, torch.float32, attention) for _ in range(2))
     before = plain(IDS).logits
-    insert_steering(steered, random_sae(plain.config.hidden_size, dtype=torch.float32), SparseOptions("here"))
+    sae = random_sae(plain.config.hidden_size, dtype=torch.float32)
+    unit_decoder_rows(sae)  # as those of published autoencoders are
+    insert_steering(steered, sae, SparseOptions("here"))
     change = (steered(IDS).logits - before).abs().max()
     assert 0 < change <= 1e-5
 
