@@ -224,7 +224,7 @@ class LogProbModule(LightningModule):
         self.on_model_built(policy.model)
         self.factory.speed_up(policy.model)
         self.policy = policy
-        self._norm_before = self._weight_norm()
+        self._norm_before = 0.0 if self.sparsity else self._weight_norm()  # a steering grows from next to nothing
         self.policy.train()  # no dropout but in adapters (adapter_dropout); train mode only lets activation checkpointing work
 
     def _check_model(self, model: PreTrainedModel) -> None:

@@ -143,7 +143,7 @@ class SparseAutoencoderModule(LogProbModule):
         self.manual_backward(loss.total)
         self.learner.before_step()
         norm = self._clip_gradients()
-        reason = self.guard.refuse(loss=float(loss.total), norm=float(norm))
+        reason = self.guard.refuse(loss=loss.total.item(), norm=float(norm))
         if reason is not None:
             optimizer.zero_grad()
             self.print(self.guard.skipped(self.trainer.global_step, reason, []))

@@ -280,13 +280,14 @@ def _row_a_feature(tensors: Mapping[str, Tensor], name: str, width: int, d_model
     """A matrix with a row for each feature; a square one is as its format has it."""
     matrix = tensors[name]
     shapes = {(width, d_model): matrix, (d_model, width): matrix.t()}
-    if tuple(matrix.shape) not in shapes:
+    shape = (matrix.shape[0], matrix.shape[-1])
+    if matrix.ndim != 2 or shape not in shapes:
         raise UserError(
             f"{name}: expected {width} × {d_model}, by b_enc and b_dec, got {' × '.join(map(str, matrix.shape))}"
         )
     if width == d_model:
         return matrix.t() if turn_square else matrix
-    return shapes[tuple(matrix.shape)]
+    return shapes[shape]
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:
