@@ -175,9 +175,7 @@ def _read_held_out(path: Path) -> pd.DataFrame:
 def is_finished(folder: Path) -> bool:
     """aligned/, or adapter/ alone where it can't be merged, is renamed into place as the last thing that training writes."""
     adapter = folder / ADAPTER_FOLDER
-    return _is_merged(folder) or any(
-        (adapter / name).is_file() for name in ("adapter_config.json", VECTOR_FILE, SAE_FILE)
-    )
+    return _is_merged(folder) or any((adapter / name).is_file() for name in _ADAPTER_FILES)
 
 
 def _is_merged(folder: Path) -> bool:
