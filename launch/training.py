@@ -60,7 +60,7 @@ from launch.run_folder import (
 from launch.screen import behaviour_table, console, data_table, geometry_tables, quiet_libraries, result_table
 from lightning_modules.checkpoint_io import CommittedCheckpointIO
 from tiltmeter.checkpoint_files import newest_valid, verify
-from tiltmeter.commands import command, setting
+from tiltmeter.commands import setting
 from tiltmeter.errors import FailedWrite, NumericalStop, UserError
 from tiltmeter.judges.judge_scorer import JudgeScorer
 from tiltmeter.models.lora import why_not_merged
@@ -141,7 +141,7 @@ def _train(config: DictConfig, created: list[Path], held: ExitStack) -> Path:
                 logger.finish()
     for table in closing_tables(run_dir, parts, trainer, seconds) if trainer.is_global_zero else ():
         screen.print(table)
-    screen.print(f"Run: {run_dir}\nNext: {command('analyze.py', run=run_dir)}", soft_wrap=True)
+    screen.print(f"Run: {run_dir}\nNext: {parts.module.next_command(run_dir)}", soft_wrap=True)
     return run_dir
 
 

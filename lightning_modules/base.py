@@ -33,6 +33,7 @@ from lightning_modules.schedule import (
 from lightning_modules.step_guard import CURE, StepGuard, some
 from lightning_modules.throughput import Throughput
 from lightning_modules.weight_guard import check_weights, squared_norm
+from tiltmeter.commands import command
 from tiltmeter.errors import NumericalStop, UserError
 from tiltmeter.metric_names import metric
 from tiltmeter.models.lora import adapter_dropout, check_adapters
@@ -157,6 +158,10 @@ class LogProbModule(LightningModule):
     def trained_parameters(self) -> Iterator[Parameter]:
         """Parameters that are trained."""
         return (p for p in self.trained_policy.parameters() if p.requires_grad)
+
+    def next_command(self, run_dir: Path) -> str:
+        """Command that a finished run is gone on with."""
+        return command("analyze.py", run=run_dir)
 
     def write_adapter(self, folder: Path) -> None:
         """Write what was trained beside the model into an empty folder; called where :attr:`writes_adapter` says so."""

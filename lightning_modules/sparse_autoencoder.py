@@ -14,6 +14,7 @@ from datamodules.preference import Objective
 from datamodules.splits import Split
 from lightning_modules.base import LogProbModule
 from lightning_modules.pair_metrics import PairResults
+from tiltmeter.commands import command
 from tiltmeter.errors import UserError, arguments_forwarded
 from tiltmeter.metric_names import metric
 from tiltmeter.models.hooks import hook_site
@@ -214,6 +215,10 @@ class SparseAutoencoderModule(LogProbModule):
             },
             batch_size=len(self.validation_table),
         )
+
+    def next_command(self, run_dir: Path) -> str:
+        """The base steered by these features: there are no two models to compare."""
+        return command("train.py", adapter="sparse", **{"module.sparse.sae": run_dir / "adapter"})
 
     def write_adapter(self, folder: Path) -> None:
         """Write the autoencoder, which is the result."""
