@@ -23,7 +23,7 @@ _SHARE, _COSINE, _REWARD, _LENGTH = "share, 0 … 1", "cosine, −1 … 1", "β 
 _SFT, _EXPERTS = "a supervised term (`sft_weight`)", "a mixture of experts"
 _MIXED, _ORACLE = "several sources of pairs", "the planted oracle as judge"
 _HELD = "a judge, `agreement_pairs` above 0"
-_SPARSE, _STEERING = "`module=sparse_autoencoder`", "`adapter=sparse`"
+_SPARSE, _STEERING = "the training of a sparse autoencoder", "steering by sparse features"
 _JUDGE, _ASKED, _OFTEN, _QUESTIONS = "a judge", "the report", "several completions a prompt", "TruthfulQA"
 
 

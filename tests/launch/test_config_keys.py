@@ -17,8 +17,13 @@ from tests.processes import ROOT
 from tiltmeter.errors import UserError, argument, arguments_forwarded
 from tiltmeter.models.generation import Decoding
 
-TRAIN = ["judge=local toxicity=classifier truthfulqa=mc adapter=lora", "judge=endpoint toxicity=perspective", ""]
-NAMES_OF_FILES = {"model.safetensors"}
+TRAIN = [
+    "judge=local toxicity=classifier truthfulqa=mc adapter=lora",
+    "judge=endpoint toxicity=perspective module=sparse_autoencoder",
+    "adapter=sparse",
+    "",
+]
+NAMES_OF_FILES = {"model.safetensors", "steering.safetensors"}
 
 
 def composed(name: str, *overrides: str) -> DictConfig:
