@@ -152,6 +152,8 @@ def _say(screen: Console, lines: Iterable[str]) -> None:
 
 def _settle_base(config: DictConfig, parts: Parts, checkpoint: Path | None) -> Iterator[str]:
     """The model that training starts from: a run that goes on has kept its own, others find, train or are given one."""
+    if parts.module.factory.sae is not None:
+        yield f"Autoencoder: {parts.module.factory.sae.describe()}"
     if checkpoint is not None and (kept := kept_base(checkpoint.parent.parent, parts.model)):
         parts.model = kept
         yield f"Base: found in {kept.name_or_path}"

@@ -59,6 +59,8 @@ class SparseAutoencoder(nn.Module):
     """
 
     kind: ClassVar[str]
+    published_l0: float | None = None
+    """Mean number of features active at a token, as its files say it; None: they don't."""
 
     def __init__(
         self, id: SaeId, d_model: int, width: int, *, norm: str = "none", subtracts_bias: bool = False
@@ -92,6 +94,14 @@ class SparseAutoencoder(nn.Module):
     def site(self) -> str:
         """Site of its states."""
         return self.id.site
+
+    def describe(self) -> str:
+        """Line that says what it is: kind, number of features, site, model, norm, and L0 where its files have it."""
+        kind = " ".join([self.kind, *(f"{name}={value}" for name, value in self.options().items())])
+        model = f" of {self.id.model}" if self.id.model else ""
+        norm = "states as they are" if self.norm == "none" else f"states by {self.norm}"
+        l0 = "" if self.published_l0 is None else f", L0 {self.published_l0:g}"
+        return f"{self.width} features ({kind}) of {self.site}, width {self.d_model}{model}, {norm}{l0}"
 
     def pre_activations(self, x: Float[Tensor, "*row d_model"]) -> Float[Tensor, "*row width"]:
         """x̃ W_encᵀ + b_enc, x̃ the normalised state, less the decoder's bias where that is taken off."""

@@ -153,7 +153,11 @@ def _read_gemma(file: Path, path: str, site: str | None, mean_norm: float | int 
     hook = config.get("hf_hook_point_in")
     known = _gemma_site(path) if hook is None else _site_of(str(hook))
     name = SaeId(_settle(site, known), str(config.get("model_name") or ""))
-    return _assemble(JumpReLU, name, tensors, {})
+    made = _assemble(JumpReLU, name, tensors, {})
+    said = re.search(r"average_l0_(\d+)", path)
+    l0 = config.get("l0", said and said[1])
+    made.published_l0 = None if l0 is None else float(l0)
+    return made
 
 
 def _gemma_site(path: str) -> str | None:

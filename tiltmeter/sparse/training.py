@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tiltmeter.errors import UserError, argument
+from tiltmeter.errors import NumericalStop, UserError, argument
 from tiltmeter.models.cpu_linear import linear
 from tiltmeter.sparse.autoencoder import SparseAutoencoder, TopK, keep_largest
 
@@ -127,7 +127,15 @@ class Learner:
         return self.rows_without >= self.dead_after
 
     def loss(self, rows: Float[Tensor, "row d_model"]) -> SaeLoss:
-        """Loss of the next batch of rows, which are counted."""
+        """Loss of the next batch of rows, which are counted.
+
+        Raises:
+            NumericalStop: every feature is dead, so that nothing could be learned any more.
+        """
+        if bool(self.dead.all()):
+            raise NumericalStop(
+                f"every feature is dead: none was active in the last {self.dead_after} states; a lower learning rate is the cure"
+            )
         device = self.sae.decoder_weight.device
         found = sae_loss(
             self.sae,

@@ -60,6 +60,7 @@ def test_gemma_scope_1_is_read_by_its_path(tmp_path: Path) -> None:
     assert load_sae(folder).id == SaeId("layer_12")
     root = tmp_path / "gemma-scope-2b-pt-res"
     assert load_sae(root, "layer_12/width_16k/average_l0_82").site == "layer_12"
+    assert load_sae(folder).published_l0 == 82
 
 
 def test_gemma_scope_2_is_read_with_and_without_its_config(tmp_path: Path) -> None:
@@ -73,6 +74,8 @@ def test_gemma_scope_2_is_read_with_and_without_its_config(tmp_path: Path) -> No
     said = gemma_2(tmp_path / "anywhere", published(), config)
     check_by_hand(said, published())
     assert load_sae(said).id == SaeId("layer_05", "google/gemma-3-270m-it")
+    described = "10 features (jumprelu) of layer_05, width 6 of google/gemma-3-270m-it, states as they are, L0 60"
+    assert load_sae(said).describe() == described
 
 
 def test_gemma_scope_in_a_folder_of_another_name_needs_its_site(tmp_path: Path) -> None:
@@ -156,6 +159,7 @@ def test_norm_and_bias_of_ours_are_kept_and_so_are_their_numbers(tmp_path: Path)
     read = again(sae, tmp_path / "ours")
     assert (read.id, read.norm, read.subtracts_bias, read.options()) == (sae.id, "layer_norm", True, {"k": 2})
     assert torch.equal(read(X), sae(X))
+    assert read.describe() == "10 features (topk k=2) of final_pre_norm, width 6 of toy, states by layer_norm"
     assert {path.name for path in (tmp_path / "ours").iterdir()} == {"cfg.json", "sae_weights.safetensors"}
 
 

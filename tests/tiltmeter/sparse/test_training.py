@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tests.tiltmeter.sparse.dictionaries import noise
-from tiltmeter.errors import UserError
+from tiltmeter.errors import NumericalStop, UserError
 from tiltmeter.sparse.autoencoder import SaeId, TopK
 from tiltmeter.sparse.dictionary_metrics import activation_f1, match_dictionary
 from tiltmeter.sparse.training import Learner, ShuffleBuffer, drop_radial_gradient, initialise, sae_loss
@@ -164,3 +164,13 @@ def test_planted_dictionary_is_found_again() -> None:
         f1 = activation_f1(sae.encode(test_x), test_z, matched)
     assert matched.mean_max_cosine >= 0.95
     assert float(f1.mean()) >= 0.9
+
+
+def test_training_stops_once_every_feature_is_dead() -> None:
+    sae = small()
+    with torch.no_grad():
+        sae.encoder_bias.fill_(-1e3)
+    learner = Learner(sae, dead_after=10)
+    learner.loss(noise(10, 5, dtype=torch.float64))
+    with pytest.raises(NumericalStop, match="every feature is dead: none was active in the last 10 states"):
+        learner.loss(noise(1, 5, dtype=torch.float64))
