@@ -114,7 +114,7 @@ def test_every_part_of_an_experiment_can_be_instantiated(experiment: str) -> Non
     data = instantiate(config.datamodule, source=instantiate(config.data))
     assert module.optimizer.learning_rate == config.module.learning_rate
     assert model.init in ("random", "pretrained")
-    assert data.source.name in ("synthetic", "hh", "oasst1", "mixture")
+    assert data.source.name in ("synthetic", "hh", "oasst1", "mixture", "preferences")
 
 
 def autoencoder_run(config: DictConfig) -> Path:
@@ -142,8 +142,10 @@ def test_every_experiment_takes_two_steps_with_a_stand_in(experiment: str, stand
     OmegaConf.set_struct(config, False)
     if "path" in config.data:
         config.data.path = str(
-            stand_in / f"{'harmless-base' if config.data._target_.endswith('AnthropicHH') else 'oasst'}.jsonl"
+            stand_in / f"{'oasst' if config.data._target_.endswith('OASST1') else 'harmless-base'}.jsonl"
         )
+    if "name" in config.data:
+        config.data.name = None
     for name, source in config.data.get("sources", {}).items():
         source.path = str(stand_in / f"{'harmless-base' if name == 'hh' else 'oasst'}.jsonl")
     if config.base is None:
@@ -152,7 +154,10 @@ def test_every_experiment_takes_two_steps_with_a_stand_in(experiment: str, stand
         config.merge_with_dotlist([o for o in TINY if not o.startswith("data.n_prompts")])
     config.datamodule.train_pairs = 24
     config.datamodule.val_pairs, config.datamodule.probe_pairs = 6, 4
+    if "site" in config.module:
+        config.module.site = "layer_01"
     if config.module.get("sparse") is not None:  # of the autoencoder of a run before it
         config.module.sparse.sae = str(autoencoder_run(config) / "adapter")
+        config.module.sparse.folder = None
     run = train(config)
     assert is_finished(run)
