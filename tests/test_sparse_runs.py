@@ -13,7 +13,7 @@ from analysis.open.checkpoints import checkpoints_of_run
 from analysis.open.runs import open_run
 from launch.parts import build_parts
 from launch.training import train
-from tests.cli import TINY, composed, logged, metrics_of, only_run, run_train
+from tests.cli import TINY, composed, logged, metrics_of, only_run, run_train, run_train_together
 from tests.test_bad_input import fails_with
 from tiltmeter.errors import UserError
 from tiltmeter.metric_names import find
@@ -221,3 +221,43 @@ def test_an_autoencoder_that_is_missing_or_of_another_base_is_one_line(
     with pytest.raises(SystemExit):
         train(composed(*FSRL, "base.seed=5", f"module.sparse.sae={sae}", f"runs_root={tmp_path / 'other'}"))
     assert "with other weights than" in capsys.readouterr().err
+
+
+TWO_PROCESSES = ("trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true")
+
+
+def test_two_processes_steer_as_one_does(done: Path, tmp_path: Path) -> None:
+    shutil.copytree(done / "cache", tmp_path / "cache")
+    options = (
+        "trainer.max_steps=3",
+        f"module.sparse.sae={only_run(done, 'tiny_sae') / 'adapter'}",
+        f"runs_root={tmp_path}",
+    )
+    ended = (
+        run_train(*FSRL, *options, "name=one"),
+        run_train_together(*FSRL, *options, "name=two", "trainer=ddp", *TWO_PROCESSES),
+    )
+    assert [each.returncode for each in ended] == [0, 0], ended[1].stderr
+    one, two = (only_run(tmp_path, name) for name in ("one", "two"))
+    for name in ("train/loss", "sparse/steering_l1", "sparse/steering_l0_effective", "train/gradient_norm"):
+        assert logged(two, name) == pytest.approx(logged(one, name), rel=1e-4, abs=1e-6), name
+    numbers = [load_steering(run / "adapter" / "steering.safetensors").tensors for run in (one, two)]
+    for name in numbers[0]:
+        torch.testing.assert_close(numbers[1][name], numbers[0][name], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ((*FSRL, "trainer=fsdp"), "module.vector, module.sparse: neither is sharded; use trainer=ddp, gpu or cpu"),
+        ((*SAE, "trainer=ddp"), "trainer.devices: a sparse autoencoder is trained in one process; set it to 1"),
+    ],
+)
+def test_what_several_processes_cannot_do_is_one_line(
+    options: tuple[str, ...], words: str, done: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(done / "cache", tmp_path / "cache")
+    sae = (f"module.sparse.sae={only_run(done, 'tiny_sae') / 'adapter'}",) if "adapter=sparse" in options else ()
+    ended = run_train_together(*options, *sae, *TWO_PROCESSES, f"runs_root={tmp_path}")
+    assert ended.returncode == 2
+    assert words in ended.stderr
