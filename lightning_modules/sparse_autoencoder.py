@@ -16,6 +16,7 @@ from lightning_modules.base import LogProbModule
 from lightning_modules.pair_metrics import PairResults
 from tiltmeter.commands import command
 from tiltmeter.errors import UserError, arguments_forwarded
+from tiltmeter.files import write_text
 from tiltmeter.metric_names import metric
 from tiltmeter.models.hooks import hook_site
 from tiltmeter.pairs.batch import PAD, PreferenceBatch, StepBatch
@@ -221,8 +222,10 @@ class SparseAutoencoderModule(LogProbModule):
         return command("train.py", adapter="sparse", **{"module.sparse.sae": run_dir / "adapter"})
 
     def write_adapter(self, folder: Path) -> None:
-        """Write the autoencoder, which is the result."""
+        """Write the autoencoder, which is the result, and density.csv: how often its features were active on held-out texts."""
         write_sae(self.sae, folder, about={"steps": self.trainer.global_step, "trained_on": "chosen transcripts"})
+        if self.statistics.n_rows:
+            write_text(folder / "density.csv", self.statistics.density_table())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what the next step depends on: the mixed rows, and for how long each feature was not active."""

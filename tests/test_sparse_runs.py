@@ -57,6 +57,7 @@ def test_the_run_keeps_an_autoencoder_of_its_base(done: Path) -> None:
         f"sae.{part}_{kind}" for part in ("encoder", "decoder") for kind in ("weight", "bias")
     }
     assert kept["sparse"]["buffer"]["rows"].shape == (500, 32), "the buffer, and no more states"
+    assert pd.read_csv(run / "adapter" / "density.csv")["features"].sum() == 48
 
 
 def test_metrics_are_declared_and_those_of_the_dictionary_move(done: Path) -> None:

@@ -74,6 +74,13 @@ class DictionaryStatistics:
         counts = torch.histogram(density, torch.tensor(DENSITY_EDGES, dtype=torch.float64)).hist.long()
         return counts, float((density < DENSITY_EDGES[0]).double().mean())
 
+    def density_table(self) -> str:
+        """The histogram as CSV: shares of rows from … to, features; the first line holds those that are rarer, and the dead."""
+        counts, below = self.density_histogram()
+        features = [round(below * len(self.n_active)), *counts.tolist()]
+        lines = zip((0.0, *DENSITY_EDGES), DENSITY_EDGES, features, strict=False)
+        return "from,to,features\n" + "".join(f"{low:.3g},{high:.3g},{n}\n" for low, high, n in lines)
+
 
 def loss_recovered(clean: float, spliced: float, ablated: float) -> float:
     """Share of the loss kept when states are replaced by their reconstruction: (L_ablated − L_spliced) / (L_ablated − L_clean).

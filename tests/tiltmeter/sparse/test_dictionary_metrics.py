@@ -55,8 +55,13 @@ def test_without_rows_nothing_is_known() -> None:
 def test_density_histogram_counts_every_feature_once() -> None:
     features = torch.zeros(1000, 4)
     features[:1, 1] = features[:100, 2] = features[:, 3] = 1.0
-    counts, below = statistics_of(torch.zeros(1000, 2), features, torch.zeros(1000, 2), 100).density_histogram()
+    found = statistics_of(torch.zeros(1000, 2), features, torch.zeros(1000, 2), 100)
+    counts, below = found.density_histogram()
     assert (int(counts.sum()), below) == (3, 0.25)
+    first, *lines = found.density_table().splitlines()
+    assert (first, lines[0]) == ("from,to,features", "0,1e-06,1")
+    assert sum(int(line.split(",")[2]) for line in lines) == 4
+    assert lines[-1].startswith("0.562,1,")
     where = [i for i, n in enumerate(counts.tolist()) if n]
     for i, density in zip(where, (0.001, 0.1, 1.0), strict=True):
         assert DENSITY_EDGES[i] <= density * (1 + 1e-9)
