@@ -2,9 +2,11 @@
 
 import gc
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import pytest
 from hypothesis import settings
 
@@ -19,6 +21,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def _checked(*, typechecker: Any) -> Callable[[Any], Any]:
+    """jaxtyping's decorator, but for functions inside functions: theirs would be made anew, by compiling, at each outer call."""
+    return lambda of: of if "<locals>" in of.__qualname__ else _jaxtyped(of, typechecker=typechecker)
+
+
+_jaxtyped, jaxtyping.jaxtyped = jaxtyping.jaxtyped, _checked
 
 
 @pytest.hookimpl(optionalhook=True)
