@@ -20,6 +20,8 @@ from benchmarks import common
 from benchmarks.common import SideResult, Spread, Worker
 from benchmarks.workload import (
     CURVE_STEPS,
+    HEAD_TOKENS,
+    HEAD_WIDTH,
     SHAPES,
     Settings,
     load_pairs,
@@ -194,7 +196,8 @@ def report_curves(results: Mapping[str, SideResult]) -> float:
 
 def head_memory(options: argparse.Namespace, folder: Path) -> float:
     """Print what the head needs in memory; returns the share of the default chunks in that of materialised logits."""
-    shared = {"device": options.device, "n_tokens": 4096, "vocab_size": 2**14 if options.quick else 2**17, "width": 256}
+    shared = {"device": options.device, "n_tokens": HEAD_TOKENS, "width": HEAD_WIDTH}
+    shared["vocab_size"] = 2**14 if options.quick else 2**17
     usual = default_chunk_tokens(shared["vocab_size"])
     logits, chunks = "materialised logits", f"tiltmeter, chunks of {usual:,} (default)"
     sides: dict[str, int | None] = {logits: None, chunks: usual}

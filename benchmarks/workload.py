@@ -23,6 +23,8 @@ MAX_LENGTH = 512
 BETA = 0.1
 CURVE_STEPS = 20
 """Optimizer steps over which the loss curves are compared."""
+HEAD_TOKENS, HEAD_WIDTH = 4096, 256
+"""Completion tokens and width of the hidden states whose head is measured alone."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from subprocess import PIPE, CompletedProcess
 from types import SimpleNamespace
@@ -37,6 +38,29 @@ def few_texts(few: int) -> None:
 
     made = workload.HHLengths.__init__
     workload.HHLengths.__init__ = lambda self, n_pairs: made(self, few)  # type: ignore[method-assign]
+
+
+def in_miniature() -> None:
+    """Smaller models, shorter and fewer texts, smaller matrices: in tests nothing is timed."""
+    from benchmarks import matmul_rate, watched_run, workload
+
+    tiny = workload.SHAPES["tiny"]
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    workload.SHAPES["tiny"] = replace(tiny, architecture=tiny.architecture | sizes)
+    workload.MAX_LENGTH = 128
+    workload.HEAD_TOKENS, workload.HEAD_WIDTH = 2048, 64
+    few_texts(120)
+    matmul_rate.MATMULS["cpu"] = ((256, 64, 64), (64, 256, 64))
+    rate = matmul_rate.matmul_rate
+    matmul_rate.matmul_rate = lambda *asked, **library: rate(*asked[:-1], 0.01, **library)
+    composed = watched_run.composed
+
+    def smaller(settings: Any) -> Any:
+        config = composed(settings)
+        config.merge_with({"model": {"architecture": sizes}, "datamodule": {"max_length": workload.MAX_LENGTH}})
+        return config
+
+    watched_run.composed = smaller
 
 
 def fork_workers() -> None:

@@ -1,15 +1,13 @@
 """The speed comparison as a person runs it, on the smallest work that goes through every part of it."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from benchmarks import workload
 from benchmarks.common import Spread
 from benchmarks.workload import Settings, random_order, sorted_order
-from tests.benchmarks.command import few_texts, result_of, run_benchmark
+from tests.benchmarks.command import in_miniature, result_of, run_benchmark
 from tests.tiny_models import random_pairs
 
 pytest.importorskip("trl")
@@ -18,15 +16,6 @@ SETTINGS = Settings(
     folder="", variant="trl_sorted", shape="tiny", device="cpu", pairs_per_step=4, pairs_per_micro_batch=2,
     tokens_per_micro_batch=None, turns=(1, 2, 2, 1), n_measured=2,
 )  # fmt: skip
-
-
-def in_miniature() -> None:
-    """A smaller model and shorter, fewer texts: nothing here is timed."""
-    tiny = workload.SHAPES["tiny"]
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-    workload.SHAPES["tiny"] = replace(tiny, architecture=tiny.architecture | sizes)
-    workload.MAX_LENGTH = 128
-    few_texts(40)
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.limit import kind_of, useful_flops
-from tests.benchmarks.command import result_of, run_benchmark
+from tests.benchmarks.command import in_miniature, result_of, run_benchmark
 from tests.tiny_models import LAYERS, VOCAB, WIDTH, make_model
 from tiltmeter.pairs.batch import TokenizedPair
 
@@ -43,7 +43,8 @@ def test_operators_are_told_apart() -> None:
 
 @pytest.mark.slow
 def test_quick_limit_ends_with_its_figure() -> None:
-    done = run_benchmark("limit.py", "--quick", "--pairs-per-step", "2", "--steps", "2", "--threads", "1")
+    little = ("--pairs-per-step", "2", "--steps", "2", "--threads", "1")
+    done = run_benchmark("limit.py", "--quick", *little, before=in_miniature)
     assert done.returncode == 0, done.stderr
     result = result_of(done.stdout)
     assert list(result) == ["matmul_share", "share_of_torch_mm"]

@@ -1,17 +1,15 @@
 """The cost of watching as a person measures it, on runs of three steps, and the pieces that it is measured with."""
 
-from functools import partial
-
 import pytest
 
 from benchmarks import watched_run
 from benchmarks.watched_run import RunSettings, Stopwatch, composed, turn_lengths
-from tests.benchmarks.command import few_texts, result_of, run_benchmark
+from tests.benchmarks.command import in_miniature, result_of, run_benchmark
 
 
 @pytest.mark.slow
 def test_quick_comparison_ends_with_its_figures() -> None:
-    done = run_benchmark("watching.py", "--quick", "--threads", "1", before=partial(few_texts, 120))
+    done = run_benchmark("watching.py", "--quick", "--threads", "1", before=in_miniature)
     assert done.returncode == 0, done.stderr
     result = result_of(done.stdout)
     assert list(result) == ["time_overhead", "memory_overhead"]
