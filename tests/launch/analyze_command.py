@@ -29,7 +29,12 @@ def composed(*arguments: str) -> DictConfig:
 
 def ask(tmp_path: Path, *arguments: str) -> Path | None:
     """As ``analyze.py`` does, in this process."""
-    config = composed(*arguments, f"runs_root={tmp_path / 'runs'}")
+    return ask_exactly(*arguments, f"runs_root={tmp_path / 'runs'}")
+
+
+def ask_exactly(*arguments: str) -> Path | None:
+    """As ``analyze.py`` does, in this process, with these arguments alone."""
+    config = composed(*arguments)
     with arguments_shown(lambda name: config_key(name, config)):
         return analyze(config)
 
