@@ -30,6 +30,13 @@ SWEEP = (
     "transfer.n_random=2",
     "gradient_field.points_per_axis=2",
     "hidden_states.n_random_updates=2",
+    "traces.n_random=2",
+    "traces.n_prompts=3",
+    "depth.forced=[0,1]",
+    "depth.max_new_tokens=8",
+    "weights.ranks=[1]",
+    "shift.n_prompts=4",
+    "decoding.max_new_tokens=6",
 )
 DATA = ("data=synthetic", "judge=none", "data.n_prompts=30", "pairs.n_pairs=5")
 CANARY = "canary-0123456789"
@@ -180,6 +187,7 @@ def test_what_is_refused(tmp_path: Path, arguments: tuple[str, ...], words: str)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("blank_pictures")
 def test_all_of_a_run_opens_its_models_once_and_shows_whatever_there_is(
     tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -282,6 +290,7 @@ def two_of_bloom(tmp_path: Path) -> tuple[str, str]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("blank_pictures")
 def test_what_a_family_cannot_do_is_left_out_by_name_and_the_rest_is_written(
     tmp_path: Path, two_of_bloom: tuple[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
