@@ -2,9 +2,8 @@
 
 import csv
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from subprocess import CompletedProcess
 
@@ -13,7 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
 from launch.configuration import CONF, prepare_overrides
-from tests.processes import HANGS, ROOT, Running, ranks, run_script, wait_for_all
+from tests.processes import HANGS, ROOT, Forked, Running, Worker, ranks, run_script, wait_for_all
 
 TINY = (
     "model.architecture.hidden_size=32",
@@ -73,19 +72,17 @@ def _first_of(ended: Sequence[CompletedProcess[str]]) -> CompletedProcess[str]:
 
 
 def run_train_by_torchrun(*arguments: str, timeout: float = HANGS) -> CompletedProcess[str]:
-    """``torchrun --standalone --nproc_per_node=2 train.py …`` with output captured."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        str(ROOT / "train.py"),
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "160"}
-    return subprocess.run(
-        [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
-    )
+    """``torchrun --standalone --nproc_per_node=2 train.py …`` with output captured; what it starts is forked, as it is itself."""
+    command = ("--standalone", "--nproc_per_node=2", str(ROOT / "train.py"), *arguments)
+    return Forked(partial(_torchrun, command)).wait(timeout)
+
+
+def _torchrun(command: Sequence[str]) -> None:
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
+
+    SubprocessHandler._popen = lambda self, args, env: Worker(args, env)  # type: ignore[method-assign,assignment,return-value]
+    run.main(command)
 
 
 def run_train_by_srun(*arguments: str, timeout: float = HANGS) -> CompletedProcess[str]:

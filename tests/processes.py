@@ -18,6 +18,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from multiprocessing import forkserver
 from pathlib import Path
 from subprocess import CompletedProcess, TimeoutExpired
 from typing import Any
@@ -26,6 +27,7 @@ import torch
 from lightning.fabric.utilities.rank_zero import _get_rank, rank_zero_only
 
 from launch.processes.run_lock import LOCK
+from tests import fork_server
 from tests.fork_server import PRELOADED
 from tiltmeter.files import sha256_of
 
@@ -116,6 +118,36 @@ class Running(Forked):
     ) -> None:
         work = partial(_run_script, str(ROOT / script), *arguments, before=before)
         super().__init__(work, folder=folder, environment=environment)
+
+
+class Worker:
+    """What a launcher in a forked process needs of ``subprocess.Popen``: a script that is forked as well, from the same process.
+
+    It says what it says where its launcher does, and leads a session of its own.
+
+    Args:
+        command: Python, its flags, the script and its arguments.
+        environment: all of it.
+    """
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        script = next(i for i, word in enumerate(command) if word.endswith(".py"))
+        work = partial(_run_script, *command[script:], before=os.setsid)
+        said = (os.readlink(f"/proc/self/fd/{number}") for number in (1, 2))  # noqa: PTH115
+        address: Any = forkserver._forkserver  # type: ignore[attr-defined]
+        fork_server.join(address._forkserver_address)
+        self._process = _forks.Process(target=_run, args=(work, str(Path.cwd()), dict(environment), *said))
+        self._process.start()
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        """Exit code, once it has ended."""
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        """Exit code, when it has ended."""
+        self._process.join(timeout)
+        return self._process.exitcode
 
 
 def run_script(
