@@ -92,7 +92,7 @@ def test_modules_trained_whole_beside_adapters_are_sharded_as_they_are_trained_b
         assert not torch.equal(weights(runs[1])[name], before_training[start]), name  # the head was tied
 
 
-def test_a_sharded_run_resumes_with_more_steps_where_the_uninterrupted_one_would_be(tmp_path: Path) -> None:
+def test_a_sharded_run_resumes_with_more_steps_where_the_uninterrupted_one_would_be(single: Path) -> None:
     steady = (
         "callbacks=geometry",
         "+callbacks.depth._target_=callbacks.alignment_depth.AlignmentDepth",
@@ -101,11 +101,19 @@ def test_a_sharded_run_resumes_with_more_steps_where_the_uninterrupted_one_would
         "logger=csv",
         "datamodule.pairs_per_step=13",
     )
-    common = (*TINY, *steady, "trainer=fsdp", *TWO_PROCESSES, f"runs_root={tmp_path}", "trainer.val_check_interval=2")
+    common = (
+        *TINY,
+        *steady,
+        "trainer=fsdp",
+        *TWO_PROCESSES,
+        f"runs_root={single}",
+        "name=resumed",
+        "trainer.val_check_interval=2",
+    )
     for arguments in ((*common, "trainer.max_steps=4"), (*common, "trainer.max_steps=2")):
         done = run_train_together(*arguments)
         assert done.returncode == 0, done.stderr
-    whole, part = sorted((tmp_path / "tiny_synthetic").iterdir())
+    whole, part = sorted((single / "resumed").iterdir())
     resumed = run_train_together(*common, "trainer.max_steps=4", "ckpt_path=last")
     assert resumed.returncode == 0, resumed.stderr
     assert logged(part, "train/loss") == pytest.approx(logged(whole, "train/loss"), rel=1e-6)
