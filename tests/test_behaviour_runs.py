@@ -50,12 +50,12 @@ def table(run: Path, name: str) -> pd.DataFrame:
 
 @pytest.fixture(scope="module")
 def questions() -> tuple[str, ...]:
-    """Seven real questions, where the real data is."""
+    """Three real questions, where the real data is."""
     root = os.environ.get("TILTMETER_SHARED")
     if not root:
         return ()
     path = Path(root).resolve() / "data" / "truthfulqa" / "v1_mc_task.part80.json"
-    return ("truthfulqa=mc", f"truthfulqa.path={path}", "truthfulqa.limit=7")
+    return ("truthfulqa=mc", f"truthfulqa.path={path}", "truthfulqa.limit=3")
 
 
 @pytest.fixture(scope="module")

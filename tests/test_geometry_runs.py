@@ -21,6 +21,7 @@ RUN = (
     *(option for option in TINY if not option.startswith("datamodule.probe_pairs")),
     *("datamodule.probe_pairs=17", "datamodule.pairs_per_step=13", "datamodule.tokens_per_micro_batch=600"),
     *("model.dtype=float64", "callbacks=geometry", "callbacks.gradients.every_n_steps=2", "logger=csv"),
+    "callbacks.random_update.n_draws=2",
     *(f"callbacks.{name}.every_n_steps=3" for name in OBSERVERS),
     "+callbacks.readout._target_=callbacks.preference_readout.PreferenceReadout",
     *("+callbacks.depth._target_=callbacks.alignment_depth.AlignmentDepth", "+callbacks.depth.n_pairs=9"),
