@@ -57,6 +57,14 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def configuration_files_are_parsed_once() -> None:
+    """Composing takes half of the time where they are; see tests/parsed_once.py."""
+    from tests.parsed_once import keep_parsed_files
+
+    keep_parsed_files()
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Folder of real data; unset: skip with the reason; set but missing: fail."""

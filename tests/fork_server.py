@@ -14,6 +14,7 @@ PRELOADED = (
     "peft",
     "wandb",
     "torch._dynamo",
+    "tests.warm",
 )
 
 _server = forkserver._forkserver  # type: ignore[attr-defined]
