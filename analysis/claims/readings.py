@@ -95,7 +95,7 @@ def arms_of(
             )
     if open_run is not None:
         reads |= drawn
-    tables = partial(_of_tables, study, make_table, say)
+    tables = partial(_of_tables, study, make_table, say, set())
     return Arms(_of_common_pairs(reads), tables, missing, noise, _NO_MODELS, kl, partial(losses_of, study))
 
 
@@ -234,10 +234,15 @@ def _of_tables(
     study: Study,
     make_table: Callable[[Run, str], object] | None,
     say: Callable[[str], object],
+    made: set[Path],
     arm: str,
     asked: OfTable,
 ) -> Sequence[Figure] | str:
-    """A number of each run's report; text: why there is none."""
+    """A number of each run's report; text: why there is none.
+
+    Args:
+        made: tables that were made again, since a number was not in them; each is once.
+    """
     runs, figures = study.runs.get(arm, ()), []
     if not runs:
         return _train(study, arm)
@@ -250,6 +255,13 @@ def _of_tables(
             again = command("analyze.py", run=run.folder, analysis=_MADE_BY.get(asked.table, asked.table))
             return f"not in the report of {arm}, seed {run.setting('seed')}: {again}"
         figure = figure_of(path, asked)
+        if (
+            figure is None and make_table is not None and path not in made
+        ):  # made with other options, such as no other corpus
+            made.add(path)
+            say(f"{asked.table} of {arm}, seed {run.setting('seed')}, again")
+            make_table(run, asked.table)
+            figure = figure_of(path, asked)
         if figure is None:
             return f"{path} has no such number"
         figures.append(figure)

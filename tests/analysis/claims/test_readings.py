@@ -2,7 +2,9 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -11,6 +13,7 @@ import torch
 from analysis.claims.claim import OfTable, Within
 from analysis.claims.readings import (
     _noise_readings,
+    _of_tables,
     _parting,
     _probe,
     _unrelated,
@@ -80,3 +83,23 @@ def test_figure_within_a_margin_is_the_farthest_end_of_all_rows_in_margins(tmp_p
     assert figure_of(path, replace(asked, where={"site": "b"})) is None
     assert figure_of(path, replace(asked, where={"site": "c"})) is None, "a number without an interval proves nothing"
     assert figure_of(path, replace(asked, column="site")) is None
+
+
+def test_table_without_a_number_is_made_again_once(tmp_path: Path) -> None:
+    """Such as one that was made without the other corpus that is there now."""
+    path, asked, calls = tmp_path / "tables" / "t.csv", OfTable("t", "r", {"site": "b"}), list[str]()
+    path.parent.mkdir()
+    pd.DataFrame({"site": ["a"], "r": [1.0]}).to_csv(path, index=False)
+    run = SimpleNamespace(report=tmp_path, folder=tmp_path, setting=lambda name: 0)
+    study = SimpleNamespace(runs={"dpo": [run]})
+
+    def make(_: object, name: str) -> None:
+        calls.append(name)
+        pd.DataFrame({"site": ["a", "b"], "r": [1.0, 2.0]}).to_csv(path, index=False)
+
+    ask = partial(_of_tables, study, make, calls.append, set(), "dpo")  # type: ignore[arg-type]
+    assert [figure.value for figure in ask(asked)] == [2.0]  # type: ignore[union-attr]
+    assert calls == ["t of dpo, seed 0, again", "t"]
+    for _ in range(2):
+        assert ask(replace(asked, where={"site": "c"})) == f"{path} has no such number"
+    assert len(calls) == 2
