@@ -412,8 +412,9 @@ def _name_of(run: Run) -> str:
         return "bipo"
     if run.node("module.vector"):
         return "constant_vector"
-    if run.node("module.lora"):
-        return "lora"
+    for node, name in (("module.lora", "lora"), ("module.sparse", "fsrl")):
+        if run.node(node):
+            return name
     arm = run.setting("arm")
     return str(arm) if arm not in (None, "dpo") else f"{run.setting('module.loss') or 'sigmoid'} ({run.folder.name})"
 
