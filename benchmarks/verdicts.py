@@ -316,14 +316,14 @@ def draw_calibration(path: Path, n_draws: int) -> None:
 def belief_rates(n_draws: int) -> dict[str, float]:
     """How often three figures of three runs are called unchanged (K11), by how far one of them has truly changed.
 
-    Standard errors are a sixth of the margin, figures vary between runs by a tenth of it.
+    Standard errors are an eighth of the margin, figures vary between runs by a tenth of it.
     """
     rng = np.random.default_rng(2)
     asked = [OfTable(name, "x", {}, within=Within(0.0, 1.0)) for name in "abc"]
     claim = Claim("K11", "unchanged", Unchanged(tuple(asked)), Bound("at_most", 1.0), {}, ())
     found = {}
     for truth in (1.0, 0.5, 0.0):
-        hits, error = 0, 1 / 6
+        hits, error = 0, 1 / 8
         for _ in range(n_draws):
             values = rng.normal(0, math.hypot(error, 0.1), (3, 3)) + np.array([truth, 0, 0])[:, None]
             reach = dict(zip("abc", abs(values) + 1.96 * error, strict=True))

@@ -35,9 +35,8 @@ def neighbours_section(found: tuple[pd.DataFrame, pd.DataFrame]) -> Section:
     """
     table, prompts = found
     measured = table[table["preference_gained"].notna()] if "preference_gained" in table else table.iloc[:0]
-    panels: list[Panel] = [_draw_distance, partial(_draw_rows, what="loss_neutral")]
-    if "behaviour" in table:
-        panels.insert(1, partial(_draw_rows, what="behaviour"))
+    rows = [name for name in ("behaviour", "loss_neutral") if name in table and table[name].notna().any()]
+    panels: list[Panel] = [_draw_distance, *(partial(_draw_rows, what=name) for name in rows)]
     figure, sentences = draw_panels(panels, table, panel_height_cm=6.0)
     dpo = measured[measured["method"] == DPO].iloc[0]
     missing = table["missing"].dropna() if "missing" in table else pd.Series(dtype=str)

@@ -196,7 +196,7 @@ def test_all_of_a_run_opens_its_models_once_and_shows_whatever_there_is(
     page = ask(tmp_path, f"run={run}", *SWEEP)
     assert opened == [str(run / "base"), str(run / "aligned")]
     shown = ("training", *READ_NOW, "similarity", "rewards", "steering_sweep", "transfer", "weights")
-    shown += ("recovery_ladder", "update_models", "depth", "shift", "traces", "gradient_field")
+    shown += ("recovery_ladder", "update_models", "depth", "shift", "traces", "neighbours", "gradient_field")
     assert {path.stem for path in (page.parent / "figures").glob("*.png")} == set(shown)
     text = page.read_text(encoding="utf-8")
     assert "behaviour_by_step, layers_by_step: the run logged nothing for it" in text

@@ -30,7 +30,8 @@ from tiltmeter.errors import UserError
 from tiltmeter.models.causal_lm import CausalLM
 
 IN_WEIGHTS_OR_ORDER = {
-    "module.freeze_embeddings", "module.lora", "module.vector", "module.optimizer", "module.optimizer_options",
+    "module.freeze_embeddings", "module.lora", "module.vector", "module.sparse", "module.optimizer",
+    "module.optimizer_options",
     "datamodule.pairs_per_step", "datamodule.bucket_steps", "datamodule.seed",
     "model.revision", "model.adapter_path", "model.init", "model.architecture", "model.tokenizer", "model.vocab_size",
     "model.dtype", "model.quantization",
