@@ -40,6 +40,7 @@ from tiltmeter.models.causal_lm import DTYPES
 from tiltmeter.models.cpu_linear import fast_linear
 from tiltmeter.models.layers import FINAL_POST_NORM, FINAL_PRE_NORM, resolve_sites
 from tiltmeter.stats.jackknife import COSINE, NO_INTERVAL, SHARE, Interval, jackknife_interval
+from tiltmeter.stats.nulls import sign_flip_null
 
 NAME = "gradient_field"
 GRID, SEQUENCE, PAIRS = "grid", "sequence", "pairs"
@@ -215,11 +216,12 @@ class _Field:
         update_cosine = jackknife_interval(
             lambda w: torch.cosine_similarity(-w @ unit, w @ updates), groups, second_order=True, scale=COSINE
         )
+        p_shuffled = sign_flip_null(unit, seed=self.asked.seed).p_value if len(unit) > 1 else math.nan
         return (
             {"reading": PAIRS, "site": site, "words": kind, "n_pairs": len(groups), "n_arrows": float(len(groups))}
             | resultant_interval(unit, groups).named("mean_resultant")
-            | {"null": len(groups) ** -0.5, "smallest_cosine": field_summary(gradients).smallest_cosine}
-            | {"is_tautology": False}
+            | {"null": len(groups) ** -0.5, "p_shuffled": p_shuffled}
+            | {"smallest_cosine": field_summary(gradients).smallest_cosine, "is_tautology": False}
             | update_cosine.named("update_cosine")
         )
 
@@ -370,6 +372,7 @@ def shown_table(table: pd.DataFrame) -> pd.DataFrame:
                     "nan", "–"
                 ),
                 "noise": as_text(row["null"], ".3f"),
+                "p, labels shuffled": "–" if pd.isna(row["p_shuffled"]) else as_text(row["p_shuffled"], ".3f"),
                 "smallest cosine": as_text(row["smallest_cosine"], ".3f"),
                 "cosine with v*": "–" if cosine != cosine else as_text(cosine, ".2f") + interval,
             }
@@ -424,7 +427,8 @@ def _reading(table: pd.DataFrame, pictures: Sequence[Picture], settings: Mapping
         "Around one state R is near 1 wherever the layers above are smooth on the grid, and nears 1 as the grid shrinks. Dotted: "
         "the same for two random words of the responses; what they do too is no evidence of a preference direction.",
         f"The finding is R across pairs: one gradient for each of {n} pairs ({settings['n_words']} different pairs of words), "
-        "beside random words and, grey, 1/√N. Pairs with the same two words agree at the last site by construction.",
+        "beside random words and, grey, 1/√N, what shuffled labels leave; p_shuffled: that of R among 1,000 draws of them. Pairs "
+        "with the same two words agree at the last site by construction.",
         "In responses: gradients of the whole pair’s loss at each state that predicts a word; chosen and rejected words pull "
         "against each other, so R is small. Shown: the mean over pairs.",
         "cosine with v*: of −(mean ĝ over pairs) with the mean update of the same states; above 0, training moved states down the "

@@ -139,6 +139,19 @@ def test_the_tables_say_what_was_taken(section: Section, asked_about: Checkpoint
     assert across["update_cosine"].between(-1, 1).all()
 
 
+def test_p_of_shuffled_labels_is_the_share_of_all_ways_to_reverse_pairs(
+    asked_about: Checkpoints, section: Section
+) -> None:
+    places = parting_places(asked_about.pairs, seed=0)[:6]
+    taken = StateGradients(asked_about, places, of="aligned", sites=[FINAL_POST_NORM])
+    v = torch.stack([taken.v(at, "preference") for at in range(6)])
+    signs = torch.cartesian_prod(*[torch.tensor([1.0, -1.0], dtype=torch.float64)] * 6)
+    lengths = (signs @ (v / v.norm(dim=1, keepdim=True))).norm(dim=1)
+    exact = float((lengths >= lengths[0] - 1e-9).double().mean())
+    (row,) = pick(section, reading="pairs", words="preference", site=FINAL_POST_NORM).to_dict("records")
+    assert row["p_shuffled"] == pytest.approx(exact, abs=0.05)
+
+
 def test_the_mean_gradient_of_a_model_moved_down_it_points_to_the_update(asked_about: Checkpoints) -> None:
     """Planted: the aligned model is the base with its final states moved by −ĝ of all pairs, which v* must then be."""
     places = parting_places(asked_about.pairs, seed=0)
