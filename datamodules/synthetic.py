@@ -75,7 +75,7 @@ class SyntheticWorld:
         n_prompts: Number of pairs.
         seed: Chooses the world: directions, weights, vocabulary and prompts.
         planted_rank: Number k of planted directions, 1 … 6.
-        label_noise: Probability that chosen and rejected are swapped.
+        label_noise: Probability that chosen and rejected are swapped; ½: labels are coin flips, a world without a preference.
         min_gap: Smallest difference in clean utility within a pair; at rank 2 the mean difference is 1.3 without it.
         situation_strength: Root mean square over situations of each w_j with j > 0; w_0 is 1. At .5 the first direction
             alone decides 98 % of the pairs of a rank-2 world, at 1 it decides 89 %.
@@ -97,8 +97,8 @@ class SyntheticWorld:
     ) -> None:
         _check_whole("seed", seed, -math.inf, math.inf)
         _check_whole("planted_rank", planted_rank, 1, len(SITUATIONS))
-        if not _is_number(label_noise) or not 0 <= label_noise < 0.5:
-            raise UserError(f"data.label_noise: expected 0 ≤ label_noise < 0.5, got {label_noise!r}")
+        if not _is_number(label_noise) or not 0 <= label_noise <= 0.5:
+            raise UserError(f"data.label_noise: expected 0 ≤ label_noise ≤ 0.5, got {label_noise!r}")
         if not _is_number(min_gap) or not 0 < min_gap <= MAX_MIN_GAP:
             raise UserError(f"data.min_gap: expected 0 < min_gap ≤ {MAX_MIN_GAP}, got {min_gap!r}")
         if not _is_number(situation_strength) or not 0 < situation_strength <= MAX_STRENGTH:
