@@ -177,6 +177,7 @@ def _make_table(config: DictConfig, run: Run, name: str) -> None:
     if analysis is None:
         return
     tables = run.report / "tables"
+    console().print(f"{run.folder.name}: {name} …", soft_wrap=True, markup=False)
     try:
         section = analysis.answer(_given(analysis, config, run, tables))
     except UserError as error:
