@@ -259,7 +259,7 @@ def test_a_jump_relu_with_a_threshold_below_0_is_a_relu() -> None:
     with torch.no_grad():
         sae.encoder_weight.copy_(noise(WIDTH, D_MODEL))
         sae.threshold.fill_(-1.0)
-    assert torch.equal(sae.encode(X), (X @ sae.encoder_weight.t()).relu())
+    torch.testing.assert_close(sae.encode(X), (X @ sae.encoder_weight.t()).relu())
 
 
 def test_files_of_one_kind_alone_are_needed(tmp_path: Path) -> None:
