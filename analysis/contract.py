@@ -132,6 +132,8 @@ def of_models(
 ) -> Analysis:
     """Asked of both models, by what its node builds: an object with ``dtype``, ``device``, ``costs(models)`` and ``table(models)``.
 
+    Where it has an ``asks_base_alone`` that is true, a study makes its table once for all runs.
+
     Args:
         reaches: keys of scorers and judges, which its ``start(models)`` reaches; none: what doesn't fit is refused by ``cost``.
     """

@@ -45,6 +45,7 @@ from analysis.figures.transfer import transfer_section
 from analysis.neighbours.section import neighbours_section
 from analysis.open.observed import Observed
 from analysis.report.page import Section
+from analysis.sparse.section import sparse_features_section
 from analysis.steering.run_sweep import cost_of_sweep, run_sweep, swept_section
 
 SCORERS = ("decoding", "judge", "toxicity")
@@ -79,6 +80,7 @@ ANALYSES: tuple[Analysis, ...] = (
     ),
     of_models("traces", traces_section, node="traces"),
     of_models("neighbours", neighbours_section, node="neighbours", reaches=("decoding", "judge")),
+    of_models("sparse_features", sparse_features_section, node="sparse_features", reaches=("judge",)),
     of_models("gradient_field", gradient_field_section, node="gradient_field"),
 )
 BY_NAME: Mapping[str, Analysis] = {analysis.name: analysis for analysis in ANALYSES}

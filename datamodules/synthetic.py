@@ -9,7 +9,8 @@ utility is
 with k = ``planted_rank`` orthonormal directions z_j in attribute space. The first weighs the same in every situation
 (w_0 = 1); the others change with the situation and average to zero, so that the matrix of situation × attribute weights
 has rank exactly k: one direction explains a world of rank one completely, and no other. Worlds differ by seed, with two
-conventions: z_0 has .5 on tone and the others 0, so rudeness never pays; z_0 is at most 0 on refusal.
+conventions: z_0 has .5 on tone and the others 0, so rudeness never pays; z_0 is at most 0 on refusal. A world of rank one may have
+its direction given, such as of one attribute of style and one of content.
 """
 
 import copy
@@ -26,6 +27,7 @@ from datamodules import synthetic_phrases as phrases
 from datamodules.records import AttributeValue, LoadReport, Message, PreferencePair, transcript
 from datamodules.synthetic_phrases import ATTRIBUTES, SITUATIONS
 from tiltmeter.errors import UserError
+from tiltmeter.plain_text import did_you_mean
 
 TONE_WEIGHT = 0.5
 MAX_STRENGTH = 2.0
@@ -77,6 +79,7 @@ class SyntheticWorld:
         planted_rank: Number k of planted directions, 1 … 6.
         label_noise: Probability that chosen and rejected are swapped; ½: labels are coin flips, a world without a preference.
         min_gap: Smallest difference in clean utility within a pair; at rank 2 the mean difference is 1.3 without it.
+        weights: Planted direction z_0 by attribute, instead of a drawn one; scaled to length 1, and needs planted_rank=1.
         situation_strength: Root mean square over situations of each w_j with j > 0; w_0 is 1. At .5 the first direction
             alone decides 98 % of the pairs of a rank-2 world, at 1 it decides 89 %.
 
@@ -94,6 +97,7 @@ class SyntheticWorld:
         label_noise: float = 0.1,
         min_gap: float = 1.5,
         situation_strength: float = 0.5,
+        weights: Mapping[str, float] | None = None,
     ) -> None:
         _check_whole("seed", seed, -math.inf, math.inf)
         _check_whole("planted_rank", planted_rank, 1, len(SITUATIONS))
@@ -111,7 +115,8 @@ class SyntheticWorld:
         capacity = len(SITUATIONS) * min(self._sizes().values())
         _check_whole("n_prompts", n_prompts, 1, capacity)
         self.n_prompts = n_prompts
-        self.directions, self.situation_weights = _plant(seed, planted_rank, float(situation_strength))
+        first = None if weights is None else _given_direction(weights, planted_rank)
+        self.directions, self.situation_weights = _plant(seed, planted_rank, float(situation_strength), first)
 
     def load(self) -> tuple[list[PreferencePair], list[LoadReport]]:
         """All pairs, the situations in turn, and one report."""
@@ -277,7 +282,22 @@ def detect_attributes(text: str) -> dict[str, int]:
     return {name: levels[name] for name in ATTRIBUTES}
 
 
-def _plant(seed: int, rank: int, strength: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _given_direction(weights: Mapping[str, float], rank: int) -> NDArray[np.float64]:
+    """Unit vector over the attributes. Raises UserError."""
+    if unknown := [name for name in weights if name not in ATTRIBUTES]:
+        hint = did_you_mean(unknown[0], ATTRIBUTES)
+        raise UserError(f"data.weights: there is no attribute {unknown[0]}{hint} (there are: {', '.join(ATTRIBUTES)})")
+    if not all(_is_number(value) for value in weights.values()) or not any(weights.values()):
+        raise UserError(f"data.weights: expected numbers by attribute, not all of them 0, got {dict(weights)}")
+    if rank != 1:
+        raise UserError(f"data.planted_rank: expected 1 where data.weights gives the direction, got {rank}")
+    direction = np.array([float(weights.get(name, 0.0)) for name in ATTRIBUTES])
+    return np.asarray(direction / np.linalg.norm(direction))
+
+
+def _plant(
+    seed: int, rank: int, strength: float, given: NDArray[np.float64] | None = None
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Directions [rank, attributes], orthonormal, and weights [situations, rank], columns orthogonal."""
     draw = _Draw(seed, "directions")
     tone = np.eye(len(ATTRIBUTES))[ATTRIBUTES.index("tone")]
@@ -292,7 +312,7 @@ def _plant(seed: int, rank: int, strength: float) -> tuple[NDArray[np.float64], 
         others.append(draw.unit([tone, rest, *others]))
         columns.append(draw.unit(columns))
     scale = np.array([1.0] + [strength] * (rank - 1)) * root_n
-    return np.stack([first, *others]), np.stack(columns, axis=1) * scale
+    return np.stack([first if given is None else given, *others]), np.stack(columns, axis=1) * scale
 
 
 def _is_number(value: object) -> bool:

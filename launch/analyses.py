@@ -20,7 +20,7 @@ _OF_STUDY = (*_CLAIMS, "ask_models", "plan")
 _ALWAYS = ("runs", "debug")
 _ALSO_OF_STUDY = (
     *("data", "pairs", "upload", "dtype", "device", "attn_implementation", "gradient_field", "recovery_ladder"),
-    *("update_models", *_ALWAYS),
+    *("update_models", "readout", "shift", "sparse_features", *_ALWAYS),
 )
 """Keys that a study takes as well as others."""
 _HOW = ("run", "base", "aligned", "analysis", "dry_run", "upload", "debug", "runs_root", "steering.restart")

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from analysis.open.adapters import adapter_to_merge, find_adapter
-from analysis.open.runs import ADAPTER_FOLDER, SAE_FILE, finished_runs, start_of
+from analysis.open.runs import ADAPTER_FOLDER, SAE_FILE, finished_runs, read_config, start_of
 from datamodules.preference import PreferenceDataModule
 from datamodules.tokenization import train_bpe_tokenizer
 from launch.configuration import CONF, check_config, expand_home
@@ -96,7 +96,7 @@ def check_options(config: DictConfig) -> None:
 
 
 def _name_autoencoder(config: DictConfig) -> None:
-    """Put the newest run's autoencoder in the place of ``module.sparse.sae=last``, in place.
+    """Put the newest run's autoencoder in the place of ``module.sparse.sae=last``; in a study, that of the same seed in it.
 
     Raises:
         UserError: there is no such run.
@@ -104,6 +104,16 @@ def _name_autoencoder(config: DictConfig) -> None:
     if OmegaConf.select(config, "module.sparse.sae") != LAST:
         return
     found = [run for run in finished_runs(Path(config.runs_root)) if (run / ADAPTER_FOLDER / SAE_FILE).is_file()]
+    if config.study_folder is not None:
+        own = [(run, read_config(run / "config.yaml")) for run in found]
+        found = [
+            run for run, of in own if (of.get("study_folder"), of.get("seed")) == (config.study_folder, config.seed)
+        ]
+        if not found:
+            raise UserError(
+                f"module.sparse.sae={LAST}: no sparse autoencoder of seed {config.seed} in the study {config.study_folder}; "
+                "its arm sparse_autoencoder trains one, study.arms.sparse_autoencoder"
+            )
     if not found:
         raise UserError(
             f"module.sparse.sae={LAST}: no run below {config.runs_root} has trained a sparse autoencoder; first "

@@ -150,7 +150,7 @@ def test_a_site_that_the_model_lacks_is_refused_before_a_step(done: Path, capsys
     assert "layer_05: this model has 2 blocks" in capsys.readouterr().err
 
 
-FSRL = (*TINY, EIGHT, "adapter=sparse", "logger=csv", "callbacks=none", "module.loss=simpo", "module.schedule=constant",
+FSRL = ("experiment=tiny_fsrl", "name=tiny_synthetic", *TINY, EIGHT, "logger=csv", "callbacks=none", "module.schedule=constant",
         "module.learning_rate=1e-2", "trainer.enable_progress_bar=false")  # fmt: skip
 
 

@@ -33,7 +33,7 @@ _SIDES: Mapping[str, tuple[Callable[[float, float], bool], str]] = {
 }
 ARMS = (
     "dpo", "sft_chosen", "dpo_shuffled", "dpo_swapped", "dpo_random_pairs", "lm_continued", "constant_vector",
-    "constant_vector_shuffled",
+    "constant_vector_shuffled", "fsrl",
 )  # fmt: skip
 """Arms of a study that are shipped (conf/arm, docs/claims.md)."""
 DRAWN = ("random_update", "random_update_rotated")
@@ -182,6 +182,7 @@ class Claim:
         bound: threshold.
         beats: arms and controls whose T must be smaller (of an upper bound: larger), each with its statistic.
         survives: conditions under which the bound still has to hold.
+        arm: whose runs T is told of.
     """
 
     key: str
@@ -190,6 +191,7 @@ class Claim:
     bound: Bound
     beats: Mapping[str, Asked | None]
     survives: tuple[Survival, ...]
+    arm: str = DPO
 
 
 def read_claims(path: Path, *, arms: Sequence[str] = ARMS) -> list[Claim]:
@@ -223,7 +225,9 @@ def make_claims(content: Any, *, where: str, arms: Sequence[str] = ARMS) -> list
 
 
 def _claim(where: str, key: str, entry: Mapping[str, Any], arms: Sequence[str]) -> Claim:
-    _known(where, entry, ("says", "statistic", *get_args(Side), "sites", "minus", "position", "beats", "survives"))
+    _known(
+        where, entry, ("says", "arm", "statistic", *get_args(Side), "sites", "minus", "position", "beats", "survives")
+    )
     if "says" not in entry:
         raise UserError(f"{where}: says is missing: the claim in words")
     bound = _bound(where, entry)
@@ -236,7 +240,9 @@ def _claim(where: str, key: str, entry: Mapping[str, Any], arms: Sequence[str]) 
         _survival(f"{where}: survives", str(name), option, statistic, bound, arms)
         for name, option in _named(entry.get("survives", ()))
     )
-    return Claim(key, str(entry["says"]), statistic, bound, beats, survives)
+    arm = str(entry.get("arm", DPO))
+    _one_of(f"{where}: arm", arm, arms)
+    return Claim(key, str(entry["says"]), statistic, bound, beats, survives, arm)
 
 
 def _survival(

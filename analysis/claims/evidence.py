@@ -100,9 +100,9 @@ class Arms:
 
 def evidence_of(claim: Claim, arms: Arms) -> Evidence:
     """Everything that the verdict on one claim is told of."""
-    beats = {name: arms.arm(DPO if name in OWN else name, statistic) for name, statistic in claim.beats.items()}
-    survives = {asked.name: arms.arm(DPO, asked.statistic) for asked in claim.survives}
-    return Evidence(arms.arm(DPO, claim.statistic), beats, survives, arms.noise_ratio, arms.noise_missing)
+    beats = {name: arms.arm(claim.arm if name in OWN else name, statistic) for name, statistic in claim.beats.items()}
+    survives = {asked.name: arms.arm(claim.arm, asked.statistic) for asked in claim.survives}
+    return Evidence(arms.arm(claim.arm, claim.statistic), beats, survives, arms.noise_ratio, arms.noise_missing)
 
 
 def judge_all(claims: Sequence[Claim], arms: Arms) -> list[Verdict]:

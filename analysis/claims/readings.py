@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from analysis.claims.claim import ARMS, DRAWN, OfTable, Within
 from analysis.claims.evidence import Arms, Figure, HeldOut
 from analysis.claims.statistics import Parting, Read
-from analysis.open.checkpoints import Checkpoints
+from analysis.open.checkpoints import USUAL_LOSS, Checkpoints, loss_of
 from analysis.open.observed import Observed
 from analysis.open.probe_pairs import PROMPTS_FILE, read_probe_pairs
 from analysis.open.runs import Run
@@ -27,7 +27,7 @@ from tiltmeter.errors import UserError
 from tiltmeter.models.causal_lm import KERNELS
 from tiltmeter.models.layers import unembedding
 from tiltmeter.pairs.batch import TokenizedPair
-from tiltmeter.pairs.preference_losses import PairLogProbs, make_preference_loss
+from tiltmeter.pairs.preference_losses import PairLogProbs
 from tiltmeter.pairs.verification import best_layout
 from tiltmeter.states.capture import Reading
 from tiltmeter.states.positions import Position, content_tokens
@@ -40,7 +40,6 @@ _LEAST_PAIRS = 4
 _MADE_BY = {"sweep": "steering_sweep", "steering_effects": "steering_sweep", "similarity_map": "similarity"}
 _MADE_BY |= dict.fromkeys(("weights_cut", "weights_by_layer"), "weights")
 """Table → the analysis that makes it, where it has another name."""
-_LOSS_KEYS = ("loss", "sft_weight", "beta", "label_smoothing", "gamma_beta_ratio")
 _NO_MODELS = "ask_models=false"
 FORMS: Mapping[str, Form] = dict(zip(DRAWN, ("gaussian", "rotated"), strict=True))
 """Arms that are drawn → form of the random weight changes."""
@@ -286,13 +285,7 @@ def losses_of(study: Study, arm: str) -> HeldOut | str:
 
 def _loss_at_start(run: Run) -> float | str:
     """Loss of every pair while the policy still is the reference; text: it isn't one number."""
-    module = run.node("module")
-    given = {key: module[key] for key in _LOSS_KEYS if key in module}
-    loss, chosen, rejected = (
-        make_preference_loss(**{"loss": "sigmoid", **given}),
-        torch.zeros(2),
-        torch.tensor([0.0, -9]),
-    )
+    loss, chosen, rejected = loss_of(run) or USUAL_LOSS, torch.zeros(2), torch.tensor([0.0, -9])
     counts = torch.tensor([1, 3])
     first, second = loss(PairLogProbs(chosen, rejected, chosen, rejected, counts, counts)).tolist()
     return float(first) if first == second else f"with module.loss={loss.name} the loss before training differs by pair"

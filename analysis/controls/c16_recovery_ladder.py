@@ -80,20 +80,20 @@ class RecoveryLadder:
         rows = []
         for site in states.sites:
             at_prompt = v_star(states, site)
-            updates = torch.cat([self._updates(checkpoints, one, site).cpu() for one in fitted])
+            updates = torch.cat([updates_of(checkpoints, one, site).cpu() for one in fitted])
             n = min(max(self.ranks), *updates.shape)
             directions = principal_directions(updates, n, centred=False).directions
             ranks = [rank for rank in self.ranks if rank <= n]
             names = [V_STAR, "mean", *(f"rank_{rank}" for rank in ranks), "own"]
             moments = RecoveryMoments([1.0] * len(names), n_rows=len(groups))
             for one in laid:
-                own = self._updates(checkpoints, one, site)
+                own = updates_of(checkpoints, one, site)
                 ladder = restricted_updates(
                     own, updates.double().mean(0).to(own.device), directions.to(own.device), ranks
                 )
                 ladder = {V_STAR: at_prompt.to(own.device).expand(len(own), -1)} | ladder
-                self._add(moments, checkpoints, one, site, [ladder[name] for name in names])
-            rows += _rows_of(moments, site, names, groups)
+                add_steps(moments, checkpoints, one, site, [ladder[name] for name in names])
+            rows += rows_of_steps(moments, site, names, groups)
         return pd.DataFrame(rows)
 
     def costs(self, checkpoints: Checkpoints) -> list[Cost]:
@@ -111,36 +111,37 @@ class RecoveryLadder:
         n_layers = checkpoints.base.model.config.num_hidden_layers
         return swept_sites(self.sites, n_layers)
 
-    def _updates(self, checkpoints: Checkpoints, laid: LaidPairs, site: str) -> Float[Tensor, "token d_model"]:
-        """δ of every token that a token of a response is predicted from."""
-        base, policy = (
-            hidden_at(opened.model, laid.batch, site)[laid.predicting].double()
-            for opened in (checkpoints.base, checkpoints.aligned)
-        )
-        return policy - base
 
-    def _add(
-        self,
-        moments: RecoveryMoments,
-        checkpoints: Checkpoints,
-        laid: LaidPairs,
-        site: str,
-        steps: Sequence[Float[Tensor, "token d_model"]],
-    ) -> None:
-        """Add what a batch recovers under each step of the ladder."""
-        moves = []
-        for step in steps:
-            move = step.new_zeros(*laid.predicting.shape, step.shape[1])
-            move[laid.predicting] = step
-            moves.append(move)
-        for part in moved_logits(checkpoints.base.model, laid.batch, site=site, moves=moves):
-            chosen = laid.is_chosen[part.targets]
-            goal = laid.goal_logits(checkpoints.aligned.model, part.targets[chosen])
-            start, *steered = part.logits[:, chosen]
-            moments.update(goal, start, steered, laid.pairs[part.targets[chosen]])
+def updates_of(checkpoints: Checkpoints, laid: LaidPairs, site: str) -> Float[Tensor, "token d_model"]:
+    """δ of every token that a token of a response is predicted from."""
+    base, policy = (
+        hidden_at(opened.model, laid.batch, site)[laid.predicting].double()
+        for opened in (checkpoints.base, checkpoints.aligned)
+    )
+    return policy - base
 
 
-def _rows_of(
+def add_steps(
+    moments: RecoveryMoments,
+    checkpoints: Checkpoints,
+    laid: LaidPairs,
+    site: str,
+    steps: Sequence[Float[Tensor, "token d_model"]],
+) -> None:
+    """Add what a batch recovers under each step of a ladder, which moves every token that :func:`updates_of` is of."""
+    moves = []
+    for step in steps:
+        move = step.new_zeros(*laid.predicting.shape, step.shape[1])
+        move[laid.predicting] = step
+        moves.append(move)
+    for part in moved_logits(checkpoints.base.model, laid.batch, site=site, moves=moves):
+        chosen = laid.is_chosen[part.targets]
+        goal = laid.goal_logits(checkpoints.aligned.model, part.targets[chosen])
+        start, *steered = part.logits[:, chosen]
+        moments.update(goal, start, steered, laid.pairs[part.targets[chosen]])
+
+
+def rows_of_steps(
     moments: RecoveryMoments, site: str, names: Sequence[str], groups: Sequence[str]
 ) -> list[dict[str, object]]:
     """R of each step, and R as a share of the oracle's, which is the last step."""

@@ -102,6 +102,11 @@ class GradientField:
         self.model, self.sites, self.n_pairs, self.seed = model, sites, n_pairs, seed
         self.points_per_axis, self.step, self.dtype, self.device = points_per_axis, step, dtype, device
 
+    @property
+    def asks_base_alone(self) -> bool:
+        """Whether all runs of one base and the same pairs have the same answer."""
+        return self.model == "base"
+
     def table(self, checkpoints: Checkpoints) -> "FieldTable":
         """Take all gradients.
 

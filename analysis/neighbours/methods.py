@@ -5,13 +5,12 @@ each method says by itself, for judges.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 
 import pandas as pd
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from analysis.belief.judged import judges_of
@@ -19,11 +18,12 @@ from analysis.belief.shifted_prompts import Writer, writer_of
 from analysis.contract import Cost
 from analysis.controls.c15_random_vectors import interpolate
 from analysis.neighbours.lines import BASE, Line, Source, Sums, mean_change, measure
-from analysis.open.checkpoints import Checkpoints, checkpoints_of_run, start_scorers
+from analysis.neighbours.trained import n_changed, n_in_adapter, name_of
+from analysis.open.checkpoints import Checkpoints, check_same_base, checkpoints_of_run, start_scorers
 from analysis.open.models import LoadedModel
-from analysis.open.pair_log_probs import tokens_of_pairs
+from analysis.open.pair_log_probs import losses_of, tokens_of_pairs
 from analysis.open.probe_pairs import ProbePair
-from analysis.open.runs import ADAPTER_FOLDER, Run, open_run
+from analysis.open.runs import ADAPTER_FOLDER, Run, is_finished, minutes_of, open_run
 from analysis.steering.directions import States, split_by_prompt, v_star
 from analysis.steering.sweep import check_options
 from analysis.steering.unrelated_prompts import unrelated_ids
@@ -163,6 +163,9 @@ class _Asked:
         }
         self.others: dict[str, LoadedModel] = {}
         self.n_trained: dict[str, int] = {}
+        self.minutes: dict[str, float] = {}
+        if checkpoints.sources is not None and is_finished(own := Path(checkpoints.sources[1]).parent):
+            self.minutes[DPO] = minutes_of(own)
         for run in options.runs:
             self._add(run)
         self.writer = self._writer()
@@ -170,13 +173,12 @@ class _Asked:
     def _add(self, run: Run) -> None:
         """Open another run of the same base. Raises UserError: it is of another."""
         opened = checkpoints_of_run(run, dtype=self.options.dtype, device=self.options.device)
-        own, other = (of.model.state_dict() for of in (self.checkpoints.base, opened.base))
-        if own.keys() != other.keys() or any(not torch.equal(own[name], other[name]) for name in own):
-            raise UserError(f"{NAME}.runs: {run.folder}: its base is another model; give runs of one base")
-        name = _name_of(run)
+        check_same_base(f"{NAME}.runs", run, self.checkpoints, opened)
+        name = name_of(run)
         name = name if name not in self.others else f"{name} ({run.folder.name})"
         self.others[name] = opened.aligned
-        self.n_trained[name] = _n_in_adapter(run.folder / ADAPTER_FOLDER) or _n_changed(opened.base, opened.aligned)
+        self.n_trained[name] = n_in_adapter(run.folder / ADAPTER_FOLDER) or n_changed(opened.base, opened.aligned)
+        self.minutes[name] = minutes_of(run.folder)
         self.missing.pop(name, None)
 
     def _writer(self) -> Writer | None:
@@ -263,9 +265,9 @@ class _Asked:
         return found
 
     def cost(self, method: str) -> dict[str, float]:
-        """Numbers that were fitted, and passes that a token takes."""
+        """Numbers that were fitted, minutes that a run of it took, and passes that a token takes."""
         trained = self.n_trained.get(DPO) or self.n_trained.setdefault(
-            DPO, _n_changed(self.checkpoints.base, self.checkpoints.aligned)
+            DPO, n_changed(self.checkpoints.base, self.checkpoints.aligned)
         )
         fitted = {
             VECTOR: len(self.vector),
@@ -276,7 +278,11 @@ class _Asked:
             BEST_OF: trained,
         }
         passes = {CFGRL: 2, LINEAR: 2, BEST_OF: self.options.best_of + 2}
-        return {"parameters": fitted.get(method, self.n_trained.get(method, 0)), "passes": passes.get(method, 1)}
+        return {
+            "parameters": fitted.get(method, self.n_trained.get(method, 0)),
+            "minutes": self.minutes.get(method, math.nan),
+            "passes": passes.get(method, 1),
+        }
 
 
 class _Judged:
@@ -373,12 +379,15 @@ def _row(
     lost = -(sums.log_probs[i, :, 0] - sums.log_probs[0, :, 0])
     lost_neutral = -(neutral.log_probs[i, :, 0] - neutral.log_probs[0, :, 0])
     on_neutral = NO_INTERVAL if line.source == PROMPT else ratio_of_sums(lost_neutral.tolist(), n_neutral, names)
+    ids = [pair.ids for pair in asked.pairs]
+    losses = losses_of(asked.checkpoints.loss, sums.log_probs[i][None], sums.log_probs[0], ids)[0]
     speaks_at = {CFGRL: GUIDED_AT, LINEAR: GUIDED_AT}.get(line.method, 1.0)
     return {
         "method": line.method,
         "strength": line.strength,
         **_mean(gained, groups).named("preference_gained"),
         **share.named("share_of_dpo"),
+        **_mean(losses, groups).named("preference_loss"),
         **share_interval([float(x > 0) for x in gained.tolist()], groups).named("accuracy"),
         **ratio_of_sums(sums.kl[i].tolist(), n_tokens.tolist(), groups).named("kl"),
         **ratio_of_sums(lost.tolist(), n_tokens.tolist(), groups).named("loss_chosen"),
@@ -404,40 +413,3 @@ def _at_equal_kl(table: pd.DataFrame, lines: Sequence[Line], sums: Sums) -> dict
 
 def _mean(values: Tensor, groups: Sequence[str]) -> Interval:
     return ratio_of_sums(values.tolist(), [1.0] * len(groups), groups)
-
-
-def _name_of(run: Run) -> str:
-    """Name of another run's method: its adapter where it has one, else its arm or loss."""
-    if run.setting("module.vector.both_signs"):
-        return "bipo"
-    if run.node("module.vector"):
-        return "constant_vector"
-    for node, name in (("module.lora", "lora"), ("module.sparse", "fsrl")):
-        if run.node(node):
-            return name
-    arm = run.setting("arm")
-    return str(arm) if arm not in (None, "dpo") else f"{run.setting('module.loss') or 'sigmoid'} ({run.folder.name})"
-
-
-def _n_changed(base: LoadedModel, other: LoadedModel) -> int:
-    """Numbers in the weights of which any differs."""
-    own = base.model.state_dict()
-    return sum(
-        x.numel() for name, x in other.model.state_dict().items() if name in own and not torch.equal(x, own[name])
-    )
-
-
-def _n_in_adapter(folder: Path) -> int:
-    """Numbers in the files of an adapter; 0 where there is none."""
-    total = 0
-    for path in _files_of(folder):
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())[:100]})") from error
-    return total
-
-
-def _files_of(folder: Path) -> Iterator[Path]:
-    return iter(sorted(folder.glob("*.safetensors")))

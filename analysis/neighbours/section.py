@@ -100,11 +100,13 @@ def _shown(table: pd.DataFrame) -> pd.DataFrame:
         "preference_gained": ("preference, nats", "+.2f"),
         "share_of_dpo": ("share of dpo’s", "percent"),
         "gained_at_equal_kl": ("at dpo’s KL", "+.2f"),
+        "preference_loss": ("held-out loss", ".3f"),
         "accuracy": ("accuracy", "percent"),
         "behaviour": ("win rate", "percent"),
         "kl": ("KL", ".3f"),
         "loss_neutral": ("neutral loss", "+.3f"),
         "parameters": ("parameters", ",.0f"),
+        "minutes": ("minutes", ".1f"),
         "passes": ("passes", ".0f"),
     }
     rows = []

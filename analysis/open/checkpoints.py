@@ -25,7 +25,7 @@ from tiltmeter.models.causal_lm import DTYPES
 from tiltmeter.models.generation import named_end_ids
 from tiltmeter.models.trained_vector import VectorOptions, insert_vector
 from tiltmeter.pairs.chat import TextChoice, settle_text_format
-from tiltmeter.pairs.preference_losses import make_preference_loss
+from tiltmeter.pairs.preference_losses import PreferenceLoss, make_preference_loss
 from tiltmeter.scoring import scorer as scoring
 from tiltmeter.scoring.behaviour import Prompt
 from tiltmeter.scoring.scorer import LabelledPair, Scorer
@@ -34,8 +34,8 @@ from tiltmeter.sparse.steering_file import load_steering
 from tiltmeter.steering.vector import load_vectors
 
 Device = str | None
-USUAL_BETA = 0.1
-"""β where it is not known with which one a model was trained; it only scales margins."""
+USUAL_LOSS = make_preference_loss("sigmoid")
+"""Loss where it is not known with which one a model was trained; its β only scales margins."""
 _SHAPE = (
     "model_type", "hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads", "num_key_value_heads",
     "intermediate_size",
@@ -43,6 +43,8 @@ _SHAPE = (
 """Settings that two checkpoints of one model have in common, as transformers names it, whatever names a family uses."""
 _NOT_COMPUTED = ("architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "tie_word_embeddings")
 """Settings that say nothing about what a model computes; nor do names and special tokens."""
+_LOSS_KEYS = ("loss", "sft_weight", "beta", "label_smoothing", "gamma_beta_ratio")
+"""Options of a module that are its loss's."""
 _LEAST_LENGTH = 8
 """Least length that :class:`~datamodules.tokenization.PairTokenizer` takes."""
 
@@ -55,8 +57,8 @@ class Checkpoints:
         base, aligned: opened, in evaluation mode.
         pairs: held out, in a fixed order.
         world: the synthetic world that the pairs are from, if they are.
-        beta: of the loss that aligned was trained with, as far as it is known.
-        knows_beta: whether it is; else it is the usual one.
+        loss: that aligned was trained with, as far as it is known.
+        knows_beta: whether its β is; else it is the usual one.
         sources: folder or hub id of base and aligned, from which they were opened; None: not known.
     """
 
@@ -64,9 +66,14 @@ class Checkpoints:
     aligned: LoadedModel
     pairs: Sequence[ProbePair]
     world: SyntheticWorld | None = None
-    beta: float = USUAL_BETA
+    loss: PreferenceLoss = USUAL_LOSS
     knows_beta: bool = False
     sources: tuple[str, str] | None = None
+
+    @property
+    def beta(self) -> float:
+        """β of the loss."""
+        return self.loss.beta
 
     @cached_property
     def token_log_probs(self) -> tuple[list[SideLogProbs], list[SideLogProbs]]:
@@ -100,7 +107,7 @@ def checkpoints_of_run(
     check_ids(pairs, opened[0].model, run.folder / PROMPTS_FILE)
     knows_beta = "train/rewards/margins" in run.metrics  # SFT has none
     sources = base, str(run.aligned)
-    return Checkpoints(*opened, pairs, _world_of(run), _beta_of(run), knows_beta, sources)
+    return Checkpoints(*opened, pairs, _world_of(run), loss_of(run) or USUAL_LOSS, knows_beta, sources)
 
 
 class HeldOutPairs:
@@ -195,6 +202,20 @@ class HeldOutPairs:
         cuts.written_as = "{}: {}".format(*written_as)
         _check_same_ids(opened, kept)
         return [ProbePair.of(record, tokens) for record, tokens in zip(kept, ids, strict=True)], cuts
+
+
+def check_same_base(key: str, run: Run, own: Checkpoints, other: Checkpoints) -> None:
+    """Refuse a run of another base than the models that it is to be compared with.
+
+    Args:
+        key: option that gave the run, for the message.
+
+    Raises:
+        UserError: their bases' weights differ.
+    """
+    one, two = (of.base.model.state_dict() for of in (own, other))
+    if one.keys() != two.keys() or any(not torch.equal(one[name], two[name]) for name in one):
+        raise UserError(f"{key}: {run.folder}: its base is another model; give runs of one base")
 
 
 def prompts_of_file(path: str, n_prompts: int | None, opened: LoadedModel) -> list[Prompt]:
@@ -294,12 +315,13 @@ def settings_that_differ(checkpoints: Checkpoints) -> list[str]:
     ]
 
 
-def _beta_of(run: Run) -> float:
-    """β of the run's loss; the usual one where its configuration names none that exists."""
+def loss_of(run: Run) -> PreferenceLoss | None:
+    """The loss of a run with its options; None where its configuration names none that exists, as SFT's."""
+    module = run.node("module")
     try:
-        return make_preference_loss(str(run.setting("module.loss") or "sigmoid"), beta=run.setting("module.beta")).beta
+        return make_preference_loss(**{"loss": "sigmoid", **{key: module[key] for key in _LOSS_KEYS if key in module}})
     except UserError:
-        return USUAL_BETA
+        return None
 
 
 def _world_of(run: Run) -> SyntheticWorld | None:

@@ -14,6 +14,7 @@ from tiltmeter.models.cpu_linear import fast_linear, linear
 from tiltmeter.models.layers import Unembedding, unembedding
 from tiltmeter.pairs.batch import PreferenceBatch, TokenizedPair, collate_pairs
 from tiltmeter.pairs.log_probs import default_chunk_tokens, scale_and_cap, target_hidden_states, token_log_probs
+from tiltmeter.pairs.preference_losses import PairLogProbs, PreferenceLoss
 from tiltmeter.steering.recovery import kl_divergences
 
 _TOKENS_PER_BATCH = 8192
@@ -112,6 +113,22 @@ def sums_of_pairs(said: Sequence[SideLogProbs]) -> Float[Tensor, "pair side"]:
     [[-3.0, -4.0]]
     """
     return torch.tensor([[float(side.sum()) for side in pair] for pair in said], dtype=torch.float64).reshape(-1, 2)
+
+
+def losses_of(
+    loss: PreferenceLoss,
+    sums: Float[Tensor, "model pair side"],
+    reference: Float[Tensor, "pair side"],
+    pairs: Sequence[TokenizedPair],
+) -> Float[Tensor, "model pair"]:
+    """Preference loss of every pair by several models, each with the same reference.
+
+    Args:
+        sums: log π of chosen and rejected by each, nats.
+        reference: log π₀ of both.
+    """
+    counts = torch.tensor([[len(pair.chosen_ids), len(pair.rejected_ids)] for pair in pairs])
+    return torch.stack([loss(PairLogProbs(*of.unbind(1), *reference.unbind(1), *counts.unbind(1))) for of in sums])
 
 
 def _by_response(said: Tensor, batch: PreferenceBatch, pairs: Sequence[TokenizedPair]) -> Sequence[Tensor]:

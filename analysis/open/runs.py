@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -176,6 +177,15 @@ def is_finished(folder: Path) -> bool:
     """aligned/, or adapter/ alone where it can't be merged, is renamed into place as the last thing that training writes."""
     adapter = folder / ADAPTER_FOLDER
     return _is_merged(folder) or any((adapter / name).is_file() for name in _ADAPTER_FILES)
+
+
+def minutes_of(folder: Path) -> float:
+    """Minutes that a finished run took, by its files: from its configuration to its last metric; NaN where one is missing."""
+    files = folder / "metrics.csv", folder / "config.yaml"
+    if not all(path.is_file() for path in files):
+        return math.nan
+    seconds = files[0].stat().st_mtime - files[1].stat().st_mtime
+    return round(max(seconds, 0.0) / 60, 2)
 
 
 def _is_merged(folder: Path) -> bool:

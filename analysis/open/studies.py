@@ -17,6 +17,8 @@ from tiltmeter.files import sha256_of
 
 FILE = "study.yaml"
 DPO = "dpo"
+TOOLS = ("sparse_autoencoder",)
+"""Arms that train no policy, but what other arms need."""
 ARM_NAMES: Mapping[str, str] = {
     "sft_chosen": "SFT on chosen",
     "dpo_shuffled": "shuffled labels",
@@ -25,6 +27,7 @@ ARM_NAMES: Mapping[str, str] = {
     "lm_continued": "more LM training",
     "constant_vector": "one vector",
     "constant_vector_shuffled": "vector, shuffled labels",
+    "fsrl": "sparse features (FSRL)",
     "random_update": "random weights",
     "random_update_rotated": "random, same spectrum",
 }
@@ -82,7 +85,9 @@ def open_study(folder: Path) -> Study:
         except UserError as error:
             left_out.append(f"{path.name}: {error}")
         else:
-            found.setdefault(str(run.setting("arm")), []).append(run)
+            arm = str(run.setting("arm"))
+            if arm not in TOOLS:
+                found.setdefault(arm, []).append(run)
     if not found.get(DPO):
         lost = f" ({'; '.join(left_out)})" if left_out else ""
         raise UserError(f"{folder}: no finished run of arm {DPO}{lost}; train the study first")
@@ -95,7 +100,7 @@ def open_study(folder: Path) -> Study:
             else:
                 runs.setdefault(arm, []).append(run)
     planned: dict[str, int] = {}
-    for arm, _ in said["plan"]:
+    for arm, _ in (entry for entry in said["plan"] if entry[0] not in TOOLS):
         planned[str(arm)] = planned.get(str(arm), 0) + 1
     return Study(
         folder,

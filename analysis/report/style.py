@@ -30,6 +30,7 @@ COLOURS: Mapping[str, str] = {
     "lm_continued": "#44aa99",
     "constant_vector": "#882255",
     "constant_vector_shuffled": "#c9a227",
+    "fsrl": "#332288",
     "random_update": "#767676",
     "null": "#b3b3b3",
     "mark": "#767676",

@@ -111,7 +111,7 @@ def _arms(config: DictConfig, study: Study) -> Arms:
             say=lambda what: status.update(f"Asking: {what} …"),
             open_run=partial(_open, config) if config.ask_models else None,
             of_other=None if config.get("data") is None else partial(_on_other_corpus, config),
-            make_table=partial(_make_table, config) if config.ask_models else None,
+            make_table=_Tables(config) if config.ask_models else None,
         )
 
 
@@ -171,31 +171,48 @@ def _on_other_corpus(config: DictConfig, run: Run, opened: Checkpoints) -> Check
     return pairs.of_models(opened, instantiate(config.data))
 
 
-def _make_table(config: DictConfig, run: Run, name: str) -> None:
-    """Make what a claim's table says, of a run's models or of its stored states, in the run's report; else it is missing."""
-    analysis = next((a for a in ANALYSES if a.name == name and a.needs.what != "run"), None)
-    if analysis is None:
-        return
-    tables = run.report / "tables"
-    console().print(f"{run.folder.name}: {name} …", soft_wrap=True, markup=False)
-    try:
-        section = analysis.answer(_given(analysis, config, run, tables))
-    except UserError as error:
-        console().print(f"{run.folder.name}: no {name}: {error}", soft_wrap=True, markup=False)
-        return
-    if section is None:
-        return
-    for stem, table in {name: section.table, **section.more_tables}.items():
-        write_text(tables / f"{stem}.csv", table.to_csv(index=False, lineterminator="\n"))
+class _Tables:
+    """Makes what a claim's table says, of a run's models or of its stored states, in the run's report; else it is missing.
 
+    What is asked of the base alone, which all runs have in common, is asked once.
+    """
 
-def _given(analysis: Analysis, config: DictConfig, run: Run, tables: Path) -> Observed | Asking:
-    """Open what an analysis of a run asks: its stored states, or its models."""
-    if analysis.needs.what == "states":
-        return Observed.stored(run.folder, run.metrics)
-    asking = Asking(instantiate(config[analysis.node]), _open(config, run), tables, takes_old=True)
-    analysis.start(asking)
-    return asking
+    def __init__(self, config: DictConfig) -> None:
+        self._config = config
+        self._of_base: dict[str, Section | None] = {}
+
+    def __call__(self, run: Run, name: str) -> None:
+        """Write a table into a run's report."""
+        analysis = next((a for a in ANALYSES if a.name == name and a.needs.what != "run"), None)
+        if analysis is None:
+            return
+        tables = run.report / "tables"
+        section = self._of_base[name] if name in self._of_base else self._ask(analysis, run, tables)
+        if section is None:
+            return
+        for stem, table in {name: section.table, **section.more_tables}.items():
+            write_text(tables / f"{stem}.csv", table.to_csv(index=False, lineterminator="\n"))
+
+    def _ask(self, analysis: Analysis, run: Run, tables: Path) -> Section | None:
+        """The section that a run's stored states or its models give."""
+        console().print(f"{run.folder.name}: {analysis.name} …", soft_wrap=True, markup=False)
+        question = instantiate(self._config[analysis.node]) if analysis.node else None
+        try:
+            section = analysis.answer(self._given(analysis, question, run, tables))
+        except UserError as error:
+            console().print(f"{run.folder.name}: no {analysis.name}: {error}", soft_wrap=True, markup=False)
+            return None
+        if getattr(question, "asks_base_alone", False):
+            self._of_base[analysis.name] = section
+        return section
+
+    def _given(self, analysis: Analysis, question: object, run: Run, tables: Path) -> Observed | Asking:
+        """Open what an analysis of a run asks: its stored states, or its models."""
+        if analysis.needs.what == "states":
+            return Observed.stored(run.folder, run.metrics)
+        asking = Asking(question, _open(self._config, run), tables, takes_old=True)
+        analysis.start(asking)
+        return asking
 
 
 def _subject(study: Study, arms: Arms, claims: str) -> Subject:

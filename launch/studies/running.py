@@ -21,7 +21,7 @@ import yaml
 from filelock import FileLock, Timeout
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from analysis.open.studies import DPO, FILE
 from launch.configuration import CONF
@@ -145,7 +145,16 @@ def _planned(config: DictConfig) -> list[Arm]:
 
 
 def _check_matched(config: DictConfig) -> None:
-    """Refuse to match an arm that there isn't, or no try at all. Raises UserError."""
+    """Refuse to match an arm that there isn't, or no try at all, and options of no arm. Raises UserError."""
+    for arm, texts in config.study.options.items():
+        if (
+            arm not in config.study.arms
+            or not isinstance(texts, ListConfig)
+            or not all("=" in str(text) for text in texts)
+        ):
+            raise UserError(
+                f"study.options.{arm}: expected an arm of study.arms with a list such as [module.learning_rate=1e-3], got {texts}"
+            )
     if config.study.kl_matched and config.study.kl_tries < 1:
         raise UserError("study.kl_tries: expected at least 1; study.kl_matched=[] leaves learning rates as they are")
     for arm in map(str, config.study.kl_matched):
@@ -226,7 +235,8 @@ def _train(plan: Plan, runs: Sequence[Arm], start: Start) -> list[Arm]:
 def _words(plan: Plan, runs: Sequence[Arm]) -> list[str]:
     """Command line of runs of one arm."""
     seeds = ",".join(str(run.seed) for run in runs)
-    return [*plan.overrides, f"arm={runs[0].arm}", f"seed={seeds}", f"study_folder={plan.folder.name}"]
+    own = [str(text) for text in plan.config.study.options.get(runs[0].arm, ())]
+    return [*plan.overrides, *own, f"arm={runs[0].arm}", f"seed={seeds}", f"study_folder={plan.folder.name}"]
 
 
 def _try(plan: Plan, start: Start, run: Arm, learning_rate: float) -> Ended:

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from analysis.open.runs import is_finished
+from analysis.open.runs import is_finished, minutes_of
 from analysis.open.studies import FILE, runs_in
 from tiltmeter.files import write_text
 
@@ -70,8 +70,7 @@ def state_of(run: Path) -> tuple[str, str, float]:
     """State, name and minutes of a run."""
     if not is_finished(run):
         return "waiting", run.name, 0.0
-    seconds = (run / "metrics.csv").stat().st_mtime - (run / "config.yaml").stat().st_mtime
-    return "finished", run.name, round(max(seconds, 0.0) / 60, 2)
+    return "finished", run.name, minutes_of(run)
 
 
 def write_study(

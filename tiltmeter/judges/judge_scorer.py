@@ -45,6 +45,7 @@ class JudgeScorer:
         seed: int = 0,
         agreement_pairs: int = AGREEMENT_PAIRS,
     ) -> None:
+        self.judge = judge
         self._rated = GEvalScorer(
             judge,
             criteria=criteria,

@@ -126,6 +126,31 @@ Comparison: <one sentence>
 Better: <A or B>""",
 )
 
+EXPLAIN_FEATURE = PromptTemplate(
+    "explain-feature",
+    f"You explain what a unit inside a language model responds to. {_APART}",
+    """\
+One unit of a language model is most active at the words between « and » in these texts:
+
+{examples}
+
+Say in one line of at most twenty words what those words, or what they are part of, have in common. Write that line and nothing \
+else.""",
+)
+
+CLASSIFY_FEATURE = PromptTemplate(
+    "classify-feature",
+    f"You sort descriptions of units inside a language model. {_APART}",
+    """\
+{feature}
+
+Which kind does this unit belong to?
+{kinds}
+
+Answer with one letter and nothing else.
+Kind:""",
+)
+
 
 def digest(*wording: str) -> str:
     """The first twelve digits of the SHA-256 of what a judge is told: equal digits, equal words."""

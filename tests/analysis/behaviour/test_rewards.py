@@ -14,6 +14,7 @@ from analysis.report.coloured import coloured_text, token_texts
 from tests.analysis import asked
 from tests.analysis.legible import assert_legible
 from tiltmeter.errors import UserError
+from tiltmeter.pairs.preference_losses import make_preference_loss
 from tiltmeter.scoring.depth import FIRST_TOKENS
 from tiltmeter.stats.proportions import share_interval
 
@@ -118,7 +119,9 @@ def test_an_assumed_beta_is_called_that_and_a_run_s_own_is_not() -> None:
     assumed = rewards_section(Rewards().table(TWO))
     assert any("β = 0.1 is assumed" in line for line in assumed.reading)
     assert "(assumed)" in assumed.headlines[0].name
-    of_run = Rewards(n_shown=0).table(Checkpoints(TWO.base, TWO.aligned, TWO.pairs, beta=0.5, knows_beta=True))
+    of_run = Rewards(n_shown=0).table(
+        Checkpoints(TWO.base, TWO.aligned, TWO.pairs, loss=make_preference_loss("sigmoid", beta=0.5), knows_beta=True)
+    )
     section = rewards_section(of_run)
     assert any(line.startswith("β = 0.5, the run’s own") for line in section.reading)
     assert section.coloured is None

@@ -188,7 +188,7 @@ def test_a_run_is_asked_about_its_own_pairs(make_run: MakeRun) -> None:
 @pytest.mark.parametrize("beta", ["a lot", -1, None])
 def test_a_beta_that_none_has_is_not_used(make_run: MakeRun, beta: Any) -> None:
     run = open_run(finished_run(make_run, config={"module": {"beta": beta}}))
-    assert checkpoints_of_run(run).beta == module.USUAL_BETA
+    assert checkpoints_of_run(run).beta == module.USUAL_LOSS.beta
 
 
 def test_a_run_without_prompts(make_run: MakeRun) -> None:
