@@ -258,7 +258,7 @@ def test_what_several_processes_cannot_do_is_one_line(
     options: tuple[str, ...], words: str, done: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(done / "cache", tmp_path / "cache")
-    sae = (f"module.sparse.sae={only_run(done, 'tiny_sae') / 'adapter'}",) if "adapter=sparse" in options else ()
+    sae = (f"module.sparse.sae={only_run(done, 'tiny_sae') / 'adapter'}",) if "experiment=tiny_fsrl" in options else ()
     ended = run_train_together(*options, *sae, *TWO_PROCESSES, f"runs_root={tmp_path}")
     assert ended.returncode == 2
     assert words in ended.stderr

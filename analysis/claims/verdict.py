@@ -70,9 +70,9 @@ class Evidence:
     """Figures of one claim: of the arm that it is about, of each control, and under each condition.
 
     Args:
-        own: T of the dpo runs; text: why there is none.
+        own: T of the runs of the claim's arm; text: why there is none.
         beats: control → its T, or why there is none.
-        survives: condition → T of the dpo runs there, or why there is none.
+        survives: condition → T of the same runs there, or why there is none.
         noise_ratio: ‖δ‖ over the noise floor; NaN: not measured, text in ``noise_missing``.
     """
 
@@ -94,7 +94,7 @@ def judge(claim: Claim, evidence: Evidence) -> Verdict:
     def verdict(kind: Kind, sentence: str) -> Verdict:
         return Verdict(claim, kind, sentence, value, own.n_runs, checks)
 
-    missing = _missing(own, evidence, checks)
+    missing = _missing(claim, own, evidence, checks)
     if missing:
         return verdict(INCONCLUSIVE, f"Not judged: {'; '.join(missing)}.")
     said = f"T = {value.value:.3g} ({value.low:.3g} … {value.high:.3g})"
@@ -110,8 +110,8 @@ def judge(claim: Claim, evidence: Evidence) -> Verdict:
     return verdict(SUPPORTED, f"{said} passes {claim.bound}, beats {beaten}, and holds wherever it must.")
 
 
-def _missing(own: Arm, evidence: Evidence, checks: tuple[Check, ...]) -> list[str]:
-    found = [] if own.n_runs >= LEAST_SEEDS else [f"{own.n_runs} of {LEAST_SEEDS} seeds of dpo"]
+def _missing(claim: Claim, own: Arm, evidence: Evidence, checks: tuple[Check, ...]) -> list[str]:
+    found = [] if own.n_runs >= LEAST_SEEDS else [f"{own.n_runs} of {LEAST_SEEDS} seeds of {claim.arm}"]
     found += [f"{check.name} ({check.missing})" for check in checks if check.passed is None]
     if math.isnan(evidence.noise_ratio):
         found.append(f"noise floor ({evidence.noise_missing})")

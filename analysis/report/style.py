@@ -146,7 +146,9 @@ def label_ends(axes: Axes, labels: Sequence[EndLabel], *, room: float = 0.24) ->
     low, high = axes.get_ylim()
     axes.set_xticks([tick for tick in axes.get_xticks() if left <= tick <= right])
     axes.spines["bottom"].set_bounds(left, right)
-    axes.set_xlim(left, left + (right - left) / (1 - room))
+    scale = axes.get_xaxis().get_transform()
+    ends = scale.transform([left, right])
+    axes.set_xlim(left, float(scale.inverted().transform(ends[0] + (ends[1] - ends[0]) / (1 - room))))
     axes.set_ylim(low, high)
     to_axes = axes.transData + axes.transAxes.inverted()  # of any scale
     height = axes.get_window_extent().height / axes.figure.dpi * 72  # in points; the layout to come changes it little

@@ -219,17 +219,16 @@ def _draw_top(axes: Axes, table: pd.DataFrame) -> str:
     axes.set_xscale("log")
     axes.set_xticks(list(x), [f"{value:g}" for value in x])
     axes.minorticks_off()
+    axes.set_xlim(x.min() / 1.1, x.max() * 1.1)
     axes.set_xlabel("features used most, % of those used")
     axes.set_ylabel("share of the gain in loss")
     last = rows.iloc[-1]
-    label_ends(
-        axes,
-        [
-            EndLabel(last["kept"], "these alone", COLOURS["policy"]),
-            EndLabel(last["without"], "without these", COLOURS["policy_dark"]),
-            EndLabel((last["random_low"] + last["random_high"]) / 2, "random", COLOURS["mark"]),
-        ],
-    )
+    labels = [
+        EndLabel(last["kept"], "these alone", COLOURS["policy"]),
+        EndLabel(last["without"], "without these", COLOURS["policy_dark"]),
+        EndLabel((last["random_low"] + last["random_high"]) / 2, "random", COLOURS["mark"]),
+    ]
+    label_ends(axes, [label for label in labels if math.isfinite(label.y)])
     tenth = rows[rows["share"] == 0.1].iloc[0]
     return f"A tenth of the features keeps {as_text(tenth['kept'], 'percent')} of what steering gains"
 
@@ -253,6 +252,7 @@ def _draw_explained(axes: Axes, table: pd.DataFrame) -> str:
     axes.set_xscale("log", base=2)
     ticks = sorted(set(table["n_features"]))
     axes.set_xticks(ticks, [str(n) for n in ticks])
+    axes.minorticks_off()
     axes.tick_params(axis="x", labelsize=6)
     lowest = float(np.nanmin(table[["explained_update", "explained_v_star"]].to_numpy()))
     axes.set_ylim(max(-1.0, min(0.0, lowest) - 0.05), 1.02)

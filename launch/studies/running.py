@@ -73,7 +73,7 @@ def run_study(overrides: Sequence[str], *, start: Start | None = None) -> Path:
         UserError: wrong options, a study without dpo, or another process is at it.
     """
     for text in overrides:
-        key = text.lstrip("+~").partition("=")[0].partition(".")[0]
+        key = _key(text).partition(".")[0]
         if key in _SET_BY_STUDY:
             raise UserError(f"{key}: a study sets it itself ({_SET_BY_STUDY[key]}); leave it out")
     try:
@@ -86,11 +86,7 @@ def run_study(overrides: Sequence[str], *, start: Start | None = None) -> Path:
         ) from error
     check_options(config)
     planned = _planned(config)
-    kept = [
-        text
-        for text in overrides
-        if text not in ("--multirun", "-m") and text.lstrip("+~").partition("=")[0].partition(".")[0] != "study"
-    ]
+    kept = [text for text in overrides if text not in ("--multirun", "-m") and _key(text).partition(".")[0] != "study"]
     folder = _folder(Path(config.runs_root) / config.name, kept)
     try:
         with FileLock(folder / ".study.lock", timeout=0):
@@ -153,7 +149,7 @@ def _check_matched(config: DictConfig) -> None:
             or not all("=" in str(text) for text in texts)
         ):
             raise UserError(
-                f"study.options.{arm}: expected an arm of study.arms with a list such as [module.learning_rate=1e-3], got {texts}"
+                f"study.options.{arm}: expected an arm of study.arms with a list such as ['module.learning_rate=1e-3'], got {texts}"
             )
     if config.study.kl_matched and config.study.kl_tries < 1:
         raise UserError("study.kl_tries: expected at least 1; study.kl_matched=[] leaves learning rates as they are")
@@ -233,10 +229,17 @@ def _train(plan: Plan, runs: Sequence[Arm], start: Start) -> list[Arm]:
 
 
 def _words(plan: Plan, runs: Sequence[Arm]) -> list[str]:
-    """Command line of runs of one arm."""
+    """Command line of runs of one arm; its own options take the places of shared ones of the same key or below it."""
     seeds = ",".join(str(run.seed) for run in runs)
     own = [str(text) for text in plan.config.study.options.get(runs[0].arm, ())]
-    return [*plan.overrides, *own, f"arm={runs[0].arm}", f"seed={seeds}", f"study_folder={plan.folder.name}"]
+    keys = tuple(f"{_key(text)}." for text in own)
+    shared = [text for text in plan.overrides if not f"{_key(text)}.".startswith(keys)]
+    return [*shared, *own, f"arm={runs[0].arm}", f"seed={seeds}", f"study_folder={plan.folder.name}"]
+
+
+def _key(text: str) -> str:
+    """Key of a word of the command line."""
+    return text.lstrip("+~").partition("=")[0]
 
 
 def _try(plan: Plan, start: Start, run: Arm, learning_rate: float) -> Ended:
