@@ -305,10 +305,13 @@ def draw_calibration(path: Path, n_draws: int) -> None:
             axes.plot(LEVELS, [found[level][name] for level in LEVELS], "o-", color=colour, label=name)
         axes.set_xlabel("level that an interval says")
         axes.set_ylabel("share that hold the truth")
-        axes.legend(frameon=False, loc="upper left")
+        axes.set_ylim(0.2, 1.02)
+        axes.legend(frameon=False, loc="lower right")
         least = min(found[0.95].values())
         set_titles(
-            figure, [axes], [f"Of 95\u00a0% intervals {100 * least:.0f}\u00a0% or more hold the truth ({n_draws} sets)"]
+            figure,
+            [axes],
+            [f"95\u00a0% intervals of arms hold the truth in {100 * least:.0f}\u00a0% of {n_draws} sets at least"],
         )
         path.write_bytes(png_bytes(figure))
 

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from analysis.open.probe_pairs import ProbePair
+from analysis.report.site_axes import as_text
 from datamodules.synthetic_phrases import ATTRIBUTES
 from tiltmeter.errors import UserError
 from tiltmeter.judges.answers import ask_choices
@@ -37,6 +38,8 @@ class FeatureClasses(NamedTuple):
     """Probability that a label is wrong, as far as it is known; NaN: it isn't."""
     how: str
     """By what they were told, in words."""
+    attributes: Sequence[str] = ()
+    """Planted attribute of each feature, empty where it has none; no entry at all where nothing is planted."""
 
     def numbers(self) -> Tensor:
         """Place of each label among the classes."""
@@ -126,10 +129,12 @@ def classes_of_attributes(
     found = attribute_of_features(chosen_on, held_out, kinds, least=least)
     labels = [OTHER if i < 0 else kinds[i] for i in found.attribute.tolist()]
     why = [
-        "" if i < 0 else f"{ATTRIBUTES[i]} (r = {r:+.2f} on held-out responses)".replace("-", "−")
+        "" if i < 0 else f"{ATTRIBUTES[i]} (r = {as_text(r, '+.2f')} on held-out responses)"
         for i, r in zip(found.attribute.tolist(), found.correlation.tolist(), strict=True)
     ]
-    return FeatureClasses(labels, why, found.disagreement, "planted attributes, by correlation on held-out responses")
+    names = ["" if i < 0 else ATTRIBUTES[i] for i in found.attribute.tolist()]
+    how = "planted attributes, by correlation on held-out responses"
+    return FeatureClasses(labels, why, found.disagreement, how, names)
 
 
 def classes_of_judge(

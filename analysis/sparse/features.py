@@ -4,6 +4,7 @@ Losses are teacher-forced, on held-out pairs, under the run's own loss. Sets of 
 random sets of other features, as many or used as much; a label that is wrong with some probability is drawn anew with it.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,7 +73,7 @@ class FeatureTables(NamedTuple):
     """Everything that the section draws."""
 
     ablations: pd.DataFrame
-    """A row for each set that is ablated; empty without a steering."""
+    """A row for each set that is ablated, also for the features of each planted attribute; empty without a steering."""
     features: pd.DataFrame
     """A row for each feature."""
     top: pd.DataFrame
@@ -162,7 +163,12 @@ class SparseFeatures:
         n_tokens = sum(pair.n_row_tokens for pair in checkpoints.pairs)
         costs = [Cost("states", 1.0 + (asked.dpo is not None), n_tokens * (1 + (asked.dpo is not None)))]
         if asked.steering is not None:
-            n_sets = len(ABLATED) + 3 * 2 * self.n_random + 2 * self.n_relabelled + len(SHARES) * (2 + self.n_beside)
+            n_sets = (
+                len(ABLATED)
+                + (3 * 2 + len(ATTRIBUTES)) * self.n_random
+                + 2 * self.n_relabelled
+                + len(SHARES) * (2 + self.n_beside)
+            )
             tokens = sum(pair.n_row_tokens for pair in checkpoints.pairs[: self.n_prompts])
             costs.append(Cost("ablations, above the site", float(n_sets), n_sets * tokens))
         return costs
@@ -271,12 +277,14 @@ class _Asked:
         """Losses under all sets, in one go."""
         assert self.steering is not None
         options, usage, labels = self.options, self.reading.usage, self.classes.numbers()
-        members = _sets(labels, usage)
+        members = _sets(labels, usage) | self._of_attributes()
         sets: dict[tuple[str, ...], Bool[Tensor, "set width"]] = {(name,): of[None] for name, of in members.items()}
         for name in (ALIGNMENT, STYLE, BOTH):
             draw = {"n_draws": options.n_random, "seed": options.seed}
             sets[name, "usage"] = matched_in_usage(usage, members[name], **draw)
             sets[name, "size"] = matched_in_size(usage, members[name], **draw)
+        for name in self._of_attributes():
+            sets[name, "usage"] = matched_in_usage(usage, members[name], n_draws=options.n_random, seed=options.seed)
         if self.classes.error > 0:
             drawn = relabelled(
                 labels, self.classes.error, n_classes=len(CLASSES), n_draws=options.n_relabelled, seed=options.seed
@@ -300,6 +308,20 @@ class _Asked:
         found = dict(zip(sets, losses, strict=True))
         return self._ablations(members, sets, found), self._top(found)
 
+    def _of_attributes(self) -> dict[str, Bool[Tensor, " width"]]:
+        """Planted attribute → its features; none where nothing is planted."""
+        names = self.classes.attributes
+        return {of: torch.tensor([name == of for name in names]) for of in ATTRIBUTES} if names else {}
+
+    def _planted(self, name: str) -> float:
+        """Weight of an attribute in the first planted direction, its sign left out; NaN: not planted, or no attribute."""
+        world = self.checkpoints.world
+        return (
+            abs(float(world.directions[0][ATTRIBUTES.index(name)]))
+            if world is not None and name in ATTRIBUTES
+            else math.nan
+        )
+
     def _ablations(
         self,
         members: Mapping[str, Tensor],
@@ -320,7 +342,8 @@ class _Asked:
             row["usage_share"] = float(usage[of].sum()) / total if total else float("nan")
             row |= cluster_mean_interval(own.tolist(), groups).named("loss")
             row |= cluster_mean_interval((own - before).tolist(), groups).named("rise")
-            for kind in MATCHED if (name, MATCHED[0]) in sets else ():
+            row["planted_weight"] = self._planted(name)
+            for kind in (kind for kind in MATCHED if (name, kind) in sets):
                 row |= self._beside(kind, of, sets[name, kind], own - before, losses[name, kind] - before, weights)
             if (name, "relabelled") in sets:
                 rises = (losses[name, "relabelled"] - before).mean(1)

@@ -5,19 +5,20 @@ import math
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.ticker import FormatStrFormatter
 
 from analysis.report.coloured import Coloured, Token
 from analysis.report.page import Headline, Section
 from analysis.report.site_axes import Panel, as_text, draw_panels
-from analysis.report.style import COLOURS, EndLabel, label_ends
+from analysis.report.style import COLOURS, EndLabel, label_ends, use_log_scale
 from analysis.sparse.classes import ALIGNMENT, CLASSES, STYLE
 from analysis.sparse.features import BOTH, NAME, FeatureTables
+from datamodules.synthetic_phrases import ATTRIBUTES
 from tiltmeter.judges.prompts import CLASSIFY_FEATURE, EXPLAIN_FEATURE
 
 _CLASS_COLOURS = {STYLE: COLOURS["policy"], ALIGNMENT: COLOURS["policy_dark"], "other": COLOURS["mark"]}
 _USED = {
-    "features": "features that are active", "activation": "activation in the base", "effective_steering": "steering (FSRL)",
-    "dpo_change": "DPO’s change",
+    "features": "features", "activation": "activation", "effective_steering": "steering", "dpo_change": "DPO’s change",
 }  # fmt: skip
 _SHADES = ("less than 1 %", "1 … 3 %", "3 … 10 %", "10 … 30 %", "30 … 100 %")
 """Shares of the largest activation → the shades of :mod:`analysis.report.coloured`, whose steps are tenths of it."""
@@ -80,6 +81,7 @@ def _reading(found: FeatureTables) -> list[str]:
             f"Loss: the run’s own ({found.about['loss']}) on {found.about['n_pairs']} held-out pairs. A class is ablated by s = 0 "
             "for its features at every token. Dark bar: random sets of other features that are used as much in total; light bar: "
             "as many. Where all others together are used less than eight tenths as much there is no fair match.",
+            "In brackets: the weight of an attribute in the planted preference, where one is known.",
             "Under wrong labels: the range of the rise when each label is drawn anew with the probability that it is wrong "
             "(columns relabelled_…).",
         ]
@@ -176,15 +178,17 @@ def _draw_usage(axes: Axes, features: pd.DataFrame) -> str:
         for label in (STYLE, ALIGNMENT, CLASSES[-1]):
             width = float(shares[name].get(label, 0.0))
             axes.barh(i, width, left=left, color=_CLASS_COLOURS[label], height=0.6)
-            if width > 0.08:
+            if width > 0.05:
+                axes.text(left + width / 2, i, f"{width:.0%}", color="white", ha="center", va="center", fontsize=7)
+            if i == 0:
                 axes.text(
-                    left + width / 2, i, f"{label} {width:.0%}", color="white", ha="center", va="center", fontsize=7
+                    left + width / 2, -0.45, label, color=_CLASS_COLOURS[label], ha="center", va="bottom", fontsize=7
                 )
             left += width
     axes.set_yticks(range(len(names)), [_USED[name] for name in names])
-    axes.invert_yaxis()
     axes.set_xlim(0, 1)
-    axes.set_xlabel("share")
+    axes.set_ylim(len(names) - 0.6, -0.9)
+    axes.set_xlabel("share of all features")
     main = "effective_steering" if "effective_steering" in shares else "dpo_change"
     style, alignment = (as_text(float(shares[main].get(label, 0.0)), "percent") for label in (STYLE, ALIGNMENT))
     what = "the steering" if main == "effective_steering" else "DPO’s change of features"
@@ -193,13 +197,18 @@ def _draw_usage(axes: Axes, features: pd.DataFrame) -> str:
 
 def _draw_ablations(axes: Axes, table: pd.DataFrame) -> str:
     """Rise of the loss by set, beside random sets."""
-    rows = table[table["ablated"].isin([ALIGNMENT, STYLE, BOTH])]
+    planted = table[table["ablated"].isin(ATTRIBUTES)].sort_values("planted_weight")
+    rows = pd.concat([planted, table[table["ablated"].isin([ALIGNMENT, STYLE, BOTH])]])
     for i, (_, row) in enumerate(rows.iterrows()):
         for kind, shift, colour in (("usage", -0.16, COLOURS["mark"]), ("size", -0.32, COLOURS["null"])):
             axes.hlines(i + shift, row[f"random_{kind}_low"], row[f"random_{kind}_high"], color=colour, linewidth=4)
         axes.hlines(i, row["rise_low"], row["rise_high"], color=COLOURS["policy"], linewidth=1.2)
         axes.plot(row["rise"], i, "o", color=COLOURS["policy"], markersize=4)
-    axes.set_yticks(range(len(rows)), list(rows["ablated"]))
+    names = [
+        name if math.isnan(weight) else f"{name} ({as_text(weight, '.2f')})"
+        for name, weight in zip(rows["ablated"], rows["planted_weight"], strict=True)
+    ]
+    axes.set_yticks(range(len(rows)), names)
     axes.set_ylim(-0.6, len(rows) - 0.5)
     axes.axvline(0, color=COLOURS["mark"], linewidth=0.8, linestyle=(0, (4, 3)))
     axes.set_xlabel("rise of the preference loss")
@@ -237,8 +246,8 @@ def _draw_explained(axes: Axes, table: pd.DataFrame) -> str:
     """Share of DPO's update and of v* by the number of features."""
     labels = []
     for order, colour, name in (
-        ("dpo", COLOURS["policy"], "that DPO moves"),
-        ("fsrl", COLOURS["policy_dark"], "that FSRL steers"),
+        ("dpo", COLOURS["policy"], "DPO’s first"),
+        ("fsrl", COLOURS["policy_dark"], "FSRL’s first"),
     ):
         rows = table[table["order"] == order]
         if not len(rows):
@@ -250,10 +259,9 @@ def _draw_explained(axes: Axes, table: pd.DataFrame) -> str:
             for column, what in (("explained_update", "δ"), ("explained_v_star", "v*"))
         ]
     axes.set_xscale("log", base=2)
-    ticks = sorted(set(table["n_features"]))
+    ticks = sorted(set(table["n_features"]))[::3]
     axes.set_xticks(ticks, [str(n) for n in ticks])
     axes.minorticks_off()
-    axes.tick_params(axis="x", labelsize=6)
     lowest = float(np.nanmin(table[["explained_update", "explained_v_star"]].to_numpy()))
     axes.set_ylim(max(-1.0, min(0.0, lowest) - 0.05), 1.02)
     axes.set_xlabel("features")
@@ -278,11 +286,12 @@ def _draw_overlap(axes: Axes, found: FeatureTables) -> str:
         of = (table["label"] == label).to_numpy()
         shown = np.maximum(x[of], least[0]), np.maximum(y[of], least[1])
         axes.plot(*shown, "o", color=_CLASS_COLOURS[label], markersize=2.5, alpha=0.7, label=label)
+    use_log_scale(axes)
     axes.set_xscale("log")
-    axes.set_yscale("log")
+    axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
     axes.set_xlabel("mean |Δf| by DPO")
     axes.set_ylabel("mean |Δf| by the steering")
-    axes.legend(frameon=False, fontsize=7, markerscale=2, loc="lower right")
+    axes.legend(frameon=False, fontsize=7, markerscale=2, loc="center left", bbox_to_anchor=(1.0, 0.5))
     p_value = as_text(overlap.p_value, ".3f")
     return (
         f"Features that DPO moves and that the steering uses: rank correlation {as_text(overlap.value, '.2f')}, by density alone "

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from analysis.open.studies import open_study
+from datamodules.synthetic_phrases import ATTRIBUTES
 from launch.configuration import prepare_overrides
 from launch.studies.running import run_study
 from tests.cli import TINY
@@ -54,7 +55,9 @@ def test_each_seed_steers_the_features_of_its_own_autoencoder_and_f1_is_told(tmp
     done = run_script("analyze.py", f"runs={folder}", "claims=fsrl", *options)
     assert done.returncode == 0, done.stderr
     tables = study.runs["fsrl"][0].report / "tables"
-    assert list(pd.read_csv(tables / "sparse_features.csv")["ablated"]) == ["none", "alignment", "style", "both", "all"]
+    ablations = pd.read_csv(tables / "sparse_features.csv").set_index("ablated")
+    assert list(ablations.index) == ["none", "alignment", "style", "both", "all", *ATTRIBUTES]
+    assert ablations["planted_weight"][["excitement", "tone", "length"]].tolist() == pytest.approx([0.8, 0.6, 0])
     assert (tables / "sparse_features_overlap.csv").is_file()
     assert not (study.runs["dpo"][0].report / "tables" / "sparse_features.csv").exists()
     (claim,) = json.loads((folder / "report" / "claims.json").read_text("utf-8"))["claims"]
