@@ -12,15 +12,20 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import pandas as pd
 import pytest
 import yaml
 from omegaconf import OmegaConf
 
 from analysis.claims.claim import read_claims
+from analysis.contract import Cost, of_models
 from analysis.open.studies import open_study
 from launch.command import run_command
 from launch.configuration import CONF, prepare_overrides
+from launch.studies import judging
 from launch.studies.judging import verdicts_of_run
 from launch.studies.matching import BROKE_OFF, Ended, Matching, Try, is_matched, nearest, next_rate
 from launch.studies.running import Start, run_study, start_process, study_of
@@ -380,3 +385,37 @@ def test_single_run_shows_each_claim_with_its_number_and_judges_none(trained: Pa
     assert "study=dsteer trains them" in found["K4"].sentence
     assert math.isnan(found["K10"].value.value), "no other arm"
     assert verdicts_of_run(claims, study.runs["dpo_shuffled"][0]) == [], "no claim is about a control"
+
+
+class AskedOfTheBase:
+    """A question whose answer is the same for every run of one base; unless it says that it isn't."""
+
+    n_asked = 0
+
+    def __init__(self, *, asks_base_alone: bool) -> None:
+        self.asks_base_alone = asks_base_alone
+
+    def table(self, _models: object) -> pd.DataFrame:
+        type(self).n_asked += 1
+        return pd.DataFrame({"asked": [self.n_asked]})
+
+    def costs(self, _models: object) -> list[Cost]:
+        return []
+
+
+@pytest.mark.parametrize(("alone", "expected"), [(True, [1, 1]), (False, [1, 2])])
+def test_a_table_of_the_base_alone_is_made_once_for_all_runs(
+    alone: bool, expected: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(AskedOfTheBase, "n_asked", 0)
+    found = of_models("asked", lambda table: SimpleNamespace(table=table, more_tables={}), node="asked")  # type: ignore[arg-type, return-value]
+    monkeypatch.setattr(judging, "ANALYSES", (found,))
+    monkeypatch.setattr(judging, "_open", lambda config, run: None)
+    target = f"{__name__}.{AskedOfTheBase.__name__}"
+    make = judging._Tables(OmegaConf.create({"asked": {"_target_": target, "asks_base_alone": alone}}))
+    runs: list[Any] = [SimpleNamespace(folder=tmp_path / name, report=tmp_path / name) for name in ("one", "two")]
+    for run in runs:
+        make(run, "asked")
+        make(run, "training")  # nothing that models are asked
+    said = [pd.read_csv(run.report / "tables" / "asked.csv")["asked"].item() for run in runs]
+    assert said == expected
