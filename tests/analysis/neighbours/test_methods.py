@@ -1,6 +1,7 @@
 """Methods on the same tokens against passes written out; what is exact at its ends; the table of a synthetic world."""
 
 import math
+import os
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from analysis.neighbours.lines import BASE, Line, Source, mean_change, measure
 from analysis.neighbours.methods import BEST_OF, BIAS, CFGRL, DPO, LINEAR, PROMPT, VECTOR, Neighbours
 from analysis.neighbours.section import neighbours_section
 from analysis.open.checkpoints import Checkpoints
+from analysis.open.pair_log_probs import sums_of_pairs, tokens_of_pairs
 from analysis.steering.directions import split_by_prompt
 from tests.analysis import asked
 from tests.analysis.belief.test_shift import of_world
@@ -22,6 +24,7 @@ from tests.tiny_models import reference_log_probs
 from tiltmeter.errors import UserError
 from tiltmeter.models.generation import Decoding
 from tiltmeter.models.layers import FINAL_POST_NORM
+from tiltmeter.pairs.preference_losses import make_preference_loss
 from tiltmeter.steering.intervene import Intervention, steer
 
 FEW = Decoding(max_new_tokens=4)
@@ -140,7 +143,23 @@ def test_prompts_that_can_not_be_written_again_leave_the_other_methods() -> None
     assert_legible(neighbours_section((table, prompts)))
 
 
+def test_preference_loss_of_every_method_is_that_of_the_run_that_is_asked() -> None:
+    models = replace(asked.checkpoints(12), loss=make_preference_loss("sigmoid", beta=0.5))
+    table = Neighbours(best_of=0).table(models)[0].set_index(["method", "strength"])
+    test = split_by_prompt(models.pairs, seed=0).test
+    sums = [sums_of_pairs(tokens_of_pairs(of, [pair.ids for pair in test])) for of in (models.base, models.aligned)]
+    margins = (sums[1] - sums[0])[:, 0] - (sums[1] - sums[0])[:, 1]
+    expected = float(-torch.nn.functional.logsigmoid(0.5 * margins).mean())
+    assert table["preference_loss"][DPO, 1.0] == pytest.approx(expected, rel=1e-4)
+    assert table["preference_loss_low"][DPO, 1.0] < expected < table["preference_loss_high"][DPO, 1.0]
+    assert table["minutes"].isna().all(), "of two checkpoints it isn't known"
+
+
 def test_runs_are_rows_and_one_of_another_base_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    (tmp_path / "config.yaml").touch()
+    (tmp_path / "metrics.csv").touch()
+    os.utime(tmp_path / "config.yaml", (1000, 1000))
+    os.utime(tmp_path / "metrics.csv", (1090, 1090))
     run = SimpleNamespace(folder=tmp_path, node=lambda path: {}, setting={"arm": "sft_chosen"}.get)
     monkeypatch.setattr(methods, "open_run", lambda folder: run)
     for base in (0, 3):
@@ -155,6 +174,7 @@ def test_runs_are_rows_and_one_of_another_base_is_refused(monkeypatch: pytest.Mo
             row = asking.table(asked.checkpoints(12))[0].set_index("method").loc["sft_chosen"]
             assert math.isfinite(row["preference_gained"])
             assert row["parameters"] > 0
+            assert row["minutes"] == 1.5
 
 
 def test_bad_option_is_one_line() -> None:
