@@ -3,7 +3,7 @@
     python benchmarks/sparse.py [--quick] [--steps 20]
 
 One process, the same random Llama and the same pairs for all: full DPO, LoRA, one trained vector, and a steering of features (TopK
-and JumpReLU, eight a dimension, behind the middle block) with its penalty. They take turns, step by step; medians are compared. Then
+and JumpReLU, eight a dimension, behind the middle block) with its penalty. They take turns; medians are compared. Then
 an autoencoder of Gemma Scope 2's shape, 16,384 features of width 640, encodes 10,000 rows.
 """
 
