@@ -150,8 +150,10 @@ class SparseFeatures:
         self.seed, self.dtype, self.device = seed, dtype, device
 
     def start(self, checkpoints: Checkpoints) -> None:
-        """Open what is asked beside the two models. Raises UserError; Unsupported: no feature has anything to do with them."""
-        asked = _Asked(self, checkpoints)
+        """Open what is asked beside the two models. Raises UserError."""
+        asked = self._asked(checkpoints)
+        if asked is None:
+            return  # said by table, so that others are made all the same
         if self.labels is not None:
             classes_of_file(self.labels, asked.sae.width, error=self.label_error)
         elif not has_planted(checkpoints.pairs) and (judge := self._judge()) is not None:
@@ -159,7 +161,9 @@ class SparseFeatures:
 
     def costs(self, checkpoints: Checkpoints) -> list[Cost]:
         """Passes over the pairs, and those above the site for each set."""
-        asked = _Asked(self, checkpoints)
+        asked = self._asked(checkpoints)
+        if asked is None:
+            return []
         n_tokens = sum(pair.n_row_tokens for pair in checkpoints.pairs)
         costs = [Cost("states", 1.0 + (asked.dpo is not None), n_tokens * (1 + (asked.dpo is not None)))]
         if asked.steering is not None:
@@ -172,6 +176,13 @@ class SparseFeatures:
             tokens = sum(pair.n_row_tokens for pair in checkpoints.pairs[: self.n_prompts])
             costs.append(Cost("ablations, above the site", float(n_sets), n_sets * tokens))
         return costs
+
+    def _asked(self, checkpoints: Checkpoints) -> "_Asked | None":
+        """What is asked of these models; None: no feature has anything to do with them."""
+        try:
+            return _Asked(self, checkpoints)
+        except Unsupported:
+            return None
 
     @property
     def n_beside(self) -> int:
