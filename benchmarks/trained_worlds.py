@@ -65,7 +65,7 @@ def run_study(world: World, root: Path) -> Path:
     (study,) = own.glob("tiny_synthetic/study_*")
     claims = own / "claims.yaml"
     claims.write_text(yaml.safe_dump(claims_of_quick(), sort_keys=False), encoding="utf-8")
-    _call("analyze.py", f"runs={study}", f"claims_file={claims}", f"runs_root={own}")
+    _call("analyze.py", f"runs={study}", f"claims_file={claims}")
     return study
 
 
