@@ -24,11 +24,12 @@ from analysis.report.page import Attempts, Section, write_report
 from analysis.report.samples import Samples, compare_samples, samples_of_models
 from launch.analyses import chosen_analyses, give_corpus, is_set, options_of, refuse_unused
 from launch.configuration import check_config, expand_home
+from launch.costs import say_costs
 from launch.loggers.wandb_report import check_upload, upload_report
 from launch.made_models import converted
 from launch.processes.run_lock import check_writable
 from launch.run_folder import claim_folder
-from launch.screen import FittingTable, console
+from launch.screen import console
 from launch.studies.judging import analyze_study, claims_of, verdicts_of_run
 from tiltmeter.commands import command, setting
 from tiltmeter.errors import FailedWrite, IncompleteEvaluation, Unsupported, UserError
@@ -148,7 +149,7 @@ def _analyze_run(wanted: Wanted, run: Run) -> Path | None:
     checkpoints = _opened_again(again, run, wanted.reading, opened)
     if wanted.dry_run:
         random_of = opened() if lacks_random and checkpoints is None else None
-        _say_costs(plans, wanted.reading, checkpoints, random_of=random_of)
+        _say_costs(wanted, plans, checkpoints, random_of=random_of)
         return None
     if checkpoints is not None:
         note = "The run stored nothing for this: hidden states of {} of its held-out pairs were read again."
@@ -304,7 +305,7 @@ def _analyze_into(folder: Path, config: DictConfig, wanted: Wanted) -> Path | No
     first = wanted.reading if now else next(iter(wanted.questions.values()))
     checkpoints, reports, cuts = opened(dtype=first.dtype, device=first.device)
     if wanted.dry_run:
-        _say_costs(plans, wanted.reading, checkpoints if now else None)
+        _say_costs(wanted, plans, checkpoints if now else None)
         return None
     note = "Hidden states of {} pairs were read now, once."
     read = _drawn_now(now, wanted, checkpoints, note) if now else {}
@@ -331,9 +332,10 @@ def _plan(
         models = opened(dtype=question.dtype, device=question.device)
         asking = Asking(question, models, tables, goes_on_with, takes_old=not (wanted.names[name] or is_set(name)))
         analysis = BY_NAME[name]
-        if not wanted.dry_run:
-            analysis.start(asking)
-        plans.append(Plan(analysis, asking, analysis.cost(asking) if wanted.dry_run else ()))
+        with wanted.attempts.of(name):
+            if not wanted.dry_run:
+                analysis.start(asking)
+            plans.append(Plan(analysis, asking, analysis.cost(asking) if wanted.dry_run else ()))
     return plans
 
 
@@ -347,27 +349,13 @@ def _command(name: str, **about: str | Path) -> str:
 
 
 def _say_costs(
-    plans: Sequence[Plan], reading: StateReading, read: Checkpoints | None, *, random_of: Checkpoints | None = None
+    wanted: Wanted, plans: Sequence[Plan], read: Checkpoints | None, *, random_of: Checkpoints | None = None
 ) -> None:
     """Print what would be run; ``read``: the models whose hidden states would be, ``random_of``: under random weights alone."""
-    costs = {} if read is None else {"hidden states": reading.costs(read)}
-    costs |= {} if random_of is None else {"hidden states": reading.random_costs(random_of)}
+    costs = {} if read is None else {"hidden states": wanted.reading.costs(read)}
+    costs |= {} if random_of is None else {"hidden states": wanted.reading.random_costs(random_of)}
     costs |= {plan.analysis.name: list(plan.costs) for plan in plans}
-    if costs:
-        console().print(costs_table(costs))
-    else:
-        console().print("Would run nothing: what is asked is read off the run’s folder.")
-
-
-def costs_table(costs: Mapping[str, Sequence[Cost]]) -> FittingTable:
-    """A table of the passes that would be run, by analysis."""
-    table = FittingTable(title="Would run", title_justify="left", title_style="bold")
-    for column, justify in (("analysis", "left"), ("", "left"), ("passes", "right"), ("tokens", "right")):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
-    for name, parts in costs.items():
-        for i, cost in enumerate(parts):
-            table.add_row("" if i else name, cost.name, f"{cost.forwards:,.1f}", f"{cost.tokens:,}")
-    return table
+    say_costs(costs, [*wanted.attempts.lines(), *wanted.attempts.lines_left_out()])
 
 
 def _ask(plans: Sequence[Plan], attempts: Attempts) -> list[Section]:

@@ -1,7 +1,7 @@
 """Sparse features that a preference is steered by (FSRL): which ones, of what kind, and what is lost without them.
 
 Losses are teacher-forced, on held-out pairs, under the run's own loss. Sets of features are ablated (no longer steered) beside
-random sets of other features, as many or used as much; a label that is wrong with some probability is drawn anew with it.
+random sets of features, as many or used as much; a label that is wrong with some probability is drawn anew with it.
 """
 
 import math
@@ -48,9 +48,9 @@ from tiltmeter.models.causal_lm import DTYPES
 from tiltmeter.scoring.scorer import Scorer
 from tiltmeter.sparse.autoencoder import SparseAutoencoder
 from tiltmeter.sparse.feature_sets import (
-    matched_in_size,
     matched_in_usage,
     most_used,
+    random_sets,
     rank_overlap,
     relabelled,
 )
@@ -64,8 +64,6 @@ NONE, BOTH, ALL = "none", "both", "all"
 ABLATED = (NONE, ALIGNMENT, STYLE, BOTH, ALL)
 """Sets that are no longer steered: nothing, a class, both classes, every feature (which is the base)."""
 MATCHED = ("usage", "size")
-FAIR = 0.8
-"""Least usage of random sets, as a share of a set's own, at which they are held against it."""
 SHARES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
@@ -148,12 +146,11 @@ class SparseFeatures:
         self.n_judged, self.alignment, self.least = n_judged, tuple(alignment_attributes), least_correlation
         self.n_prompts, self.n_random, self.n_relabelled, self.n_shown = n_prompts, n_random, n_relabelled, n_shown
         self.seed, self.dtype, self.device = seed, dtype, device
+        self._kept: _Asked | None = None
 
     def start(self, checkpoints: Checkpoints) -> None:
-        """Open what is asked beside the two models. Raises UserError."""
+        """Open what is asked beside the two models. Raises UserError; Unsupported: no feature has anything to do with them."""
         asked = self._asked(checkpoints)
-        if asked is None:
-            return  # said by table, so that others are made all the same
         if self.labels is not None:
             classes_of_file(self.labels, asked.sae.width, error=self.label_error)
         elif not has_planted(checkpoints.pairs) and (judge := self._judge()) is not None:
@@ -162,8 +159,6 @@ class SparseFeatures:
     def costs(self, checkpoints: Checkpoints) -> list[Cost]:
         """Passes over the pairs, and those above the site for each set."""
         asked = self._asked(checkpoints)
-        if asked is None:
-            return []
         n_tokens = sum(pair.n_row_tokens for pair in checkpoints.pairs)
         costs = [Cost("states", 1.0 + (asked.dpo is not None), n_tokens * (1 + (asked.dpo is not None)))]
         if asked.steering is not None:
@@ -171,18 +166,18 @@ class SparseFeatures:
                 len(ABLATED)
                 + (3 * 2 + len(ATTRIBUTES)) * self.n_random
                 + 2 * self.n_relabelled
-                + len(SHARES) * (2 + self.n_beside)
+                + 2 * len(SHARES)
+                + self.n_beside * sum(0 < share < 1 for share in SHARES)
             )
             tokens = sum(pair.n_row_tokens for pair in checkpoints.pairs[: self.n_prompts])
             costs.append(Cost("ablations, above the site", float(n_sets), n_sets * tokens))
         return costs
 
-    def _asked(self, checkpoints: Checkpoints) -> "_Asked | None":
-        """What is asked of these models; None: no feature has anything to do with them."""
-        try:
-            return _Asked(self, checkpoints)
-        except Unsupported:
-            return None
+    def _asked(self, checkpoints: Checkpoints) -> "_Asked":
+        """Open what is asked beside two models, once for all that is asked about them."""
+        if self._kept is None or self._kept.checkpoints is not checkpoints:
+            self._kept = _Asked(self, checkpoints)
+        return self._kept
 
     @property
     def n_beside(self) -> int:
@@ -199,9 +194,9 @@ class SparseFeatures:
 
         Raises:
             UserError: a run of another base, labels that don't fit, or too few prompts.
-            Unsupported: no steering, no autoencoder, or nothing that tells classes.
+            Unsupported: no steering, and no autoencoder.
         """
-        return _Asked(self, checkpoints).tables()
+        return self._asked(checkpoints).tables()
 
     def classes(self, reading: FeatureReading) -> FeatureClasses:
         """Classes by the file, else by planted attributes, else by the judge."""
@@ -229,6 +224,10 @@ class _Asked:
         self.options, self.checkpoints = options, checkpoints
         self.loss, self.dpo = checkpoints.loss, None
         self.steering: SparseSteering | None = sparse_steering(checkpoints.aligned.model)
+        unused = "fsrl" if self.steering is not None else "dpo"
+        if getattr(options, unused) is not None:
+            what = "is steered by features" if unused == "fsrl" else "is no steering, and its own update is told"
+            raise UserError(f"{NAME}.{unused}: has no effect where the aligned model {what}; leave it out")
         if self.steering is None:
             self.dpo = checkpoints
             if options.fsrl is not None:
@@ -288,14 +287,15 @@ class _Asked:
         """Losses under all sets, in one go."""
         assert self.steering is not None
         options, usage, labels = self.options, self.reading.usage, self.classes.numbers()
-        members = _sets(labels, usage) | self._of_attributes()
+        of_attributes = self._of_attributes()
+        members = _sets(labels) | of_attributes
+        draw = {"n_draws": options.n_random, "seed": options.seed}
         sets: dict[tuple[str, ...], Bool[Tensor, "set width"]] = {(name,): of[None] for name, of in members.items()}
+        for name in (ALIGNMENT, STYLE, BOTH, *of_attributes):
+            sets[name, "usage"] = matched_in_usage(usage, float(usage[members[name]].sum()), **draw)
         for name in (ALIGNMENT, STYLE, BOTH):
-            draw = {"n_draws": options.n_random, "seed": options.seed}
-            sets[name, "usage"] = matched_in_usage(usage, members[name], **draw)
-            sets[name, "size"] = matched_in_size(usage, members[name], **draw)
-        for name in self._of_attributes():
-            sets[name, "usage"] = matched_in_usage(usage, members[name], n_draws=options.n_random, seed=options.seed)
+            n_used = int((members[name] & (usage > 0)).sum())
+            sets[name, "size"] = random_sets(usage, n_used, **draw)
         if self.classes.error > 0:
             drawn = relabelled(
                 labels, self.classes.error, n_classes=len(CLASSES), n_draws=options.n_relabelled, seed=options.seed
@@ -306,7 +306,7 @@ class _Asked:
             kept = most_used(usage, share)
             sets["kept", str(share)], sets["without", str(share)] = ~kept[None], kept[None]
             n_random = options.n_beside if 0 < share < 1 else 0
-            sets["random", str(share)] = ~_random_sets(usage, int(kept.sum()), n_random, options.seed)
+            sets["random", str(share)] = ~random_sets(usage, int(kept.sum()), n_draws=n_random, seed=options.seed)
         ids = [pair.ids for pair in self._losses_on]
         with Progress(console=Console(highlight=False), transient=True) as progress:
             task = progress.add_task("Ablating features")
@@ -365,23 +365,20 @@ class _Asked:
     def _beside(
         self, kind: str, members: Tensor, drawn: Tensor, own: Tensor, random: Tensor, weights: Tensor
     ) -> dict[str, Any]:
-        """Rise of the loss by a set beside that by random ones; nothing where those are used too little to be a match."""
+        """Rise of the loss by a set beside that by random ones, and how much those are used; nothing of a set that is not used."""
         usage = self.reading.usage
-        used = (
-            float((drawn.double() @ usage).mean()) / float(usage[members].sum()) if float(usage[members].sum()) else 0.0
-        )
-        of_prompts = weights.sum(1)
+        own_usage, of_prompts = float(usage[members].sum()), weights.sum(1)
+        if not own_usage:
+            own = torch.full_like(own, math.nan)
         judged = among_random(weights @ own / of_prompts, (weights @ random.T) / of_prompts[:, None])
-        is_fair = kind != "usage" or used >= FAIR
-        above = judged.difference if is_fair else NO_INTERVAL
         return {
-            f"usage_of_{kind}_matched": used,
+            f"usage_of_{kind}_matched": float((drawn.double() @ usage).mean()) / (own_usage or math.nan),
             f"random_{kind}": judged.random_mean,
             f"random_{kind}_low": judged.prediction.low,
             f"random_{kind}_high": judged.prediction.high,
-            **above.named(f"above_{kind}_matched"),
-            f"p_above_{kind}": judged.p_above if is_fair else float("nan"),
-            f"verdict_{kind}": judged.verdict if is_fair else "no fair match",
+            **judged.difference.named(f"above_{kind}_matched"),
+            f"p_above_{kind}": judged.p_above,
+            f"verdict_{kind}": judged.verdict,
         }
 
     def _top(self, losses: Mapping[tuple[str, ...], Float[Tensor, "set pair"]]) -> pd.DataFrame:
@@ -418,21 +415,11 @@ class _Asked:
         return Bridge(overlap, explained, steered)
 
 
-def _sets(labels: Tensor, usage: Tensor) -> dict[str, Bool[Tensor, " width"]]:
+def _sets(labels: Tensor) -> dict[str, Bool[Tensor, " width"]]:
     """Name of each set that is ablated → its features."""
     of = {name: labels == CLASSES.index(name) for name in (ALIGNMENT, STYLE)}
     nothing = torch.zeros_like(of[STYLE])
     return {NONE: nothing, **of, BOTH: of[ALIGNMENT] | of[STYLE], ALL: ~nothing}
-
-
-def _random_sets(usage: Tensor, n: int, n_draws: int, seed: int) -> Bool[Tensor, "draw width"]:
-    """Random sets of n features that are used."""
-    used = torch.nonzero(usage > 0)[:, 0]
-    generator = torch.Generator().manual_seed(seed)
-    found = torch.zeros(n_draws, len(usage), dtype=torch.bool)
-    for row in found:
-        row[used[torch.randperm(len(used), generator=generator)[:n]]] = True
-    return found
 
 
 def _ratio(over: Float[Tensor, " kept"], under: Float[Tensor, " kept"]) -> Interval:

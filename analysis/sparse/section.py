@@ -79,8 +79,8 @@ def _reading(found: FeatureTables) -> list[str]:
     if len(found.ablations):
         said += [
             f"Loss: the run’s own ({found.about['loss']}) on {found.about['n_pairs']} held-out pairs. A class is ablated by s = 0 "
-            "for its features at every token. Dark bar: random sets of other features that are used as much in total; light bar: "
-            "as many. Where all others together are used less than eight tenths as much there is no fair match.",
+            "for its features at every token. Dark bar: random sets of features that are used as much in total, drawn of all; "
+            "light bar: as many.",
             "In brackets: the weight of an attribute in the planted preference, where one is known.",
             "Under wrong labels: the range of the rise when each label is drawn anew with the probability that it is wrong "
             "(columns relabelled_…).",
@@ -97,13 +97,7 @@ def _headlines(found: FeatureTables) -> list[Headline]:
     if not len(found.ablations):
         return []
     style = _row(found.ablations, STYLE)
-    match = (
-        f"beside features used as much: {as_text(style['above_usage_matched'], '+.3f')} "
-        f"({as_text(style['above_usage_matched_low'], '+.3f')} … {as_text(style['above_usage_matched_high'], '+.3f')}), "
-        f"{style['verdict_usage']}"
-        if not math.isnan(style["above_usage_matched"])
-        else "no other features are used as much"
-    )
+    match = f"beside features used as much: {_with_ends(style, 'above_usage_matched') or 'no number'}, {style['verdict_usage']}"
     return [
         Headline(
             as_text(style["rise"], "+.3f"),

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from analysis.contract import Cost
-from launch.analyzing import costs_table
+from launch.costs import costs_table
 from launch.results import behaviour_of, geometry_of
 from launch.screen import behaviour_table, geometry_tables, result_table
 from tests.analysis import planted_behaviour, planted_geometry

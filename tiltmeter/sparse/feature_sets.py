@@ -90,32 +90,31 @@ def attribute_of_features(
     return AttributeOfFeature(best.where(confirmed, torch.tensor(-1)), theirs.where(confirmed, nothing), disagreement)
 
 
-def matched_in_size(
-    usage: Float[Tensor, " width"], members: Bool[Tensor, " width"], *, n_draws: int, seed: int
-) -> Bool[Tensor, "draw width"]:
-    """Random sets of as many other features, out of those that are used; fewer where there aren't as many."""
-    n = int((members & (usage > 0)).sum())
+def random_sets(usage: Float[Tensor, " width"], n: int, *, n_draws: int, seed: int) -> Bool[Tensor, "draw width"]:
+    """Random sets of n features, out of all that are used; fewer where there aren't as many."""
     found = torch.zeros(n_draws, len(usage), dtype=torch.bool)
-    for row, order in zip(found, _orders(usage, members, n_draws, seed), strict=True):
+    for row, order in zip(found, _orders(usage, n_draws, seed), strict=True):
         row[order[:n]] = True
     return found
 
 
 def matched_in_usage(
-    usage: Float[Tensor, " width"], members: Bool[Tensor, " width"], *, n_draws: int, seed: int
+    usage: Float[Tensor, " width"], target: float, *, n_draws: int, seed: int
 ) -> Bool[Tensor, "draw width"]:
-    """Random sets of other features that are used as much in total, however many that takes.
+    """Random sets of features that are used as much in total as a set that they are held against, however many that takes.
 
-    Features are taken up in random order as long as the sum stays within the set's own; of up to 25 orders the first that comes
-    within 5 % counts, else the nearest. Where all others together are used less, they are all taken.
+    They are drawn out of all used features, also those of that set: if its members were chosen blindly it is one more such draw.
+    Sets of *other* features alone are no null: they share what is left, so that a blind choice lies outside them three times as
+    often as it should (tests/calibration). Features are taken up in random order as long as the sum stays within the target; of
+    up to 25 orders the first that comes within 5 % counts, else the nearest.
 
-    >>> usage, members = torch.tensor([4.0, 2.0, 2.0, 1.0, 9.0]), torch.tensor([True, False, False, False, False])
-    >>> matched_in_usage(usage, members, n_draws=1, seed=0).double() @ usage.double() <= 4
+    >>> usage = torch.tensor([4.0, 2.0, 2.0, 1.0, 9.0])
+    >>> matched_in_usage(usage, 4.0, n_draws=1, seed=0).double() @ usage.double() <= 4
     tensor([True])
     """
-    target, used_by = float(usage[members].sum()), usage.tolist()
+    used_by = usage.tolist()
     found = torch.zeros(n_draws, len(usage), dtype=torch.bool)
-    orders = _orders(usage, members, n_draws * _N_ORDERS, seed)
+    orders = _orders(usage, n_draws * _N_ORDERS, seed)
     for row in found:
         nearest, least = list[int](), target
         for order in islice(orders, _N_ORDERS):
@@ -132,12 +131,12 @@ def matched_in_usage(
     return found
 
 
-def _orders(usage: Tensor, members: Tensor, n_draws: int, seed: int) -> Iterator[Tensor]:
-    """Used features outside a set, in random order, once a draw."""
-    others = torch.nonzero(~members & (usage > 0))[:, 0]
+def _orders(usage: Tensor, n_draws: int, seed: int) -> Iterator[Tensor]:
+    """Used features in random order, once a draw."""
+    used = torch.nonzero(usage > 0)[:, 0]
     generator = torch.Generator().manual_seed(seed)
     for _ in range(n_draws):
-        yield others[torch.randperm(len(others), generator=generator)]
+        yield used[torch.randperm(len(used), generator=generator)]
 
 
 def most_used(usage: Float[Tensor, " width"], share: float) -> Bool[Tensor, " width"]:

@@ -340,10 +340,30 @@ def test_costs_count_every_set() -> None:
     of = checkpoints(6)
     costs = SparseFeatures(n_random=3, n_relabelled=2).costs(of)
     assert [cost.name for cost in costs] == ["states", "ablations, above the site"]
-    assert costs[1].forwards > 3 * 2 * 3
+    sets = 5 + 3 * (2 * 3 + 8) + 2 * 2 + 8 * 2 + 6 * 3
+    assert costs[1].forwards == sets, (
+        "sets, random ones of either kind, wrong labels, shares with and without, random shares"
+    )
 
 
 def test_tables_are_plain_and_complete() -> None:
     table = SparseFeatures(n_random=3, n_relabelled=2).table(checkpoints()).ablations
     assert isinstance(table, pd.DataFrame)
     assert {"rise_low", "above_usage_matched", "random_size_high", "label_error", "n"} <= set(table.columns)
+
+
+def test_a_class_without_features_has_no_number_beside_random_ones() -> None:
+    of = replace(checkpoints(8), pairs=asked.probe_pairs(8))
+    table = SparseFeatures(n_random=3, n_relabelled=2).table(of).ablations.set_index("ablated")
+    assert table["rise"]["style"] == 0
+    assert table["verdict_usage"]["style"] == "no value"
+    assert sparse_features_section(SparseFeatures(n_random=3, n_relabelled=2).table(of)).headlines
+
+
+def test_other_runs_that_have_no_effect_are_refused() -> None:
+    for options, of, words in (
+        ({"fsrl": "a"}, checkpoints(6), "fsrl: has no effect where the aligned model is steered by features"),
+        ({"dpo": "a"}, asked.checkpoints(6), "dpo: has no effect where the aligned model is no steering"),
+    ):
+        with pytest.raises(UserError, match=words):
+            SparseFeatures(**options).table(of)  # type: ignore[arg-type]

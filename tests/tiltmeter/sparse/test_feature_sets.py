@@ -9,15 +9,14 @@ from tiltmeter.sparse.feature_sets import (
     FeatureMeans,
     attribute_of_features,
     correlations,
-    matched_in_size,
     matched_in_usage,
     most_used,
+    random_sets,
     rank_overlap,
     relabelled,
 )
 
 USAGE = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0, 1.0, 0.5, 0.0, 0.0, 6.0], dtype=torch.float64)
-MEMBERS = torch.tensor([True, False, True, False, False, False, False, False, True, False])
 
 
 def test_means_are_those_of_all_rows_in_any_cut() -> None:
@@ -57,28 +56,25 @@ def test_attributes_of_noise_are_hardly_ever_confirmed() -> None:
     assert float((found.attribute >= 0).double().mean()) < 0.01
 
 
-def test_sets_matched_in_size_are_other_used_features_and_equally_likely() -> None:
-    drawn = matched_in_size(USAGE, MEMBERS, n_draws=3000, seed=1)
-    assert not (drawn & MEMBERS).any()
-    assert not (drawn & (USAGE == 0)).any()
-    assert set(drawn.sum(1).tolist()) == {2}, "as many as are used of the set"
-    shares = drawn.double().mean(0)[~MEMBERS & (USAGE > 0)]
-    assert shares.tolist() == pytest.approx([2 / 6] * 6, abs=0.03)
+def test_random_sets_are_of_used_features_all_equally_likely() -> None:
+    drawn = random_sets(USAGE, 2, n_draws=3000, seed=1)
+    assert set(drawn.sum(1).tolist()) == {2}
+    assert drawn.double().mean(0).tolist() == pytest.approx([0.25 * (u > 0) for u in USAGE.tolist()], abs=0.03)
+    assert random_sets(USAGE, 99, n_draws=1, seed=0).tolist() == [(USAGE > 0).tolist()], "there are no more"
 
 
 def test_sets_matched_in_usage_are_used_as_much_and_never_more() -> None:
-    drawn = matched_in_usage(USAGE, MEMBERS, n_draws=500, seed=1)
+    drawn = matched_in_usage(USAGE, 8.0, n_draws=500, seed=1)
     used = drawn.double() @ USAGE
-    assert not (drawn & MEMBERS).any()
     assert float(used.max()) <= 8.0
     assert float(used.min()) >= 7.5, "as near as the least feature"
-    assert len({tuple(row) for row in drawn.tolist()}) == 3, "all that come within 5 %"
+    assert len({tuple(row) for row in drawn.tolist()}) > 5
 
 
-def test_where_all_others_are_used_less_all_are_taken() -> None:
-    only = torch.tensor([True] + [False] * 4)
-    drawn = matched_in_usage(torch.tensor([9.0, 1.0, 1.0, 0.0, 2.0]), only, n_draws=3, seed=0)
-    assert drawn.tolist() == [[False, True, True, False, True]] * 3
+def test_all_features_are_the_only_set_used_as_much_as_all() -> None:
+    usage = torch.tensor([9.0, 1.0, 1.0, 0.0, 2.0])
+    assert matched_in_usage(usage, 13.0, n_draws=3, seed=0).tolist() == [(usage > 0).tolist()] * 3
+    assert not matched_in_usage(usage, 0.0, n_draws=2, seed=0).any()
 
 
 def test_the_most_used_are_a_share_of_the_used() -> None:
